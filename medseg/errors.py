@@ -1,0 +1,72 @@
+"""Every exception that medseg raises on purpose.
+
+::
+
+    MedsegError
+    ├── RequestError          the command or the call asks for something that cannot be (exit code 2)
+    │   ├── BundleError           a bundle is missing, incomplete or wrongly written
+    │   │   └── UntrustedBundleError  its configs could run code that nobody vouched for
+    │   ├── WeightsError          a weight file is missing, altered or of another network
+    │   └── OutputError           a result cannot be written where it should go
+    ├── CaseError             one input cannot be used; other cases may go on (exit code 1)
+    │   └── GeometryError         its place in space is undefined or contradictory
+    └── SizeError             an array does not fit a network (also a ValueError)
+
+Each message says what was found, what was expected and what to do.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BundleError",
+    "CaseError",
+    "GeometryError",
+    "MedsegError",
+    "OutputError",
+    "RequestError",
+    "SizeError",
+    "UntrustedBundleError",
+    "WeightsError",
+]
+
+
+class MedsegError(Exception):
+    """Base of all medseg errors; `exit_code` is what the command line returns for it."""
+
+    exit_code = 1
+
+
+class RequestError(MedsegError):
+    """The command or call asks for something that cannot be."""
+
+    exit_code = 2
+
+
+class BundleError(RequestError):
+    """A bundle is missing, incomplete or wrongly written."""
+
+
+class UntrustedBundleError(BundleError):
+    """A bundle's configs could run code that nobody vouched for."""
+
+
+class WeightsError(RequestError):
+    """A weight file is missing, altered, or belongs to another network."""
+
+
+class OutputError(RequestError):
+    """A result cannot be written where it should go."""
+
+
+class CaseError(MedsegError):
+    """One input cannot be used; the other cases of a run may go on."""
+
+
+class GeometryError(CaseError):
+    """The place of an image in space is undefined or contradictory."""
+
+
+class SizeError(MedsegError, ValueError):
+    """An array's size does not fit the network it was given to."""
+
+    exit_code = 2
