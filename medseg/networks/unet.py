@@ -1,0 +1,249 @@
+"""U-Net (Ronneberger, Fischer, Brox; MICCAI 2015, arXiv 1505.04597), 2D and 3D."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from monai.networks.layers import Conv, Pool, get_dropout_layer
+from torch import Tensor, nn
+
+from medseg.errors import RequestError
+from medseg.networks.blocks import (
+    Interpolate,
+    activation,
+    center_crop,
+    checks_apply,
+    conv_pair,
+    he_init,
+    high_side_pad,
+    match_size,
+)
+from medseg.networks.sizes import ValidSizes, check_bottom, check_image, check_minimum, total_stride
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from medseg.networks.blocks import LayerName
+    from medseg.types import TrainingOutput
+
+__all__ = ["UNet"]
+
+
+class UNet(nn.Module):
+    """The U-Net of 2015 with its common variations.
+
+    Each of the L = `len(features) - 1` levels is two 3^d convolutions and a max-pooling; the bottleneck is two more;
+    each step back up enlarges, joins the encoder map of its level and convolves twice; a 1^d convolution gives logits.
+    The defaults are the paper's network with padded convolutions (`padding="valid"` for the paper's own).
+
+    Args:
+        spatial_dims: 2 or 3.
+        in_channels: channels of the image.
+        out_channels: channels of the logits.
+        features: channels per level, finest first, the bottleneck last; two entries or more.
+        strides: down-sampling per pooling, finest first: a number or one number per axis, e.g.
+            `((1, 2, 2), (2, 2, 2))` for thick slices. 2 everywhere by default.
+        padding: "same" keeps the image's size at any size; "valid" is the paper's unpadded form, whose output is
+            smaller (see `margin`) and exists for the sizes of its section 2 only.
+        upsample: "deconv", a learned up-convolution, or "interp", linear interpolation.
+        skip: "cat" joins the encoder map by concatenation, "add" by addition (with "interp", a 1^d convolution
+            before the enlargement brings the channels in line).
+        norm: MONAI factory name or (name, arguments) after every 3^d convolution; None as in the paper.
+        act: MONAI factory name or (name, arguments).
+        dropout: rate (or MONAI factory name with arguments) after the deepest encoder level, before its skip
+            leaves, and after the bottleneck.
+        upconv_relu: activation after each up-convolution, as in the network the authors released.
+        last_upconv_channels: width of the last up-convolution (the release has 128); `features[0]` by default.
+        cat_order: "up_first" or "skip_first".
+        interp_align_corners: of the interpolation.
+
+    Attributes:
+        step: total stride per axis; for "valid" the distance between two legal sizes.
+        margin: voxels that "valid" loses at each side, per axis; zeros for "same".
+
+    Raises:
+        RequestError: options that contradict each other or are not known.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        in_channels: int,
+        out_channels: int,
+        features: Sequence[int] = (64, 128, 256, 512, 1024),
+        *,
+        strides: Sequence[int | Sequence[int]] | None = None,
+        padding: str = "same",
+        upsample: str = "deconv",
+        skip: str = "cat",
+        norm: LayerName | None = None,
+        act: LayerName = "relu",
+        dropout: LayerName | float = 0.5,
+        upconv_relu: bool = False,
+        last_upconv_channels: int | None = None,
+        cat_order: str = "up_first",
+        interp_align_corners: bool = True,
+    ) -> None:
+        super().__init__()
+        _check_choice("padding", padding, ("same", "valid"))
+        _check_choice("upsample", upsample, ("deconv", "interp"))
+        _check_choice("skip", skip, ("cat", "add"))
+        _check_choice("cat_order", cat_order, ("up_first", "skip_first"))
+        _check_numbers(spatial_dims, features)
+        if upsample == "interp" and (upconv_relu or last_upconv_channels is not None):
+            raise RequestError('upconv_relu and last_upconv_channels need upsample="deconv"; upsample is "interp".')
+        if skip == "add" and last_upconv_channels not in (None, features[0]):
+            raise RequestError(
+                f'skip="add" adds maps of equal width: last_upconv_channels is {last_upconv_channels}, '
+                f"features[0] is {features[0]}. Leave last_upconv_channels out."
+            )
+        self.spatial_dims = spatial_dims
+        self.in_channels = in_channels
+        self.strides = _per_axis(strides, len(features) - 1, spatial_dims)
+        self.step = total_stride(self.strides)
+        self.valid_sizes = ValidSizes(self.strides) if padding == "valid" else None
+        self.margin = tuple(n // 2 for n in self.valid_sizes.shrink) if self.valid_sizes else (0,) * spatial_dims
+        options: dict[str, Any] = {"padding": int(padding == "same"), "norm": norm, "act": act}
+
+        self.encoder = nn.ModuleList()
+        self.pools = nn.ModuleList()
+        channels = in_channels
+        for width, stride in zip(features[:-1], self.strides, strict=True):
+            self.encoder.append(conv_pair(spatial_dims, channels, width, **options))
+            self.pools.append(Pool[Pool.MAX, spatial_dims](kernel_size=stride, stride=stride))
+            channels = width
+        self.bottleneck = conv_pair(spatial_dims, channels, features[-1], **options)
+        if dropout:
+            for block in (self.encoder[-1], self.bottleneck):
+                block.add_module("dropout", get_dropout_layer(dropout, dropout_dim=spatial_dims))
+        self.decoder = nn.ModuleList()
+        for level in reversed(range(len(features) - 1)):
+            if upsample == "deconv":
+                width = last_upconv_channels if last_upconv_channels and level == 0 else features[level]
+                up = _up_convolution(spatial_dims, features[level + 1], width, self.strides[level])
+                if upconv_relu:
+                    up.append(activation(act))
+            else:
+                width = features[level] if skip == "add" else features[level + 1]
+                up = nn.Sequential(Interpolate(self.strides[level], align_corners=interp_align_corners))
+                if skip == "add":
+                    up.insert(0, Conv[Conv.CONV, spatial_dims](features[level + 1], width, kernel_size=1))
+            joined = features[level] if skip == "add" else width + features[level]
+            self.decoder.append(
+                _DecoderLevel(
+                    up,
+                    conv_pair(spatial_dims, joined, features[level], **options),
+                    crop=padding == "valid",
+                    join="add" if skip == "add" else cat_order,
+                    pad=high_side_pad(self.strides[level]),
+                )
+            )
+        self.head = Conv[Conv.CONV, spatial_dims](features[0], out_channels, kernel_size=1)
+        he_init(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits `(B, out_channels, *spatial)`; for "valid", `margin` voxels smaller on each side.
+
+        Raises:
+            SizeError: the tensor does not fit this network; names the nearest sizes that do.
+        """
+        skips, x = self._encode(x)
+        for level in self.decoder:
+            x = level(x, skips.pop())
+        logits: Tensor = self.head(x)
+        return logits
+
+    def forward_train(self, x: Tensor) -> TrainingOutput:
+        """Return `logits` and `features`: taps E1..En, B, Dn..D1 (see `medseg.types.TrainingOutput`)."""
+        skips, bottom = self._encode(x)
+        depth = len(skips)
+        taps = {f"E{i + 1}": skip for i, skip in enumerate(skips)}
+        taps["B"] = x = bottom
+        for i, level in enumerate(self.decoder):
+            taps[f"D{depth - i}"] = x = level(x, skips[-1 - i])
+        return {"logits": self.head(x), "features": taps}
+
+    def _encode(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            self._check(x)
+        skips: list[Tensor] = []
+        for level, pool in zip(self.encoder, self.pools):  # noqa: B905 - TorchScript knows no `strict`
+            x = level(x)
+            skips.append(x)
+            x = pool(x)
+        return skips, self.bottleneck(x)
+
+    def _check(self, x: Tensor) -> None:
+        if not checks_apply():
+            return
+        check_image(x, type(self).__name__, self.spatial_dims, self.in_channels)
+        if self.valid_sizes is not None:
+            self.valid_sizes.check(x.shape[2:], type(self).__name__)
+        else:
+            check_minimum(x.shape[2:], self.step, type(self).__name__)
+            check_bottom(x, self.step, self.bottleneck.modules(), type(self).__name__)
+
+    def output_size(self, size: Sequence[int]) -> tuple[int, ...]:
+        """Return the spatial size of the logits for an image of spatial size `size`, in voxels."""
+        return tuple(n - 2 * lost for n, lost in zip(size, self.margin, strict=True))
+
+
+class _DecoderLevel(nn.Module):
+    """Enlarge, join the skip, convolve twice."""
+
+    def __init__(self, up: nn.Module, convs: nn.Module, *, crop: bool, join: str, pad: list[int]) -> None:
+        super().__init__()
+        self.up = up
+        self.convs = convs
+        self.crop = crop
+        self.join = join
+        self.pad = pad
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        x = self.up(x)
+        if self.crop:
+            skip = center_crop(skip, x)
+        else:
+            x = match_size(x, skip, self.pad)
+        if self.join == "add":
+            x = x + skip
+        elif self.join == "up_first":
+            x = torch.cat([x, skip], dim=1)
+        else:
+            x = torch.cat([skip, x], dim=1)
+        out: Tensor = self.convs(x)
+        return out
+
+
+def _up_convolution(spatial_dims: int, in_channels: int, out_channels: int, stride: tuple[int, ...]) -> nn.Sequential:
+    convolution = Conv[Conv.CONVTRANS, spatial_dims]
+    return nn.Sequential(convolution(in_channels, out_channels, kernel_size=stride, stride=stride))
+
+
+def _per_axis(
+    strides: Sequence[int | Sequence[int]] | None, poolings: int, spatial_dims: int
+) -> tuple[tuple[int, ...], ...]:
+    """Spell out one stride per pooling and axis."""
+    given = [2] * poolings if strides is None else strides
+    spelled = tuple((s,) * spatial_dims if isinstance(s, int) else tuple(s) for s in given)
+    if len(spelled) != poolings or any(len(s) != spatial_dims or min(s) < 1 for s in spelled):
+        raise RequestError(
+            f"strides={strides} does not fit: {poolings + 1} levels need {poolings} entries, each a number from 1 up "
+            f"or {spatial_dims} of them (one per axis)."
+        )
+    return spelled
+
+
+def _check_numbers(spatial_dims: int, features: Sequence[int]) -> None:
+    if spatial_dims not in (2, 3):
+        raise RequestError(f"spatial_dims must be 2 or 3, got {spatial_dims!r}.")
+    if len(features) < 2 or min(features) < 1:
+        raise RequestError(
+            f"features={tuple(features)} must hold two or more widths from 1 up: one per level, the bottleneck last."
+        )
+
+
+def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise RequestError(f"{option}={value!r} is not known; choose one of {', '.join(map(repr, choices))}.")
