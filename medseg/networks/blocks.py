@@ -24,8 +24,8 @@ __all__ = [
     "checks_apply",
     "conv_pair",
     "he_init",
-    "high_side_pad",
     "match_size",
+    "upsampler",
 ]
 
 
@@ -129,29 +129,53 @@ class Interpolate(nn.Module):
         return F.interpolate(x, size=size, mode=self.mode, align_corners=self.align_corners)
 
 
-def high_side_pad(stride: Sequence[int]) -> list[int]:
-    """Return the widths in `torch.nn.functional.pad`'s order that restore the most a pooling by `stride` can drop."""
-    return [width for s in reversed(stride) for width in (0, s - 1)]
+def upsampler(
+    spatial_dims: int,
+    in_channels: int,
+    out_channels: int,
+    stride: Sequence[int],
+    *,
+    mode: str,
+    bias: bool = True,
+    align_corners: bool = True,
+) -> nn.Sequential:
+    """Build the step from one level of a decoder to the next finer one.
+
+    Args:
+        spatial_dims: 2 or 3.
+        in_channels: channels read.
+        out_channels: channels written.
+        stride: factor per axis.
+        mode: "deconv", a transposed convolution whose kernel is its stride, or "interp", linear interpolation; where
+            the channels change, a 1^d convolution comes before it (the two commute, and it is cheaper there).
+        bias: of the convolution.
+        align_corners: of the interpolation.
+    """
+    if mode == "deconv":
+        up = Conv[Conv.CONVTRANS, spatial_dims]
+        return nn.Sequential(up(in_channels, out_channels, kernel_size=tuple(stride), stride=tuple(stride), bias=bias))
+    layers = nn.Sequential(Interpolate(stride, align_corners=align_corners))
+    if in_channels != out_channels:
+        layers.insert(0, Conv[Conv.CONV, spatial_dims](in_channels, out_channels, kernel_size=1, bias=bias))
+    return layers
 
 
-def match_size(x: Tensor, like: Tensor, pad: list[int]) -> Tensor:
+def match_size(x: Tensor, like: Tensor) -> Tensor:
     """Enlarge an up-sampled map to the size of its skip by repeating the last voxels of each axis.
 
     Args:
         x: up-sampled map `(B, C, *spatial)`.
         like: map of the wanted size.
-        pad: what `high_side_pad` says for the stride in between.
 
     Returns:
         `x` itself where the sizes agree already.
     """
     if x.shape[2:] == like.shape[2:] if torch.jit.is_scripting() else _same_size(x, like):  # type: ignore[attr-defined]
         return x
-    # Padded to the most and cut: no width depends on the input, so that traced and exported graphs serve any size.
-    x = F.pad(x, pad, mode="replicate")
-    for axis in range(2, x.dim()):
-        x = x.narrow(axis, 0, like.shape[axis])
-    return x
+    pad: list[int] = []
+    for axis in range(x.dim() - 1, 1, -1):
+        pad += [0, like.shape[axis] - x.shape[axis]]
+    return F.pad(x, pad, mode="replicate")
 
 
 def _same_size(x: Tensor, like: Tensor) -> bool:

@@ -10,14 +10,13 @@ from torch import Tensor, nn
 
 from medseg.errors import RequestError
 from medseg.networks.blocks import (
-    Interpolate,
     activation,
     center_crop,
     checks_apply,
     conv_pair,
     he_init,
-    high_side_pad,
     match_size,
+    upsampler,
 )
 from medseg.networks.sizes import ValidSizes, check_bottom, check_image, check_minimum, total_stride
 
@@ -91,13 +90,7 @@ class UNet(nn.Module):
         _check_choice("skip", skip, ("cat", "add"))
         _check_choice("cat_order", cat_order, ("up_first", "skip_first"))
         _check_numbers(spatial_dims, features)
-        if upsample == "interp" and (upconv_relu or last_upconv_channels is not None):
-            raise RequestError('upconv_relu and last_upconv_channels need upsample="deconv"; upsample is "interp".')
-        if skip == "add" and last_upconv_channels not in (None, features[0]):
-            raise RequestError(
-                f'skip="add" adds maps of equal width: last_upconv_channels is {last_upconv_channels}, '
-                f"features[0] is {features[0]}. Leave last_upconv_channels out."
-            )
+        _check_upconvolution(upsample, skip, upconv_relu, last_upconv_channels)
         self.spatial_dims = spatial_dims
         self.in_channels = in_channels
         self.strides = _per_axis(strides, len(features) - 1, spatial_dims)
@@ -118,26 +111,20 @@ class UNet(nn.Module):
             for block in (self.encoder[-1], self.bottleneck):
                 block.add_module("dropout", get_dropout_layer(dropout, dropout_dim=spatial_dims))
         self.decoder = nn.ModuleList()
-        for level in reversed(range(len(features) - 1)):
-            if upsample == "deconv":
-                width = last_upconv_channels if last_upconv_channels and level == 0 else features[level]
-                up = _up_convolution(spatial_dims, features[level + 1], width, self.strides[level])
-                if upconv_relu:
-                    up.append(activation(act))
-            else:
-                width = features[level] if skip == "add" else features[level + 1]
-                up = nn.Sequential(Interpolate(self.strides[level], align_corners=interp_align_corners))
-                if skip == "add":
-                    up.insert(0, Conv[Conv.CONV, spatial_dims](features[level + 1], width, kernel_size=1))
-            joined = features[level] if skip == "add" else width + features[level]
+        up_widths = list(features[1:] if (upsample, skip) == ("interp", "cat") else features[:-1])
+        if last_upconv_channels is not None:
+            up_widths[0] = last_upconv_channels
+        for level in reversed(range(len(up_widths))):
+            width, stride = up_widths[level], self.strides[level]
+            up = upsampler(
+                spatial_dims, features[level + 1], width, stride, mode=upsample, align_corners=interp_align_corners
+            )
+            if upconv_relu:
+                up.append(activation(act))
+            joined = width + features[level] if skip == "cat" else width
+            convs = conv_pair(spatial_dims, joined, features[level], **options)
             self.decoder.append(
-                _DecoderLevel(
-                    up,
-                    conv_pair(spatial_dims, joined, features[level], **options),
-                    crop=padding == "valid",
-                    join="add" if skip == "add" else cat_order,
-                    pad=high_side_pad(self.strides[level]),
-                )
+                _DecoderLevel(up, convs, crop=padding == "valid", join=cat_order if skip == "cat" else "add")
             )
         self.head = Conv[Conv.CONV, spatial_dims](features[0], out_channels, kernel_size=1)
         he_init(self)
@@ -192,20 +179,19 @@ class UNet(nn.Module):
 class _DecoderLevel(nn.Module):
     """Enlarge, join the skip, convolve twice."""
 
-    def __init__(self, up: nn.Module, convs: nn.Module, *, crop: bool, join: str, pad: list[int]) -> None:
+    def __init__(self, up: nn.Module, convs: nn.Module, *, crop: bool, join: str) -> None:
         super().__init__()
         self.up = up
         self.convs = convs
         self.crop = crop
         self.join = join
-        self.pad = pad
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         x = self.up(x)
         if self.crop:
             skip = center_crop(skip, x)
         else:
-            x = match_size(x, skip, self.pad)
+            x = match_size(x, skip)
         if self.join == "add":
             x = x + skip
         elif self.join == "up_first":
@@ -214,11 +200,6 @@ class _DecoderLevel(nn.Module):
             x = torch.cat([skip, x], dim=1)
         out: Tensor = self.convs(x)
         return out
-
-
-def _up_convolution(spatial_dims: int, in_channels: int, out_channels: int, stride: tuple[int, ...]) -> nn.Sequential:
-    convolution = Conv[Conv.CONVTRANS, spatial_dims]
-    return nn.Sequential(convolution(in_channels, out_channels, kernel_size=stride, stride=stride))
 
 
 def _per_axis(
@@ -247,3 +228,16 @@ def _check_numbers(spatial_dims: int, features: Sequence[int]) -> None:
 def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise RequestError(f"{option}={value!r} is not known; choose one of {', '.join(map(repr, choices))}.")
+
+
+def _check_upconvolution(upsample: str, skip: str, relu: bool, last_channels: int | None) -> None:
+    if upsample == "interp" and (relu or last_channels is not None):
+        raise RequestError(
+            'upconv_relu and last_upconv_channels describe an up-convolution; with upsample="interp" there is none. '
+            'Leave them out, or choose upsample="deconv".'
+        )
+    if skip == "add" and last_channels is not None:
+        raise RequestError(
+            f'skip="add" adds maps of equal width, so last_upconv_channels={last_channels} cannot be chosen. '
+            'Leave it out, or choose skip="cat".'
+        )
