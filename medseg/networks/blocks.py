@@ -85,7 +85,7 @@ class ConvUnit(nn.Sequential):
             self.norm = get_norm_layer(norm, spatial_dims=spatial_dims, channels=out_channels)
         self.act = activation(act)
         if dropout:
-            self.dropout = get_dropout_layer(dropout, dropout_dim=spatial_dims)
+            self.dropout = get_dropout_layer(dropout)
 
 
 def conv_pair(

@@ -109,7 +109,7 @@ class UNet(nn.Module):
         self.bottleneck = conv_pair(spatial_dims, channels, features[-1], **options)
         if dropout:
             for block in (self.encoder[-1], self.bottleneck):
-                block.add_module("dropout", get_dropout_layer(dropout, dropout_dim=spatial_dims))
+                block.add_module("dropout", get_dropout_layer(dropout))
         self.decoder = nn.ModuleList()
         up_widths = list(features[1:] if (upsample, skip) == ("interp", "cat") else features[:-1])
         if last_upconv_channels is not None:
