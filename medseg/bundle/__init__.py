@@ -1,1 +1,1 @@
-"""."""
+"""Bundles: composing, checking and running them."""

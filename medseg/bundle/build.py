@@ -1,0 +1,118 @@
+"""Write a bundle's `configs/` from its `bundle.json`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from medseg import __version__
+from medseg.bundle.compose import Config, compose
+from medseg.bundle.trust import load_json
+from medseg.errors import BundleError
+from medseg.files import replace_text, sha256_file
+
+if TYPE_CHECKING:
+    from medseg.bundle.catalog import Bundle
+
+__all__ = ["build", "built_files", "metadata"]
+
+_SCHEMA = (
+    "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
+)
+# The versions of constraints.txt that a reader of the metadata should know.
+_TESTED = {"monai_version": "1.6.1", "pytorch_version": "2.13.0", "numpy_version": "2.4.6"}
+_REQUIRED_PACKAGES = {
+    "medseg": __version__,
+    "nibabel": "5.4.2",
+    "pytorch-ignite": "0.5.5",
+    "pillow": "13.0.0",
+}
+_COPIED = ("changelog", "copyright", "data_source", "data_type", "image_classes", "label_classes", "pred_classes")
+_COPIED_LAST = ("intended_use", "references")
+
+
+def build(bundle: Bundle) -> list[Path]:
+    """Write all configs of the bundle, each whole or not at all; return their paths.
+
+    Raises:
+        BundleError: `bundle.json` is missing or wrong (see `compose`).
+    """
+    return [replace_text(bundle.root / name, text) for name, text in built_files(bundle).items()]
+
+
+def built_files(bundle: Bundle) -> dict[str, str]:
+    """Return what `build` writes: text by path relative to the bundle."""
+    path = bundle.root / "bundle.json"
+    if not path.is_file():
+        raise BundleError(f"'{bundle.root}' has no bundle.json to build from")
+    source = load_json(path)
+    configs = compose(source)
+    if source["name"] != bundle.name:
+        raise BundleError(f"bundle.json is named '{source['name']}' but lies in folder '{bundle.name}'; make them agree")
+    configs = {"metadata": metadata(source, configs["inference"], bundle.weights), **configs}
+    return {f"configs/{name}.json": json.dumps(config, indent=2) + "\n" for name, config in configs.items()}
+
+
+def metadata(source: Config, inference: Config, weights: Path) -> Config:
+    """Return the content of `metadata.json` (schema of 2024-07-25) for a `bundle.json`.
+
+    The extra entry `weights` holds the SHA-256 of `models/model.pt`, where there is one; loading checks it.
+    """
+    result = {
+        "schema": _SCHEMA,
+        "name": source.get("display_name", source["name"]),
+        "version": source["version"],
+        **_TESTED,
+        "required_packages_version": _REQUIRED_PACKAGES,
+        "task": source["description"].split(". ")[0].rstrip("."),
+        "description": source["description"],
+        "authors": source["authors"],
+        "copyright": source.get("copyright", "see LICENSE"),
+        **{key: source[key] for key in _COPIED if key in source},
+        **{key: source[key] for key in _COPIED_LAST if key in source},
+        "supported_apps": {"monai-label": ""},
+        "network_data_format": _network_data_format(source, inference),
+    }
+    if weights.is_file():
+        result["weights"] = {"models/model.pt": {"sha256": sha256_file(weights), **_license(source)}}
+    return result
+
+
+def _license(source: Config) -> Config:
+    return {"license": source["weights_license"]} if "weights_license" in source else {}
+
+
+def _network_data_format(source: Config, inference: Config) -> Config:
+    shape = inference["roi_size"]
+    common = {"type": "image", "spatial_shape": shape, "dtype": "float32", "is_patch_data": True}
+    modality = source["channels"]["0"] if len(source["channels"]) == 1 else "RGB"
+    return {
+        "inputs": {
+            "image": {
+                **common,
+                "format": "magnitude",
+                "modality": modality,
+                "num_channels": len(source["channels"]),
+                "value_range": _value_range(inference),
+                "channel_def": source["channels"],
+            }
+        },
+        "outputs": {
+            "pred": {
+                **common,
+                "format": "segmentation",
+                "num_channels": len(source["labels"]),
+                "value_range": [0, len(source["labels"]) - 1],
+                "channel_def": source["labels"],
+            }
+        },
+    }
+
+
+def _value_range(inference: Config) -> list[float]:
+    """Values that reach the network: the window's bounds, or five deviations where intensities are standardized."""
+    for step in inference["preprocessing"]["transforms"]:
+        if "b_min" in step:
+            return [step["b_min"], step["b_max"]]
+    return [-5.0, 5.0]

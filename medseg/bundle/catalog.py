@@ -1,0 +1,114 @@
+"""Where bundles are: a folder that is named, or one of the shipped ones by its name. No import of torch or MONAI."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from medseg.bundle.compose import Config, nearest
+from medseg.bundle.trust import load_json
+from medseg.errors import BundleError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["Bundle", "find_bundle", "shipped_bundles"]
+
+_SHIPPED = (Path(__file__).parent / "shipped", Path(__file__).parents[2] / "bundles")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle folder in the MONAI layout.
+
+    Attributes:
+        root: the folder, absolute.
+    """
+
+    root: Path
+
+    @property
+    def name(self) -> str:
+        """Folder name, by which other programs know the bundle."""
+        return self.root.name
+
+    @property
+    def weights(self) -> Path:
+        """The plain state dict of the trained network; need not exist."""
+        return self.root / "models" / "model.pt"
+
+    @property
+    def metadata(self) -> Config:
+        """Content of `configs/metadata.json`, empty where there is none."""
+        path = self.config_path("metadata")
+        return load_json(path) if path.is_file() else {}
+
+    @property
+    def label_names(self) -> dict[int, str]:
+        """Names of the classes without the background, by their value in a mask."""
+        outputs = self.metadata.get("network_data_format", {}).get("outputs", {})
+        channels: dict[str, str] = outputs.get("pred", {}).get("channel_def", {})
+        return {int(value): name for value, name in channels.items() if int(value) > 0}
+
+    def config_path(self, name: str) -> Path:
+        """Path of `configs/<name>.json`."""
+        return self.root / "configs" / f"{name}.json"
+
+    def config_paths(self, *names: str) -> list[Path]:
+        """Paths of the named configs.
+
+        Raises:
+            BundleError: one does not exist.
+        """
+        paths = [self.config_path(name) for name in names]
+        for path in paths:
+            if not path.is_file():
+                hint = f"run `medseg bundle build {self.root}`" if (self.root / "bundle.json").is_file() else ""
+                raise BundleError(f"bundle '{self.name}' has no {path.relative_to(self.root)}; {hint or 'it is needed'}")
+        return paths
+
+    def load_configs(self, *names: str) -> dict[str, Config]:
+        """Parsed content of the named configs, in order."""
+        return {path.name: load_json(path) for path in self.config_paths(*names)}
+
+
+def merged(configs: dict[str, Config]) -> Config:
+    """Lay configs over each other as MONAI does: a later one replaces whole top-level entries."""
+    result: dict[str, Any] = {}
+    for config in configs.values():
+        result.update(config)
+    return result
+
+
+def shipped_bundles() -> list[Bundle]:
+    """Return the bundles that come with medseg, and those in the folders of `MEDSEG_BUNDLES`, sorted by name."""
+    return sorted((Bundle(root) for root in _roots()), key=lambda bundle: bundle.name)
+
+
+def find_bundle(name: str | Path) -> Bundle:
+    """Return the bundle in folder `name`, or the shipped one of that name.
+
+    Raises:
+        BundleError: neither exists; the message names the nearest shipped bundle.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        if not ((folder / "configs").is_dir() or (folder / "bundle.json").is_file()):
+            raise BundleError(f"'{name}' is no bundle: it holds neither configs/ nor bundle.json")
+        return Bundle(folder.resolve())
+    shipped = {bundle.name: bundle for bundle in shipped_bundles()}
+    if str(name) in shipped:
+        return shipped[str(name)]
+    raise BundleError(f"no bundle folder and no shipped bundle '{name}'{nearest(str(name), shipped)}")
+
+
+def _roots() -> Iterator[Path]:
+    extra = [Path(folder) for folder in os.environ.get("MEDSEG_BUNDLES", "").split(os.pathsep) if folder]
+    seen: set[str] = set()
+    for parent in (*extra, *_SHIPPED):
+        for path in sorted(parent.glob("*/bundle.json")):
+            if path.parent.name not in seen:
+                seen.add(path.parent.name)
+                yield path.parent.resolve()

@@ -1,0 +1,201 @@
+"""From a short `bundle.json` and a template to complete MONAI configs.
+
+A template (`templates/*.json`) holds *knobs* (the values a user may change, each with a line of help), *blocks* (named
+parts) and *configs* (the files to write). `{"block": "name"}` stands for a block; where a block is a list and stands in
+a list, its items take its place. A template may extend another one: knobs and blocks of the same name replace the inherited
+ones. `bundle.json` does the same once more, and may only use names that the template knows.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from medseg.bundle.trust import load_json
+from medseg.errors import BundleError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+__all__ = ["CONFIG_NAMES", "Config", "compose", "nearest", "template_names"]
+
+Config = dict[str, Any]
+
+CONFIG_NAMES = ("train", "evaluate", "inference")
+
+_TEMPLATES = Path(__file__).parent / "templates"
+_REQUIRED = ("name", "template", "version", "description", "authors", "channels", "labels", "network_def")
+_OPTIONAL = (
+    "blocks",
+    "changelog",
+    "copyright",
+    "data_source",
+    "data_type",
+    "display_name",
+    "image_classes",
+    "intended_use",
+    "knobs",
+    "label_classes",
+    "label_mapping",
+    "pred_classes",
+    "references",
+    "weights_license",
+)
+_REFERENCE = re.compile(r"^@(\w+)")
+_NAME = re.compile(r"[a-z0-9]+(_[a-z0-9]+){2,}")
+# MONAI Label chooses the kind of task by these words in a bundle's name.
+_MISLEADING_WORDS = ("deepedit", "deepgrow", "detection", "classification")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return a hint for a misspelt name: `; did you mean 'x'?`, or the list of what is known."""
+    known = sorted(known)
+    close = get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else f"; known are: {', '.join(known)}"
+
+
+def template_names() -> tuple[str, ...]:
+    """Return the templates that a `bundle.json` may name, sorted."""
+    return tuple(sorted(name for name in (p.stem for p in _TEMPLATES.glob("*.json")) if "modality" in _template(name)))
+
+
+def compose(bundle: Config) -> dict[str, Config]:
+    """Return the complete configs of a bundle, by name (`CONFIG_NAMES`).
+
+    Args:
+        bundle: content of a `bundle.json`.
+
+    Raises:
+        BundleError: a key, knob or block that nothing knows, a value of the wrong kind, or a network that does not
+            fit the listed channels and labels. The message names the nearest known name.
+    """
+    _check_keys(bundle)
+    template = _template(bundle["template"])
+    knobs = _merged_knobs(template, bundle)
+    blocks = _merged_blocks(template, bundle)
+    constants = _constants(template, bundle)
+    return {name: _config(template["configs"][name], blocks, knobs | constants) for name in CONFIG_NAMES}
+
+
+def _template(name: str) -> Config:
+    path = _TEMPLATES / f"{name}.json"
+    if not path.is_file():
+        raise BundleError(f"no template '{name}'{nearest(name, (p.stem for p in _TEMPLATES.glob('*.json')))}")
+    own = load_json(path)
+    if "extends" not in own:
+        return own
+    base = _template(own.pop("extends"))
+    for part in ("knobs", "blocks"):
+        base[part].update(own.pop(part, {}))
+    return {**base, **own}
+
+
+def _check_keys(bundle: Config) -> None:
+    for key in bundle:
+        if key not in _REQUIRED + _OPTIONAL:
+            raise BundleError(f"bundle.json: unknown key '{key}'{nearest(key, _REQUIRED + _OPTIONAL)}")
+    missing = [key for key in _REQUIRED if key not in bundle]
+    if missing:
+        raise BundleError(f"bundle.json: missing {', '.join(missing)}")
+    if bundle["template"] not in template_names():
+        raise BundleError(
+            f"bundle.json: no template '{bundle['template']}'{nearest(bundle['template'], template_names())}"
+        )
+    name = bundle["name"]
+    if not _NAME.fullmatch(name) or any(word in name for word in _MISLEADING_WORDS):
+        raise BundleError(
+            f"bundle.json: the name '{name}' should read <target>_<modality>_<network> in lower case, "
+            f"without {', '.join(_MISLEADING_WORDS)}"
+        )
+    _check_network(bundle)
+
+
+def _check_network(bundle: Config) -> None:
+    network = bundle["network_def"]
+    for argument, listed in (("in_channels", "channels"), ("out_channels", "labels")):
+        if network.get(argument) != len(bundle[listed]):
+            raise BundleError(
+                f"bundle.json: network_def has {argument}={network.get(argument)}, but {listed} lists "
+                f"{len(bundle[listed])}; make them agree"
+            )
+    for listed in ("channels", "labels"):
+        if list(bundle[listed]) != [str(i) for i in range(len(bundle[listed]))]:
+            raise BundleError(
+                f"bundle.json: {listed} must be numbered '0', '1', ... in order, found {list(bundle[listed])}"
+            )
+
+
+def _merged_knobs(template: Config, bundle: Config) -> Config:
+    knobs = {name: knob["value"] for name, knob in template["knobs"].items()}
+    for name, value in bundle.get("knobs", {}).items():
+        if name not in knobs:
+            raise BundleError(f"bundle.json: unknown knob '{name}'{nearest(name, knobs)}")
+        knobs[name] = checked_value(name, value, knobs[name])
+    return knobs
+
+
+def checked_value(name: str, value: Any, default: Any) -> Any:
+    """Return `value` if it is of the kind of `default` (whole numbers pass for floats), else raise `BundleError`."""
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if default is None or value is None or type(value) is type(default):
+        if isinstance(default, list) and default:
+            return [checked_value(f"{name}[{i}]", item, default[0]) for i, item in enumerate(value or [])]
+        return value
+    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", list: "a list"}
+    wanted = kinds.get(type(default), type(default).__name__)
+    raise BundleError(f"'{name}' must be {wanted} (for example {default!r}), found {value!r}")
+
+
+def _merged_blocks(template: Config, bundle: Config) -> Config:
+    blocks = dict(template["blocks"])
+    for name, block in bundle.get("blocks", {}).items():
+        if name not in blocks:
+            raise BundleError(f"bundle.json: unknown block '{name}'{nearest(name, blocks)}")
+        blocks[name] = block
+    return {**blocks, "network_def": bundle["network_def"]}
+
+
+def _constants(template: Config, bundle: Config) -> Config:
+    labels = {key: int(key) for key in bundle["labels"]}
+    return {
+        "spatial_dims": template["spatial_dims"],
+        "in_channels": len(bundle["channels"]),
+        "out_channels": len(bundle["labels"]),
+        "label_mapping": bundle.get("label_mapping", labels),
+    }
+
+
+def _config(skeleton: Config, blocks: Config, values: Config) -> Config:
+    body = _expand(copy.deepcopy(skeleton), blocks)
+    used = {name for name in _references(body) if name in values}
+    return {name: value for name, value in values.items() if name in used} | body
+
+
+def _expand(node: Any, blocks: Config) -> Any:
+    if isinstance(node, dict):
+        if set(node) == {"block"}:
+            return _expand(copy.deepcopy(blocks[node["block"]]), blocks)
+        return {key: _expand(value, blocks) for key, value in node.items()}
+    if isinstance(node, list):
+        expanded: list[Any] = []
+        for item in node:
+            value = _expand(item, blocks)
+            is_block = isinstance(item, dict) and set(item) == {"block"}
+            expanded.extend(value) if is_block and isinstance(value, list) else expanded.append(value)
+        return expanded
+    return node
+
+
+def _references(node: Any) -> Iterator[str]:
+    if isinstance(node, dict):
+        for value in node.values():
+            yield from _references(value)
+    elif isinstance(node, list):
+        for item in node:
+            yield from _references(item)
+    elif isinstance(node, str) and (match := _REFERENCE.match(node)):
+        yield match.group(1)

@@ -1,0 +1,284 @@
+"""Run a bundle's own configs, case by case, and keep the record.
+
+A request is checked completely before torch or MONAI are imported. What then runs is the MONAI workflow of the config
+files and nothing else, so `python -m monai.bundle run` on the same files writes the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from medseg.bundle.catalog import Bundle, merged
+from medseg.bundle.knobs import changed, knobs
+from medseg.bundle.trust import require_trust
+from medseg.errors import CaseError, MedsegError, RequestError, WeightsError
+from medseg.files import sha256_file
+from medseg.report.manifest import BundleRecord, Manifest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    # Called with what is done, what there is to do (cases or epochs) and a few words on the present state.
+    Report = Callable[[float, int, str], None]
+
+__all__ = ["Job", "evaluate", "predict", "prepare", "train"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request that was checked: what to run, and with which values.
+
+    Attributes:
+        command: "train", "evaluate" or "predict".
+        bundle: whose configs run.
+        config_names: the config files, laid over each other in this order.
+        overrides: values that replace entries of the configs.
+        settings: names of the knobs that the user set.
+    """
+
+    command: str
+    bundle: Bundle
+    config_names: tuple[str, ...]
+    overrides: Mapping[str, Any]
+    settings: tuple[str, ...]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The configs laid over each other, with the overrides in force."""
+        return {**merged(self.bundle.load_configs(*self.config_names)), **self.overrides}
+
+    @property
+    def weights(self) -> Path:
+        """The weight file that the run starts from or uses."""
+        return type(self.bundle.root)(self.overrides.get("weights", self.bundle.weights))
+
+
+_CONFIGS = {"train": ("train",), "evaluate": ("train", "evaluate"), "predict": ("inference",)}
+
+
+def prepare(
+    command: str,
+    bundle: Bundle,
+    settings: Mapping[str, Any],
+    *,
+    paths: Mapping[str, Any],
+    trust: str | None = None,
+) -> Job:
+    """Check a request without importing torch or MONAI.
+
+    Args:
+        command: "train", "evaluate" or "predict".
+        bundle: whose configs are to run.
+        settings: knobs to change, by name.
+        paths: `dataset_dir`, and `output_dir` or `resume` where the command has them.
+        trust: fingerprint by which the user vouches for a bundle that is not declarative.
+
+    Raises:
+        BundleError: a config is missing or unreadable, or the bundle is not to be trusted.
+        RequestError: an unknown knob or a value of the wrong kind.
+        WeightsError: the weights that the command needs do not exist.
+    """
+    names = _CONFIGS[command]
+    configs = bundle.load_configs(*names)
+    overrides = {**changed(merged(configs), settings), **paths, "bundle_root": str(bundle.root)}
+    job = Job(command, bundle, names, overrides, tuple(settings))
+    require_trust(bundle.root, configs, trust)
+    if command != "train" and not job.weights.is_file():
+        raise WeightsError(f"no weights at '{job.weights}': run `medseg train` first, or give --set weights=FILE")
+    return job
+
+
+def predict(
+    job: Job, cases: Sequence[Mapping[str, str]], output: Path, *, resume: bool = False, report: Report | None = None
+) -> Manifest:
+    """Write a mask for each case and `manifest.json` into `output`; a case that fails does not stop the others.
+
+    Args:
+        job: from `prepare("predict", ...)`.
+        cases: from `medseg.io.find_cases`.
+        output: folder, made if missing.
+        resume: leave out cases that an earlier run with the same settings has done.
+        report: told about each finished window.
+    """
+    _check_output(cases, output)
+    workflow = _workflow(job, "infer")
+    with _manifest(job, output / "manifest.json") as manifest:
+        done = _finished(manifest, output) if resume else set()
+        with manifest.stage("load"):
+            _guarded(workflow.initialize)
+            evaluator = _guarded(lambda: workflow.evaluator)
+            manifest.device = str(evaluator.state.device)
+        for number, case in enumerate(cases):
+            with manifest.case(case["name"]) as record:
+                record.output = case["name"]
+                if case["name"] in done:
+                    record.status, record.error = "skipped", "done by an earlier run"
+                    continue
+                _tell_windows(workflow.inferer, number, len(cases), case["name"], report)
+                _run_case(evaluator, workflow.preprocessing, case)
+    return manifest
+
+
+def evaluate(job: Job, cases: Sequence[Mapping[str, str]], *, report: Report | None = None) -> Manifest:
+    """Predict each case and score it against its label on the label's own grid.
+
+    The manifest goes to the config's `output_dir`. Each case holds the key metric for each class by the class's name
+    (no value where neither mask nor label has the class), and their mean.
+
+    Args:
+        job: from `prepare("evaluate", ...)`.
+        cases: from `medseg.io.find_dataset`.
+        report: told about each finished window.
+    """
+    workflow = _workflow(job, "train")
+    _guarded(workflow.initialize)
+    with _manifest(job, _output_dir(workflow) / "manifest.json") as manifest:
+        evaluator = _guarded(lambda: workflow.evaluator)
+        manifest.device = str(evaluator.state.device)
+        names = list(job.bundle.label_names.values())
+        for number, case in enumerate(cases):
+            with manifest.case(case["name"]) as record:
+                _tell_windows(workflow.val_inferer, number, len(cases), case["name"], report)
+                _run_case(evaluator, workflow.val_preprocessing, case)
+                values = evaluator.state.metric_details[evaluator.state.key_metric_name][0].tolist()
+                record.metrics = dict(zip(names, values, strict=True))
+                record.metrics["mean"] = _mean(values)
+    return manifest
+
+
+def train(job: Job, *, report: Report | None = None) -> Manifest:
+    """Train the bundle: best weights to `models/model.pt`, state and manifest to the config's `output_dir`.
+
+    Args:
+        job: from `prepare("train", ...)`.
+        report: told about each finished step.
+    """
+    from ignite.engine import Events
+
+    workflow = _workflow(job, "train")
+    _guarded(workflow.initialize)
+    with _manifest(job, _output_dir(workflow) / "manifest.json") as manifest:
+        with manifest.stage("load"):
+            trainer = _guarded(lambda: workflow.trainer)
+        validator = workflow.evaluator
+        manifest.device = str(trainer.state.device)
+        note = ""
+
+        def step() -> None:
+            if report is not None:
+                done = trainer.state.iteration / trainer.state.epoch_length
+                report(done, trainer.state.max_epochs, f"loss {float(trainer.state.output['loss']):.3f}{note}")
+
+        def validated() -> None:
+            nonlocal note
+            values = {name: float(value) for name, value in validator.state.metrics.items()}
+            manifest.add_validation(trainer.state.epoch, values)
+            note = "".join(f", {name} {value:.4f}" for name, value in values.items())
+
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, step)
+        validator.add_event_handler(Events.EPOCH_COMPLETED, validated)
+        with manifest.stage("train"):
+            _guarded(workflow.run)
+    return manifest
+
+
+def _workflow(job: Job, kind: str) -> Any:
+    with warnings.catch_warnings():
+        # MONAI warns that configs run code; this one has just been checked, or vouched for by the user.
+        warnings.simplefilter("ignore")
+        from monai.bundle import ConfigWorkflow
+
+        return ConfigWorkflow(
+            config_file=[str(path) for path in job.bundle.config_paths(*job.config_names)],
+            workflow_type=kind,
+            logging_file=False,
+            **job.overrides,
+        )
+
+
+def _manifest(job: Job, path: Path) -> Manifest:
+    config = job.config
+    files = b"".join(path.read_bytes() for path in job.bundle.config_paths(*job.config_names))
+    record = BundleRecord(
+        name=job.bundle.name,
+        version=job.bundle.metadata.get("version"),
+        config_sha256=hashlib.sha256(files).hexdigest(),
+        weights_sha256=sha256_file(job.weights) if job.weights.is_file() and job.command != "train" else None,
+    )
+    values = {name: value for name, value in knobs(config).items() if name not in ("bundle_root", "dataset_dir")}
+    seeds = {"seed": config["seed"]} if "seed" in config else {}
+    return Manifest(job.command, bundle=record, knobs=values, overrides=list(job.settings), seeds=seeds, path=path)
+
+
+def _output_dir(workflow: Any) -> Path:
+    from pathlib import Path
+
+    return Path(workflow.parser.get_parsed_content("output_dir"))
+
+
+def _check_output(cases: Sequence[Mapping[str, str]], output: Path) -> None:
+    for case in cases:
+        if (output / case["name"]).resolve() == type(output)(case["image"]).resolve():
+            raise RequestError(f"the mask of '{case['image']}' would replace the image itself; choose another folder")
+
+
+def _finished(manifest: Manifest, output: Path) -> set[str]:
+    path = output / "manifest.json"
+    if not path.is_file():
+        return set()
+    earlier = Manifest.read(path)
+    if not manifest.same_work(earlier):
+        return set()
+    return {name for name in earlier.cases if earlier.is_done(name) and (output / name).is_file()}
+
+
+def _run_case(evaluator: Any, preprocessing: Any, case: Mapping[str, str]) -> None:
+    from monai.data import DataLoader, Dataset
+
+    evaluator.data_loader = DataLoader(Dataset([dict(case)], transform=preprocessing), batch_size=1)
+    evaluator.state.epoch_length = 1
+    try:
+        evaluator.run()
+    except Exception as error:
+        own = _own_error(error)
+        if own is not None:
+            raise own from error
+        raise CaseError(f"{case['image']}: {type(error).__name__}: {error}") from error
+
+
+def _tell_windows(inferer: Any, number: int, total: int, name: str, report: Report | None) -> None:
+    if report is None or not hasattr(inferer, "on_progress"):
+        return
+    report(number, total, name)
+    inferer.on_progress = lambda done, windows: report(number + done / windows, total, name)
+
+
+def _guarded(action: Callable[[], Any]) -> Any:
+    """Call, and bring the error of ours to light that MONAI may have wrapped."""
+    try:
+        return action()
+    except Exception as error:
+        own = _own_error(error)
+        if own is None:
+            raise
+        raise own from error
+
+
+def _own_error(error: BaseException) -> MedsegError | None:
+    return next((link for link in _chain(error) if isinstance(link, MedsegError)), None)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _mean(values: Sequence[float]) -> float:
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan

@@ -1,0 +1,79 @@
+"""A tiny data set of random shapes of a bundle's own kind, to try the bundle on."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import nibabel
+import numpy as np
+from PIL import Image
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from medseg.bundle.catalog import Bundle
+
+__all__ = ["write_samples"]
+
+_VOLUME = (44, 60, 40)
+_PICTURE = (96, 80)
+
+
+def write_samples(folder: Path, bundle: Bundle, *, cases: int = 3, seed: int = 0) -> Path:
+    """Write labeled random cases that the bundle can load; the last one is for validation.
+
+    Args:
+        folder: made if missing.
+        bundle: gives the number of channels, the labels and 2D or 3D.
+        cases: how many, at least 2.
+        seed: of the random shapes.
+
+    Returns:
+        The folder, for `dataset_dir`.
+    """
+    data_format = bundle.metadata["network_data_format"]
+    channels = data_format["inputs"]["image"]["num_channels"]
+    spatial_dims = len(data_format["inputs"]["image"]["spatial_shape"])
+    classes = len(bundle.label_names) + 1
+    rng = np.random.default_rng(seed)
+    write = _write_volume if spatial_dims == 3 else _write_picture
+    pairs = [write(folder, f"case_{number}", *_case(rng, spatial_dims, channels, classes)) for number in range(cases)]
+    splits = {"training": pairs[:-1], "validation": pairs[-1:], "test": []}
+    (folder / "dataset.json").write_text(json.dumps({"name": bundle.name, **splits}), encoding="utf-8")
+    return folder
+
+
+def _case(
+    rng: np.random.Generator, spatial_dims: int, channels: int, classes: int
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """One ball per class on a noisy background; brightness tells the class."""
+    shape = _VOLUME if spatial_dims == 3 else _PICTURE
+    grid = np.stack(np.meshgrid(*(np.arange(n) for n in shape), indexing="ij"))
+    label = np.zeros(shape, np.uint8)
+    for value in range(1, classes):
+        center = np.array([rng.uniform(0.3, 0.7) * n for n in shape]).reshape(-1, *(1,) * spatial_dims)
+        label[((grid - center) ** 2).sum(0) < (0.2 * min(shape)) ** 2] = value
+    image = 80 + 100 * label + rng.normal(0, 10, (channels, *shape))
+    return image.clip(0, 255), label
+
+
+def _write_volume(folder: Path, name: str, image: NDArray[Any], label: NDArray[Any]) -> dict[str, str]:
+    affine = np.diag([1.0, 1.0, 1.5, 1.0])
+    pair = {"image": f"imagesTr/{name}.nii.gz", "label": f"labelsTr/{name}.nii.gz"}
+    voxels = image[0] if len(image) == 1 else np.moveaxis(image, 0, -1)
+    for part, data in (("image", voxels.astype(np.int16)), ("label", label)):
+        (folder / pair[part]).parent.mkdir(parents=True, exist_ok=True)
+        nibabel.save(nibabel.Nifti1Image(data, affine), folder / pair[part])
+    return pair
+
+
+def _write_picture(folder: Path, name: str, image: NDArray[Any], label: NDArray[Any]) -> dict[str, str]:
+    pair = {"image": f"images/{name}.png", "label": f"labels/{name}.png"}
+    pixels = image[0] if len(image) == 1 else np.moveaxis(image, 0, -1)
+    for part, data in (("image", pixels), ("label", label)):
+        (folder / pair[part]).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(data.astype(np.uint8).swapaxes(0, 1)).save(folder / pair[part])
+    return pair

@@ -1,0 +1,65 @@
+"""The `medseg` command. Arguments are checked before torch or MONAI are imported."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+
+import typer
+
+from medseg import __version__
+from medseg.cli import bundle, demo, evaluate, predict, train
+from medseg.cli.console import errors
+from medseg.errors import MedsegError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="medseg",
+    help="Segment medical images with U-Net families, as MONAI bundles.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+app.command("predict")(predict.predict)
+app.command("train")(train.train)
+app.command("evaluate")(evaluate.evaluate)
+app.add_typer(bundle.app, name="bundle")
+app.command("phantoms")(demo.phantoms)
+app.command("demo")(demo.demo)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"medseg {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    """Segment medical images with U-Net families, as MONAI bundles."""
+
+
+def main() -> None:
+    """Run the command line; errors of ours become one message and an exit code."""
+    # What the libraries below warn and log about is not for users; our errors say what matters.
+    warnings.simplefilter("ignore")
+    logging.disable(logging.CRITICAL)
+    try:
+        app()
+    except MedsegError as error:
+        errors.print(f"[bold red]Error:[/] {_escaped(str(error))}", soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        errors.print("Stopped. What was finished is kept; the same command with --resume goes on.")
+        sys.exit(130)
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

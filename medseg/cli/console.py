@@ -1,0 +1,87 @@
+"""What the commands share in talking to people: consoles, progress with time left, common options."""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+__all__ = ["BundleName", "Device", "Settings", "Trust", "errors", "output", "progress", "with_device"]
+
+output = Console()
+errors = Console(stderr=True)
+
+BundleName = Annotated[str, typer.Argument(help="A bundle folder, or the name of a shipped bundle.", metavar="BUNDLE")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Change a knob of the bundle: name=value, JSON or text. Repeatable."),
+]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Trust = Annotated[
+    str | None,
+    typer.Option(metavar="SHA256", help="Run a bundle that is not declarative, if it has this fingerprint."),
+]
+
+_SECONDS_BETWEEN_LINES = 20.0
+
+
+def with_device(settings: list[str] | None, device: str | None) -> list[str]:
+    """Return the settings with `--device` among them."""
+    return [*(settings or []), *([f"device_name={device}"] if device else [])]
+
+
+@contextmanager
+def progress(unit: str) -> Iterator[Callable[[float, int, str], None]]:
+    """Show a bar with the time left in a terminal, or a line now and then in a log.
+
+    Args:
+        unit: what is counted, in the plural.
+    """
+    if errors.is_terminal:
+        with Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[count]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=errors,
+        ) as bar:
+            task = bar.add_task("starting", total=None, count="")
+
+            def show(done: float, total: int, note: str) -> None:
+                bar.update(task, completed=done, total=total, description=note, count=f"{int(done)}/{total} {unit}")
+
+            yield show
+    else:
+        yield _Lines(unit)
+
+
+class _Lines:
+    """Progress for logs: one line every twenty seconds."""
+
+    def __init__(self, unit: str) -> None:
+        self.unit = unit
+        self.start: tuple[float, float] | None = None
+        self.printed = time.monotonic()
+
+    def __call__(self, done: float, total: int, note: str) -> None:
+        now = time.monotonic()
+        if self.start is None:
+            self.start = (now, done)
+        if now - self.printed < _SECONDS_BETWEEN_LINES:
+            return
+        self.printed = now
+        since, first = self.start
+        left = (now - since) * (total - done) / (done - first) if done > first else float("nan")
+        sys.stderr.write(f"{done:.1f}/{total} {self.unit}, {note}, about {left / 60:.1f} min left\n")
+        sys.stderr.flush()
