@@ -1,0 +1,368 @@
+"""Whether a bundle is plain data or a program, found out before anything of it is imported or evaluated.
+
+A MONAI config is a program: any dotted `_target_` is imported and called, any text that starts with `$` is evaluated,
+`%` pulls in another file. A bundle is *declarative* when none of that can happen except for the parts listed in
+`medseg.bundle.allowed`; any other bundle runs only for a user who names the `fingerprint` of exactly its content.
+
+What is judged is one job: the files that MONAI merges for it, since a later file may replace a value that an earlier
+one refers to. Hand MONAI the very content that was checked. This module loads nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from medseg.bundle.allowed import ALLOWED, ARGUMENTS
+from medseg.errors import BundleError, UntrustedBundleError
+from medseg.files import sha256_file
+
+__all__ = ["SETTINGS", "Finding", "check", "find_files", "find_programs", "fingerprint", "load_json", "require_trust"]
+
+MAX_CONFIG_BYTES: Final = 16 * 2**20
+MAX_DEPTH: Final = 64
+SETTINGS: Final = "--set"
+
+_TARGETS: Final = frozenset(
+    f"{module}.{name}" for modules in ALLOWED.values() for module, names in modules.items() for name in names.split()
+)
+_SPECIAL_KEYS: Final = {"_target_", "_desc_", "_disabled_", "_mode_", "_requires_"}
+# MONAI puts the bundle folder before the installed packages on the import path, so these can stand in for any of them.
+_IMPORTABLE: Final = (".py", ".pyc", ".pyo", ".pyw", ".pyd", ".so", ".dylib", ".dll")
+_ESCAPES: Final = re.compile(r"^\s*(?:[/\\~]|[A-Za-z]:[/\\])|(?:^|[/\\])\s*\.\.\s*(?:[/\\]|$)|://|\x00")
+_IMPORT: Final = re.compile(r"\$\s*(?:import|from)\b")
+_MISSING: Final = object()
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing in a bundle that runs something, or tries to.
+
+    Attributes:
+        where: the MONAI id in the config, as in `train::handlers::3`, or the path of a file in the bundle.
+        kind: callable, expression, import, macro, mode, argument, reference, key, path, value, depth or file.
+        value: what stands there, unabridged and unescaped.
+        allowed: whether a declarative bundle may hold it.
+        reason: why not; empty when allowed.
+    """
+
+    where: str
+    kind: str
+    value: str
+    allowed: bool
+    reason: str
+
+    def __str__(self) -> str:
+        verdict = f" ({self.reason})" if self.reason else ""
+        return f"{_shown(self.where)[1:-1]}: {self.kind} {_shown(self.value)}{verdict}"
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """Read a config file so that no two readers can see different things in it.
+
+    Args:
+        path: a JSON file that holds an object, in UTF-8, of at most `MAX_CONFIG_BYTES`.
+
+    Raises:
+        BundleError: the file cannot be read, is too large or too deeply nested, is not JSON, repeats a key, or holds
+            a number that is not finite.
+    """
+    try:
+        if not path.is_file() or path.stat().st_size > MAX_CONFIG_BYTES:
+            raise BundleError(f"{path} is not a file of at most {MAX_CONFIG_BYTES} bytes, which a config must be")
+        text = path.read_bytes().decode("utf-8")
+        content = json.loads(text, object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
+    except RecursionError as error:
+        raise BundleError(f"{path} is nested too deeply for a config") from error
+    except (OSError, ValueError) as error:
+        raise BundleError(f"cannot read the config {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise BundleError(f"{path} holds a {type(content).__name__}; a config is a JSON object")
+    return content
+
+
+def find_programs(config: Mapping[str, Any], within: Mapping[str, Any] | None = None) -> list[Finding]:
+    """List every callable, expression, macro and import of a config, and all else that a declarative one may not hold.
+
+    Args:
+        config: plain JSON data. Nothing in it is imported or evaluated.
+        within: where `@` references lead, if the config runs as a part of something larger.
+
+    Returns:
+        Findings in the order of the config; empty for pure data.
+    """
+    walk = _Walk(config if within is None else within)
+    walk.visit(config, ())
+    return walk.findings
+
+
+def find_files(bundle_root: Path) -> list[Finding]:
+    """List the files that a declarative bundle may not hold: importable ones, links to elsewhere, non-JSON configs."""
+    problems = ((name, _file_problem(bundle_root, name, path)) for name, path in _files(bundle_root))
+    return [Finding(name, "file", name, False, problem) for name, problem in problems if problem]
+
+
+def check(configs: Mapping[str, Mapping[str, Any]], bundle: str) -> None:
+    """Refuse a job that is not declarative.
+
+    Args:
+        configs: the files of one job under their names, in the order in which MONAI merges them: an entry of a later
+            file replaces the same entry of an earlier one. `metadata.json` may be among them, and under the name
+            `SETTINGS` what the user changes, who may name any path but may not run anything either.
+        bundle: what the user called the bundle.
+
+    Raises:
+        UntrustedBundleError: names the first few entries that a declarative bundle may not hold.
+    """
+    _refuse(bundle, _forbidden(configs))
+
+
+def fingerprint(bundle_root: Path) -> str:
+    """Return the SHA-256, in hex, of everything in a bundle folder.
+
+    All files count, with their paths: a program that was vouched for may read any of them, so none is left out, neither
+    weights nor results. Running a bundle in a way that changes its folder therefore changes its fingerprint.
+
+    Raises:
+        BundleError: the bundle cannot be read, or holds a link that leads out of it or something that is not a file.
+    """
+    digest = hashlib.sha256()
+    for name, path in _files(bundle_root):
+        if problem := _outside(bundle_root, path):
+            raise BundleError(f"nobody can vouch for {_shown(name)} in {bundle_root}: it is {problem}; remove it")
+        try:
+            entry = ["link", name, str(path.readlink())] if path.is_symlink() else ["file", name, sha256_file(path)]
+        except OSError as error:
+            raise BundleError(f"cannot read the bundle file {path}: {error}") from error
+        digest.update(json.dumps(entry).encode())
+    return digest.hexdigest()
+
+
+def require_trust(bundle_root: Path, configs: Mapping[str, Mapping[str, Any]], trust: str | None = None) -> None:
+    """Let a job pass if its bundle is declarative, or if the user vouches for exactly the bundle's content.
+
+    Args:
+        bundle_root: folder of the bundle. Its `configs/metadata.json` is checked too, since MONAI always reads it.
+        configs: what is about to run, as for `check`.
+        trust: the fingerprint that the user gave. It is compared even for a declarative bundle: who names a content
+            wants that content.
+
+    Raises:
+        BundleError: the bundle cannot be read.
+        UntrustedBundleError: neither holds. A wrong fingerprint is not answered with the right one, so that nobody
+            copies it without having seen, through `medseg bundle inspect`, what it vouches for.
+    """
+    if trust is None:
+        metadata = bundle_root / "configs" / "metadata.json"
+        known = {metadata.name: load_json(metadata)} if metadata.is_file() else {}
+        _refuse(bundle_root.name, [*find_files(bundle_root), *_forbidden({**configs, **known})])
+    elif not re.fullmatch(r"[0-9a-fA-F]{64}", trust):
+        raise UntrustedBundleError(
+            f"--trust takes the SHA-256 of a bundle, 64 hexadecimal digits, not {_shown(trust)}; "
+            f"{_inspect(bundle_root.name)} prints it"
+        )
+    elif trust.lower() != fingerprint(bundle_root):
+        raise UntrustedBundleError(
+            f"bundle {_shown(bundle_root.name)} is not what --trust {trust[:12]}... vouches for: files were added, "
+            f"removed or changed. Look again: {_inspect(bundle_root.name)} prints its present SHA-256"
+        )
+
+
+class _Walk:
+    """Goes through a config and notes what it finds; `whole` is where its references lead."""
+
+    def __init__(self, whole: Mapping[str, Any]) -> None:
+        self.whole = whole
+        self.findings: list[Finding] = []
+
+    def visit(self, value: object, at: tuple[str, ...]) -> None:
+        if len(at) > MAX_DEPTH:
+            self.note(at, "depth", "...", f"nested more than {MAX_DEPTH} levels deep")
+        elif isinstance(value, Mapping):
+            if "_target_" in value:
+                self.component(value, at)
+            for key, item in value.items():
+                self.key(key, at)
+                self.visit(item, (*at, str(key)))
+        elif isinstance(value, list | tuple):
+            for index, item in enumerate(value):
+                self.visit(item, (*at, str(index)))
+        elif isinstance(value, str):
+            self.text(value, at)
+        elif not isinstance(value, bool | int | float | None):
+            self.note(at, "value", value, "not plain JSON data")
+
+    def note(self, at: tuple[str, ...], kind: str, value: object, reason: str = "") -> None:
+        text = value if isinstance(value, str) else repr(value)
+        self.findings.append(Finding("::".join(at), kind, text, not reason, reason))
+
+    def key(self, key: object, at: tuple[str, ...]) -> None:
+        if not isinstance(key, str) or not key:
+            self.note(at, "key", key, "keys are non-empty text")
+        elif "::" in key or "#" in key or key.lstrip()[:1] in ("$", "%", "@", "+"):
+            self.note(at, "key", key, "holds a sign that MONAI reads as part of an id, a macro or an expression")
+        elif at[:1] != ("_meta_",) and _ESCAPES.search(key):
+            self.note(at, "path", key, "leads out of the bundle or names an address")
+
+    def text(self, text: str, at: tuple[str, ...]) -> None:
+        start = text.lstrip()[:1]
+        if at[:1] == ("imports",) or _IMPORT.match(text):
+            self.note(at, "import", text, "imports modules of its own choice")
+        elif start == "$":
+            self.note(at, "expression", text, "would be evaluated as Python")
+        elif start == "%":
+            self.note(at, "macro", text, "would be replaced by the content of another place or file")
+        elif start == "@":
+            self.reference(text, at)
+        elif at[:1] != ("_meta_",) and _ESCAPES.search(text):
+            self.note(at, "path", text, "leads out of the bundle or names an address")
+
+    def reference(self, text: str, at: tuple[str, ...]) -> None:
+        found = self.look_up(text)
+        if found is _MISSING:
+            self.note(at, "reference", text, "this program has no such id; relative ids are not allowed")
+        elif text.startswith("@_meta_"):
+            # Metadata is prose with addresses in it, so what is taken from it is looked at here.
+            items = found if isinstance(found, list) else [found]
+            if any(isinstance(i, Mapping | list) or (isinstance(i, str) and _ESCAPES.search(i)) for i in items):
+                self.note(at, "reference", text, "only plain values may be taken from the metadata")
+
+    def component(self, config: Mapping[str, Any], at: tuple[str, ...]) -> None:
+        target = config["_target_"]
+        in_metadata = at[:1] == ("_meta_",)
+        self.note(at, "callable", target, "metadata runs nothing" if in_metadata else _target_problem(target))
+        if config.get("_mode_", "default") != "default":
+            self.note((*at, "_mode_"), "mode", config["_mode_"], 'only "default" is allowed')
+        if not isinstance(config.get("_disabled_", False), bool):
+            self.note((*at, "_disabled_"), "argument", config["_disabled_"], "only true or false is allowed")
+        rules = {**ARGUMENTS["*"], **(ARGUMENTS.get(target, {}) if isinstance(target, str) else {})}
+        for name, value in config.items():
+            if str(name).startswith("_") and name not in _SPECIAL_KEYS:
+                self.note((*at, str(name)), "argument", value, "no argument of an allowed part starts with _")
+            elif name in rules and not self.is_one_of(value, rules[name]):
+                self.note((*at, name), "argument", value, f"only {', '.join(map(repr, rules[name]))} allowed")
+
+    def is_one_of(self, value: object, choices: tuple[object, ...], hops: int = 0) -> bool:
+        if hops > MAX_DEPTH:
+            return False
+        if isinstance(value, str) and value.startswith("@"):
+            return self.is_one_of(self.look_up(value), choices, hops + 1)
+        if isinstance(value, list | tuple):
+            return all(self.is_one_of(item, choices, hops + 1) for item in value)
+        if isinstance(value, Mapping):
+            return "_target_" in value  # a component, judged where it stands
+        return any(type(value) is type(choice) and value == choice for choice in choices)
+
+    def look_up(self, reference: str) -> object:
+        found: object = self.whole
+        for step in reference[1:].replace("#", "::").split("::"):
+            if not re.fullmatch(r"\w+", step):
+                return _MISSING
+            if isinstance(found, Mapping):
+                found = found.get(step, _MISSING)
+            elif isinstance(found, list | tuple) and step in map(str, range(len(found))):
+                found = found[int(step)]
+            else:
+                return _MISSING
+        return found
+
+
+def _target_problem(target: object) -> str:
+    if not isinstance(target, str) or "." not in target:
+        return "must be the full dotted name of a part"
+    return "" if target in _TARGETS else "not on the list of allowed parts"
+
+
+def _forbidden(configs: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
+    parts = {name: {"_meta_": config} if _is_metadata(name) else config for name, config in configs.items()}
+    # MONAI sets the metadata after the configs, whatever they say of it.
+    whole = {key: parts[name][key] for name in sorted(parts, key=_is_metadata) for key in parts[name]}
+    return [
+        replace(found, where=f"{name}: {found.where}")
+        for name, part in parts.items()
+        for found in find_programs(part, whole)
+        if not (found.allowed or (name == SETTINGS and found.kind == "path"))
+    ]
+
+
+def _is_metadata(name: str) -> bool:
+    return Path(name).stem == "metadata"
+
+
+def _refuse(bundle: str, forbidden: Sequence[Finding], shown: int = 5) -> None:
+    if not forbidden:
+        return
+    lines = [f"  {found}" for found in forbidden[:shown]]
+    if len(forbidden) > shown:
+        lines.append(f"  ... and {len(forbidden) - shown} more")
+    raise UntrustedBundleError(
+        "\n".join([f"bundle {_shown(bundle)} was not started: it is a program that nobody vouched for", *lines])
+        + f"\n{_inspect(bundle)} lists, without running it, everything it would run, and its SHA-256. "
+        "If you trust all of that, repeat the command with --trust SHA256"
+    )
+
+
+def _inspect(bundle: str) -> str:
+    return f"`medseg bundle inspect {_shown(bundle)[1:-1]}`"
+
+
+def _shown(text: str, limit: int = 100) -> str:
+    """Quote text so that control characters and look-alike letters show, cut to `limit` characters."""
+    quoted = ascii(text if len(text) <= limit else text[:limit])
+    return quoted if len(text) <= limit else f"{quoted[:-1]}...{quoted[-1]}"
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in content:
+            raise ValueError(f"the key {_shown(key)} stands there twice")
+        content[key] = value
+    return content
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(float(text)):
+        raise ValueError(f"{text} is not a finite number")
+    return float(text)
+
+
+def _files(root: Path) -> Iterator[tuple[str, Path]]:
+    """Yield every file and link below `root` with its path inside, in a fixed order."""
+
+    def fail(error: OSError) -> None:
+        raise BundleError(f"cannot read the bundle {root}: {error}") from error
+
+    paths = []
+    for folder, folders, files in os.walk(root, onerror=fail):
+        links = [name for name in folders if Path(folder, name).is_symlink()]
+        paths += [Path(folder, name) for name in (*files, *links)]
+    return iter(sorted((path.relative_to(root).as_posix(), path) for path in paths))
+
+
+def _file_problem(root: Path, name: str, path: Path) -> str:
+    if problem := _outside(root, path):
+        return problem
+    if name.lower().endswith(_IMPORTABLE):
+        return "Python could import it"
+    if name.lower().split("/")[0] == "configs" and not name.lower().endswith(".json"):
+        return "only JSON files may stand in configs"
+    return ""
+
+
+def _outside(root: Path, path: Path) -> str:
+    try:
+        if not path.resolve(strict=True).is_relative_to(root.resolve()):
+            return "a link that leads out of the bundle"
+        mode = path.stat().st_mode
+    except (OSError, RuntimeError):  # older Pythons raise RuntimeError for a link that leads to itself
+        return "a link that leads nowhere"
+    return "" if stat.S_ISREG(mode) or stat.S_ISDIR(mode) else "not an ordinary file"
