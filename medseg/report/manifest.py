@@ -1,0 +1,426 @@
+"""The record of a run: which software, bundle and settings did what to which cases, with what outcome.
+
+A manifest is one JSON file (UTF-8, two-space indent, fixed order of fields, no NaN or infinity). It is rewritten as a
+whole after each case, so a run that is killed leaves a valid file that says `"status": "running"`. Fields::
+
+    manifest_version  int      1
+    command           str      "predict", "train", "evaluate", ...
+    status            str      "running" | "done" | "partial" (some cases failed) | "aborted" (an error ended the run)
+    started           str      UTC, "2026-01-31T12:00:00Z"
+    finished          str?     UTC; null while running
+    error             str?     what ended an aborted run
+    arguments         [str]    names of the options that the user gave, without their values
+    bundle            object?  name str, version str?, config_sha256 str?, weights_sha256 str?
+    knobs             object   every knob in force -> its value, sorted by name
+    overrides         [str]    names of the knobs that the user changed
+    seeds             object   what is seeded -> int
+    device            str      "cpu", "cuda:0", ...
+    software          object   python and package -> version str? (null: not installed)
+    machine           object   platform str, cpu str, cpus int, threads int?, accelerator str?
+    stages            object   stage -> seconds, summed over the cases
+    validations       [object] while training: epoch int and each metric -> float?, in order
+    peak_memory       object   host_bytes int?, device_bytes int? (null: unknown or unused)
+    counts            object   done, failed, skipped: int
+    cases             [object] sorted by name: name str, status "done" | "failed" | "skipped", seconds float,
+                               error str?, output str?, metrics object (metric -> float?)
+
+A trailing ? marks a field that may be null; a metric is null where it is no finite number, such as a distance to an
+empty mask.
+
+Privacy: no host or user name, no image header value, no command line and no input folder is recorded, and a knob that
+holds an absolute path is cut to its last part. What can still speak of a person is what the user named: the name of a
+case and its output (the input's file name; needed to say which case failed), and an error message, which names the
+file and may name its folder.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import KW_ONLY, asdict, dataclass, field, fields
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any, Literal
+
+from medseg import __version__
+from medseg.errors import CaseError, MedsegError, RequestError
+from medseg.files import replace_text
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from typing_extensions import Self
+
+__all__ = ["BundleRecord", "CaseRecord", "Manifest"]
+
+MANIFEST_VERSION = 1
+PACKAGES = ("torch", "monai", "numpy", "nibabel", "SimpleITK", "pydicom")
+
+CaseStatus = Literal["done", "failed", "skipped"]
+RunStatus = Literal["running", "done", "partial", "aborted"]
+
+
+@dataclass(frozen=True)
+class BundleRecord:
+    """Which bundle ran: its name and version, and the SHA-256 (hexadecimal) of the config and the weights used."""
+
+    name: str
+    version: str | None = None
+    config_sha256: str | None = None
+    weights_sha256: str | None = None
+
+
+@dataclass
+class CaseRecord:
+    """What became of one case.
+
+    Attributes:
+        name: as the user knows it: the input's file name without its ending.
+        status: "done", "failed", or "skipped" (nothing was to do; `error` may say why).
+        seconds: wall-clock time.
+        error: message of what went wrong; None if nothing did.
+        output: file name of the result, relative to the manifest's folder.
+        metrics: metric -> value; not finite means undefined and is written as null.
+    """
+
+    name: str
+    status: CaseStatus = "done"
+    seconds: float = 0.0
+    error: str | None = None
+    output: str | None = None
+    metrics: dict[str, float | None] = field(default_factory=dict)
+
+    def fail(self, error: BaseException) -> None:
+        """Mark the case as failed; an output that was announced is taken back."""
+        self.status, self.error, self.output = "failed", _message(error), None
+
+
+def _utc_now() -> str:
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _software() -> dict[str, str | None]:
+    """Versions from the installed packages' metadata, which costs no import."""
+    versions: dict[str, str | None] = {"medseg": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+def _machine() -> dict[str, str | int | None]:
+    affinity = getattr(os, "sched_getaffinity", None)
+    return {
+        "platform": platform.platform(),
+        "cpu": _cpu_model(),
+        "cpus": len(affinity(0)) if affinity else (os.cpu_count() or 1),
+        "threads": None,
+        "accelerator": None,
+    }
+
+
+def _cpu_model() -> str:
+    """The processor's trade name where the system tells it, else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()
+
+
+@dataclass
+class Manifest:
+    """The record of a run; see the module's text for the fields of the file.
+
+    Used as a context manager it writes the file at the start and, with the final status, at the end::
+
+        with Manifest("predict", bundle=bundle, path=output / "manifest.json") as manifest:
+            for name in names:
+                with manifest.case(name) as record:
+                    record.output = segment(name).name
+
+    Args:
+        command: the subcommand's name, never its whole command line.
+        bundle: which bundle runs.
+        arguments: names of the options that the user gave, without their values (values can be paths of patients).
+        knobs: every knob in force and its value.
+        overrides: names of the knobs that the user changed.
+        seeds: what is seeded -> seed.
+        device: where the network runs.
+        path: the file to keep up to date; None writes only on `write(path)`.
+
+    Attributes:
+        stages: stage -> seconds so far.
+        validations: epoch and metrics of each validation so far.
+        cases: case name -> record.
+    """
+
+    command: str
+    _: KW_ONLY
+    bundle: BundleRecord | None = None
+    arguments: list[str] = field(default_factory=list)
+    knobs: dict[str, Any] = field(default_factory=dict)
+    overrides: list[str] = field(default_factory=list)
+    seeds: dict[str, int] = field(default_factory=dict)
+    device: str = "cpu"
+    path: Path | None = None
+    status: RunStatus = "running"
+    started: str = field(default_factory=_utc_now)
+    finished: str | None = None
+    error: str | None = None
+    software: dict[str, str | None] = field(default_factory=_software)
+    machine: dict[str, str | int | None] = field(default_factory=_machine)
+    stages: dict[str, float] = field(default_factory=dict)
+    validations: list[dict[str, float]] = field(default_factory=list)
+    peak_memory: dict[str, int | None] = field(default_factory=lambda: {"host_bytes": None, "device_bytes": None})
+    cases: dict[str, CaseRecord] = field(default_factory=dict)
+    _read_back: bool = field(default=False, init=False, repr=False, compare=False)
+
+    def __enter__(self) -> Self:
+        self._save()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.finished = _utc_now()
+        self.status = "aborted" if error else "partial" if self.counts["failed"] else "done"
+        self.error = _message(error) if error else None
+        self._save()
+
+    @contextmanager
+    def case(self, name: str) -> Iterator[CaseRecord]:
+        """Time one case and record its outcome.
+
+        A `CaseError` marks the case as failed and goes no further, so the next case can start; look at
+        `record.status` afterward. Any other exception marks it as failed too and is raised again, because it is not
+        about this case alone. The body may set `output`, `metrics` and, for a case with nothing to do,
+        `status = "skipped"`.
+        """
+        record = CaseRecord(name)
+        start = time.perf_counter()
+        try:
+            yield record
+        except CaseError as error:
+            record.fail(error)
+        except BaseException as error:
+            record.fail(error)
+            raise
+        finally:
+            record.seconds = time.perf_counter() - start
+            self.add_case(record)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time spent in the body to the stage's seconds."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.stages[name] = self.stages.get(name, 0.0) + time.perf_counter() - start
+
+    def add_case(self, record: CaseRecord) -> None:
+        """Take in a finished case, in place of an earlier record of that name, and bring the file up to date."""
+        self.cases[record.name] = record
+        self._save()
+
+    def resume(self) -> set[str]:
+        """Take over the finished cases of an earlier run of the same work from the file at `path`.
+
+        Call it before the run starts to write there, that is, before `with`. The cases keep their records, so they
+        stay in the file even if this run is killed too. Whether their outputs still exist is for the caller to see.
+
+        Returns:
+            Their names; empty if there is no such file, or it tells of another bundle, other knobs or other seeds.
+        """
+        if self.path is None or not self.path.exists():
+            return set()
+        earlier = Manifest.read(self.path)
+        if not self.same_work(earlier):
+            return set()
+        found = {name: record for name, record in earlier.cases.items() if earlier.is_done(name)}
+        self.cases.update(found)
+        return set(found)
+
+    def add_validation(self, epoch: int, metrics: Mapping[str, float]) -> None:
+        """Take in the result of a validation while training, and bring the file up to date."""
+        self.validations.append({"epoch": epoch, **metrics})
+        self._save()
+
+    def is_done(self, name: str) -> bool:
+        """Whether this case has a result: made in this run, or found from before."""
+        record = self.cases.get(name)
+        return record is not None and record.status != "failed" and record.output is not None
+
+    def same_work(self, other: Manifest) -> bool:
+        """Whether both runs would make the same of the same input: equal command, bundle, knobs and seeds."""
+        ours, theirs = self.to_dict(), other.to_dict()
+        return all(ours[key] == theirs[key] for key in ("command", "bundle", "knobs", "seeds"))
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many cases are done, failed and skipped."""
+        statuses = [record.status for record in self.cases.values()]
+        return {status: statuses.count(status) for status in ("done", "failed", "skipped")}
+
+    @property
+    def exit_code(self) -> int:
+        """What the command returns for this run: 0, or 1 if a case failed."""
+        return 1 if self.counts["failed"] else 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of the file, in its order, holding only what JSON knows."""
+        content = {
+            "manifest_version": MANIFEST_VERSION,
+            "command": self.command,
+            "status": self.status,
+            "started": self.started,
+            "finished": self.finished,
+            "error": self.error,
+            "arguments": sorted(self.arguments),
+            "bundle": asdict(self.bundle) if self.bundle else None,
+            "knobs": _without_folders({name: self.knobs[name] for name in sorted(self.knobs)}),
+            "overrides": sorted(self.overrides),
+            "seeds": {name: self.seeds[name] for name in sorted(self.seeds)},
+            "device": self.device,
+            "software": self.software,
+            "machine": self.machine,
+            "stages": {name: round(seconds, 3) for name, seconds in self.stages.items()},
+            "validations": self.validations,
+            "peak_memory": self.peak_memory,
+            "counts": self.counts,
+            "cases": [_case_dict(self.cases[name]) for name in sorted(self.cases)],
+        }
+        plain: dict[str, Any] = _plain(content)
+        return plain
+
+    def write(self, path: str | Path) -> Path:
+        """Write the file as a whole and return its path; a reader never sees half of it.
+
+        Raises:
+            OutputError: the file cannot be written there.
+        """
+        self._measure()
+        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+        return replace_text(Path(path), text + "\n")
+
+    @classmethod
+    def read(cls, path: str | Path) -> Manifest:
+        """Read a manifest; its `path` is left empty, so that nothing writes over it by accident.
+
+        Raises:
+            RequestError: no such file, or not a manifest of this version.
+        """
+        path = Path(path)
+        content = _read_json(path)
+        try:
+            bundle = content["bundle"]
+            known = {f.name for f in fields(cls) if f.init} - {"bundle", "cases", "path"}
+            manifest = cls(
+                bundle=BundleRecord(**bundle) if bundle else None,
+                cases={case["name"]: CaseRecord(**case) for case in content["cases"]},
+                **{name: content[name] for name in known},
+            )
+        except (KeyError, TypeError) as error:
+            raise RequestError(
+                f"{path.name} is not a complete run manifest ({error}); give one a run wrote."
+            ) from error
+        manifest._read_back = True
+        return manifest
+
+    def _save(self) -> None:
+        if self.path is not None:
+            self.write(self.path)
+
+    def _measure(self) -> None:
+        """Bring in what only the running process knows; torch is asked only if the run has loaded it."""
+        if self._read_back:
+            return
+        torch = sys.modules.get("torch")
+        self.peak_memory["host_bytes"] = _peak_host_bytes()
+        if torch is None:
+            return
+        self.machine["threads"] = torch.get_num_threads()
+        if self.device.startswith("cuda") and torch.cuda.is_available():
+            self.machine["accelerator"] = torch.cuda.get_device_name(self.device)
+            self.peak_memory["device_bytes"] = torch.cuda.max_memory_allocated(self.device)
+
+
+def _case_dict(record: CaseRecord) -> dict[str, Any]:
+    metrics = {name: record.metrics[name] for name in sorted(record.metrics)}
+    return {**asdict(record), "seconds": round(record.seconds, 3), "metrics": metrics}
+
+
+def _message(error: BaseException) -> str:
+    """What the exception says; our own messages speak for themselves, others need the name of their kind."""
+    text = str(error)
+    kind = type(error).__name__
+    if isinstance(error, MedsegError) and text:
+        return text
+    return f"{kind}: {text}" if text else kind
+
+
+def _plain(value: Any) -> Any:
+    """Rewrite a value as what JSON knows: numpy scalars become numbers, what is not finite null, the rest text."""
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return Path(value).name
+    # numpy and torch scalars and arrays, recognized without importing either
+    return _plain(value.tolist()) if hasattr(value, "tolist") else str(value)
+
+
+def _without_folders(value: Any) -> Any:
+    """Make the value plain and shorten each absolute path in it to its last part."""
+    value = _plain(value)
+    if isinstance(value, str):
+        return PurePath(value).name if PurePath(value).is_absolute() else value
+    if isinstance(value, dict):
+        return {key: _without_folders(item) for key, item in value.items()}
+    return [_without_folders(item) for item in value] if isinstance(value, list) else value
+
+
+def _peak_host_bytes() -> int | None:
+    """The most memory this process has held, or None where the system does not tell (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak) if sys.platform == "darwin" else int(peak) * 1024
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Read a manifest's JSON and check that it is one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RequestError(
+            f"{path.name} cannot be read ({error.strerror}); expected a run manifest. Check the name."
+        ) from error
+    except ValueError as error:
+        raise RequestError(f"{path.name} is not JSON ({error}); expected a run manifest. Check the name.") from error
+    known: dict[str, Any] = content if isinstance(content, dict) else {}
+    version = known.get("manifest_version")
+    if version != MANIFEST_VERSION:
+        raise RequestError(
+            f"{path.name} has manifest_version {version!r}; expected {MANIFEST_VERSION}. "
+            "Give a manifest written by this version of medseg."
+        )
+    return known
