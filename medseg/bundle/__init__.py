@@ -1,1 +1,3 @@
-"""Bundles: composing, checking and running them."""
+"""Bundles: composing, checking and running them. Import the module that is needed; most of them load no torch."""
+
+__all__: list[str] = []

@@ -14,7 +14,7 @@ from medseg.errors import BundleError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Bundle", "find_bundle", "shipped_bundles"]
+__all__ = ["Bundle", "find_bundle", "merged", "shipped_bundles"]
 
 _SHIPPED = (Path(__file__).parent / "shipped", Path(__file__).parents[2] / "bundles")
 

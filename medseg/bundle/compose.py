@@ -20,7 +20,7 @@ from medseg.errors import BundleError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-__all__ = ["CONFIG_NAMES", "Config", "compose", "nearest", "template_names"]
+__all__ = ["CONFIG_NAMES", "Config", "checked_value", "compose", "nearest", "template_names"]
 
 Config = dict[str, Any]
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medseg.bundle.catalog import Bundle, merged
@@ -17,12 +19,10 @@ from medseg.bundle.knobs import changed, knobs
 from medseg.bundle.trust import require_trust
 from medseg.errors import CaseError, MedsegError, RequestError, WeightsError
 from medseg.files import sha256_file
-from medseg.report.manifest import BundleRecord, Manifest
+from medseg.manifest import BundleRecord, Manifest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
-    from pathlib import Path
-
     # Called with what is done, what there is to do (cases or epochs) and a few words on the present state.
     Report = Callable[[float, int, str], None]
 
@@ -36,29 +36,29 @@ class Job:
     Attributes:
         command: "train", "evaluate" or "predict".
         bundle: whose configs run.
-        config_names: the config files, laid over each other in this order.
-        overrides: values that replace entries of the configs.
+        config_files: the config files, laid over each other in this order.
+        config: what they give together, with the user's values in place; this very content was checked.
+        overrides: the user's values.
         settings: names of the knobs that the user set.
+        vouched: whether the user vouched for a bundle that need not be declarative.
     """
 
     command: str
     bundle: Bundle
-    config_names: tuple[str, ...]
+    config_files: tuple[Path, ...]
+    config: Mapping[str, Any]
     overrides: Mapping[str, Any]
     settings: tuple[str, ...]
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The configs laid over each other, with the overrides in force."""
-        return {**merged(self.bundle.load_configs(*self.config_names)), **self.overrides}
+    vouched: bool
 
     @property
     def weights(self) -> Path:
         """The weight file that the run starts from or uses."""
-        return type(self.bundle.root)(self.overrides.get("weights", self.bundle.weights))
+        return Path(self.overrides.get("weights", self.bundle.weights))
 
 
 _CONFIGS = {"train": ("train",), "evaluate": ("train", "evaluate"), "predict": ("inference",)}
+_PLACES = ("dataset_dir", "output_dir", "resume")
 
 
 def prepare(
@@ -85,9 +85,11 @@ def prepare(
     """
     names = _CONFIGS[command]
     configs = bundle.load_configs(*names)
-    overrides = {**changed(merged(configs), settings), **paths, "bundle_root": str(bundle.root)}
-    job = Job(command, bundle, names, overrides, tuple(settings))
     require_trust(bundle.root, configs, trust)
+    config = merged(configs)
+    overrides = {**changed(config, settings), **paths, "bundle_root": str(bundle.root)}
+    files = tuple(bundle.config_paths(*names))
+    job = Job(command, bundle, files, {**config, **overrides}, overrides, tuple(settings), trust is not None)
     if command != "train" and not job.weights.is_file():
         raise WeightsError(f"no weights at '{job.weights}': run `medseg train` first, or give --set weights=FILE")
     return job
@@ -107,18 +109,18 @@ def predict(
     """
     _check_output(cases, output)
     workflow = _workflow(job, "infer")
-    with _manifest(job, output / "manifest.json") as manifest:
-        done = _finished(manifest, output) if resume else set()
+    manifest = _manifest(job, output / "manifest.json")
+    earlier = manifest.resume() if resume else set()
+    with manifest:
         with manifest.stage("load"):
             _guarded(workflow.initialize)
             evaluator = _guarded(lambda: workflow.evaluator)
             manifest.device = str(evaluator.state.device)
         for number, case in enumerate(cases):
+            if case["name"] in earlier and (output / case["name"]).is_file():
+                continue
             with manifest.case(case["name"]) as record:
                 record.output = case["name"]
-                if case["name"] in done:
-                    record.status, record.error = "skipped", "done by an earlier run"
-                    continue
                 _tell_windows(workflow.inferer, number, len(cases), case["name"], report)
                 _run_case(evaluator, workflow.preprocessing, case)
     return manifest
@@ -193,48 +195,42 @@ def _workflow(job: Job, kind: str) -> Any:
         warnings.simplefilter("ignore")
         from monai.bundle import ConfigWorkflow
 
-        return ConfigWorkflow(
-            config_file=[str(path) for path in job.bundle.config_paths(*job.config_names)],
+        workflow = ConfigWorkflow(
+            config_file=[str(path) for path in job.config_files],
             workflow_type=kind,
             logging_file=False,
             **job.overrides,
         )
+    if job.vouched:
+        # Running must not change the content that the user vouched for.
+        sys.dont_write_bytecode = True
+    else:
+        # Not what the files hold by now, but what was checked.
+        workflow.parser.read_config(dict(job.config))
+    return workflow
 
 
 def _manifest(job: Job, path: Path) -> Manifest:
-    config = job.config
-    files = b"".join(path.read_bytes() for path in job.bundle.config_paths(*job.config_names))
+    files = b"".join(file.read_bytes() for file in job.config_files)
     record = BundleRecord(
         name=job.bundle.name,
         version=job.bundle.metadata.get("version"),
         config_sha256=hashlib.sha256(files).hexdigest(),
         weights_sha256=sha256_file(job.weights) if job.weights.is_file() and job.command != "train" else None,
     )
-    values = {name: value for name, value in knobs(config).items() if name not in ("bundle_root", "dataset_dir")}
-    seeds = {"seed": config["seed"]} if "seed" in config else {}
+    values = {name: value for name, value in knobs(job.config).items() if name not in ("bundle_root", *_PLACES)}
+    seeds = {"seed": job.config["seed"]} if "seed" in job.config else {}
     return Manifest(job.command, bundle=record, knobs=values, overrides=list(job.settings), seeds=seeds, path=path)
 
 
 def _output_dir(workflow: Any) -> Path:
-    from pathlib import Path
-
     return Path(workflow.parser.get_parsed_content("output_dir"))
 
 
 def _check_output(cases: Sequence[Mapping[str, str]], output: Path) -> None:
     for case in cases:
-        if (output / case["name"]).resolve() == type(output)(case["image"]).resolve():
+        if (output / case["name"]).resolve() == Path(case["image"]).resolve():
             raise RequestError(f"the mask of '{case['image']}' would replace the image itself; choose another folder")
-
-
-def _finished(manifest: Manifest, output: Path) -> set[str]:
-    path = output / "manifest.json"
-    if not path.is_file():
-        return set()
-    earlier = Manifest.read(path)
-    if not manifest.same_work(earlier):
-        return set()
-    return {name for name in earlier.cases if earlier.is_done(name) and (output / name).is_file()}
 
 
 def _run_case(evaluator: Any, preprocessing: Any, case: Mapping[str, str]) -> None:

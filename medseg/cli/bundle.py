@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from medseg.bundle.catalog import Bundle
     from medseg.bundle.compose import Config
 
-__all__ = ["app"]
+__all__ = ["app", "build", "check", "inspect", "list_bundles"]
 
 app = typer.Typer(help="Build, check, list and inspect bundles.", no_args_is_help=True)
 

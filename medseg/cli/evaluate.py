@@ -15,7 +15,7 @@ from medseg.cli.console import BundleName, Device, Settings, Trust, errors, outp
 from medseg.io import find_dataset
 
 if TYPE_CHECKING:
-    from medseg.report.manifest import Manifest
+    from medseg.manifest import Manifest
 
 __all__ = ["evaluate"]
 

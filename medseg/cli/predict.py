@@ -15,7 +15,7 @@ from medseg.io import list_cases
 
 if TYPE_CHECKING:
     from medseg.bundle.catalog import Bundle
-    from medseg.report.manifest import Manifest
+    from medseg.manifest import Manifest
 
 __all__ = ["predict"]
 

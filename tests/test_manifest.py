@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from medseg.errors import CaseError, OutputError, RequestError, SizeError
-from medseg.report import manifest as manifest_module
-from medseg.report.manifest import BundleRecord, CaseRecord, Manifest
+from medseg import manifest as manifest_module
+from medseg.manifest import BundleRecord, CaseRecord, Manifest
 
 BUNDLE = BundleRecord("liver_ct_unet", "1.2.0", "c" * 64, "d" * 64)
 FIELDS = [
@@ -96,7 +96,7 @@ def test_the_file_is_valid_and_up_to_date_after_each_case(path):
 def test_a_killed_run_leaves_its_finished_cases(path):
     code = f"""
 import os
-from medseg.report.manifest import Manifest
+from medseg.manifest import Manifest
 with Manifest("predict", path={str(path)!r}) as manifest:
     with manifest.case("first") as record:
         record.output = "first.nii.gz"
@@ -302,7 +302,7 @@ def test_threads_are_told_when_torch_is_loaded(path):
 def test_importing_and_writing_loads_nothing_heavy(tmp_path):
     code = f"""
 import sys
-from medseg.report.manifest import Manifest
+from medseg.manifest import Manifest
 Manifest("predict").write({str(tmp_path / "m.json")!r})
 heavy = {{"torch", "monai", "numpy", "nibabel", "PIL"}} & set(sys.modules)
 raise SystemExit(f"loaded: {{sorted(heavy)}}" if heavy else 0)
