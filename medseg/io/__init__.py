@@ -1,1 +1,49 @@
-"""."""
+"""Images and labels in files: finding, reading and writing them with their place in space.
+
+The functions that only look at names load nothing heavy; the others bring numpy, torch and MONAI on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from medseg.io.cases import CaseList, LeftOut, find_cases, list_cases
+from medseg.io.datasets import find_dataset
+from medseg.io.names import case_stem, output_path
+
+if TYPE_CHECKING:
+    from medseg.io.geometry import Grid, grid_difference, same_grid
+    from medseg.io.readers import load, read_grid
+    from medseg.io.writers import write_mask
+
+__all__ = [
+    "CaseList",
+    "Grid",
+    "LeftOut",
+    "case_stem",
+    "find_cases",
+    "find_dataset",
+    "grid_difference",
+    "list_cases",
+    "load",
+    "output_path",
+    "read_grid",
+    "same_grid",
+    "write_mask",
+]
+
+_HEAVY = {
+    "Grid": "geometry",
+    "grid_difference": "geometry",
+    "same_grid": "geometry",
+    "load": "readers",
+    "read_grid": "readers",
+    "write_mask": "writers",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HEAVY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HEAVY[name]}"), name)
