@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,7 +108,9 @@ def _expected_hash(file: Path, bundle_root: str | None) -> str | None:
 
 def _state(content: bytes, path: str) -> Mapping[str, torch.Tensor]:
     try:
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's remarks on odd pickles; they end in a refusal below
+            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise WeightsError(f"'{path}' holds more than tensors and was not loaded: it could run code") from error
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
