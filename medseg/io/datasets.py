@@ -1,0 +1,266 @@
+"""Training and validation cases of a labeled data set on disk.
+
+Three layouts are understood:
+
+* a Medical Segmentation Decathlon folder: `dataset.json` with "training" and "validation" lists;
+* an nnU-Net raw folder: `imagesTr/case_0000.nii.gz`, `labelsTr/case.nii.gz`;
+* `images/` and `labels/` with equal stems, of any suffix that medseg reads.
+
+Where the split is not in `dataset.json`, a file `split.json` beside it holds `{"train": [...], "val": [...]}` with the
+stems of the cases. Nothing beyond the standard library is imported, and no image is opened.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from medseg.errors import RequestError
+from medseg.io.names import IMAGE_SUFFIXES, StrPath, absolute, file_kind, mask_name, split_suffix
+
+__all__ = ["find_dataset"]
+
+SPLIT_FILE = "split.json"
+DATASET_FILE = "dataset.json"
+_SECTIONS = {"train": "training", "val": "validation"}
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One data set on disk.
+
+    Attributes:
+        root: the folder that holds it.
+        base: the folder that case names are relative to.
+        images: stem of every labeled case, and its image.
+        labels: stem and label file, for those cases that have one.
+        sections: the stems that `dataset.json` lists for "train" and "val"; empty where it lists none.
+    """
+
+    root: Path
+    base: Path
+    images: Mapping[str, Path]
+    labels: Mapping[str, Path]
+    sections: Mapping[str, Sequence[str]]
+
+    def case(self, stem: str) -> dict[str, str]:
+        """Return image, label and name of one case."""
+        image = self.images[stem]
+        if stem not in self.labels:
+            raise RequestError(
+                f"{image} has no label: expected a file '{stem}' with an image suffix beside the other labels of "
+                f"{self.root}. Add it, or take the case out of the split."
+            )
+        return {
+            "image": str(image),
+            "label": str(self.labels[stem]),
+            "name": mask_name(image.relative_to(self.base).as_posix()),
+        }
+
+
+def find_dataset(
+    path: StrPath, split: str, *, labels: str = "labels", split_file: StrPath | None = None
+) -> list[dict[str, str]]:
+    """List the cases of one part of a labeled data set, in the order of the split.
+
+    Args:
+        path: the data set's folder, or its `dataset.json`.
+        split: `"train"` or `"val"`.
+        labels: the folder of labels beside `images/`, for sets with several observers.
+        split_file: a JSON file with the stems of each part, relative to the folder. By default the lists in
+            `dataset.json` count, and where it lacks one of them, `split.json`.
+
+    Returns:
+        One `{"image": ..., "label": ..., "name": ...}` per case: two absolute paths and the name of a result.
+
+    Raises:
+        RequestError: the set, a file of it or the split is missing, incomplete or contradictory.
+    """
+    if split not in _SECTIONS:
+        raise RequestError(f"There is no split {split!r}: use 'train' or 'val'.")
+    dataset = read_dataset(path, labels=labels)
+    stems = split_stems(dataset, split_file)[split]
+    if not stems:
+        raise RequestError(f"The {split!r} part of {dataset.root} is empty: list at least one case.")
+    return [dataset.case(stem) for stem in stems]
+
+
+def read_dataset(path: StrPath, *, labels: str = "labels") -> Dataset:
+    """Recognize the layout of a data set and list its files."""
+    given = absolute(path)
+    if not given.exists():
+        raise RequestError(f"There is no data set at {given}: check the path.")
+    root = given if given.is_dir() else given.parent
+    listing = given if given.is_file() else root / DATASET_FILE
+    content = read_json(listing) if listing.is_file() else {}
+    if "training" in content:
+        return _listed_dataset(root, listing, content)
+    for image_folder, label_folder in (("imagesTr", "labelsTr"), ("images", labels)):
+        if (root / image_folder).is_dir():
+            return _folder_dataset(root, image_folder, label_folder)
+    raise RequestError(
+        f"{given} is no data set that medseg knows: expected a {DATASET_FILE} with a 'training' list, or folders "
+        f"images/ and {labels}/, or imagesTr/ and labelsTr/."
+    )
+
+
+def split_stems(dataset: Dataset, split_file: StrPath | None = None) -> dict[str, list[str]]:
+    """Return the stems of "train" and "val", checked: known, listed once, and in one part only."""
+    path = absolute(dataset.root / (split_file or SPLIT_FILE))
+    if split_file is None and len(dataset.sections) == len(_SECTIONS):
+        path, parts = dataset.root / DATASET_FILE, {part: list(stems) for part, stems in dataset.sections.items()}
+    else:
+        parts = _read_split(path, dataset)
+    for stems in parts.values():
+        _refuse_unknown(stems, dataset, path)
+    _refuse_repeated([stem for stems in parts.values() for stem in stems], path)
+    return parts
+
+
+def prediction_entries(listing: Path) -> list[Path]:
+    """Return the images that a `dataset.json` offers for prediction: its "test" list, else "validation"."""
+    content = read_json(listing)
+    for section in ("test", "validation"):
+        if content.get(section):
+            return [_entry_path(listing, section, entry, "image") for entry in _entries(listing, content, section)]
+    raise RequestError(
+        f"{listing} lists no 'test' and no 'validation' cases to predict: name the folder of the images itself."
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file whose outermost value is an object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RequestError(f"{path} cannot be read as JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise RequestError(f"{path} holds a {type(content).__name__}: expected a JSON object {{...}}.")
+    return content
+
+
+def common_folder(paths: Iterable[Path]) -> Path:
+    """Return the deepest folder that holds all `paths`."""
+    folders = [path.parent for path in paths]
+    return next(c for c in (folders[0], *folders[0].parents) if all(f.is_relative_to(c) for f in folders))
+
+
+def _listed_dataset(root: Path, listing: Path, content: Mapping[str, Any]) -> Dataset:
+    found: dict[str, list[dict[str, Path]]] = {}
+    for part, section in _SECTIONS.items():
+        if section in content:
+            found[part] = [_pair(listing, section, entry) for entry in _entries(listing, content, section)]
+    pool = [pair for pairs in found.values() for pair in pairs]
+    if not pool:
+        raise RequestError(f"{listing} lists no cases: its 'training' list is empty.")
+    base = common_folder(pair["image"] for pair in pool)
+    stems = {part: [_stem(pair["image"], base) for pair in pairs] for part, pairs in found.items()}
+    _refuse_repeated([stem for part in stems.values() for stem in part], listing)
+    images = {_stem(pair["image"], base): pair["image"] for pair in pool}
+    labels = {_stem(pair["image"], base): pair["label"] for pair in pool if "label" in pair}
+    return Dataset(root, base, images, labels, {part: names for part, names in stems.items() if names})
+
+
+def _entries(listing: Path, content: Mapping[str, Any], section: str) -> list[Any]:
+    entries = content[section]
+    if not isinstance(entries, list):
+        raise RequestError(f"{listing}: '{section}' is a {type(entries).__name__}: expected a list of cases.")
+    return entries
+
+
+def _pair(listing: Path, section: str, entry: Any) -> dict[str, Path]:
+    if not isinstance(entry, dict) or "label" not in entry:
+        raise RequestError(f"{listing}: entry {entry!r} of '{section}' has no 'label': expected image and label.")
+    return {key: _entry_path(listing, section, entry, key) for key in ("image", "label")}
+
+
+def _entry_path(listing: Path, section: str, entry: Any, key: str) -> Path:
+    """Return the file of an entry, which is a path or an object of paths, all relative to the listing."""
+    text = entry.get(key) if isinstance(entry, dict) else entry
+    if not isinstance(text, str) or not text:
+        raise RequestError(f"{listing}: entry {entry!r} of '{section}' names no {key}: expected one path as text.")
+    root = listing.parent
+    path = absolute(root / text)
+    if Path(text).is_absolute() or not path.is_relative_to(root):
+        raise RequestError(f"{listing}: {text!r} in '{section}' leads out of {root}: use paths below that folder.")
+    if not path.is_file():
+        raise RequestError(f"{listing}: {text!r} in '{section}' does not exist: {path} is no file.")
+    return path
+
+
+def _folder_dataset(root: Path, image_folder: str, label_folder: str) -> Dataset:
+    base, label_base = root / image_folder, root / label_folder
+    if not label_base.is_dir():
+        raise RequestError(f"{root} holds {image_folder}/ but no folder {label_folder}/ with the labels.")
+    images = _by_stem(base)
+    if image_folder == "imagesTr":
+        images = _single_channel(images, base)
+    if not images:
+        raise RequestError(f"{base} holds no images: expected files ending in {', '.join(IMAGE_SUFFIXES)}.")
+    return Dataset(root, base, images, _by_stem(label_base), {})
+
+
+def _by_stem(folder: Path) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if hidden or not path.is_file() or file_kind(path) is None:
+            continue
+        stem = _stem(path, folder)
+        if stem in found:
+            raise RequestError(f"{found[stem]} and {path} have the same stem: keep one of them.")
+        found[stem] = path
+    return found
+
+
+def _single_channel(images: Mapping[str, Path], base: Path) -> dict[str, Path]:
+    """Take nnU-Net's channel number off the stems, where all of them carry it."""
+    if not all(stem[-5:-4] == "_" and stem[-4:].isdigit() for stem in images):
+        return dict(images)
+    found = {stem[:-5]: path for stem, path in images.items()}
+    if len(found) < len(images):
+        raise RequestError(
+            f"{base} keeps the channels of a case in several files (_0000, _0001, ...): medseg reads one file per "
+            "case. Stack the channels along a fourth axis first."
+        )
+    return found
+
+
+def _stem(path: Path, base: Path) -> str:
+    return split_suffix(path.relative_to(base).as_posix())[0]
+
+
+def _read_split(path: Path, dataset: Dataset) -> dict[str, list[str]]:
+    if not path.is_file():
+        example = next(iter(sorted(dataset.images)))
+        raise RequestError(
+            f"{dataset.root} does not say which cases are for training and which for validation: expected {path} with "
+            f'{{"train": [...], "val": [...]}} and the names of the cases, such as "{example}".'
+        )
+    content = read_json(path)
+    parts = {part: content.get(part) for part in _SECTIONS}
+    for part, stems in parts.items():
+        if not isinstance(stems, list) or not all(isinstance(stem, str) for stem in stems):
+            raise RequestError(f"{path}: '{part}' is {stems!r}: expected a list of case names.")
+    return parts  # type: ignore[return-value]  # checked above
+
+
+def _refuse_unknown(stems: Iterable[str], dataset: Dataset, source: Path) -> None:
+    for stem in stems:
+        if stem not in dataset.images:
+            near = difflib.get_close_matches(stem, dataset.images, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise RequestError(f"{source} names the case {stem!r}, which has no image in {dataset.base}.{hint}")
+
+
+def _refuse_repeated(stems: Sequence[str], source: Path) -> None:
+    repeated = sorted({stem for stem in stems if stems.count(stem) > 1}) if len(set(stems)) < len(stems) else []
+    if repeated:
+        raise RequestError(
+            f"{source} lists {', '.join(repeated[:5])} more than once: a case belongs to one part, once, or the "
+            "validation would be on training cases."
+        )

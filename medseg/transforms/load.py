@@ -1,0 +1,76 @@
+"""Reading files within a chain of MONAI transforms."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import LoadImaged, MapTransform
+
+from medseg.errors import GeometryError, RequestError
+from medseg.io import Grid, grid_difference, load
+
+__all__ = ["LoadCased"]
+
+
+class LoadCased(LoadImaged):  # type: ignore[misc]  # MONAI publishes no types
+    """Load the images and labels of a case, channel first, and refuse those that do not belong together.
+
+    It is a `LoadImaged`, by which other programs find the loader of a bundle, but every file is read and checked by
+    `medseg.io.load`. The channel axis comes first; `EnsureChannelFirstd` is not needed after it.
+
+    Args:
+        keys: the entries that hold paths.
+        spatial_dims: 2 or 3 to refuse files of the other kind; by default both are taken.
+        channels: values per voxel that the model expects of an image.
+        label_keys: those of `keys` that are labels: whole numbers, one channel.
+        allow_missing_keys: pass over keys that a case lacks, such as the label of a new image.
+
+    Raises:
+        CaseError: a file cannot be used (see `medseg.io.load`).
+        GeometryError: two files of a case do not lie on one grid.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        *,
+        spatial_dims: int | None = None,
+        channels: int | None = None,
+        label_keys: Sequence[str] = ("label",),
+        allow_missing_keys: bool = False,
+    ) -> None:
+        # LoadImaged would set up MONAI's readers, which are not used and warn about packages that are not needed.
+        MapTransform.__init__(self, keys, allow_missing_keys)
+        self.spatial_dims = spatial_dims
+        self.channels = channels
+        self.label_keys = (label_keys,) if isinstance(label_keys, str) else tuple(label_keys)
+
+    def register(self, reader: Any) -> None:
+        """Refuse: files are read by medseg."""
+        raise RequestError(f"LoadCased takes no other reader ({type(reader).__name__}): use LoadImaged for that.")
+
+    def __call__(self, data: Mapping[Hashable, Any], reader: Any = None) -> dict[Hashable, Any]:
+        """Return `data` with the paths under `keys` replaced by MetaTensors `(C, *spatial)`."""
+        if reader is not None:
+            self.register(reader)
+        case = dict(data)
+        loaded: list[MetaTensor] = []
+        for key in self.key_iterator(case):
+            case[key] = self._load(case[key], label=key in self.label_keys)
+            loaded.append(case[key])
+            _refuse_other_grid(loaded[0], case[key])
+        return case
+
+    def _load(self, path: Any, *, label: bool) -> MetaTensor:
+        return load(path, spatial_dims=self.spatial_dims, channels=1 if label else self.channels, label=label)
+
+
+def _refuse_other_grid(first: MetaTensor, other: MetaTensor) -> None:
+    a, b = (Grid(tuple(image.shape[1:]), image.affine.numpy()) for image in (first, other))
+    difference = grid_difference(a, b)
+    if difference:
+        names = " and ".join(str(image.meta["filename_or_obj"]) for image in (first, other))
+        raise GeometryError(f"{names} do not lie on one grid: {difference}. Resample one onto the other first.")

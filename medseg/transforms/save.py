@@ -1,0 +1,109 @@
+"""Writing label maps at the end of a chain of MONAI transforms."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import SaveImaged
+
+from medseg.errors import CaseError, GeometryError, OutputError, RequestError
+from medseg.io import Grid, grid_difference, output_path, read_grid, write_mask
+from medseg.io.geometry import to_affine4
+from medseg.io.names import StrPath, mask_name
+
+__all__ = ["SaveMaskd"]
+
+
+class SaveMaskd(SaveImaged):  # type: ignore[misc]  # MONAI publishes no types
+    """Write a label map exactly on the grid of the image that it was made from.
+
+    It is a `SaveImaged`, by which other programs find (and leave out) the writer of a bundle; the file is written by
+    `medseg.io.write_mask`. It goes under the case's `"name"` below `output_dir`, or without one under the image's file
+    name; folders are made as needed.
+
+    Args:
+        keys: the one entry to write: labels `(1, *spatial)` on the image's own grid, so after `Invertd` and the argmax.
+        output_dir: the folder of all masks.
+        image_key: the entry of the image, asked for its file where the mask's own metadata do not name one.
+        allow_missing_keys: do nothing for a case without the entry.
+
+    Raises:
+        CaseError: the entry is not one label map.
+        GeometryError: it does not lie on the grid of the image.
+        OutputError: it cannot be written (see `medseg.io.write_mask`).
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        output_dir: StrPath,
+        *,
+        image_key: str = "image",
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, output_dir=output_dir, output_postfix="", allow_missing_keys=allow_missing_keys)
+        if len(self.keys) != 1:
+            raise RequestError(f"SaveMaskd writes one entry of a case, got {self.keys}: use one SaveMaskd for each.")
+        self.output_dir = Path(output_dir)
+        self.image_key = image_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Write the mask and return `data` as it is."""
+        case = dict(data)
+        for key in self.key_iterator(case):
+            source = self._source(case, key)
+            target = output_path(case.get("name") or mask_name(source.name), self.output_dir)
+            mask = _label_map(case[key], source)
+            _make_folder(target.parent)
+            write_mask(mask, target, like=source)
+        return case
+
+    def _source(self, case: Mapping[Hashable, Any], key: Hashable) -> Path:
+        for image in (case[key], case.get(self.image_key)):
+            name = image.meta.get("filename_or_obj") if isinstance(image, MetaTensor) else image
+            if isinstance(name, str) and name:
+                return Path(name)
+        raise RequestError(
+            f"The mask under {key!r} cannot be placed: neither it nor {self.image_key!r} knows the image's file. Load "
+            "the image with LoadCased and keep its metadata."
+        )
+
+
+def _label_map(mask: Any, source: Path) -> torch.Tensor:
+    """Return labels `(*spatial)`, checked to lie where the image does."""
+    tensor = mask.as_tensor() if isinstance(mask, MetaTensor) else torch.as_tensor(mask)
+    grid = read_grid(source)
+    if tensor.ndim == 3 and grid.shape[2:] == (1,):  # one slice, worked on in 2D
+        grid = Grid(grid.shape[:2], grid.affine)
+    if tensor.ndim == len(grid.shape) + 1 and len(tensor) != 1:
+        raise CaseError(
+            f"The mask for {source} has {len(tensor)} channels: expected one channel of labels. Take the argmax first."
+        )
+    if tensor.ndim != len(grid.shape) + 1:
+        raise CaseError(
+            f"The mask for {source} has the shape {tuple(tensor.shape)}: expected {(1, *grid.shape)}, channel first."
+        )
+    if isinstance(mask, MetaTensor):
+        here = Grid(tuple(tensor.shape[1:]), to_affine4(mask.affine.numpy()))
+        _refuse_other_place(here, grid, source)
+    return tensor[0]
+
+
+def _refuse_other_place(here: Grid, grid: Grid, source: Path) -> None:
+    difference = grid_difference(here, grid)
+    if difference:
+        raise GeometryError(
+            f"The mask does not lie on the grid of {source}: {difference}. Invert the preprocessing (Invertd) first."
+        )
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"The folder {folder} cannot be made ({error.strerror}).") from error

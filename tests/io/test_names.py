@@ -1,0 +1,68 @@
+import subprocess
+import sys
+
+import pytest
+
+from medseg.errors import OutputError
+from medseg.io import case_stem, output_path
+from medseg.io.names import file_kind, mask_name
+
+
+@pytest.mark.parametrize(
+    ("name", "stem"),
+    [
+        ("case1.nii.gz", "case1"),
+        ("sub/case1.nii", "case1"),
+        ("Scan.2024.NII.GZ", "Scan.2024"),
+        ("tile.jpeg", "tile"),
+        ("a.nii.png", "a.nii"),
+        ("TCGA-18-5592-01Z", "TCGA-18-5592-01Z"),
+        ("notes.txt", "notes.txt"),
+    ],
+)
+def test_only_image_suffixes_are_taken_off(name, stem):
+    assert case_stem(name) == stem
+
+
+@pytest.mark.parametrize(
+    ("name", "mask", "kind"),
+    [
+        ("sub/a.nii.gz", "sub/a.nii.gz", "nifti"),
+        ("a.NII", "a.NII", "nifti"),
+        ("sub/a.jpg", "sub/a.png", "picture"),
+        ("a.TIFF", "a.png", "picture"),
+        ("a.dcm", "a.dcm", None),
+    ],
+)
+def test_masks_of_volumes_keep_the_name_and_masks_of_pictures_are_png(name, mask, kind):
+    assert mask_name(name) == mask
+    assert file_kind(name) == kind
+
+
+def test_output_path_lies_below_the_folder(tmp_path):
+    assert output_path("sub/a.nii.gz", tmp_path) == tmp_path / "sub" / "a.nii.gz"
+
+
+@pytest.mark.parametrize("name", ["", "../a.png", "sub/../../a.png", "/etc/a.png", "a\0.png", "."])
+def test_names_that_climb_out_are_refused(name, tmp_path):
+    with pytest.raises(OutputError) as error:
+        output_path(name, tmp_path)
+    assert repr(name) in str(error.value)
+
+
+def test_finding_cases_loads_nothing_heavy():
+    code = (
+        "import sys, pydoc; assert pydoc.locate('medseg.io.find_cases') and pydoc.locate('medseg.io.find_dataset');"
+        "heavy = {'numpy', 'torch', 'monai', 'nibabel', 'PIL'} & set(sys.modules); assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_public_name_can_be_loaded():
+    import medseg.io
+
+    assert sorted(medseg.io.__all__) == medseg.io.__all__
+    for name in medseg.io.__all__:
+        assert getattr(medseg.io, name) is not None
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = medseg.io.no_such_name

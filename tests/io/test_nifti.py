@@ -1,0 +1,367 @@
+import gzip
+import logging
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK
+import torch
+
+from medseg.errors import CaseError, GeometryError, MedsegError
+from medseg.io import load, nifti, read_grid
+
+AWKWARD = Path(__file__).parents[3] / "shared" / "data" / "awkward" / "nifti"
+AFFINE = np.array([[-2.0, 0, 0, 30], [0, 0, 1.5, -40], [0, 3, 0, 12], [0, 0, 0, 1]])
+
+
+@pytest.fixture
+def values():
+    return np.random.default_rng(0).integers(-900, 900, (5, 6, 7)).astype(np.int16)
+
+
+def save(path, array, *, affine=AFFINE, kind=nib.Nifti1Image, change=None, endianness="<"):
+    """Write an image with nibabel; `change` edits the header as stored."""
+    header = kind.header_class(endianness=endianness)
+    header.set_data_dtype(array.dtype)
+    image = kind(array, affine, header)
+    image.header.set_xyzt_units("mm")
+    image.set_qform(affine, 1, strip_shears=True)
+    image.set_sform(affine, 1)
+    nib.save(image, path)
+    if change is not None:
+        edit(path, kind, change)
+    return path
+
+
+def edit(path, kind, change):
+    packed = path.name.endswith(".gz")
+    data = gzip.decompress(path.read_bytes()) if packed else path.read_bytes()
+    size = kind.header_class.sizeof_hdr
+    header = kind.header_class(data[:size], check=False)
+    change(header)
+    data = header.binaryblock + data[size:]
+    path.write_bytes(gzip.compress(data, mtime=0) if packed else data)
+
+
+def setter(**fields):
+    def change(header):
+        for name, value in fields.items():
+            header[name] = value
+
+    return change
+
+
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+@pytest.mark.parametrize("endianness", ["<", ">"])
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.int32, np.uint64, np.float32, np.float64])
+def test_values_and_place_are_those_of_nibabel(tmp_path, values, kind, endianness, suffix, dtype):
+    path = save(tmp_path / f"a{suffix}", np.abs(values).astype(dtype), kind=kind, endianness=endianness)
+    image = load(path)
+    reference = nib.load(path)
+    assert image.dtype == torch.float32
+    assert image.is_contiguous()
+    assert np.array_equal(image[0].numpy(), reference.get_fdata(dtype=np.float32))
+    assert np.array_equal(image.affine.numpy(), reference.affine)
+    assert image.affine.dtype == torch.float64
+
+
+def test_values_and_place_are_those_of_simpleitk(tmp_path, values):
+    path = save(tmp_path / "a.nii.gz", values, change=setter(scl_slope=0.5, scl_inter=-7))
+    image, reference = load(path), SimpleITK.ReadImage(str(path))
+    assert np.array_equal(image[0].numpy(), SimpleITK.GetArrayFromImage(reference).T)
+    for index in [(0, 0, 0), (4, 5, 6), (1, 2, 3)]:
+        x, y, z = reference.TransformIndexToPhysicalPoint(index)
+        assert np.allclose(image.affine.numpy() @ (*index, 1), (-x, -y, z, 1))
+
+
+@pytest.mark.parametrize(("slope", "inter"), [(2.5, -1024), (1e-3, 0), (-1, 3), (0, 5), (np.nan, 5), (1, 0)])
+def test_scale_factors_are_applied(tmp_path, values, slope, inter):
+    path = save(tmp_path / "a.nii", values, change=setter(scl_slope=slope, scl_inter=inter))
+    assert np.allclose(load(path)[0].numpy(), nib.load(path).get_fdata(), rtol=1e-6)
+
+
+def test_large_numbers_keep_their_precision_through_the_offset(tmp_path):
+    stored = np.arange(4_000_000_000, 4_000_000_060, dtype=np.uint32).reshape(3, 4, 5)
+    path = save(tmp_path / "a.nii", stored, change=setter(scl_slope=1, scl_inter=-4_000_000_000))
+    assert np.array_equal(load(path)[0].numpy(), np.arange(60).reshape(3, 4, 5))
+
+
+def test_slabs_join_without_a_seam(tmp_path, values, monkeypatch):
+    monkeypatch.setattr(nifti, "_SLAB_BYTES", values[..., 0].nbytes * 3)
+    path = save(tmp_path / "a.nii.gz", values)
+    assert np.array_equal(load(path)[0].numpy(), values)
+
+
+def test_metadata_are_those_that_monai_needs(tmp_path, values):
+    path = save(tmp_path / "a.nii.gz", values)
+    meta = load(path).meta
+    assert meta["filename_or_obj"] == str(path)
+    assert tuple(meta["spatial_shape"]) == (5, 6, 7)
+    assert meta["space"] == "RAS"
+    assert meta["original_channel_dim"] == 0
+    assert np.array_equal(meta["original_affine"], AFFINE)
+
+
+@pytest.mark.parametrize(("unit", "factor"), [("mm", 1), ("meter", 1e3), ("micron", 1e-3), ("unknown", 1)])
+def test_units_become_millimeters_as_in_simpleitk(tmp_path, values, unit, factor):
+    path = save(tmp_path / "a.nii", values, affine=np.diag([0.5, 0.25, 0.75, 1]))
+    code = nib.nifti1.unit_codes.code[unit]
+    edit(path, nib.Nifti1Image, setter(xyzt_units=code))
+    spacing = read_grid(path).spacing
+    assert np.allclose(spacing, np.array([0.5, 0.25, 0.75]) * factor)
+    assert np.allclose(spacing, SimpleITK.ReadImage(str(path)).GetSpacing())
+
+
+def test_the_sform_goes_before_the_qform_and_a_conflict_is_said(tmp_path, values, caplog):
+    other = np.diag([2.0, 3, 1.5, 1])
+    path = save(tmp_path / "a.nii", values)
+    image = nib.load(path)
+    image.set_qform(other, 1)
+    nib.save(image, tmp_path / "b.nii")
+    with caplog.at_level(logging.WARNING):
+        assert np.array_equal(load(tmp_path / "b.nii").affine.numpy(), AFFINE)
+    assert "b.nii: its sform and qform lie up to" in caplog.text
+    edit(tmp_path / "b.nii", nib.Nifti1Image, setter(sform_code=0))
+    assert np.allclose(load(tmp_path / "b.nii").affine.numpy(), other)
+
+
+def test_an_unusable_qform_does_not_matter_beside_an_sform(tmp_path, values):
+    path = save(tmp_path / "a.nii", values, change=setter(quatern_b=3))
+    assert np.array_equal(load(path).affine.numpy(), AFFINE)
+    edit(path, nib.Nifti1Image, setter(sform_code=0))
+    with pytest.raises(GeometryError, match=r"a\.nii has a qform that cannot be used"):
+        load(path)
+
+
+@pytest.mark.parametrize("shape", [(5, 6, 7, 1), (5, 6, 7, 1, 1)])
+def test_axes_of_one_entry_are_no_channels(tmp_path, values, shape):
+    path = save(tmp_path / "a.nii", values.reshape(shape))
+    assert np.array_equal(load(path, spatial_dims=3)[0].numpy(), values)
+
+
+def test_a_fourth_axis_is_channels_only_if_asked_for(tmp_path, values):
+    path = save(tmp_path / "a.nii", np.stack([values, -values], axis=-1))
+    assert np.array_equal(load(path, channels=2).numpy(), [values, -values])
+    for channels in (None, 1, 3):
+        with pytest.raises(CaseError, match="2 values per voxel") as error:
+            load(path, channels=channels)
+        assert str(path) in str(error.value)
+
+
+def test_vector_images_of_simpleitk_have_channels(tmp_path, values):
+    path = tmp_path / "a.nii"
+    stack = np.stack([values, -values], axis=-1)
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(stack, isVector=True), str(path))
+    assert np.array_equal(load(path, channels=2).numpy(), np.moveaxis(stack, -1, 0).transpose(0, 3, 2, 1))
+
+
+def test_two_axes_beyond_space_are_refused(tmp_path, values):
+    path = save(tmp_path / "a.nii", np.broadcast_to(values[..., None, None], (5, 6, 7, 2, 2)))
+    with pytest.raises(CaseError, match="2 x 2 values per voxel"):
+        load(path, channels=4)
+
+
+@pytest.mark.parametrize("shape", [(5, 6), (5, 6, 1)])
+def test_one_slice_can_be_read_in_2d(tmp_path, values, shape):
+    path = save(tmp_path / "a.nii", values[..., :1].reshape(shape))
+    image = load(path, spatial_dims=2)
+    assert np.array_equal(image.numpy(), values[None, ..., 0])
+    assert image.spatial_ndim == 2
+    assert read_grid(path, spatial_dims=2).shape == (5, 6)
+
+
+def test_the_wrong_number_of_axes_is_refused(tmp_path, values):
+    flat, deep = save(tmp_path / "flat.nii", values[..., 0]), save(tmp_path / "deep.nii", values)
+    with pytest.raises(CaseError, match=r"flat\.nii is 2D"):
+        load(flat, spatial_dims=3)
+    with pytest.raises(CaseError, match=r"deep\.nii is a volume"):
+        load(deep, spatial_dims=2)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.float64, np.int32])
+def test_labels_are_whole_numbers_whatever_their_type(tmp_path, dtype):
+    labels = np.arange(60).reshape(3, 4, 5).astype(dtype)
+    label = load(save(tmp_path / "a.nii", labels), label=True)
+    assert label.dtype == torch.int32
+    assert np.array_equal(label[0].numpy(), labels)
+
+
+def test_labels_survive_a_rounded_scale_factor(tmp_path):
+    labels = (np.arange(60) * 5).reshape(3, 4, 5).astype(np.uint16)
+    path = save(tmp_path / "a.nii", labels, change=setter(scl_slope=0.2, scl_inter=0))
+    assert np.array_equal(load(path, label=True)[0].numpy(), labels / 5)
+
+
+@pytest.mark.parametrize(
+    ("value", "part"),
+    [(1.5, "1.5"), (np.nan, "NaN"), (np.inf, "NaN or infinite"), (3e9, "3000000000"), (-3e9, "-3000000000")],
+)
+def test_what_is_no_label_is_refused_with_its_value(tmp_path, value, part):
+    labels = np.zeros((3, 4, 5))
+    labels[1, 2, 3] = value
+    path = save(tmp_path / "a.nii", labels)
+    with pytest.raises(CaseError) as error:
+        load(path, label=True)
+    assert str(path) in str(error.value)
+    assert part in str(error.value)
+
+
+def test_voxels_that_are_no_numbers_are_counted(tmp_path):
+    array = np.zeros((3, 4, 5))
+    array[0, 0, :3], array[1, 1, 1], array[2, 2, 2] = np.nan, np.inf, 1e300
+    path = save(tmp_path / "a.nii", array)
+    with pytest.raises(CaseError, match=r"3 NaN and 2 infinite .* of 60 voxels") as error:
+        load(path)
+    assert str(path) in str(error.value)
+
+
+def poke(path, offset, data):
+    content = bytearray(path.read_bytes())
+    content[offset : offset + len(data)] = data
+    path.write_bytes(bytes(content))
+
+
+def cut(path, keep):
+    path.write_bytes(path.read_bytes()[:keep])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "part"),
+    [
+        (setter(sform_code=0, qform_code=0), GeometryError, "sform_code and qform_code are 0"),
+        (setter(srow_x=[np.nan, 0, 0, 0]), GeometryError, "nan"),
+        (setter(srow_x=[np.inf, 0, 0, 0]), GeometryError, "inf"),
+        (setter(srow_x=0), GeometryError, "spacing of"),
+        (setter(srow_x=[2, 2, 0, 0]), GeometryError, "sheared"),
+        (setter(srow_x=[2e4, 0, 0, 0]), GeometryError, "2e+04"),
+        (setter(dim=[3, 5, 0, 7, 1, 1, 1, 1]), GeometryError, "(5, 0, 7)"),
+        (setter(dim=[3, 5, -6, 7, 1, 1, 1, 1]), GeometryError, "(5, -6, 7)"),
+        (setter(dim=[3, 32000, 32000, 32000, 1, 1, 1, 1]), GeometryError, "the limit is 2,147,483,648"),
+        (setter(dim=[3, 500, 600, 700, 1, 1, 1, 1]), CaseError, "is cut short or has a wrong header"),
+        (setter(dim=[1, 5, 1, 1, 1, 1, 1, 1]), CaseError, "1 axes"),
+        (setter(dim=[9, 5, 6, 7, 1, 1, 1, 1]), CaseError, "9 axes"),
+        (setter(datatype=128, bitpix=24), CaseError, "color (RGB)"),
+        (setter(datatype=32, bitpix=64), CaseError, "complex"),
+        (setter(datatype=77), CaseError, "corrupt NIfTI header"),
+        (setter(vox_offset=16), CaseError, "corrupt NIfTI header"),
+        (setter(vox_offset=np.nan), CaseError, "corrupt NIfTI header"),
+        (setter(scl_slope=2, scl_inter=np.nan), CaseError, "corrupt NIfTI header"),
+        (setter(magic=b"ni1"), CaseError, "NIfTI pair"),
+        (setter(magic=b"xyz"), CaseError, "no NIfTI mark"),
+        (setter(sizeof_hdr=7), CaseError, "does not start with a NIfTI header"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_wrong_headers_are_refused_with_file_and_reason(tmp_path, values, suffix, change, error, part):
+    path = save(tmp_path / f"a{suffix}", values, change=change)
+    for read in (load, read_grid):
+        if read is read_grid and "cut short" in part:
+            continue
+        with pytest.raises(error) as caught:
+            read(path)
+        assert str(path) in str(caught.value)
+        assert part in str(caught.value)
+
+
+def test_max_voxels_can_be_lowered(tmp_path, values):
+    path = save(tmp_path / "a.nii", values)
+    with pytest.raises(GeometryError, match="limit is 209"):
+        load(path, max_voxels=209)
+    assert load(path, max_voxels=210).shape == (1, 5, 6, 7)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "damage"),
+    [
+        (".nii", lambda path: cut(path, 100)),
+        (".nii", lambda path: cut(path, 700)),
+        (".nii", lambda path: path.write_bytes(b"DICM" * 200)),
+        (".nii.gz", lambda path: cut(path, 40)),
+        (".nii.gz", lambda path: cut(path, path.stat().st_size // 2)),
+        (".nii.gz", lambda path: cut(path, path.stat().st_size - 4)),
+        (".nii.gz", lambda path: poke(path, path.stat().st_size - 8, b"\1\2\3\4")),
+        (".nii.gz", lambda path: poke(path, 200, b"\xff" * 20)),
+        (".nii.gz", lambda path: path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[:-3]))),
+        (".nii.gz", lambda path: path.write_bytes(b"\x1f\x8b")),
+        (".nii.gz", lambda path: path.write_bytes(b"")),
+    ],
+)
+def test_damaged_files_are_refused_by_name(tmp_path, values, suffix, damage):
+    path = save(tmp_path / f"a{suffix}", values)
+    damage(path)
+    with pytest.raises(CaseError) as error:
+        load(path)
+    assert str(path) in str(error.value)
+
+
+def test_a_gzip_that_cannot_hold_its_voxels_is_refused_before_memory_is_taken(tmp_path, values, monkeypatch):
+    path = save(tmp_path / "a.nii.gz", values, change=setter(dim=[3, 1000, 1000, 1000, 1, 1, 1, 1]))
+    monkeypatch.setattr(np, "empty", lambda *args, **kwargs: pytest.fail("memory was taken"))
+    with pytest.raises(CaseError, match=r"2,000,000,352 bytes.*gzipped"):
+        load(path)
+
+
+def test_the_content_decides_whether_a_file_is_gzipped(tmp_path, values):
+    path = save(tmp_path / "a.nii.gz", values)
+    path.rename(tmp_path / "b.nii")
+    assert np.array_equal(load(tmp_path / "b.nii")[0].numpy(), values)
+
+
+def test_nothing_is_logged_by_nibabel(tmp_path, values, caplog):
+    with caplog.at_level(logging.DEBUG):
+        path = save(tmp_path / "a.nii", values, change=setter(pixdim=[0, -2, 3, 1.5, 0, 0, 0, 0], bitpix=3))
+        load(path)
+    assert caplog.text == ""
+
+
+FITS = "fits"
+SEVERAL = "values per voxel"
+
+
+@pytest.mark.data
+@pytest.mark.skipif(not AWKWARD.is_dir(), reason=f"needs the real files in {AWKWARD}")
+@pytest.mark.parametrize(
+    ("name", "outcome"),
+    [
+        ("anatomical.nii", FITS),
+        ("chris_PD.nii.gz", FITS),
+        ("constant_8x8x8.nii.gz", FITS),
+        ("cord_t2.nii.gz", FITS),
+        ("cord_t2_seg.nii.gz", FITS),
+        ("disconnected_mask_8x8x8.nii.gz", FITS),
+        ("empty_mask_8x8x8.nii.gz", FITS),
+        ("example4d.nii.gz", f"2 {SEVERAL}"),
+        ("example_nifti2.nii.gz", f"2 {SEVERAL}"),
+        ("fmri_pitch.nii.gz", FITS),
+        ("full_mask_8x8x8.nii.gz", FITS),
+        ("functional.nii", f"20 {SEVERAL}"),
+        ("one_voxel_mask_8x8x8.nii.gz", FITS),
+        ("orientation_lps.nii.gz", FITS),
+        ("pcasl.nii.gz", f"10 {SEVERAL}"),
+        ("resampled_anat_moved.nii", "153 NaN and 0 infinite"),
+        ("standard.nii.gz", FITS),
+        ("test.mgz", "is in no format that medseg reads"),
+    ],
+)
+def test_real_files_load_like_nibabel_or_are_refused_with_a_reason(name, outcome):
+    path = AWKWARD / name
+    if outcome == FITS:
+        image, reference = load(path, spatial_dims=3), nib.load(path)
+        assert np.array_equal(image[0].numpy(), reference.get_fdata(dtype=np.float32))
+        assert np.array_equal(image.affine.numpy(), reference.affine)
+        return
+    with pytest.raises(MedsegError) as error:
+        load(path)
+    assert str(path) in str(error.value)
+    assert outcome in str(error.value)
+
+
+@pytest.mark.data
+@pytest.mark.skipif(not AWKWARD.is_dir(), reason=f"needs the real files in {AWKWARD}")
+@pytest.mark.parametrize("name", ["example4d.nii.gz", "example_nifti2.nii.gz", "functional.nii", "pcasl.nii.gz"])
+def test_real_4d_files_load_as_channels_if_asked(name):
+    reference = nib.load(AWKWARD / name)
+    image = load(AWKWARD / name, channels=reference.shape[3])
+    assert np.array_equal(image.numpy(), np.moveaxis(reference.get_fdata(dtype=np.float32), -1, 0))
