@@ -101,4 +101,6 @@ def test_nothing_heavy_is_imported_before_the_arguments_are_checked(arguments: l
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=60)
     assert "HEAVY []" in done.stderr
     assert "Traceback" not in done.stderr
-    assert done.returncode == (2 if "missing" in str(arguments) or "no_such" in str(arguments) or "--set" in arguments else 0)
+    assert done.returncode == (
+        2 if "missing" in str(arguments) or "no_such" in str(arguments) or "--set" in arguments else 0
+    )

@@ -10,8 +10,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pytest
 
-from medseg.errors import CaseError, OutputError, RequestError, SizeError
 from medseg import manifest as manifest_module
+from medseg.errors import CaseError, OutputError, RequestError, SizeError
 from medseg.manifest import BundleRecord, CaseRecord, Manifest
 
 BUNDLE = BundleRecord("liver_ct_unet", "1.2.0", "c" * 64, "d" * 64)

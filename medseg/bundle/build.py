@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["build", "built_files", "metadata"]
 
-_SCHEMA = (
-    "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
-)
+_SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
 # The versions of constraints.txt that a reader of the metadata should know.
 _TESTED = {"monai_version": "1.6.1", "pytorch_version": "2.13.0", "numpy_version": "2.4.6"}
 _REQUIRED_PACKAGES = {
@@ -48,8 +46,6 @@ def built_files(bundle: Bundle) -> dict[str, str]:
         raise BundleError(f"'{bundle.root}' has no bundle.json to build from")
     source = load_json(path)
     configs = compose(source)
-    if source["name"] != bundle.name:
-        raise BundleError(f"bundle.json is named '{source['name']}' but lies in folder '{bundle.name}'; make them agree")
     configs = {"metadata": metadata(source, configs["inference"], bundle.weights), **configs}
     return {f"configs/{name}.json": json.dumps(config, indent=2) + "\n" for name, config in configs.items()}
 

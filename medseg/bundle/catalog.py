@@ -66,7 +66,9 @@ class Bundle:
         for path in paths:
             if not path.is_file():
                 hint = f"run `medseg bundle build {self.root}`" if (self.root / "bundle.json").is_file() else ""
-                raise BundleError(f"bundle '{self.name}' has no {path.relative_to(self.root)}; {hint or 'it is needed'}")
+                raise BundleError(
+                    f"bundle '{self.name}' has no {path.relative_to(self.root)}; {hint or 'it is needed'}"
+                )
         return paths
 
     def load_configs(self, *names: str) -> dict[str, Config]:

@@ -38,10 +38,14 @@ def _outcome(check: Callable[[Bundle], str], bundle: Bundle) -> str:
 
 
 def _is_built(bundle: Bundle) -> str:
-    """The configs are what `bundle.json` gives now."""
+    """The configs are what `bundle.json` gives now, and the folder bears its name."""
+    files = built_files(bundle)
+    name = load_json(bundle.root / "bundle.json")["name"]
+    if name != bundle.name:
+        return f"bundle.json is named '{name}' but lies in folder '{bundle.name}'; make them agree"
     stale = [
         name
-        for name, text in built_files(bundle).items()
+        for name, text in files.items()
         if not (bundle.root / name).is_file() or (bundle.root / name).read_text(encoding="utf-8") != text
     ]
     return f"{', '.join(stale)} differ from bundle.json; run `medseg bundle build {bundle.root}`" if stale else ""

@@ -2,8 +2,8 @@
 
 A template (`templates/*.json`) holds *knobs* (the values a user may change, each with a line of help), *blocks* (named
 parts) and *configs* (the files to write). `{"block": "name"}` stands for a block; where a block is a list and stands in
-a list, its items take its place. A template may extend another one: knobs and blocks of the same name replace the inherited
-ones. `bundle.json` does the same once more, and may only use names that the template knows.
+a list, its items take its place. A template may extend another one: knobs and blocks of the same name replace the
+inherited ones. `bundle.json` does the same once more, and may only use names that the template knows.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _template(name: str) -> Config:
     path = _TEMPLATES / f"{name}.json"
     if not path.is_file():
         raise BundleError(f"no template '{name}'{nearest(name, (p.stem for p in _TEMPLATES.glob('*.json')))}")
-    own = load_json(path)
+    own: Config = load_json(path)
     if "extends" not in own:
         return own
     base = _template(own.pop("extends"))
@@ -170,7 +170,7 @@ def _constants(template: Config, bundle: Config) -> Config:
 
 
 def _config(skeleton: Config, blocks: Config, values: Config) -> Config:
-    body = _expand(copy.deepcopy(skeleton), blocks)
+    body: Config = _expand(copy.deepcopy(skeleton), blocks)
     used = {name for name in _references(body) if name in values}
     return {name: value for name, value in values.items() if name in used} | body
 

@@ -42,7 +42,8 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
 def changed(config: Config, settings: Mapping[str, Any]) -> Config:
     """Check settings against the knobs of a config and return them as overrides for it.
 
-    Settings are values, never expressions. A path that the config computes, such as `weights` or `output_dir`, may be replaced by a text.
+    Settings are values, never expressions. A path that the config computes, such as `weights` or `output_dir`, may be
+    replaced by a text.
 
     Raises:
         RequestError: an unknown knob (names the nearest one) or a value of the wrong kind.

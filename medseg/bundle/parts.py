@@ -114,7 +114,9 @@ def _state(content: bytes, path: str) -> Mapping[str, torch.Tensor]:
     except pickle.UnpicklingError as error:
         raise WeightsError(f"'{path}' holds more than tensors and was not loaded: it could run code") from error
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise WeightsError(f"'{path}' is no readable weight file ({type(error).__name__}); it may be cut off") from error
+        raise WeightsError(
+            f"'{path}' is no readable weight file ({type(error).__name__}); it may be cut off"
+        ) from error
     if isinstance(state, dict) and isinstance(state.get("model"), dict):
         state = state["model"]
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):

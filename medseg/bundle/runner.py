@@ -23,6 +23,7 @@ from medseg.manifest import BundleRecord, Manifest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+
     # Called with what is done, what there is to do (cases or epochs) and a few words on the present state.
     Report = Callable[[float, int, str], None]
 
@@ -113,8 +114,7 @@ def predict(
     earlier = manifest.resume() if resume else set()
     with manifest:
         with manifest.stage("load"):
-            _guarded(workflow.initialize)
-            evaluator = _guarded(lambda: workflow.evaluator)
+            evaluator = _evaluator(workflow)
             manifest.device = str(evaluator.state.device)
         for number, case in enumerate(cases):
             if case["name"] in earlier and (output / case["name"]).is_file():
@@ -123,6 +123,10 @@ def predict(
                 record.output = case["name"]
                 _tell_windows(workflow.inferer, number, len(cases), case["name"], report)
                 _run_case(evaluator, workflow.preprocessing, case)
+                if not (output / case["name"]).is_file():
+                    raise CaseError(f"{case['image']}: the bundle's postprocessing wrote no '{output / case['name']}'")
+            if record.status == "failed":
+                evaluator = _evaluator(workflow)
     return manifest
 
 
@@ -138,9 +142,8 @@ def evaluate(job: Job, cases: Sequence[Mapping[str, str]], *, report: Report | N
         report: told about each finished window.
     """
     workflow = _workflow(job, "train")
-    _guarded(workflow.initialize)
+    evaluator = _evaluator(workflow)
     with _manifest(job, _output_dir(workflow) / "manifest.json") as manifest:
-        evaluator = _guarded(lambda: workflow.evaluator)
         manifest.device = str(evaluator.state.device)
         names = list(job.bundle.label_names.values())
         for number, case in enumerate(cases):
@@ -150,6 +153,8 @@ def evaluate(job: Job, cases: Sequence[Mapping[str, str]], *, report: Report | N
                 values = evaluator.state.metric_details[evaluator.state.key_metric_name][0].tolist()
                 record.metrics = dict(zip(names, values, strict=True))
                 record.metrics["mean"] = _mean(values)
+            if record.status == "failed":
+                evaluator = _evaluator(workflow)
     return manifest
 
 
@@ -174,7 +179,7 @@ def train(job: Job, *, report: Report | None = None) -> Manifest:
         def step() -> None:
             if report is not None:
                 done = trainer.state.iteration / trainer.state.epoch_length
-                report(done, trainer.state.max_epochs, f"loss {float(trainer.state.output['loss']):.3f}{note}")
+                report(done, trainer.state.max_epochs, f"loss {float(trainer.state.output['loss'].detach()):.3f}{note}")
 
         def validated() -> None:
             nonlocal note
@@ -210,6 +215,12 @@ def _workflow(job: Job, kind: str) -> Any:
     return workflow
 
 
+def _evaluator(workflow: Any) -> Any:
+    """Build everything anew: an engine that an error has stopped would take the next case for the rest of that run."""
+    _guarded(workflow.initialize)
+    return _guarded(lambda: workflow.evaluator)
+
+
 def _manifest(job: Job, path: Path) -> Manifest:
     files = b"".join(file.read_bytes() for file in job.config_files)
     record = BundleRecord(
@@ -218,7 +229,7 @@ def _manifest(job: Job, path: Path) -> Manifest:
         config_sha256=hashlib.sha256(files).hexdigest(),
         weights_sha256=sha256_file(job.weights) if job.weights.is_file() and job.command != "train" else None,
     )
-    values = {name: value for name, value in knobs(job.config).items() if name not in ("bundle_root", *_PLACES)}
+    values = {name: value for name, value in knobs(dict(job.config)).items() if name not in ("bundle_root", *_PLACES)}
     seeds = {"seed": job.config["seed"]} if "seed" in job.config else {}
     return Manifest(job.command, bundle=record, knobs=values, overrides=list(job.settings), seeds=seeds, path=path)
 

@@ -23,7 +23,9 @@ __all__ = ["app", "build", "check", "inspect", "list_bundles"]
 
 app = typer.Typer(help="Build, check, list and inspect bundles.", no_args_is_help=True)
 
-Names = Annotated[list[str] | None, typer.Argument(help="Bundle folders or names of shipped bundles.", metavar="BUNDLE...")]
+Names = Annotated[
+    list[str] | None, typer.Argument(help="Bundle folders or names of shipped bundles.", metavar="BUNDLE...")
+]
 All = Annotated[bool, typer.Option("--all", help="All shipped bundles.")]
 
 

@@ -34,19 +34,23 @@ def phantoms(
     from medseg.studies.phantoms import write_phantoms
 
     write_phantoms(folder, cases=cases, validation=validation, seed=seed)
-    output.print(f"{cases - validation} cases to train on, {validation} to validate, and unseen ones: {folder}", soft_wrap=True)
+    output.print(
+        f"{cases - validation} cases to train on, {validation} to validate, and unseen ones: {folder}", soft_wrap=True
+    )
 
 
 def demo(
-    folder: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything the demo makes.")] = Path("demo"),
+    folder: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything the demo makes.")] = Path(
+        "demo"
+    ),
 ) -> None:
     """Generate phantoms, train a small 3D network on them, predict an unseen volume and score it.
 
     Every step is a public command, printed before it runs.
     """
-    if (folder / "bundle").exists():
-        raise RequestError(f"'{folder / 'bundle'}' exists; remove it or choose another folder with --output")
-    data, bundle, masks = folder / "data", folder / "bundle", folder / "masks"
+    if folder.is_dir() and any(folder.iterdir()):
+        raise RequestError(f"'{folder}' is not empty; remove it or choose another folder with --output")
+    data, bundle, masks = folder / "data", folder / "phantom_ct_unet", folder / "masks"
     _step("phantoms", str(data))
     _step("train", "phantom_ct_unet", "--data", str(data), "-o", str(bundle))
     unseen = json.loads((data / "dataset.json").read_text(encoding="utf-8"))["test"][0]

@@ -25,7 +25,8 @@ def evaluate(
     data: Annotated[Path, typer.Option("--data", "-d", help="Data set as for `medseg train`.")],
     split: Annotated[str, typer.Option(help="Which cases: val, train or test.")] = "val",
     out: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder for manifest.json; runs/evaluate of the bundle if not given.")
+        Path | None,
+        typer.Option("--output", "-o", help="Folder for manifest.json; runs/evaluate of the bundle if not given."),
     ] = None,
     settings: Settings = None,
     device: Device = None,

@@ -38,9 +38,7 @@ def predict(
     found = find_bundle(bundle)
     listing = list_cases(inputs[0] if len(inputs) == 1 else inputs)
     paths = {"dataset_dir": [str(path) for path in inputs], "output_dir": str(out.absolute())}
-    job = runner.prepare(
-        "predict", found, parse_settings(with_device(settings, device)), paths=paths, trust=trust
-    )
+    job = runner.prepare("predict", found, parse_settings(with_device(settings, device)), paths=paths, trust=trust)
     check_folder(out)
     for item in listing.left_out:
         errors.print(f"left out: {item.path} ({item.reason})", markup=False)

@@ -21,7 +21,8 @@ __all__ = ["train"]
 def train(
     bundle: BundleName,
     data: Annotated[
-        Path, typer.Option("--data", "-d", help="Data set: a folder with dataset.json, or images/, labels/ and split.json.")
+        Path,
+        typer.Option("--data", "-d", help="Data set: a folder with dataset.json, or images/, labels/ and split.json."),
     ],
     out: Annotated[
         Path | None, typer.Option("--output", "-o", help="Train a copy of the bundle in this new folder.")

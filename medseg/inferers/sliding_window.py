@@ -28,27 +28,27 @@ class SlidingWindowInferer(monai.inferers.SlidingWindowInferer):  # type: ignore
         self, inputs: torch.Tensor, network: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         """Return blended logits `(B, C, *spatial)` for an image `(B, in_channels, *spatial)`."""
-        report = self.on_progress
-        if report is None:
-            logits: torch.Tensor = super().__call__(inputs, network, *args, **kwargs)
-            return logits
+        predictor = network if self.on_progress is None else self._counted(inputs, network, self.on_progress)
+        logits: torch.Tensor = super().__call__(inputs, predictor, *args, **kwargs)
+        return logits
+
+    def _counted(
+        self, inputs: torch.Tensor, network: Callable[..., torch.Tensor], report: Callable[[int, int], None]
+    ) -> Callable[..., torch.Tensor]:
         total = len(inputs) * count_windows(inputs.shape[2:], self.roi_size, self.overlap)
         done = 0
 
-        def counted(windows: torch.Tensor, *more: Any, **named: Any) -> torch.Tensor:
+        def counted(windows: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             nonlocal done
-            result = network(windows, *more, **named)
+            result = network(windows, *args, **kwargs)
             done += len(windows)
             report(done, total)
             return result
 
-        logits = super().__call__(inputs, counted, *args, **kwargs)
-        return logits
+        return counted
 
 
-def count_windows(
-    image_size: Sequence[int], roi_size: Sequence[int] | int, overlap: Sequence[float] | float
-) -> int:
+def count_windows(image_size: Sequence[int], roi_size: Sequence[int] | int, overlap: Sequence[float] | float) -> int:
     """Return the number of windows that MONAI's sliding window cuts from one image.
 
     Args:

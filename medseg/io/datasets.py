@@ -22,7 +22,17 @@ from typing import Any
 from medseg.errors import RequestError
 from medseg.io.names import IMAGE_SUFFIXES, StrPath, absolute, file_kind, mask_name, split_suffix
 
-__all__ = ["find_dataset"]
+__all__ = [
+    "DATASET_FILE",
+    "SPLIT_FILE",
+    "Dataset",
+    "common_folder",
+    "find_dataset",
+    "prediction_entries",
+    "read_dataset",
+    "read_json",
+    "split_stems",
+]
 
 SPLIT_FILE = "split.json"
 DATASET_FILE = "dataset.json"
@@ -69,7 +79,7 @@ def find_dataset(
 
     Args:
         path: the data set's folder, or its `dataset.json`.
-        split: `"train"` or `"val"`.
+        split: `"train"`, `"val"`, or `"test"` where the set lists test cases with labels.
         labels: the folder of labels beside `images/`, for sets with several observers.
         split_file: a JSON file with the stems of each part, relative to the folder. By default the lists in
             `dataset.json` count, and where it lacks one of them, `split.json`.
@@ -80,17 +90,17 @@ def find_dataset(
     Raises:
         RequestError: the set, a file of it or the split is missing, incomplete or contradictory.
     """
-    if split not in _SECTIONS:
-        raise RequestError(f"There is no split {split!r}: use 'train' or 'val'.")
-    dataset = read_dataset(path, labels=labels)
-    stems = split_stems(dataset, split_file)[split]
+    if split not in (*_SECTIONS, "test"):
+        raise RequestError(f"There is no split {split!r}: use 'train', 'val' or 'test'.")
+    dataset = read_dataset(path, labels=labels, sections={"test": "test"} if split == "test" else _SECTIONS)
+    stems = split_stems(dataset, split_file, parts=("test",) if split == "test" else tuple(_SECTIONS))[split]
     if not stems:
         raise RequestError(f"The {split!r} part of {dataset.root} is empty: list at least one case.")
     return [dataset.case(stem) for stem in stems]
 
 
-def read_dataset(path: StrPath, *, labels: str = "labels") -> Dataset:
-    """Recognize the layout of a data set and list its files."""
+def read_dataset(path: StrPath, *, labels: str = "labels", sections: Mapping[str, str] = _SECTIONS) -> Dataset:
+    """Recognize the layout of a data set and list its files; `sections` of a `dataset.json` are read."""
     given = absolute(path)
     if not given.exists():
         raise RequestError(f"There is no data set at {given}: check the path.")
@@ -98,7 +108,7 @@ def read_dataset(path: StrPath, *, labels: str = "labels") -> Dataset:
     listing = given if given.is_file() else root / DATASET_FILE
     content = read_json(listing) if listing.is_file() else {}
     if "training" in content:
-        return _listed_dataset(root, listing, content)
+        return _listed_dataset(root, listing, content, sections)
     for image_folder, label_folder in (("imagesTr", "labelsTr"), ("images", labels)):
         if (root / image_folder).is_dir():
             return _folder_dataset(root, image_folder, label_folder)
@@ -108,17 +118,19 @@ def read_dataset(path: StrPath, *, labels: str = "labels") -> Dataset:
     )
 
 
-def split_stems(dataset: Dataset, split_file: StrPath | None = None) -> dict[str, list[str]]:
-    """Return the stems of "train" and "val", checked: known, listed once, and in one part only."""
+def split_stems(
+    dataset: Dataset, split_file: StrPath | None = None, *, parts: Sequence[str] = tuple(_SECTIONS)
+) -> dict[str, list[str]]:
+    """Return the stems of each part, checked: known, listed once, and in one part only."""
     path = absolute(dataset.root / (split_file or SPLIT_FILE))
-    if split_file is None and len(dataset.sections) == len(_SECTIONS):
-        path, parts = dataset.root / DATASET_FILE, {part: list(stems) for part, stems in dataset.sections.items()}
+    if split_file is None and set(parts) <= set(dataset.sections):
+        path, listed = dataset.root / DATASET_FILE, {part: list(stems) for part, stems in dataset.sections.items()}
     else:
-        parts = _read_split(path, dataset)
-    for stems in parts.values():
+        listed = _read_split(path, dataset, parts)
+    for stems in listed.values():
         _refuse_unknown(stems, dataset, path)
-    _refuse_repeated([stem for stems in parts.values() for stem in stems], path)
-    return parts
+    _refuse_repeated([stem for stems in listed.values() for stem in stems], path)
+    return listed
 
 
 def prediction_entries(listing: Path) -> list[Path]:
@@ -149,14 +161,14 @@ def common_folder(paths: Iterable[Path]) -> Path:
     return next(c for c in (folders[0], *folders[0].parents) if all(f.is_relative_to(c) for f in folders))
 
 
-def _listed_dataset(root: Path, listing: Path, content: Mapping[str, Any]) -> Dataset:
+def _listed_dataset(root: Path, listing: Path, content: Mapping[str, Any], sections: Mapping[str, str]) -> Dataset:
     found: dict[str, list[dict[str, Path]]] = {}
-    for part, section in _SECTIONS.items():
+    for part, section in sections.items():
         if section in content:
             found[part] = [_pair(listing, section, entry) for entry in _entries(listing, content, section)]
     pool = [pair for pairs in found.values() for pair in pairs]
     if not pool:
-        raise RequestError(f"{listing} lists no cases: its 'training' list is empty.")
+        raise RequestError(f"{listing} lists no cases: its {next(iter(sections.values()))!r} list is empty.")
     base = common_folder(pair["image"] for pair in pool)
     stems = {part: [_stem(pair["image"], base) for pair in pairs] for part, pairs in found.items()}
     _refuse_repeated([stem for part in stems.values() for stem in part], listing)
@@ -234,7 +246,7 @@ def _stem(path: Path, base: Path) -> str:
     return split_suffix(path.relative_to(base).as_posix())[0]
 
 
-def _read_split(path: Path, dataset: Dataset) -> dict[str, list[str]]:
+def _read_split(path: Path, dataset: Dataset, wanted: Sequence[str]) -> dict[str, list[str]]:
     if not path.is_file():
         example = next(iter(sorted(dataset.images)))
         raise RequestError(
@@ -242,7 +254,7 @@ def _read_split(path: Path, dataset: Dataset) -> dict[str, list[str]]:
             f'{{"train": [...], "val": [...]}} and the names of the cases, such as "{example}".'
         )
     content = read_json(path)
-    parts = {part: content.get(part) for part in _SECTIONS}
+    parts = {part: content.get(part) for part in wanted}
     for part, stems in parts.items():
         if not isinstance(stems, list) or not all(isinstance(stem, str) for stem in stems):
             raise RequestError(f"{path}: '{part}' is {stems!r}: expected a list of case names.")

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from medseg.errors import GeometryError
 
-__all__ = ["Grid", "grid_difference", "same_grid"]
+__all__ = ["Grid", "check_size", "corner_distance", "grid_difference", "same_grid", "to_affine4"]
 
 # Light microscopy reaches 1e-4 mm; nothing in medicine has voxels of a meter. Values outside mean wrong units.
 MIN_SPACING = 1e-4

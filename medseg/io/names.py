@@ -11,7 +11,18 @@ from typing import Literal, TypeAlias
 
 from medseg.errors import OutputError
 
-__all__ = ["IMAGE_SUFFIXES", "NIFTI_SUFFIXES", "PICTURE_SUFFIXES", "StrPath", "case_stem", "file_kind", "output_path"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "NIFTI_SUFFIXES",
+    "PICTURE_SUFFIXES",
+    "StrPath",
+    "absolute",
+    "case_stem",
+    "file_kind",
+    "mask_name",
+    "output_path",
+    "split_suffix",
+]
 
 StrPath: TypeAlias = str | os.PathLike[str]
 

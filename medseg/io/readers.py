@@ -25,7 +25,7 @@ from medseg.io.geometry import MAX_VOXELS, Grid
 from medseg.io.names import IMAGE_SUFFIXES, StrPath, absolute, file_kind
 from medseg.io.voxels import refuse_nonfinite
 
-__all__ = ["load", "read_grid"]
+__all__ = ["Format", "load", "read_grid"]
 
 
 class Format(Protocol):

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from ignite.engine import Engine
     from torch import nn
 
-    from medseg.training.handlers import WeightAverage
 
 __all__ = ["Checkpoints"]
 
@@ -93,7 +92,9 @@ class Checkpoints:
                 item.load_state_dict(saved[name])
             progress = saved["progress"]
         except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
-            raise WeightsError(f"cannot resume from '{self.last}': it is damaged or of another run ({error})") from error
+            raise WeightsError(
+                f"cannot resume from '{self.last}': it is damaged or of another run ({error})"
+            ) from error
         self.trainer.state.epoch = progress["epoch"]
         self.trainer.state.iteration = progress["iteration"]
         self.validator.state.best_metric = progress["best_metric"]

@@ -20,7 +20,7 @@ __all__ = ["ClipGradients", "SeedEpochs", "WeightAverage", "seed_everything"]
 def seed_everything(seed: int) -> None:
     """Seed Python's, NumPy's and torch's global random generators."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 -- MONAI's transforms draw from the global generator
+    np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 

@@ -208,3 +208,19 @@ def test_folders_that_are_no_data_set_are_refused(tmp_path):
 def test_real_sets_have_the_cases_that_they_claim(name, train, val):
     assert len(find_dataset(DATA / name, "train")) == train
     assert len(find_dataset(DATA / name, "val")) == val
+
+
+def test_test_cases_are_listed_where_the_set_has_labels_for_them(tmp_path: Path) -> None:
+    for name in ("imagesTr/a", "labelsTr/a", "imagesTs/b", "labelsTs/b"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.nii.gz").touch()
+    listing = {
+        "training": [{"image": "imagesTr/a.nii.gz", "label": "labelsTr/a.nii.gz"}],
+        "test": [{"image": "imagesTs/b.nii.gz", "label": "labelsTs/b.nii.gz"}],
+    }
+    (tmp_path / "dataset.json").write_text(json.dumps(listing))
+    (case,) = find_dataset(tmp_path, "test")
+    assert Path(case["label"]) == tmp_path / "labelsTs" / "b.nii.gz"
+    (tmp_path / "dataset.json").write_text(json.dumps({**listing, "test": ["imagesTs/b.nii.gz"]}))
+    with pytest.raises(RequestError, match="has no 'label'"):
+        find_dataset(tmp_path, "test")

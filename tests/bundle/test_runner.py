@@ -1,0 +1,225 @@
+"""Training, resuming, predicting and scoring through a bundle's own configs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+
+from medseg.bundle import runner
+from medseg.bundle.catalog import Bundle
+from medseg.errors import RequestError, UntrustedBundleError, WeightsError
+from medseg.files import sha256_file
+from medseg.io import find_cases, find_dataset
+
+
+def _predict(bundle: Bundle, images: Any, output: Path, resume: bool = False, **settings: Any) -> Any:
+    paths = {"dataset_dir": [str(p) for p in images] if isinstance(images, list) else str(images)}
+    job = runner.prepare("predict", bundle, settings, paths={**paths, "output_dir": str(output)})
+    return runner.predict(job, find_cases(images), output, resume=resume)
+
+
+def test_training_leaves_weights_their_hash_and_a_manifest(trained: Bundle) -> None:
+    manifest = json.loads((trained.root / "runs" / "train" / "manifest.json").read_text())
+    assert manifest["status"] == "done"
+    assert [entry["epoch"] for entry in manifest["validations"]] == [2, 4]
+    assert trained.metadata["weights"]["models/model.pt"]["sha256"] == sha256_file(trained.weights)
+    state = torch.load(trained.weights, weights_only=True)
+    assert all(isinstance(value, torch.Tensor) for value in state.values())
+    assert "head.weight" in state
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(
+    trained: Bundle, make_bundle: Any, tiny_source: dict[str, Any], tiny_data: Path
+) -> None:
+    again = make_bundle(tiny_source)
+    runner.train(runner.prepare("train", again, {}, paths={"dataset_dir": str(tiny_data), "resume": False}))
+    assert sha256_file(again.weights) == sha256_file(trained.weights)
+    other = make_bundle(tiny_source)
+    runner.train(runner.prepare("train", other, {"seed": 1}, paths={"dataset_dir": str(tiny_data), "resume": False}))
+    assert sha256_file(other.weights) != sha256_file(trained.weights)
+
+
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
+    trained: Bundle, make_bundle: Any, tiny_source: dict[str, Any], tiny_data: Path
+) -> None:
+    bundle = make_bundle(tiny_source)
+
+    def stop(done: float, total: int, note: str) -> None:
+        if done > 2.5:
+            raise KeyboardInterrupt
+
+    job = runner.prepare("train", bundle, {}, paths={"dataset_dir": str(tiny_data), "resume": False})
+    with pytest.raises(KeyboardInterrupt):
+        runner.train(job, report=stop)
+    job = runner.prepare("train", bundle, {}, paths={"dataset_dir": str(tiny_data), "resume": True})
+    epochs: list[float] = []
+    runner.train(job, report=lambda done, total, note: epochs.append(done))
+    assert epochs[0] > 2
+    last = [torch.load(b.root / "runs" / "train" / "last.pt", weights_only=True) for b in (trained, bundle)]
+    assert last[0]["progress"] == last[1]["progress"]
+    for name, tensor in last[0]["network"].items():
+        assert torch.equal(tensor, last[1]["network"][name]), name
+    assert sha256_file(bundle.weights) == sha256_file(trained.weights)
+
+
+def test_resuming_without_a_run_is_refused(make_bundle: Any, tiny_source: dict[str, Any], tiny_data: Path) -> None:
+    bundle = make_bundle(tiny_source)
+    job = runner.prepare("train", bundle, {}, paths={"dataset_dir": str(tiny_data), "resume": True})
+    with pytest.raises(WeightsError, match="nothing to resume"):
+        runner.train(job)
+
+
+def _oblique(folder: Path, name: str, flip: bool) -> Path:
+    """Write an anisotropic, oblique image whose sform and qform differ in code."""
+    rng = np.random.default_rng(5)
+    image = nibabel.Nifti1Image(rng.normal(100, 20, (21, 30, 26)).astype(np.int16), None)
+    c, s = np.cos(0.3), np.sin(0.3)
+    affine = np.eye(4)
+    affine[:3, :3] = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]]) @ np.diag([-1.7 if flip else 1.7, 1.1, 2.3])
+    affine[:3, 3] = (12.5, -7.25, 3.0)
+    image.set_qform(affine, code=1)
+    image.set_sform(affine, code=3)
+    folder.mkdir(parents=True, exist_ok=True)
+    nibabel.save(image, folder / name)
+    return folder / name
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_the_mask_lies_exactly_on_the_input(trained: Bundle, tmp_path: Path, flip: bool) -> None:
+    path = _oblique(tmp_path / "in", "scan.nii.gz", flip)
+    assert _predict(trained, path, tmp_path / "out").exit_code == 0
+    image, mask = nibabel.load(path), nibabel.load(tmp_path / "out" / "scan.nii.gz")
+    assert mask.shape == image.shape
+    for form in ("sform", "qform"):
+        ours, code = getattr(mask.header, f"get_{form}")(coded=True)
+        theirs, wanted = getattr(image.header, f"get_{form}")(coded=True)
+        assert code == wanted
+        assert ours.tobytes() == theirs.tobytes()
+    assert mask.affine.tobytes() == image.affine.tobytes()
+
+
+def test_monai_and_medseg_write_the_same_bytes(trained: Bundle, tmp_path: Path) -> None:
+    images = tmp_path / "in"
+    _oblique(images, "a.nii.gz", False)
+    _oblique(images / "sub", "b.nii.gz", True)
+    _predict(trained, images, tmp_path / "ours")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    command = [sys.executable, "-m", "monai.bundle", "run"]
+    options = {
+        "config_file": trained.config_path("inference"),
+        "bundle_root": trained.root,
+        "dataset_dir": images,
+        "output_dir": tmp_path / "theirs",
+    }
+    for name, value in options.items():
+        command += [f"--{name}", str(value)]
+    subprocess.run(command, check=True, capture_output=True, cwd=elsewhere, timeout=300)
+    for name in ("a.nii.gz", "sub/b.nii.gz"):
+        assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
+
+
+def test_a_failing_case_is_reported_and_the_others_go_on(trained: Bundle, tmp_path: Path) -> None:
+    images = tmp_path / "in"
+    _oblique(images, "a.nii.gz", False)
+    _oblique(images, "b.nii.gz", False)
+    content = (images / "a.nii.gz").read_bytes()
+    (images / "a.nii.gz").write_bytes(content[: len(content) // 2])
+    manifest = _predict(trained, images, tmp_path / "out")
+    assert manifest.exit_code == 1
+    assert {name: record.status for name, record in manifest.cases.items()} == {
+        "a.nii.gz": "failed",
+        "b.nii.gz": "done",
+    }
+    assert "a.nii.gz" in str(manifest.cases["a.nii.gz"].error)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["b.nii.gz", "manifest.json"]
+
+
+def test_resume_leaves_out_what_is_done_and_does_what_failed(trained: Bundle, tmp_path: Path) -> None:
+    images = tmp_path / "in"
+    good = _oblique(images, "a.nii.gz", False)
+    (images / "b.nii.gz").write_bytes(b"broken")
+    _predict(trained, images, tmp_path / "out")
+    before = (tmp_path / "out" / "a.nii.gz").stat().st_mtime_ns
+    shutil.copy(good, images / "b.nii.gz")
+    manifest = _predict(trained, images, tmp_path / "out", resume=True)
+    assert manifest.counts == {"done": 2, "failed": 0, "skipped": 0}
+    assert (tmp_path / "out" / "a.nii.gz").stat().st_mtime_ns == before
+    changed = _predict(trained, images, tmp_path / "out", resume=True, overlap=0.0)
+    assert changed.exit_code == 0
+    assert (tmp_path / "out" / "a.nii.gz").stat().st_mtime_ns != before
+
+
+def test_masks_never_replace_their_images(trained: Bundle, tmp_path: Path) -> None:
+    path = _oblique(tmp_path / "in", "a.nii.gz", False)
+    before = path.read_bytes()
+    with pytest.raises(RequestError, match="would replace the image itself"):
+        _predict(trained, tmp_path / "in", tmp_path / "in")
+    assert path.read_bytes() == before
+
+
+def test_evaluation_scores_on_the_native_grid_like_a_plain_dice(
+    trained: Bundle, tiny_data: Path, tmp_path: Path
+) -> None:
+    paths = {"dataset_dir": str(tiny_data), "split": "val", "output_dir": str(tmp_path / "scores")}
+    manifest = runner.evaluate(runner.prepare("evaluate", trained, {}, paths=paths), find_dataset(tiny_data, "val"))
+    (case,) = find_dataset(tiny_data, "val")
+    _predict(trained, [Path(case["image"])], tmp_path / "out")
+    mask = np.asarray(nibabel.load(tmp_path / "out" / case["name"]).dataobj)
+    label = np.asarray(nibabel.load(case["label"]).dataobj)
+    record = manifest.cases[case["name"]]
+    for value, name in trained.label_names.items():
+        dice = 2 * ((mask == value) & (label == value)).sum() / ((mask == value).sum() + (label == value).sum())
+        assert record.metrics[name] == pytest.approx(dice, abs=1e-6)
+    assert record.metrics["mean"] == pytest.approx(np.mean([record.metrics[n] for n in ("small", "large")]))
+
+
+def test_weights_of_another_network_are_refused(trained_copy: Bundle, tmp_path: Path) -> None:
+    torch.save(torch.nn.Conv3d(1, 3, 3).state_dict(), tmp_path / "other.pt")
+    path = _oblique(tmp_path / "in", "a.nii.gz", False)
+    with pytest.raises(WeightsError, match="another network"):
+        _predict(trained_copy, path, tmp_path / "out", weights=str(tmp_path / "other.pt"))
+
+
+def test_an_undeclared_bundle_runs_only_for_who_names_its_fingerprint(trained_copy: Bundle, tmp_path: Path) -> None:
+    from medseg.bundle.trust import fingerprint
+
+    marker = tmp_path / "ran"
+    path = trained_copy.config_path("inference")
+    config = json.loads(path.read_text())
+    config["handlers"] = f"$[__import__('pathlib').Path({str(marker)!r}).touch()] and []"
+    path.write_text(json.dumps(config))
+    image = _oblique(tmp_path / "in", "a.nii.gz", False)
+    paths = {"dataset_dir": str(image), "output_dir": str(tmp_path / "out")}
+    with pytest.raises(UntrustedBundleError, match="handlers"):
+        runner.prepare("predict", trained_copy, {}, paths=paths)
+    assert not marker.exists()
+    trust = fingerprint(trained_copy.root)
+    job = runner.prepare("predict", trained_copy, {}, paths=paths, trust=trust)
+    assert runner.predict(job, find_cases(image), tmp_path / "out").exit_code == 0
+    assert marker.exists()
+    assert fingerprint(trained_copy.root) == trust
+
+
+def test_what_runs_is_what_was_checked(trained_copy: Bundle, tmp_path: Path) -> None:
+    image = _oblique(tmp_path / "in", "a.nii.gz", False)
+    marker = tmp_path / "ran"
+    job = runner.prepare(
+        "predict", trained_copy, {}, paths={"dataset_dir": str(image), "output_dir": str(tmp_path / "out")}
+    )
+    path = trained_copy.config_path("inference")
+    config = json.loads(path.read_text())
+    path.write_text(
+        json.dumps({**config, "handlers": f"$[__import__('pathlib').Path({str(marker)!r}).touch()] and []"})
+    )
+    assert runner.predict(job, find_cases(image), tmp_path / "out").exit_code == 0
+    assert not marker.exists()
