@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["inside", "load_weights", "on_device", "parameters", "run", "select_device"]
+__all__ = ["inside", "item", "load_weights", "on_device", "parameters", "run", "select_device"]
 
 
 def select_device(name: str = "auto") -> torch.device:
@@ -53,6 +53,11 @@ def inside(root: str, path: str) -> str:
     if not target.resolve().is_relative_to(folder.resolve()):
         raise RequestError(f"'{path}' leads out of '{root}'; give a path inside it")
     return str(target)
+
+
+def item(value: Any) -> Any:
+    """Return the value: an entry of a list of components that is named, and referred to, outside the list."""
+    return value
 
 
 def on_device(network: nn.Module, device: torch.device | str) -> nn.Module:

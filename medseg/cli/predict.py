@@ -37,7 +37,8 @@ def predict(
 
     found = find_bundle(bundle)
     listing = list_cases(inputs[0] if len(inputs) == 1 else inputs)
-    paths = {"dataset_dir": [str(path) for path in inputs], "output_dir": str(out.absolute())}
+    places = [str(path.absolute()) for path in inputs]
+    paths = {"dataset_dir": places[0] if len(places) == 1 else places, "output_dir": str(out.absolute())}
     job = runner.prepare("predict", found, parse_settings(with_device(settings, device)), paths=paths, trust=trust)
     check_folder(out)
     for item in listing.left_out:
