@@ -66,8 +66,7 @@ class Checkpoints:
         if validator.state.best_metric_epoch != validator.state.epoch:
             return
         weights = self.bundle_root / "models" / "model.pt"
-        with replacing(weights) as temporary:
-            torch.save(self.network.state_dict(), temporary)
+        _save(self.network.state_dict(), weights)
         self._enter_hash(weights)
 
     def save_last(self) -> None:
@@ -79,8 +78,7 @@ class Checkpoints:
             "best_metric": float(self.validator.state.best_metric),
             "best_metric_epoch": self.validator.state.best_metric_epoch,
         }
-        with replacing(self.last) as temporary:
-            torch.save({**state, "progress": progress}, temporary)
+        _save({**state, "progress": progress}, self.last)
 
     def load(self) -> None:
         """Restore the state of `last.pt`."""
@@ -108,3 +106,9 @@ class Checkpoints:
         entry = metadata.setdefault("weights", {}).setdefault("models/model.pt", {})
         entry["sha256"] = sha256_file(weights)
         replace_text(path, json.dumps(metadata, indent=2) + "\n")
+
+
+def _save(content: Any, path: Path) -> None:
+    # Given a path, torch writes its name into the file, and equal weights would be unequal bytes.
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        torch.save(content, file)

@@ -107,25 +107,40 @@ def test_the_mask_lies_exactly_on_the_input(trained: Bundle, tmp_path: Path, fli
     assert mask.affine.tobytes() == image.affine.tobytes()
 
 
-def test_monai_and_medseg_write_the_same_bytes(trained: Bundle, tmp_path: Path) -> None:
+def _monai_run(elsewhere: Path, bundle: Bundle, configs: list[str], **options: object) -> str:
+    """Run a bundle by MONAI's own command from a folder that has nothing to do with it."""
+    elsewhere.mkdir()
+    files = [str(bundle.config_path(name)) for name in configs]
+    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(files) if files[1:] else files[0]]
+    for name, value in {"bundle_root": bundle.root, **options}.items():
+        command += [f"--{name}", str(value)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=elsewhere, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert list(elsewhere.iterdir()) == []
+    return done.stdout + done.stderr
+
+
+def test_monai_and_medseg_write_the_same_masks(trained: Bundle, tmp_path: Path) -> None:
     images = tmp_path / "in"
     _oblique(images, "a.nii.gz", False)
     _oblique(images / "sub", "b.nii.gz", True)
     _predict(trained, images, tmp_path / "ours")
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    command = [sys.executable, "-m", "monai.bundle", "run"]
-    options = {
-        "config_file": trained.config_path("inference"),
-        "bundle_root": trained.root,
-        "dataset_dir": images,
-        "output_dir": tmp_path / "theirs",
-    }
-    for name, value in options.items():
-        command += [f"--{name}", str(value)]
-    subprocess.run(command, check=True, capture_output=True, cwd=elsewhere, timeout=300)
+    _monai_run(tmp_path / "x", trained, ["inference"], dataset_dir=images, output_dir=tmp_path / "theirs")
     for name in ("a.nii.gz", "sub/b.nii.gz"):
         assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
+
+
+def test_monai_and_medseg_train_the_same_weights_and_find_the_same_dice(
+    trained: Bundle, make_bundle: Any, tiny_source: dict[str, Any], tiny_data: Path, tmp_path: Path
+) -> None:
+    bundle = make_bundle(tiny_source)
+    _monai_run(tmp_path / "x", bundle, ["train"], dataset_dir=tiny_data)
+    assert sha256_file(bundle.weights) == sha256_file(trained.weights)
+    log = _monai_run(tmp_path / "y", bundle, ["train", "evaluate"], dataset_dir=tiny_data)
+    paths = {"dataset_dir": str(tiny_data), "split": "val", "output_dir": str(tmp_path / "scores")}
+    manifest = runner.evaluate(runner.prepare("evaluate", trained, {}, paths=paths), find_dataset(tiny_data, "val"))
+    (record,) = manifest.cases.values()
+    assert f"val_mean_dice: {record.metrics['mean']:.4f}" in log
 
 
 def test_a_failing_case_is_reported_and_the_others_go_on(trained: Bundle, tmp_path: Path) -> None:
