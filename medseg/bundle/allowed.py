@@ -24,10 +24,10 @@ __all__ = ["ALLOWED", "ARGUMENTS", "MEDSEG"]
 # Room -> the names it exports for use in configs. A new part is added here; a test looks every name up.
 MEDSEG: Final[Mapping[str, str]] = {
     "medseg.networks": "UNet UNetPlusPlus",
-    "medseg.losses": "BCEDiceLoss DeepSupervision TrainingLoss",
+    "medseg.losses": "BCEDiceLoss DeepSupervision SelfRegLoss SelfRegularizedLoss TrainingLoss",
     "medseg.transforms": "LoadCased MapLabelsd SaveMaskd",
     "medseg.inferers": "SlidingWindowInferer",
-    "medseg.training": "Checkpoints ClipGradients SeedEpochs TrainingOutputs WeightAverage seed_everything",
+    "medseg.training": "Checkpoints ClipGradients SeedEpochs Tap TrainingOutputs WeightAverage seed_everything",
     "medseg.io": "find_cases find_dataset",
     "medseg.bundle.parts": "inside item load_weights on_device parameters run select_device",
 }

@@ -1,5 +1,19 @@
 """Losses: functions of a network's training output and the labels."""
 
+from medseg.losses.selfreg import (
+    InternalFeatureDistillationLoss,
+    SelfRegLoss,
+    SelfRegTerms,
+    SelfRegularizedLoss,
+    SemanticConsistencyLoss,
+)
 from medseg.losses.training import TrainingLoss
 
-__all__ = ["TrainingLoss"]
+__all__ = [
+    "InternalFeatureDistillationLoss",
+    "SelfRegLoss",
+    "SelfRegTerms",
+    "SelfRegularizedLoss",
+    "SemanticConsistencyLoss",
+    "TrainingLoss",
+]

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from monai.data import MetaTensor
-from torch import nn
+from monai.networks.nets import BasicUNetPlusPlus
+from torch import Tensor, nn
 
 from medseg.errors import RequestError
+from medseg.training.taps import FeatureTaps
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from contextlib import AbstractContextManager
 
+    from medseg.training.taps import Tap
     from medseg.types import TrainingOutput
 
 __all__ = ["TrainingOutputs"]
@@ -25,34 +29,66 @@ class TrainingOutputs(nn.Module):
     """Make `forward` of the wrapped network return its whole `TrainingOutput`.
 
     The engine trains the wrapper; checkpoints hold the bare network, so its weights carry no prefix. A network without
-    `forward_train`, such as MONAI's own, gives its logits alone.
+    `forward_train`, such as MONAI's own, gives its logits, and features where `taps` says what they are.
 
     Args:
         network: the network to train.
         precision: `float32`, or `bfloat16` for autocast on the network's device (weights stay float32).
+        taps: where `features` come from. None: from `forward_train`. "auto": from there or, for networks without
+            it, from the modules of `medseg.training.preset_taps`. Else tap names with paths of modules, from the image
+            down and up again. Hooks are on the network only during a forward pass of this wrapper.
+        taps_per_block: 1, or 2 with "auto" for the first and the last layer of each block of a MONAI network.
 
     Raises:
-        RequestError: an unknown precision.
+        RequestError: an unknown precision, or taps that do not fit the network.
     """
 
-    def __init__(self, network: nn.Module, *, precision: str = "float32") -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        precision: str = "float32",
+        taps: Mapping[str, str | Tap] | str | None = None,
+        taps_per_block: int = 1,
+    ) -> None:
         super().__init__()
         if precision not in _PRECISIONS:
             raise RequestError(f"unknown precision '{precision}'; use one of {', '.join(_PRECISIONS)}")
         self.network = network
         self.precision = precision
+        own = taps is None or (taps == "auto" and hasattr(network, "forward_train") and taps_per_block == 1)
+        self.taps = None if own else FeatureTaps(network, taps or "auto", taps_per_block=taps_per_block)
 
-    def forward(self, x: torch.Tensor) -> TrainingOutput:
+    def forward(self, x: Tensor) -> TrainingOutput:
         """Return the training output for an image `(B, in_channels, *spatial)`."""
         # Metadata would be copied along with every layer's output.
         image = x.as_tensor() if isinstance(x, MetaTensor) else x
-        forward_train = getattr(self.network, "forward_train", None)
         with self._autocast(image.device.type):
-            if forward_train is None:
-                return {"logits": self.network(image)}
-            output: TrainingOutput = forward_train(image)
-            return output
+            if self.taps is None:
+                return self._output(image)
+            with self.taps as taps:
+                output = self._output(image)
+                output["features"] = taps.features
+                return output
+
+    def _output(self, image: Tensor) -> TrainingOutput:
+        forward_train = getattr(self.network, "forward_train", None)
+        output: TrainingOutput = _output_of(self.network, image) if forward_train is None else forward_train(image)
+        return output
 
     def _autocast(self, device_type: str) -> AbstractContextManager[object]:
         dtype = _PRECISIONS[self.precision]
         return nullcontext() if dtype is None else torch.autocast(device_type, dtype=dtype)
+
+
+def _output_of(network: nn.Module, image: Tensor) -> TrainingOutput:
+    """Run a network of another library."""
+    output: Any = network(image)
+    if isinstance(output, Tensor):
+        return {"logits": output}
+    if isinstance(network, BasicUNetPlusPlus):
+        return {"logits": output[-1], "aux": output} if len(output) > 1 else {"logits": output[0]}
+    raise RequestError(
+        f"{type(network).__name__} returned a {type(output).__name__}, expected one tensor of logits; "
+        "switch off its deep supervision or its other extra outputs."
+    )

@@ -1,0 +1,209 @@
+"""What the features of a network look like: alike channels, alike blocks, and where a block looks.
+
+The questions are those of SelfReg (Zhu et al., MICCAI 2024, arXiv 2406.14896, figure 1). All functions take `features`
+as in `medseg.types.TrainingOutput`: from `forward_train`, or recorded by `medseg.training.FeatureTaps`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from medseg.errors import RequestError, SizeError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from medseg.types import TrainingOutput
+
+__all__ = [
+    "attention_maps",
+    "boundary_share",
+    "channel_similarity",
+    "energy_inside",
+    "grad_cam",
+    "linear_cka",
+    "redundancy",
+    "tap_similarity",
+]
+
+_POOLS: dict[int, Callable[[Tensor, Any], Tensor]] = {
+    3: F.adaptive_avg_pool1d,
+    4: F.adaptive_avg_pool2d,
+    5: F.adaptive_avg_pool3d,
+}
+_MAX_POOLS: dict[int, Callable[..., Tensor]] = {4: F.max_pool2d, 5: F.max_pool3d}
+_LINEAR = {3: "linear", 4: "bilinear", 5: "trilinear"}
+
+
+def channel_similarity(feature: Tensor) -> Tensor:
+    """Return the cosine similarity of each two channel maps, averaged over the batch.
+
+    Args:
+        feature: `(B, C, *spatial)`.
+
+    Returns:
+        `(C, C)`, -1 to 1; 1 on the diagonal unless a channel is 0 everywhere.
+    """
+    maps = F.normalize(feature.float().flatten(2), dim=2)
+    return (maps @ maps.transpose(1, 2)).mean(0)
+
+
+def redundancy(feature: Tensor) -> Tensor:
+    """Return the mean similarity of two different channels of a map `(B, C, *spatial)`; 0 for a single channel."""
+    similarity = channel_similarity(feature)
+    channels = len(similarity)
+    if channels == 1:
+        return similarity.new_zeros(())
+    return (similarity.sum() - similarity.trace()) / (channels * (channels - 1))
+
+
+def linear_cka(first: Tensor, second: Tensor) -> Tensor:
+    """Return the linear centered kernel alignment of two maps (Kornblith et al., arXiv 1905.00414, section 3).
+
+    It does not change when the channels of a map are rotated or scaled together.
+
+    Args:
+        first: `(B, C, *spatial)`.
+        second: `(B, C', *spatial)`.
+
+    Returns:
+        A scalar, 0 (nothing in common) to 1.
+
+    Raises:
+        SizeError: batch or spatial sizes differ.
+    """
+    if first.shape[2:] != second.shape[2:] or len(first) != len(second):
+        raise SizeError(
+            f"maps of {tuple(first.shape)} and {tuple(second.shape)} have no common positions; "
+            "pool them to one size, as tap_similarity does."
+        )
+    x, y = _positions(first), _positions(second)
+    scale: Tensor = torch.linalg.norm(x.T @ x) * torch.linalg.norm(y.T @ y)
+    return (x.T @ y).square().sum() / scale.clamp_min(1e-12)
+
+
+def tap_similarity(features: Mapping[str, Tensor]) -> Tensor:
+    """Return `linear_cka` of each two taps, average-pooled to the smallest size among them.
+
+    Args:
+        features: n taps `(B, C, *spatial)`, of one batch.
+
+    Returns:
+        `(n, n)` in the order of the taps.
+    """
+    maps = list(features.values())
+    size = [min(lengths) for lengths in zip(*(m.shape[2:] for m in maps), strict=True)]
+    pooled = [_POOLS[m.dim()](m.float(), size) for m in maps]
+    return torch.stack([torch.stack([linear_cka(a, b) for b in pooled]) for a in pooled])
+
+
+def grad_cam(activation: Tensor, gradient: Tensor) -> Tensor:
+    """Return where a map raises a score (Grad-CAM; Selvaraju et al., ICCV 2017, section 3).
+
+    Args:
+        activation: `(B, C, *spatial)`.
+        gradient: of the score, of the same shape.
+
+    Returns:
+        `(B, *spatial)`, 0 and up: channels weighted by their mean gradient, summed, negative values cut off.
+    """
+    weights = gradient.float().flatten(2).mean(2)
+    return torch.einsum("bc,bc...->b...", weights, activation.float()).relu()
+
+
+def attention_maps(output: TrainingOutput, label: Tensor | None = None) -> dict[str, Tensor]:
+    """Return where each tap looks for the foreground: Grad-CAM per class, each from 0 to 1, then joined.
+
+    The score of a class is the sum of its logits over its voxels. The maps of the classes are resized linearly to the
+    image, scaled to 0..1, summed, and divided by the largest value per image.
+
+    Args:
+        output: of the network in evaluation mode, computed with gradients on.
+        label: class numbers `(B, 1, *spatial)` whose voxels count; the prediction if None. With one logit channel,
+            class 1 is the foreground.
+
+    Returns:
+        Tap name -> `(B, *spatial)` at the size of the logits, 0 to 1; all 0 where no class was found.
+
+    Raises:
+        RequestError: the output holds no features, or was computed without gradients.
+    """
+    logits, features = output["logits"], output.get("features")
+    if not features:
+        raise RequestError("the training output holds no features; record them with medseg.training.FeatureTaps.")
+    if not logits.requires_grad:
+        raise RequestError("attention maps need gradients; run the network outside torch.no_grad().")
+    summed = {name: logits.new_zeros(len(logits), *logits.shape[2:], dtype=torch.float32) for name in features}
+    for score in _class_scores(logits, label):
+        gradients = torch.autograd.grad(score, list(features.values()), retain_graph=True, materialize_grads=True)
+        for (name, feature), gradient in zip(features.items(), gradients, strict=True):
+            summed[name] += _unit_range(_resized(grad_cam(feature.detach(), gradient), logits.shape[2:]))
+    return {name: total / _largest(total).clamp_min(1e-7) for name, total in summed.items()}
+
+
+def energy_inside(attention: Tensor, mask: Tensor) -> Tensor:
+    """Return the share of an attention map's mass that lies inside a mask.
+
+    Args:
+        attention: `(B, *spatial)`, 0 and up.
+        mask: of the same shape; inside where it is not 0.
+
+    Returns:
+        `(B,)`, 0 to 1; NaN where the map is 0 everywhere.
+    """
+    return _share(attention, mask != 0)
+
+
+def boundary_share(attention: Tensor, mask: Tensor, width: int = 3) -> Tensor:
+    """Return the share of an attention map's mass that lies near the surface of a mask.
+
+    Args:
+        attention: `(B, *spatial)`, 2D or 3D, 0 and up.
+        mask: of the same shape; inside where it is not 0.
+        width: how many voxels count on either side of the surface, along axes and diagonals alike.
+
+    Returns:
+        `(B,)`, 0 to 1; NaN where the map is 0 everywhere.
+    """
+    inside = (mask != 0).float()[:, None]
+    pool = _MAX_POOLS[inside.dim()]
+    near = [pool(side, 2 * width + 1, stride=1, padding=width) > 0 for side in (inside, 1 - inside)]
+    return _share(attention, (near[0] & near[1])[:, 0])
+
+
+def _positions(feature: Tensor) -> Tensor:
+    """Return `(positions, C)` with centered columns; float64, for sums over many positions."""
+    columns = feature.double().movedim(1, -1).flatten(0, -2)
+    return columns - columns.mean(0)
+
+
+def _class_scores(logits: Tensor, label: Tensor | None) -> list[Tensor]:
+    """Sum each foreground class' logits over the voxels of that class."""
+    if logits.shape[1] == 1:
+        found = logits > 0 if label is None else label != 0
+        return [(logits * found).sum()]
+    classes = logits.argmax(1) if label is None else label[:, 0]
+    return [(logits[:, number] * (classes == number)).sum() for number in range(1, logits.shape[1])]
+
+
+def _resized(cam: Tensor, size: torch.Size) -> Tensor:
+    return F.interpolate(cam[:, None], size=size, mode=_LINEAR[cam.dim() + 1], align_corners=False)[:, 0]
+
+
+def _unit_range(cam: Tensor) -> Tensor:
+    dims = tuple(range(1, cam.dim()))
+    low = cam.amin(dims, keepdim=True)
+    return (cam - low) / (_largest(cam) - low + 1e-7)
+
+
+def _largest(cam: Tensor) -> Tensor:
+    return cam.amax(tuple(range(1, cam.dim())), keepdim=True)
+
+
+def _share(attention: Tensor, where: Tensor) -> Tensor:
+    mass = attention.float().flatten(1)
+    return (mass * where.flatten(1)).sum(1) / mass.sum(1)
