@@ -1,5 +1,6 @@
 """Losses: functions of a network's training output and the labels."""
 
+from medseg.losses.deep_supervision import BCEDiceLoss, DeepSupervision
 from medseg.losses.selfreg import (
     InternalFeatureDistillationLoss,
     SelfRegLoss,
@@ -10,6 +11,8 @@ from medseg.losses.selfreg import (
 from medseg.losses.training import TrainingLoss
 
 __all__ = [
+    "BCEDiceLoss",
+    "DeepSupervision",
     "InternalFeatureDistillationLoss",
     "SelfRegLoss",
     "SelfRegTerms",

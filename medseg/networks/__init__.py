@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from medseg.networks.unet import UNet
+from medseg.networks.unetplusplus import UNetPlusPlus
 
-__all__ = ["NETWORKS", "UNet"]
+__all__ = ["NETWORKS", "UNet", "UNetPlusPlus"]
 
-NETWORKS = (UNet,)
+NETWORKS = (UNet, UNetPlusPlus)

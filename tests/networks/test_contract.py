@@ -32,6 +32,16 @@ class Small:
 
 SMALL = {
     "UNet": Small({"features": (8, 12, 16), "norm": "batch", "dropout": 0.1}),
+    "UNetPlusPlus": Small(
+        {
+            "features": (6, 8, 12),
+            "norm": "batch",
+            "dropout": 0.1,
+            "upsample": "interp",
+            "output_mode": "mean",
+            "head_activation": "softmax",
+        }
+    ),
 }
 OUT_CHANNELS = 2
 

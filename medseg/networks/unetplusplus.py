@@ -1,0 +1,416 @@
+"""UNet++ (Zhou et al.; DLMIA 2018, arXiv 1807.10165; TMI 2020, arXiv 1912.05074), 2D and 3D.
+
+Written from the equations of the papers. X(i,j) is the node of row i (0 is full resolution) and column j (0 is the
+encoder); L is the depth.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from monai.networks.layers import Conv, Pool
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from medseg.errors import RequestError
+from medseg.networks.blocks import checks_apply, conv_pair, he_init, match_size, upsampler
+from medseg.networks.sizes import check_bottom, check_image, check_minimum, total_stride
+from medseg.networks.unet import _check_choice, _check_numbers, _per_axis
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from medseg.networks.blocks import LayerName
+    from medseg.types import TrainingOutput
+
+__all__ = ["LevelSize", "UNetPlusPlus", "preset"]
+
+
+class LevelSize(NamedTuple):
+    """What one way to use a `UNetPlusPlus` needs, for the choice of a level to prune to.
+
+    Attributes:
+        level: "1" to "L" for the network pruned to that head, "mean" for the whole network with all heads.
+        parameters: number of weights.
+        megabytes: their size in memory and on disk, in 10^6 bytes.
+    """
+
+    level: str
+    parameters: int
+    megabytes: float
+
+
+class UNetPlusPlus(nn.Module):
+    """A triangle of nodes that holds U-Nets of every depth from 1 to L = `len(features) - 1`.
+
+    Each node is two 3^d convolutions. X(i,0) is the encoder; X(i,j) joins the earlier nodes of its row with the
+    enlarged X(i+1,j-1), which closes the semantic gap between encoder and decoder step by step. A 1^d convolution, the
+    head j, makes logits of X(0,j) at full resolution, and needs only the nodes with i+k <= j: `prune` keeps those.
+    Train all heads with `medseg.losses.DeepSupervision`, choose a head or their mean on validation data.
+
+    Args:
+        spatial_dims: 2 or 3.
+        in_channels: channels of the image.
+        out_channels: channels of the logits.
+        features: channels per row, finest first; L + 1 entries, two or more.
+        strides: down-sampling per step from row to row, finest first: a number or one number per axis, e.g.
+            `((1, 2, 2), (2, 2, 2))` for thick slices. 2 everywhere by default.
+        upsample: "deconv", a learned up-convolution to the width of the row above, or "interp", linear interpolation
+            that keeps the channels.
+        down: "maxpool", or "conv": the first convolution of a row strides. Pooling rounds odd sizes down and needs an
+            image of the total stride on every axis; strided convolutions round up, and one such axis is enough.
+        skip_mode: what of its row a node joins: "dense" all earlier nodes (UNet++), "long" X(i,0) only (an ensemble of
+            U-Nets on one encoder; the last head sends no gradient to the inner nodes, the papers' reason for the
+            redesign), "short" X(i,j-1) only (UNet+).
+        cat_order: "skip_first" or "up_first".
+        norm: MONAI factory name or (name, arguments) after every 3^d convolution; None as in the paper of 2018.
+        act: MONAI factory name or (name, arguments).
+        dropout: rate (or MONAI factory name with arguments) after every 3^d convolution.
+        bias: of the 3^d convolutions.
+        up_bias: of the up-convolutions.
+        head_bias: of the heads.
+        deep_supervision: whether all heads exist, or head L alone.
+        output_mode: what `forward` returns, see `set_output`: "head", "mean" or "mean_logits".
+        head: number of the head for "head", 1 (shallowest) to L; L by default.
+        head_activation: how logits become probabilities, for "mean": "sigmoid", or "softmax" for exclusive classes.
+            May be left out for one output channel, which is always "sigmoid".
+        interp_align_corners: of the interpolation.
+
+    Attributes:
+        levels: numbers of the heads that exist, shallow first.
+        arguments: what this network was built with, by name: `UNetPlusPlus(**arguments)` builds another one.
+
+    Raises:
+        RequestError: options that contradict each other or are not known.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        in_channels: int,
+        out_channels: int,
+        features: Sequence[int] = (32, 64, 128, 256, 512),
+        *,
+        strides: Sequence[int | Sequence[int]] | None = None,
+        upsample: str = "deconv",
+        down: str = "maxpool",
+        skip_mode: str = "dense",
+        cat_order: str = "skip_first",
+        norm: LayerName | None = None,
+        act: LayerName = "relu",
+        dropout: LayerName | float = 0.0,
+        bias: bool = True,
+        up_bias: bool = True,
+        head_bias: bool = True,
+        deep_supervision: bool = True,
+        output_mode: str = "head",
+        head: int | None = None,
+        head_activation: str | None = None,
+        interp_align_corners: bool = True,
+    ) -> None:
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        super().__init__()
+        _check_choice("upsample", upsample, ("deconv", "interp"))
+        _check_choice("down", down, ("maxpool", "conv"))
+        _check_choice("skip_mode", skip_mode, ("dense", "long", "short"))
+        _check_choice("cat_order", cat_order, ("skip_first", "up_first"))
+        _check_numbers(spatial_dims, features)
+        depth = len(features) - 1
+        self.arguments = arguments
+        self.spatial_dims = spatial_dims
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.strides = _per_axis(strides, depth, spatial_dims)
+        self.down = down
+        self.levels = tuple(range(1, depth + 1)) if deep_supervision else (depth,)
+        self.set_output(output_mode, head=head, head_activation=head_activation)
+
+        self.diagonals = nn.ModuleList(self._diagonal(row) for row in range(depth + 1))
+        convolution = Conv[Conv.CONV, spatial_dims]
+        self.heads = nn.ModuleDict(
+            {str(n): convolution(features[0], out_channels, kernel_size=1, bias=head_bias) for n in self.levels}
+        )
+        he_init(self)
+
+    @classmethod
+    def from_preset(
+        cls, name: str, spatial_dims: int, in_channels: int, out_channels: int, **changes: Any
+    ) -> UNetPlusPlus:
+        """Build a published form.
+
+        Args:
+            name: see `preset`.
+            spatial_dims: 2 or 3.
+            in_channels: channels of the image.
+            out_channels: channels of the logits.
+            **changes: arguments in place of the preset's.
+
+        Raises:
+            RequestError: an unknown preset, or options that cannot be.
+        """
+        return cls(spatial_dims, in_channels, out_channels, **{**preset(name, spatial_dims), **changes})
+
+    def _diagonal(self, row: int) -> _Diagonal:
+        """Build X(row,0), X(row-1,1), .., X(0,row)."""
+        its = self.arguments
+        dims, features, interp = self.spatial_dims, its["features"], its["upsample"] == "interp"
+        options = {name: its[name] for name in ("norm", "act", "dropout", "bias")}
+        stride = self.strides[row - 1] if row else (1,) * dims
+        pooled = row > 0 and self.down == "maxpool"
+        pool = Pool[Pool.MAX, dims](kernel_size=stride, stride=stride) if pooled else nn.Identity()
+        channels = features[row - 1] if row else self.in_channels
+        encoder = conv_pair(dims, channels, features[row], stride=1 if pooled else stride, **options)
+        nodes = nn.ModuleList()
+        for column in range(1, row + 1):
+            i = row - column
+            width = features[i + 1] if interp else features[i]
+            up = upsampler(
+                *(dims, features[i + 1], width, self.strides[i]),
+                mode=its["upsample"],
+                bias=its["up_bias"],
+                align_corners=its["interp_align_corners"],
+            )
+            skips = column if its["skip_mode"] == "dense" else 1
+            convs = conv_pair(dims, width + skips * features[i], features[i], **options)
+            nodes.append(_Node(up, convs, its["skip_mode"], its["cat_order"]))
+        return _Diagonal(pool, encoder, nodes)
+
+    def set_output(self, mode: str, *, head: int | None = None, head_activation: str | None = None) -> None:
+        """Choose what `forward` returns from now on; weights and `forward_train`'s `aux` stay as they are.
+
+        Args:
+            mode: "head", the fast mode: logits of one head, and only the nodes it needs are computed; "mean", the
+                accurate mode: the logits of the mean of all heads' probabilities (their sigmoid or softmax is that
+                mean); "mean_logits", the mean of the heads' logits, which is another number.
+            head: number of the head for "head", 1 (shallowest) to L; L by default.
+            head_activation: "sigmoid" or "softmax", for "mean"; left out, it stays what it was.
+
+        Raises:
+            RequestError: there is no such head or mode, or several channels have no known activation.
+        """
+        _check_choice("output_mode", mode, ("head", "mean", "mean_logits"))
+        head_activation = head_activation or self.arguments["head_activation"]
+        if head_activation is not None:
+            _check_choice("head_activation", head_activation, ("sigmoid", "softmax"))
+        self._check_output(mode, head, head_activation)
+        self.arguments |= {"output_mode": mode, "head": head, "head_activation": head_activation}
+        self.output_mode = mode
+        self.head = self.levels[-1] if head is None else head
+        self.exclusive = head_activation == "softmax"
+
+    def _check_output(self, mode: str, head: int | None, head_activation: str | None) -> None:
+        if head is not None and mode != "head":
+            raise RequestError(f'head={head} is for output_mode="head"; {mode!r} takes all heads. Leave it out.')
+        if head is not None and head not in self.levels:
+            raise RequestError(f"There is no head {head}: {self._heads_here()}.")
+        if mode != "head" and not self.arguments["deep_supervision"]:
+            raise RequestError(
+                f"output_mode={mode!r} is a mean of all heads, and deep_supervision=False leaves one. "
+                'Choose output_mode="head", or deep_supervision=True and train all heads.'
+            )
+        if head_activation == "softmax" and self.out_channels == 1:
+            raise RequestError(
+                'head_activation="softmax" makes one output channel 1 everywhere; choose "sigmoid", or out_channels=2.'
+            )
+        if mode == "mean" and head_activation is None and self.out_channels > 1:
+            raise RequestError(
+                f'output_mode="mean" averages probabilities, and {self.out_channels} output channels can be meant in '
+                'two ways: choose head_activation="softmax" for exclusive classes, "sigmoid" for classes that overlap.'
+            )
+
+    def _heads_here(self) -> str:
+        if len(self.levels) == 1 and not self.arguments["deep_supervision"]:
+            return f"only head {self.levels[0]} was built (deep_supervision=False)"
+        return f"choose one of {', '.join(map(str, self.levels))}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits `(B, out_channels, *spatial)`, by the output mode.
+
+        Raises:
+            SizeError: the tensor does not fit this network; names the nearest sizes that do.
+        """
+        deepest = self.head if self.output_mode == "head" else len(self.strides)
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            self._check(x, deepest)
+        rows = self._nodes(x, deepest)
+        return self._combine(self._apply_heads(rows[0], self.output_mode != "head"))
+
+    def forward_train(self, x: Tensor) -> TrainingOutput:
+        """Return `logits`, `aux` and `features`; computes every node in every output mode.
+
+        `aux` holds the logits of all heads at the size of the image, shallow first. `features` holds the taps of the
+        deepest of the nested U-Nets: E1..EL are X(0,0)..X(L-1,0), B is X(L,0), DL..D1 are X(L-1,1)..X(0,L).
+        """
+        depth = len(self.strides)
+        self._check(x, depth)
+        rows = self._nodes(x, depth)
+        heads = self._apply_heads(rows[0], True)
+        chosen = [heads[self.levels.index(self.head)]] if self.output_mode == "head" else heads
+        taps = {f"E{i + 1}": rows[i][0] for i in range(depth)}
+        taps["B"] = rows[depth][0]
+        taps |= {f"D{i + 1}": rows[i][depth - i] for i in reversed(range(depth))}
+        return {"logits": self._combine(chosen), "aux": heads, "features": taps}
+
+    def _nodes(self, x: Tensor, deepest: int) -> list[list[Tensor]]:
+        """Compute X(i,j) with i+j <= deepest; entry i of the result is row i."""
+        rows: list[list[Tensor]] = []
+        for row, diagonal in enumerate(self.diagonals):
+            if row <= deepest:
+                diagonal(x if row == 0 else rows[row - 1][0], rows)
+        return rows
+
+    def _apply_heads(self, nodes: list[Tensor], every: bool) -> list[Tensor]:
+        """Return the logits of all heads or of the chosen one, from X(0,0), X(0,1), .."""
+        logits: list[Tensor] = []
+        for level, head in self.heads.items():
+            if every or int(level) == self.head:
+                logits.append(head(nodes[int(level)]))
+        return logits
+
+    def _combine(self, heads: list[Tensor]) -> Tensor:
+        if len(heads) == 1:
+            return heads[0]
+        if self.output_mode == "mean_logits":
+            return torch.stack(heads).mean(0)
+        return _logit_of_mean(heads, self.exclusive)
+
+    def _check(self, x: Tensor, deepest: int) -> None:
+        if not checks_apply():
+            return
+        name = type(self).__name__
+        check_image(x, name, self.spatial_dims, self.in_channels)
+        step = total_stride(self.strides[:deepest])
+        if self.down == "conv" and any(n > s for n, s in zip(x.shape[2:], step, strict=True)):
+            return  # two voxels or more at the bottom
+        check_minimum(x.shape[2:], step, name)
+        check_bottom(x, step, self.diagonals[deepest].modules(), name)
+
+    def prune(self, level: int, *, keep_heads: bool = False) -> UNetPlusPlus:
+        """Return a smaller network whose output is that of head `level`, bit for bit.
+
+        It has depth `level` and its own copies of the nodes X(i,k) with i+k <= level; tensors keep their names.
+
+        Args:
+            level: number of the head, 1 to L.
+            keep_heads: whether the heads before it are kept too, for further training or pruning.
+
+        Raises:
+            RequestError: there is no such head, e.g. because it was not built for training.
+        """
+        if level not in self.levels:
+            raise RequestError(f"Cannot prune to level {level}: {self._heads_here()}.")
+        changes = {"features": self.arguments["features"][: level + 1], "strides": self.strides[:level]}
+        output = {"deep_supervision": keep_heads, "output_mode": "head", "head": None}
+        with torch.device("meta"):
+            pruned = type(self)(**{**self.arguments, **changes, **output})
+        state = self.state_dict()
+        pruned.load_state_dict({name: state[name].clone() for name in pruned.state_dict()}, assign=True)
+        return pruned.train(self.training)
+
+    def level_sizes(self) -> list[LevelSize]:
+        """Return what each head needs when pruned to it, shallow first, and last what the mean of all needs."""
+        ways: dict[str, Iterable[nn.Module]] = {
+            str(level): [*self.diagonals[: level + 1], self.heads[str(level)]] for level in self.levels
+        }
+        if len(self.levels) > 1:
+            ways["mean"] = [self]
+        found = []
+        for level, modules in ways.items():
+            weights = [weight for module in modules for weight in module.parameters()]
+            size = sum(weight.numel() * weight.element_size() for weight in weights)
+            found.append(LevelSize(level, sum(weight.numel() for weight in weights), size / 1e6))
+        return found
+
+
+class _Diagonal(nn.Module):
+    """The nodes X(i,j) of one sum i+j: the encoder node X(i+j,0), then upwards to X(0,i+j)."""
+
+    def __init__(self, pool: nn.Module, encoder: nn.Module, nodes: nn.ModuleList) -> None:
+        super().__init__()
+        self.pool = pool
+        self.encoder = encoder
+        self.nodes = nodes
+
+    def forward(self, x: Tensor, rows: list[list[Tensor]]) -> None:
+        """Append one node to every row that is there, and one new row."""
+        x = self.encoder(self.pool(x))
+        rows.append([x])
+        for place, node in enumerate(self.nodes):
+            row = rows[len(rows) - 2 - place]
+            x = node(x, row)
+            row.append(x)
+
+
+class _Node(nn.Module):
+    """Enlarge the node below, join the nodes of the row, convolve twice."""
+
+    def __init__(self, up: nn.Module, convs: nn.Module, skip_mode: str, cat_order: str) -> None:
+        super().__init__()
+        self.up = up
+        self.convs = convs
+        self.skip_mode = skip_mode
+        self.up_first = cat_order == "up_first"
+
+    def forward(self, below: Tensor, row: list[Tensor]) -> Tensor:
+        # Repeats what pooling rounded off; what strided convolutions rounded up is cut (padding below zero).
+        x = match_size(self.up(below), row[0])
+        skips = row
+        if self.skip_mode == "long":
+            skips = row[:1]
+        elif self.skip_mode == "short":
+            skips = row[-1:]
+        # TorchScript knows no [x, *skips].
+        joined = [x] + skips if self.up_first else skips + [x]  # noqa: RUF005
+        out: Tensor = self.convs(torch.cat(joined, dim=1))
+        return out
+
+
+def _logit_of_mean(heads: list[Tensor], exclusive: bool) -> Tensor:
+    """Return the logits of the mean probability of several logits `(B, C, *spatial)`.
+
+    Stays in logarithms, so that heads which are sure of a voxel lose nothing: a float32 sigmoid is 1 from logit 17 on.
+    """
+    z = torch.stack(heads)
+    if z.dtype == torch.float16 or z.dtype == torch.bfloat16:
+        z = z.float()
+    if exclusive:
+        mean = torch.logsumexp(F.log_softmax(z, dim=2), dim=0) - math.log(len(heads))
+    else:
+        mean = torch.logsumexp(F.logsigmoid(z), dim=0) - torch.logsumexp(F.logsigmoid(-z), dim=0)
+    return mean.to(heads[0].dtype)
+
+
+def preset(name: str, spatial_dims: int) -> dict[str, Any]:
+    """Return the `UNetPlusPlus` arguments of a published form, e.g. to write them into a config.
+
+    Args:
+        name: "paper2018", the network of the paper (no normalization, up-convolutions, dropout, mean of the heads);
+            "bn_interp", the common port with batch norm and linear up-sampling; "nnunet", the authors' later form on
+            nnU-Net (depth 5, strided convolutions, instance norm, leaky ReLU, widths up to 480 in 2D and 320 in 3D).
+        spatial_dims: 2 or 3.
+
+    Raises:
+        RequestError: an unknown preset.
+    """
+    widest = 480 if spatial_dims == 2 else 320
+    presets: dict[str, dict[str, Any]] = {
+        "paper2018": {
+            "cat_order": "up_first",
+            "dropout": 0.5,
+            "output_mode": "mean",
+            "head_activation": "sigmoid",
+        },
+        "bn_interp": {"upsample": "interp", "norm": "batch"},
+        "nnunet": {
+            "features": tuple(min(32 * 2**row, widest) for row in range(6)),
+            "down": "conv",
+            "norm": ("instance", {"affine": True}),
+            "act": ("leakyrelu", {"negative_slope": 0.01}),
+            "up_bias": False,
+            "head_bias": False,
+        },
+    }
+    _check_choice("preset", name, tuple(presets))
+    return presets[name]
