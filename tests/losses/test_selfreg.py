@@ -59,9 +59,6 @@ def features(dims: int = 2, *, batch: int = 2, seed: int = 0) -> dict[str, Tenso
     }
 
 
-# --- reference values ---------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", [*(f"scr{i}" for i in range(4)), *(f"gen_scr{i}" for i in range(3))])
 def test_scr_reference_loss_and_gradient(arrays, name):
     given = case(arrays, name)
@@ -131,9 +128,6 @@ def test_the_segmentation_loss_of_the_reference_is_monais(arrays):
     torch.testing.assert_close(DiceLoss(**options)(given["logits"], label), given["dice"], **EXACT)
     whole = TrainingLoss(DiceCELoss(**options, lambda_dice=0.6, lambda_ce=0.4))({"logits": given["logits"]}, label)
     torch.testing.assert_close(whole, 0.6 * given["dice"] + 0.4 * given["ce"], **EXACT)
-
-
-# --- closed forms -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("widths", [(7, 4), (4, 7), (5, 5)])
@@ -231,9 +225,6 @@ def test_scale_free_features_make_a_scale_free_loss(one_way):
     )
 
 
-# --- totals -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dims", [1, 2, 3])
 @pytest.mark.parametrize("mode", ["random", "expected", "first"])
 def test_gradient_reaches_all_students_and_not_the_teacher(dims, mode):
@@ -312,9 +303,6 @@ def test_half_precision_features_give_a_float32_loss(dtype):
     assert taps["B"].grad.dtype == dtype
 
 
-# --- randomness ---------------------------------------------------------------------------------------------------
-
-
 class _Dataset:
     class transform:  # noqa: N801 - stands for a MONAI dataset's transform
         @staticmethod
@@ -375,9 +363,6 @@ def test_state_holds_warm_up_and_private_generator_and_loads_as_plain_data():
     )
     resumed.load_state_dict(torch.load(file, weights_only=True))
     assert torch.equal(resumed.regularizer(taps)["total"], whole.regularizer(taps)["total"])
-
-
-# --- over a training output ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -458,9 +443,6 @@ def test_stored_activations_grow_by_less_than_fifteen_percent():
 
     plain, more = stored(False), stored(True)
     assert plain < more < 1.15 * plain
-
-
-# --- errors -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
