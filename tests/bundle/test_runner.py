@@ -13,9 +13,11 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from medseg.bundle import runner
 from medseg.bundle.catalog import Bundle
+from medseg.bundle.samples import write_samples
 from medseg.errors import RequestError, UntrustedBundleError, WeightsError
 from medseg.files import sha256_file
 from medseg.io import find_cases, find_dataset
@@ -238,3 +240,26 @@ def test_what_runs_is_what_was_checked(trained_copy: Bundle, tmp_path: Path) -> 
     )
     assert runner.predict(job, find_cases(image), tmp_path / "out").exit_code == 0
     assert not marker.exists()
+
+
+def test_pictures_are_trained_on_predicted_and_scored(
+    make_bundle: Any, tiny_source: dict[str, Any], tmp_path: Path
+) -> None:
+    tiny_source.update(name="balls_rgb_unet", template="rgb_image", channels={"0": "r", "1": "g", "2": "b"})
+    tiny_source["network_def"].update(spatial_dims=2, in_channels=3)
+    tiny_source["knobs"] = {"patch_size": [48, 64], "roi_size": [48, 64], "max_epochs": 2, "val_interval": 1}
+    bundle = make_bundle(tiny_source)
+    data = write_samples(tmp_path / "data", bundle, cases=3)
+    runner.train(runner.prepare("train", bundle, {}, paths={"dataset_dir": str(data), "resume": False}))
+    assert _predict(bundle, data / "images", tmp_path / "out").exit_code == 0
+    with Image.open(data / "images" / "case_0.png") as image, Image.open(tmp_path / "out" / "case_0.png") as mask:
+        assert mask.size == image.size
+        assert set(np.unique(np.asarray(mask))) <= {0, 1, 2}
+    paths = {"dataset_dir": str(data), "split": "val", "output_dir": str(tmp_path / "scores")}
+    manifest = runner.evaluate(runner.prepare("evaluate", bundle, {}, paths=paths), find_dataset(data, "val"))
+    (record,) = manifest.cases.values()
+    (case,) = find_dataset(data, "val")
+    with Image.open(tmp_path / "out" / case["name"]) as mask, Image.open(case["label"]) as label:
+        ours, truth = np.asarray(mask) == 1, np.asarray(label) == 1
+    dice = 2 * (ours & truth).sum() / (ours.sum() + truth.sum())
+    assert record.metrics["small"] == pytest.approx(dice, abs=1e-6)
