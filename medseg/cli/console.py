@@ -82,6 +82,7 @@ class _Lines:
             return
         self.printed = now
         since, first = self.start
-        left = (now - since) * (total - done) / (done - first) if done > first else float("nan")
-        sys.stderr.write(f"{done:.1f}/{total} {self.unit}, {note}, about {left / 60:.1f} min left\n")
+        speed = (done - first) / (now - since) if now > since else 0.0
+        left = f", about {(total - done) / speed / 60:.1f} min left" if speed else ""
+        sys.stderr.write(f"{done:.1f}/{total} {self.unit}, {note}{left}\n")
         sys.stderr.flush()
