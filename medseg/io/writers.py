@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from medseg.errors import GeometryError, OutputError
+from medseg.files import replacing
 from medseg.io.names import NIFTI_SUFFIXES, StrPath, absolute, file_kind
 from medseg.io.readers import FORMATS, read_grid
 from medseg.io.voxels import smallest_label_type
@@ -37,7 +34,7 @@ def write_mask(mask: torch.Tensor | NDArray[Any], path: StrPath, *, like: StrPat
 
     Args:
         mask: whole numbers of 0 or more, of any type, shape `(x, y)` or `(x, y, z)`.
-        path: where to write; `.nii` or `.nii.gz` for a volume, `.png` for a picture. Its folder must exist.
+        path: where to write; `.nii` or `.nii.gz` for a volume, `.png` for a picture. Its folder is made if missing.
         like: the image file that the mask belongs to.
 
     Raises:
@@ -54,7 +51,7 @@ def write_mask(mask: torch.Tensor | NDArray[Any], path: StrPath, *, like: StrPat
         )
     _refuse_target(target, source)
     labels = array.astype(smallest_label_type(array, target), copy=False)
-    with _whole_file(target) as stream:
+    with replacing(target) as part, part.open("xb") as stream:
         FORMATS[str(file_kind(source))].write(stream, labels, target, like=source)
 
 
@@ -71,18 +68,3 @@ def _refuse_target(target: Path, source: Path) -> None:
         raise OutputError(f"{target} cannot hold the mask of {source}: expected a name in {' or '.join(suffixes)}.")
     if target.exists() and target.samefile(source):
         raise OutputError(f"{target} is the image itself: choose another folder for the masks.")
-
-
-@contextmanager
-def _whole_file(target: Path) -> Iterator[BinaryIO]:
-    """Open a file that takes its name only once it is complete, and leaves nothing behind otherwise."""
-    part = target.with_name(f".{secrets.token_hex(8)}.part")
-    try:
-        with part.open("xb") as stream:
-            yield stream
-        os.replace(part, target)  # noqa: PTH105  (one step, also over an older file)
-    except OSError as error:
-        raise OutputError(f"{target} cannot be written ({error.strerror or error}).") from error
-    finally:
-        with suppress(OSError):
-            part.unlink()

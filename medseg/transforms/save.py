@@ -11,7 +11,7 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import SaveImaged
 
-from medseg.errors import CaseError, GeometryError, OutputError, RequestError
+from medseg.errors import CaseError, GeometryError, RequestError
 from medseg.io import Grid, grid_difference, output_path, read_grid, write_mask
 from medseg.io.geometry import to_affine4
 from medseg.io.names import StrPath, mask_name
@@ -59,7 +59,6 @@ class SaveMaskd(SaveImaged):  # type: ignore[misc]  # MONAI publishes no types
             source = self._source(case, key)
             target = output_path(case.get("name") or mask_name(source.name), self.output_dir)
             mask = _label_map(case[key], source)
-            _make_folder(target.parent)
             write_mask(mask, target, like=source)
         return case
 
@@ -100,10 +99,3 @@ def _refuse_other_place(here: Grid, grid: Grid, source: Path) -> None:
         raise GeometryError(
             f"The mask does not lie on the grid of {source}: {difference}. Invert the preprocessing (Invertd) first."
         )
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"The folder {folder} cannot be made ({error.strerror}).") from error
