@@ -48,6 +48,8 @@ class UNet(nn.Module):
         upsample: "deconv", a learned up-convolution, or "interp", linear interpolation.
         skip: "cat" joins the encoder map by concatenation, "add" by addition (with "interp", a 1^d convolution
             before the enlargement brings the channels in line).
+        skip_levels: which levels keep their skip: "all", "none", or their numbers, 1 the finest. Without it the
+            decoder goes on with the enlarged map alone.
         norm: MONAI factory name or (name, arguments) after every 3^d convolution; None as in the paper.
         act: MONAI factory name or (name, arguments).
         dropout: rate (or MONAI factory name with arguments) after the deepest encoder level, before its skip
@@ -76,6 +78,7 @@ class UNet(nn.Module):
         padding: str = "same",
         upsample: str = "deconv",
         skip: str = "cat",
+        skip_levels: str | Sequence[int] = "all",
         norm: LayerName | None = None,
         act: LayerName = "relu",
         dropout: LayerName | float = 0.5,
@@ -93,6 +96,7 @@ class UNet(nn.Module):
         _check_upconvolution(upsample, skip, upconv_relu, last_upconv_channels)
         self.spatial_dims = spatial_dims
         self.in_channels = in_channels
+        self.skip_levels = _chosen_levels("skip_levels", skip_levels, len(features) - 1)
         self.strides = _per_axis(strides, len(features) - 1, spatial_dims)
         self.step = total_stride(self.strides)
         self.valid_sizes = ValidSizes(self.strides) if padding == "valid" else None
@@ -121,11 +125,10 @@ class UNet(nn.Module):
             )
             if upconv_relu:
                 up.append(activation(act))
-            joined = width + features[level] if skip == "cat" else width
+            join = "none" if level + 1 not in self.skip_levels else cat_order if skip == "cat" else "add"
+            joined = width if join in ("none", "add") else width + features[level]
             convs = conv_pair(spatial_dims, joined, features[level], **options)
-            self.decoder.append(
-                _DecoderLevel(up, convs, crop=padding == "valid", join=cat_order if skip == "cat" else "add")
-            )
+            self.decoder.append(_DecoderLevel(up, convs, crop=padding == "valid", join=join))
         self.head = Conv[Conv.CONV, spatial_dims](features[0], out_channels, kernel_size=1)
         he_init(self)
 
@@ -177,7 +180,7 @@ class UNet(nn.Module):
 
 
 class _DecoderLevel(nn.Module):
-    """Enlarge, join the skip, convolve twice."""
+    """Enlarge, join the skip, convolve twice; without a join the skip still sets the size."""
 
     def __init__(self, up: nn.Module, convs: nn.Module, *, crop: bool, join: str) -> None:
         super().__init__()
@@ -196,7 +199,7 @@ class _DecoderLevel(nn.Module):
             x = x + skip
         elif self.join == "up_first":
             x = torch.cat([x, skip], dim=1)
-        else:
+        elif self.join == "skip_first":
             x = torch.cat([skip, x], dim=1)
         out: Tensor = self.convs(x)
         return out
@@ -214,6 +217,18 @@ def _per_axis(
             f"or {spatial_dims} of them (one per axis)."
         )
     return spelled
+
+
+def _chosen_levels(option: str, levels: str | Sequence[int], depth: int) -> tuple[int, ...]:
+    """Spell out which of the levels 1 (finest) to `depth` are meant."""
+    every = tuple(range(1, depth + 1))
+    if isinstance(levels, str) and levels in ("all", "none"):
+        return every if levels == "all" else ()
+    if isinstance(levels, str | int) or not set(levels) <= set(every):
+        raise RequestError(
+            f'{option}={levels!r} is not known; give "all", "none", or numbers from 1 (finest level) to {depth}.'
+        )
+    return tuple(level for level in every if level in levels)
 
 
 def _check_numbers(spatial_dims: int, features: Sequence[int]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from math import sqrt
 
 import pytest
@@ -222,6 +223,46 @@ def test_odd_sizes_repeat_the_high_side():
     torch.testing.assert_close(level(x, skip), level.convs(torch.cat([repeated, skip], dim=1)))
 
 
+SUBSETS = [levels for n in range(5) for levels in itertools.combinations((1, 2, 3, 4), n)]
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("skip_levels", SUBSETS, ids=str)
+def test_every_subset_of_skips_runs_learns_and_keeps_odd_sizes(dims, skip_levels):
+    network = UNet(dims, 1, 2, (2, 3, 4, 5, 6), skip_levels=skip_levels, dropout=0.0)
+    size = (17, 19, 16)[:dims]
+    logits = network(torch.randn(1, 1, *size))
+    assert logits.shape == (1, 2, *size)
+    logits.square().sum().backward()
+    assert all(p.grad is not None for p in network.parameters())
+    assert network.skip_levels == skip_levels
+    read = [level.convs[0].conv.in_channels for level in network.decoder]
+    assert read == [width * (1 + (level in skip_levels)) for level, width in ((4, 5), (3, 4), (2, 3), (1, 2))]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"padding": "valid"}, {"upsample": "interp"}, {"skip": "add"}, {"skip": "add", "upsample": "interp"}],
+    ids=str,
+)
+def test_without_skips_the_encoder_reaches_the_logits_through_the_bottleneck_alone(options):
+    network = UNet(2, 1, 2, (3, 4, 5), skip_levels="none", dropout=0.0, **options)
+    x = torch.randn(1, 1, 44, 48)
+    _, deep = network._encode(x)
+    taps = network.forward_train(x)["features"]
+    cut = torch.autograd.grad(network.head(taps["D1"]).sum(), [taps["E1"], taps["B"]])
+    assert all(gradient.any() for gradient in cut)
+    skips = [torch.zeros_like(taps["E1"]), torch.zeros_like(taps["E2"])]
+    for level in network.decoder:
+        deep = level(deep, skips.pop())
+    torch.testing.assert_close(network.head(deep), network(x))
+
+
+def test_all_and_none_are_names_of_levels():
+    assert UNet(2, 1, 2, (2, 2, 2)).skip_levels == UNet(2, 1, 2, (2, 2, 2), skip_levels=[2, 1]).skip_levels == (1, 2)
+    assert UNet(2, 1, 2, (2, 2, 2), skip_levels="none").skip_levels == ()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -238,6 +279,9 @@ def test_odd_sizes_repeat_the_high_side():
         ({"upsample": "interp", "upconv_relu": True}, "up-convolution"),
         ({"upsample": "interp", "last_upconv_channels": 8}, "up-convolution"),
         ({"skip": "add", "last_upconv_channels": 8}, "equal width"),
+        ({"skip_levels": (1, 3)}, r"skip_levels=\(1, 3\).*to 2"),
+        ({"skip_levels": "some"}, "skip_levels='some'"),
+        ({"skip_levels": 2}, "skip_levels=2 "),
     ],
 )
 def test_options_that_cannot_be_are_refused(options, message):
