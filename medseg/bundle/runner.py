@@ -130,20 +130,21 @@ def predict(
     return manifest
 
 
-def evaluate(job: Job, cases: Sequence[Mapping[str, str]], *, report: Report | None = None) -> Manifest:
+def evaluate(job: Job, cases: Sequence[Mapping[str, str]], output: Path, *, report: Report | None = None) -> Manifest:
     """Predict each case and score it against its label on the label's own grid.
 
-    The manifest goes to the config's `output_dir`. Each case holds the key metric for each class by the class's name
+    The manifest goes to `output`. Each case holds the key metric for each class by the class's name
     (no value where neither mask nor label has the class), and their mean.
 
     Args:
         job: from `prepare("evaluate", ...)`.
         cases: from `medseg.io.find_dataset`.
+        output: folder, made if missing.
         report: told about each finished window.
     """
     workflow = _workflow(job, "train")
     evaluator = _evaluator(workflow)
-    with _manifest(job, _output_dir(workflow) / "manifest.json") as manifest:
+    with _manifest(job, output / "manifest.json") as manifest:
         manifest.device = str(evaluator.state.device)
         names = list(job.bundle.label_names.values())
         for number, case in enumerate(cases):

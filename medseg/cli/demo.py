@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +21,7 @@ __all__ = ["demo", "phantoms"]
 _NEXT = """
 Try it on your own file:
 
-  medseg predict hippocampus_mri_unet YOUR_SCAN.nii.gz -o masks --overlay
+  {medseg} predict hippocampus_mri_unet YOUR_SCAN.nii.gz -o masks --overlay
 """
 
 
@@ -59,7 +61,8 @@ def demo(
     output.print(f"\nmask, overlay picture and manifest: {masks}")
     for path in sorted(masks.iterdir()):
         output.print(f"  {path.name}", markup=False)
-    output.print(_NEXT, markup=False)
+    program = "medseg" if shutil.which("medseg") else os.path.relpath(Path(sys.executable).with_name("medseg"))
+    output.print(_NEXT.format(medseg=program), markup=False)
 
 
 def _step(*arguments: str) -> None:

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from medseg.bundle.catalog import find_bundle
+from medseg.bundle import api
 from medseg.bundle.knobs import parse_settings
 from medseg.cli.console import BundleName, Device, Settings, Trust, errors, output, progress, with_device
-from medseg.io import find_dataset
 
 if TYPE_CHECKING:
     from medseg.manifest import Manifest
@@ -33,16 +32,16 @@ def evaluate(
     trust: Trust = None,
 ) -> None:
     """Predict labeled cases and print the Dice of each label, on the labels' own grids."""
-    from medseg.bundle import runner
-
-    found = find_bundle(bundle)
-    cases = find_dataset(data, split)
-    paths = {"dataset_dir": str(data.absolute()), "split": split}
-    if out is not None:
-        paths["output_dir"] = str(out.absolute())
-    job = runner.prepare("evaluate", found, parse_settings(with_device(settings, device)), paths=paths, trust=trust)
     with progress("cases") as report:
-        manifest = runner.evaluate(job, cases, report=report)
+        manifest = api.evaluate(
+            bundle,
+            data,
+            split=split,
+            output=out,
+            settings=parse_settings(with_device(settings, device)),
+            trust=trust,
+            report=report,
+        )
     _print_table(manifest)
     raise typer.Exit(manifest.exit_code)
 

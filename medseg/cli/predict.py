@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from medseg.bundle import api
 from medseg.bundle.catalog import find_bundle
 from medseg.bundle.knobs import parse_settings
 from medseg.cli.console import BundleName, Device, Settings, Trust, errors, output, progress, with_device
-from medseg.files import check_folder
 from medseg.io import list_cases
 
 if TYPE_CHECKING:
@@ -33,20 +33,21 @@ def predict(
     trust: Trust = None,
 ) -> None:
     """Write a mask for every image, on the image's own grid and under its name."""
-    from medseg.bundle import runner
-
-    found = find_bundle(bundle)
     listing = list_cases(inputs[0] if len(inputs) == 1 else inputs)
-    places = [str(path.absolute()) for path in inputs]
-    paths = {"dataset_dir": places[0] if len(places) == 1 else places, "output_dir": str(out.absolute())}
-    job = runner.prepare("predict", found, parse_settings(with_device(settings, device)), paths=paths, trust=trust)
-    check_folder(out)
-    for item in listing.left_out:
-        errors.print(f"left out: {item.path} ({item.reason})", markup=False)
     with progress("images") as report:
-        manifest = runner.predict(job, listing.cases, out, resume=resume, report=report)
+        manifest = api.predict(
+            bundle,
+            inputs,
+            out,
+            settings=parse_settings(with_device(settings, device)),
+            resume=resume,
+            trust=trust,
+            report=report,
+        )
+    for item in listing.left_out:
+        errors.print(f"left out: {item.path} ({item.reason})", markup=False, soft_wrap=True)
     if overlay:
-        _write_overlays(found, listing.cases, manifest, out)
+        _write_overlays(find_bundle(bundle), listing.cases, manifest, out)
     _summarize(manifest, out)
     raise typer.Exit(manifest.exit_code)
 

@@ -140,7 +140,9 @@ def test_monai_and_medseg_train_the_same_weights_and_find_the_same_dice(
     assert sha256_file(bundle.weights) == sha256_file(trained.weights)
     log = _monai_run(tmp_path / "y", bundle, ["train", "evaluate"], dataset_dir=tiny_data)
     paths = {"dataset_dir": str(tiny_data), "split": "val", "output_dir": str(tmp_path / "scores")}
-    manifest = runner.evaluate(runner.prepare("evaluate", trained, {}, paths=paths), find_dataset(tiny_data, "val"))
+    manifest = runner.evaluate(
+        runner.prepare("evaluate", trained, {}, paths=paths), find_dataset(tiny_data, "val"), tmp_path / "scores"
+    )
     (record,) = manifest.cases.values()
     assert f"val_mean_dice: {record.metrics['mean']:.4f}" in log
 
@@ -188,7 +190,9 @@ def test_evaluation_scores_on_the_native_grid_like_a_plain_dice(
     trained: Bundle, tiny_data: Path, tmp_path: Path
 ) -> None:
     paths = {"dataset_dir": str(tiny_data), "split": "val", "output_dir": str(tmp_path / "scores")}
-    manifest = runner.evaluate(runner.prepare("evaluate", trained, {}, paths=paths), find_dataset(tiny_data, "val"))
+    manifest = runner.evaluate(
+        runner.prepare("evaluate", trained, {}, paths=paths), find_dataset(tiny_data, "val"), tmp_path / "scores"
+    )
     (case,) = find_dataset(tiny_data, "val")
     _predict(trained, [Path(case["image"])], tmp_path / "out")
     mask = np.asarray(nibabel.load(tmp_path / "out" / case["name"]).dataobj)
@@ -256,7 +260,9 @@ def test_pictures_are_trained_on_predicted_and_scored(
         assert mask.size == image.size
         assert set(np.unique(np.asarray(mask))) <= {0, 1, 2}
     paths = {"dataset_dir": str(data), "split": "val", "output_dir": str(tmp_path / "scores")}
-    manifest = runner.evaluate(runner.prepare("evaluate", bundle, {}, paths=paths), find_dataset(data, "val"))
+    manifest = runner.evaluate(
+        runner.prepare("evaluate", bundle, {}, paths=paths), find_dataset(data, "val"), tmp_path / "scores"
+    )
     (record,) = manifest.cases.values()
     (case,) = find_dataset(data, "val")
     with Image.open(tmp_path / "out" / case["name"]) as mask, Image.open(case["label"]) as label:
