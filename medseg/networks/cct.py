@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class CCT(nn.Module):
-    """Channel-wise cross-fusion transformer, Eq. (1) to (4) of the paper: each level asks the channels of all levels.
+    """Channel-wise cross-fusion transformer: every level asks the channels of all levels. Keeps the maps' shapes.
 
     Args:
         widths: channels C_i of the levels.
@@ -77,7 +77,7 @@ class CCT(nn.Module):
         for layer in self.layers:
             tokens = layer(tokens)
         fused: list[Tensor] = []
-        for i, (norm, rebuild) in enumerate(zip(self.norms, self.reconstructions)):  # noqa: B905 - see above
+        for i, (norm, rebuild) in enumerate(zip(self.norms, self.reconstructions)):  # noqa: B905 - TorchScript knows no `strict`
             # Contiguous, or an exported graph doubts the strides of every size but the one it was made at.
             grid = norm(tokens[i]).transpose(1, 2).contiguous().reshape(grids[i].shape)
             fused.append(rebuild(grid) + maps[i])
@@ -223,7 +223,7 @@ def _channel_map(query: Tensor, key: Tensor, heads: int, scale: float) -> Tensor
     """Return softmax(norm(Q^T K / sqrt(C))), `(B, heads, C_i, C)`, from `(B, tokens, heads * channels)` each."""
     query = torch.unflatten(query, 2, [heads, -1]).permute(0, 2, 3, 1)
     key = torch.unflatten(key, 2, [heads, -1]).transpose(1, 2)
-    scores = query @ key * scale
+    scores = query * scale @ key
     # Instance norm of every sample's and head's map: a layer norm over its two axes.
     return F.layer_norm(scores, scores.shape[2:], eps=1e-5).softmax(dim=3)
 
