@@ -1,5 +1,6 @@
 """Losses: functions of a network's training output and the labels."""
 
+from medseg.losses.boundary import BoundaryMultiTaskLoss, SumOfTasksLoss, edge_truth
 from medseg.losses.deep_supervision import BCEDiceLoss, DeepSupervision
 from medseg.losses.selfreg import (
     InternalFeatureDistillationLoss,
@@ -12,11 +13,14 @@ from medseg.losses.training import TrainingLoss
 
 __all__ = [
     "BCEDiceLoss",
+    "BoundaryMultiTaskLoss",
     "DeepSupervision",
     "InternalFeatureDistillationLoss",
     "SelfRegLoss",
     "SelfRegTerms",
     "SelfRegularizedLoss",
     "SemanticConsistencyLoss",
+    "SumOfTasksLoss",
     "TrainingLoss",
+    "edge_truth",
 ]

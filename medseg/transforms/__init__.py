@@ -1,7 +1,8 @@
-"""Dictionary transforms that MONAI lacks: reading and writing cases, and mapping labels to classes."""
+"""Dictionary transforms that MONAI lacks: reading and writing cases, mapping labels to classes, and their edges."""
 
+from medseg.transforms.edges import EdgeTruthd
 from medseg.transforms.labels import MapLabelsd
 from medseg.transforms.load import LoadCased
 from medseg.transforms.save import SaveMaskd
 
-__all__ = ["LoadCased", "MapLabelsd", "SaveMaskd"]
+__all__ = ["EdgeTruthd", "LoadCased", "MapLabelsd", "SaveMaskd"]
