@@ -23,9 +23,9 @@ __all__ = ["ALLOWED", "ARGUMENTS", "MEDSEG"]
 
 # Room -> the names it exports for use in configs. A new part is added here; a test looks every name up.
 MEDSEG: Final[Mapping[str, str]] = {
-    "medseg.networks": "UNet UNetPlusPlus",
-    "medseg.losses": "BCEDiceLoss DeepSupervision SelfRegLoss SelfRegularizedLoss TrainingLoss",
-    "medseg.transforms": "LoadCased MapLabelsd SaveMaskd",
+    "medseg.networks": "BANet UCTransNet UNet UNetPlusPlus",
+    "medseg.losses": "BCEDiceLoss BoundaryMultiTaskLoss DeepSupervision SelfRegLoss SelfRegularizedLoss TrainingLoss",
+    "medseg.transforms": "EdgeTruthd LoadCased MapLabelsd SaveMaskd",
     "medseg.inferers": "SlidingWindowInferer",
     "medseg.training": "Checkpoints ClipGradients SeedEpochs Tap TrainingOutputs WeightAverage seed_everything",
     "medseg.io": "find_cases find_dataset",
@@ -144,6 +144,7 @@ ARGUMENTS: Final[Mapping[str, Mapping[str, tuple[bool | str | None, ...]]]] = {
         "pickle_module": ("pickle",),  # writes the cache that weights_only guards
         "compile_kwargs": (None,),  # torch.compile takes the path of a C++ compiler among its options
     },
+    "medseg.networks.BANet": {"backbone": ("resnet50", "resnet101", "resnet152")},
     "monai.networks.nets.FlexibleUNet": {
         "backbone": (
             *(f"efficientnet-{size}" for size in ("b0", "b1", "b2", "b3", "b4", "b5", "b6", "b7", "b8", "l2")),

@@ -42,6 +42,20 @@ SMALL = {
             "head_activation": "softmax",
         }
     ),
+    "BANet": Small(
+        {
+            "blocks": (1, 1, 1, 1),
+            "base_width": 4,
+            "strides": (1, 2, 1, 2, 1, 1),
+            "reduce_dim": 8,
+            "aspp_dim": 8,
+            "aspp_rates": (1, 2),
+        },
+    ),
+    "UCTransNet": Small(
+        {"features": (8, 12, 16), "img_size": (32, 48), "patch_size": 4, "num_heads": 2, "num_layers": 2},
+        {"img_size": (16, 32, 24), "embed_dropout": 0.0, "attn_dropout": 0.0},
+    ),
 }
 OUT_CHANNELS = 2
 

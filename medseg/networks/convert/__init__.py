@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from medseg.errors import RequestError, WeightsError
-from medseg.networks.convert import unet, unetplusplus
+from medseg.networks.convert import banet, uctransnet, unet, unetplusplus
 from medseg.networks.convert.reading import NAMES_SHOWN, Reference
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SOURCES", "Reference", "from_reference"]
 
-SOURCES = {**unet.SOURCES, **unetplusplus.SOURCES}
+SOURCES = {**unet.SOURCES, **unetplusplus.SOURCES, **banet.SOURCES, **uctransnet.SOURCES}
 
 logger = logging.getLogger(__name__)
 
