@@ -45,7 +45,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, asdict, dataclass, field, fields
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -108,6 +107,8 @@ def _utc_now() -> str:
 
 def _software() -> dict[str, str | None]:
     """Versions from the installed packages' metadata, which costs no import."""
+    from importlib import metadata
+
     versions: dict[str, str | None] = {"medseg": __version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:

@@ -7,7 +7,6 @@ from collections import Counter
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from medseg.bundle.build import build as build_bundle
 from medseg.bundle.catalog import find_bundle, merged, shipped_bundles
@@ -40,6 +39,8 @@ def build(names: Names = None, every: All = False) -> None:
 @app.command()
 def check(names: Names = None, every: All = False) -> None:
     """Check that bundles are built, declarative, and what MONAI expects."""
+    from rich.table import Table
+
     from medseg.bundle.check import CHECKS, check_bundle
 
     table = Table("bundle", *CHECKS)
@@ -57,6 +58,8 @@ def check(names: Names = None, every: All = False) -> None:
 @app.command("list")
 def list_bundles() -> None:
     """List the shipped bundles and those in the folders of MEDSEG_BUNDLES."""
+    from rich.table import Table
+
     table = Table("bundle", "weights", "labels", "what it does")
     for bundle in shipped_bundles():
         weights = "yes" if bundle.weights.is_file() else "train it"
