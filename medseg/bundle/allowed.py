@@ -144,6 +144,7 @@ ARGUMENTS: Final[Mapping[str, Mapping[str, tuple[bool | str | None, ...]]]] = {
         "pickle_module": ("pickle",),  # writes the cache that weights_only guards
         "compile_kwargs": (None,),  # torch.compile takes the path of a C++ compiler among its options
     },
+    "medseg.networks.UCTransNet": {"backbone": ("paper", "unet")},
     "medseg.networks.BANet": {"backbone": ("resnet50", "resnet101", "resnet152")},
     "monai.networks.nets.FlexibleUNet": {
         "backbone": (
