@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from medseg.errors import RequestError, WeightsError
 from medseg.networks.blocks import ConvUnit, checks_apply, conv_pair, upsampler
 from medseg.networks.cct import CCT, Enlarge
+from medseg.networks.options import check_choice, check_numbers, chosen_levels, per_axis
 from medseg.networks.sizes import check_bottom, check_image, check_minimum, total_stride
-from medseg.networks.unet import _check_choice, _check_numbers, _chosen_levels, _per_axis
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -107,18 +107,18 @@ class UCTransNet(nn.Module):
         pos_embed: str = "learned",
     ) -> None:
         super().__init__()
-        _check_choice("upsample", upsample, ("nearest", "deconv"))
-        _check_choice("backbone", backbone, ("paper", "unet"))
-        _check_choice("skip_mode", skip_mode, ("remove", "zeros"))
-        _check_choice("pos_embed", pos_embed, ("learned", "none"))
-        _check_numbers(spatial_dims, features)
+        check_choice("upsample", upsample, ("nearest", "deconv"))
+        check_choice("backbone", backbone, ("paper", "unet"))
+        check_choice("skip_mode", skip_mode, ("remove", "zeros"))
+        check_choice("pos_embed", pos_embed, ("learned", "none"))
+        check_numbers(spatial_dims, features)
         _check_counts(num_heads=num_heads, num_layers=num_layers)
         self.spatial_dims = spatial_dims
         self.in_channels = in_channels
         self.features = tuple(features)
-        self.strides = _per_axis(strides, len(features) - 1, spatial_dims)
+        self.strides = per_axis(strides, len(features) - 1, spatial_dims)
         self.step = self.bottom_stride = total_stride(self.strides)
-        self.skip_levels = _chosen_levels("skip_levels", skip_levels, len(features) - 1)
+        self.skip_levels = chosen_levels("skip_levels", skip_levels, len(features) - 1)
         chosen = _cct_levels(cct_levels, self.skip_levels, len(features) - 1, skip_mode)
         self.cct_levels = chosen if use_cct else ()
         # A list, because TorchScript walks no tuple of unknown length.
@@ -338,7 +338,7 @@ def _cct_levels(
     """Spell out the levels that enter the CCT."""
     if levels is None:
         return skip_levels
-    chosen = _chosen_levels("cct_levels", levels, depth)
+    chosen = chosen_levels("cct_levels", levels, depth)
     if skip_mode == "remove" and not set(chosen) <= set(skip_levels):
         raise RequestError(
             f"cct_levels={chosen} holds levels whose skip is removed (skip_levels={skip_levels}). Leave them out, or "
@@ -423,7 +423,7 @@ def transfer_unet(network: UCTransNet, state: Mapping[str, Tensor], *, cat_order
     bottom = f"encoder.{len(network.strides)}."
     is_unet = any(name.startswith("bottleneck.") for name in state)
     order = cat_order or ("up_first" if is_unet else "skip_first")
-    _check_choice("cat_order", order, ("up_first", "skip_first"))
+    check_choice("cat_order", order, ("up_first", "skip_first"))
     places = {name.replace("bottleneck.", bottom, 1) if is_unet else name: name for name in state}
     own = network.state_dict()
     copied = [name for name in own if name in places]

@@ -18,6 +18,7 @@ from medseg.networks.blocks import (
     match_size,
     upsampler,
 )
+from medseg.networks.options import check_choice, check_numbers, chosen_levels, per_axis
 from medseg.networks.sizes import ValidSizes, check_bottom, check_image, check_minimum, total_stride
 
 if TYPE_CHECKING:
@@ -88,16 +89,16 @@ class UNet(nn.Module):
         interp_align_corners: bool = True,
     ) -> None:
         super().__init__()
-        _check_choice("padding", padding, ("same", "valid"))
-        _check_choice("upsample", upsample, ("deconv", "interp"))
-        _check_choice("skip", skip, ("cat", "add"))
-        _check_choice("cat_order", cat_order, ("up_first", "skip_first"))
-        _check_numbers(spatial_dims, features)
+        check_choice("padding", padding, ("same", "valid"))
+        check_choice("upsample", upsample, ("deconv", "interp"))
+        check_choice("skip", skip, ("cat", "add"))
+        check_choice("cat_order", cat_order, ("up_first", "skip_first"))
+        check_numbers(spatial_dims, features)
         _check_upconvolution(upsample, skip, upconv_relu, last_upconv_channels)
         self.spatial_dims = spatial_dims
         self.in_channels = in_channels
-        self.skip_levels = _chosen_levels("skip_levels", skip_levels, len(features) - 1)
-        self.strides = _per_axis(strides, len(features) - 1, spatial_dims)
+        self.skip_levels = chosen_levels("skip_levels", skip_levels, len(features) - 1)
+        self.strides = per_axis(strides, len(features) - 1, spatial_dims)
         self.step = total_stride(self.strides)
         self.valid_sizes = ValidSizes(self.strides) if padding == "valid" else None
         self.margin = tuple(n // 2 for n in self.valid_sizes.shrink) if self.valid_sizes else (0,) * spatial_dims
@@ -203,46 +204,6 @@ class _DecoderLevel(nn.Module):
             x = torch.cat([skip, x], dim=1)
         out: Tensor = self.convs(x)
         return out
-
-
-def _per_axis(
-    strides: Sequence[int | Sequence[int]] | None, poolings: int, spatial_dims: int
-) -> tuple[tuple[int, ...], ...]:
-    """Spell out one stride per pooling and axis."""
-    given = [2] * poolings if strides is None else strides
-    spelled = tuple((s,) * spatial_dims if isinstance(s, int) else tuple(s) for s in given)
-    if len(spelled) != poolings or any(len(s) != spatial_dims or min(s) < 1 for s in spelled):
-        raise RequestError(
-            f"strides={strides} does not fit: {poolings + 1} levels need {poolings} entries, each a number from 1 up "
-            f"or {spatial_dims} of them (one per axis)."
-        )
-    return spelled
-
-
-def _chosen_levels(option: str, levels: str | Sequence[int], depth: int) -> tuple[int, ...]:
-    """Spell out which of the levels 1 (finest) to `depth` are meant."""
-    every = tuple(range(1, depth + 1))
-    if isinstance(levels, str) and levels in ("all", "none"):
-        return every if levels == "all" else ()
-    if isinstance(levels, str | int) or not set(levels) <= set(every):
-        raise RequestError(
-            f'{option}={levels!r} is not known; give "all", "none", or numbers from 1 (finest level) to {depth}.'
-        )
-    return tuple(level for level in every if level in levels)
-
-
-def _check_numbers(spatial_dims: int, features: Sequence[int]) -> None:
-    if spatial_dims not in (2, 3):
-        raise RequestError(f"spatial_dims must be 2 or 3, got {spatial_dims!r}.")
-    if len(features) < 2 or min(features) < 1:
-        raise RequestError(
-            f"features={tuple(features)} must hold two or more widths from 1 up: one per level, the bottleneck last."
-        )
-
-
-def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise RequestError(f"{option}={value!r} is not known; choose one of {', '.join(map(repr, choices))}.")
 
 
 def _check_upconvolution(upsample: str, skip: str, relu: bool, last_channels: int | None) -> None:

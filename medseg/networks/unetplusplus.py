@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from medseg.errors import RequestError
 from medseg.networks.blocks import checks_apply, conv_pair, he_init, match_size, upsampler
+from medseg.networks.options import check_choice, check_numbers, per_axis
 from medseg.networks.sizes import check_bottom, check_image, check_minimum, total_stride
-from medseg.networks.unet import _check_choice, _check_numbers, _per_axis
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -112,17 +112,17 @@ class UNetPlusPlus(nn.Module):
     ) -> None:
         arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
-        _check_choice("upsample", upsample, ("deconv", "interp"))
-        _check_choice("down", down, ("maxpool", "conv"))
-        _check_choice("skip_mode", skip_mode, ("dense", "long", "short"))
-        _check_choice("cat_order", cat_order, ("skip_first", "up_first"))
-        _check_numbers(spatial_dims, features)
+        check_choice("upsample", upsample, ("deconv", "interp"))
+        check_choice("down", down, ("maxpool", "conv"))
+        check_choice("skip_mode", skip_mode, ("dense", "long", "short"))
+        check_choice("cat_order", cat_order, ("skip_first", "up_first"))
+        check_numbers(spatial_dims, features)
         depth = len(features) - 1
         self.arguments = arguments
         self.spatial_dims = spatial_dims
         self.in_channels = in_channels
         self.out_channels = out_channels
-        self.strides = _per_axis(strides, depth, spatial_dims)
+        self.strides = per_axis(strides, depth, spatial_dims)
         self.down = down
         self.levels = tuple(range(1, depth + 1)) if deep_supervision else (depth,)
         self.set_output(output_mode, head=head, head_activation=head_activation)
@@ -190,10 +190,10 @@ class UNetPlusPlus(nn.Module):
         Raises:
             RequestError: there is no such head or mode, or several channels have no known activation.
         """
-        _check_choice("output_mode", mode, ("head", "mean", "mean_logits"))
+        check_choice("output_mode", mode, ("head", "mean", "mean_logits"))
         head_activation = head_activation or self.arguments["head_activation"]
         if head_activation is not None:
-            _check_choice("head_activation", head_activation, ("sigmoid", "softmax"))
+            check_choice("head_activation", head_activation, ("sigmoid", "softmax"))
         self._check_output(mode, head, head_activation)
         self.arguments |= {"output_mode": mode, "head": head, "head_activation": head_activation}
         self.output_mode = mode
@@ -412,5 +412,5 @@ def preset(name: str, spatial_dims: int) -> dict[str, Any]:
             "head_bias": False,
         },
     }
-    _check_choice("preset", name, tuple(presets))
+    check_choice("preset", name, tuple(presets))
     return presets[name]

@@ -7,6 +7,7 @@ of theirs is (`Reference`); everything else (missing, surplus and misshapen tens
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,11 +22,26 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-__all__ = ["SOURCES", "Reference", "from_reference"]
+__all__ = ["SOURCES", "Converted", "Reference", "from_reference", "read_reference"]
 
 SOURCES = {**unet.SOURCES, **unetplusplus.SOURCES, **banet.SOURCES, **uctransnet.SOURCES}
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A network with the weights of public code.
+
+    Attributes:
+        network: ours, in eval mode.
+        arguments: what its class was called with, read off the tensors and given by the caller.
+        left_out: names of tensors that the reference holds but never uses.
+    """
+
+    network: nn.Module
+    arguments: dict[str, Any]
+    left_out: tuple[str, ...]
 
 
 def from_reference(source: str, state: Mapping[str, Tensor | NDArray[Any]], **config: Any) -> nn.Module:
@@ -40,20 +56,36 @@ def from_reference(source: str, state: Mapping[str, Tensor | NDArray[Any]], **co
         The network in eval mode.
 
     Raises:
-        RequestError: the source is not known.
+        RequestError: the source is not known, or its network cannot be built with `config`.
         WeightsError: tensors are missing, surplus or of another shape; lists them.
     """
+    return read_reference(source, state, **config).network
+
+
+def read_reference(source: str, state: Mapping[str, Tensor | NDArray[Any]], **config: Any) -> Converted:
+    """Do what `from_reference` does, and tell how the network can be built again; same arguments and errors."""
     if source not in SOURCES:
         raise RequestError(f"Weights of source {source!r} are not known; choose one of {', '.join(SOURCES)}.")
     reference = SOURCES[source](_tensors(state))
-    network = reference.network(**{**reference.arguments, **config})
+    arguments = {**reference.arguments, **config}
+    network = _built(source, reference, arguments)
     own = network.state_dict()
     names = _names(own, reference.modules)
     _compare(source, own, names, reference.tensors, reference.dead)
     if reference.dead:
         logger.info("left out, because the reference never uses them: %s", ", ".join(sorted(reference.dead)))
     network.load_state_dict({ours: reference.tensors.get(theirs, own[ours]) for ours, theirs in names.items()})
-    return network.eval()
+    return Converted(network.eval(), arguments, tuple(sorted(reference.dead)))
+
+
+def _built(source: str, reference: Reference, arguments: Mapping[str, Any]) -> nn.Module:
+    try:
+        return reference.network(**arguments)
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        given = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+        raise RequestError(
+            f"The network of source {source!r} cannot be built with {given}: {error}. Correct the options you gave."
+        ) from error
 
 
 def _tensors(state: Mapping[str, Tensor | NDArray[Any]]) -> dict[str, Tensor]:
