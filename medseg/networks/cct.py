@@ -213,7 +213,7 @@ class _ChannelAttention(nn.Module):
 
 def _precise_channel_map(query: Tensor, key: Tensor, heads: int, scale: float) -> Tensor:
     """Leave mixed precision: the scores are sums over all tokens, and a norm follows them."""
-    if not torch.is_autocast_enabled(query.device.type):
+    if query.is_meta or not torch.is_autocast_enabled(query.device.type):
         return _channel_map(query, key, heads, scale)
     with torch.autocast(query.device.type, enabled=False):
         return _channel_map(query.float(), key.float(), heads, scale)
