@@ -17,6 +17,7 @@ whole after each case, so a run that is killed leaves a valid file that says `"s
     device            str      "cpu", "cuda:0", ...
     software          object   python and package -> version str? (null: not installed)
     machine           object   platform str, cpu str, cpus int, threads int?, accelerator str?
+    notes             [str]    what else a reader should know, such as the weights that a training started from
     stages            object   stage -> seconds, summed over the cases
     validations       [object] while training: epoch int and each metric -> float?, in order
     peak_memory       object   host_bytes int?, device_bytes int? (null: unknown or unused)
@@ -161,6 +162,7 @@ class Manifest:
         path: the file to keep up to date; None writes only on `write(path)`.
 
     Attributes:
+        notes: what else a reader should know of the run.
         stages: stage -> seconds so far.
         validations: epoch and metrics of each validation so far.
         cases: case name -> record.
@@ -181,6 +183,7 @@ class Manifest:
     error: str | None = None
     software: dict[str, str | None] = field(default_factory=_software)
     machine: dict[str, str | int | None] = field(default_factory=_machine)
+    notes: list[str] = field(default_factory=list)
     stages: dict[str, float] = field(default_factory=dict)
     validations: list[dict[str, float]] = field(default_factory=list)
     peak_memory: dict[str, int | None] = field(default_factory=lambda: {"host_bytes": None, "device_bytes": None})
@@ -296,6 +299,7 @@ class Manifest:
             "device": self.device,
             "software": self.software,
             "machine": self.machine,
+            "notes": self.notes,
             "stages": {name: round(seconds, 3) for name, seconds in self.stages.items()},
             "validations": self.validations,
             "peak_memory": self.peak_memory,
@@ -326,10 +330,11 @@ class Manifest:
         content = _read_json(path)
         try:
             bundle = content["bundle"]
-            known = {f.name for f in fields(cls) if f.init} - {"bundle", "cases", "path"}
+            known = {f.name for f in fields(cls) if f.init} - {"bundle", "cases", "notes", "path"}
             manifest = cls(
                 bundle=BundleRecord(**bundle) if bundle else None,
                 cases={case["name"]: CaseRecord(**case) for case in content["cases"]},
+                notes=content.get("notes", []),  # the first manifests had none
                 **{name: content[name] for name in known},
             )
         except (KeyError, TypeError) as error:

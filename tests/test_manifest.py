@@ -17,7 +17,8 @@ from medseg.manifest import BundleRecord, CaseRecord, Manifest
 BUNDLE = BundleRecord("liver_ct_unet", "1.2.0", "c" * 64, "d" * 64)
 FIELDS = [
     "manifest_version", "command", "status", "started", "finished", "error", "arguments", "bundle", "knobs",
-    "overrides", "seeds", "device", "software", "machine", "stages", "validations", "peak_memory", "counts", "cases",
+    "overrides", "seeds", "device", "software", "machine", "notes", "stages", "validations", "peak_memory", "counts",
+    "cases",
 ]  # fmt: skip
 
 
@@ -46,6 +47,16 @@ def test_a_run_is_recorded_with_its_cases(path):
     assert content["cases"][1]["metrics"] == {"dice": 0.9}
     assert content["started"] <= content["finished"]
     assert content["started"].endswith("Z")
+
+
+def test_a_manifest_from_before_there_were_notes_is_read(path):
+    with Manifest("predict", notes=["said"], path=path):
+        pass
+    assert Manifest.read(path).notes == ["said"]
+    content = stored(path)
+    del content["notes"]
+    path.write_text(json.dumps(content))
+    assert Manifest.read(path).notes == []
 
 
 def test_a_case_error_fails_the_case_and_the_next_one_goes_on(path):

@@ -29,7 +29,7 @@ MEDSEG: Final[Mapping[str, str]] = {
     "medseg.inferers": "SlidingWindowInferer",
     "medseg.training": "Checkpoints ClipGradients SeedEpochs Tap TrainingOutputs WeightAverage seed_everything",
     "medseg.io": "find_cases find_dataset",
-    "medseg.bundle.parts": "inside item load_weights on_device parameters run select_device",
+    "medseg.bundle.parts": "inside item load_weights on_device parameters run select_device start_from",
 }
 
 # Kind -> module -> names.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import pickle
 import warnings
 from pathlib import Path
@@ -16,13 +17,28 @@ import torch
 
 from medseg.bundle.trust import load_json
 from medseg.errors import RequestError, WeightsError
+from medseg.networks import UCTransNet
+from medseg.networks.uctransnet import transfer_unet
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from torch import nn
 
-__all__ = ["inside", "item", "load_weights", "on_device", "parameters", "run", "select_device"]
+__all__ = [
+    "inside",
+    "item",
+    "load_state",
+    "load_weights",
+    "on_device",
+    "parameters",
+    "read_state",
+    "run",
+    "select_device",
+    "start_from",
+]
+
+logger = logging.getLogger(__name__)
 
 
 def select_device(name: str = "auto") -> torch.device:
@@ -97,7 +113,44 @@ def load_weights(network: nn.Module, path: str, bundle_root: str | None = None) 
             f"'{path}' has SHA-256 {found}, but the bundle's metadata expects {expected}: the file was altered or "
             f"replaced. If you replaced it, run `medseg bundle build {bundle_root}`"
         )
-    _load_state(network, _state(content, path), path)
+    load_state(network, read_state(content, path), path)
+
+
+def start_from(network: nn.Module, path: str, *, resume: bool = False, cat_order: str | None = None) -> str:
+    """Give a network, before its training, the weights of an earlier one.
+
+    Weights of the same network are taken as they are. A `UCTransNet` also starts from a U-Net, the paper's
+    pre-training (see `medseg.networks.uctransnet.transfer_unet`).
+
+    Args:
+        network: changed in place.
+        path: file written by `torch.save(network.state_dict(), ...)`; empty to leave the network as it is.
+        resume: leave the network as it is: the state to resume from holds its weights.
+        cat_order: how the U-Net of a `UCTransNet` joins, "up_first" or "skip_first", where that is not its default.
+
+    Returns:
+        What was taken over, for people; empty if nothing was.
+
+    Raises:
+        WeightsError: the file is missing, holds anything but tensors, or does not fit the network.
+    """
+    if not path or resume:
+        return ""
+    file = Path(path)
+    if not file.is_file():
+        raise WeightsError(f"no weights at '{path}' to start from: give --set pretrained=FILE, or leave it out")
+    state = read_state(file.read_bytes(), path)
+    if isinstance(network, UCTransNet) and set(state) != set(network.state_dict()):
+        try:
+            taken = str(transfer_unet(network, state, cat_order=cat_order))
+        except WeightsError as error:
+            raise WeightsError(f"'{path}': {error}") from error
+    else:
+        load_state(network, state, path)
+        taken = f"all {len(state)} tensors taken over"
+    note = f"started from {file.name}: {taken}"
+    logger.info(note)
+    return note
 
 
 def _expected_hash(file: Path, bundle_root: str | None) -> str | None:
@@ -111,25 +164,50 @@ def _expected_hash(file: Path, bundle_root: str | None) -> str | None:
     return listed
 
 
-def _state(content: bytes, path: str) -> Mapping[str, torch.Tensor]:
+def read_state(content: bytes, path: str) -> Mapping[str, torch.Tensor]:
+    """Read a state dict without running code of the file.
+
+    Args:
+        content: of a file written by `torch.save`: names and tensors, or these under `model` or `state_dict`.
+        path: of the file, for messages.
+
+    Raises:
+        WeightsError: it cannot be read, or holds anything but tensors.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's remarks on odd pickles; they end in a refusal below
             state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise WeightsError(f"'{path}' holds more than tensors and was not loaded: it could run code") from error
+        raise WeightsError(
+            f"'{path}' holds more than tensors and was not loaded: it could run code. If you trust where it comes "
+            "from, save its state dict alone: torch.save(network.state_dict(), FILE)"
+        ) from error
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
         raise WeightsError(
             f"'{path}' is no readable weight file ({type(error).__name__}); it may be cut off"
         ) from error
-    if isinstance(state, dict) and isinstance(state.get("model"), dict):
-        state = state["model"]
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    for wrapper in ("model", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
+    ):
         raise WeightsError(f"'{path}' holds {type(state).__name__}, expected a state dict: names and tensors")
     return state
 
 
-def _load_state(network: nn.Module, state: Mapping[str, torch.Tensor], path: str) -> None:
+def load_state(network: nn.Module, state: Mapping[str, torch.Tensor], path: str) -> None:
+    """Load a state dict of exactly this network.
+
+    Args:
+        network: unchanged if anything does not fit.
+        state: names and tensors.
+        path: where they come from, for messages.
+
+    Raises:
+        WeightsError: a tensor is missing, surplus or of another shape.
+    """
     own = network.state_dict()
     faults = [f"missing {name}" for name in own if name not in state]
     faults += [f"surplus {name}" for name in state if name not in own]

@@ -82,7 +82,7 @@ def prepare(
     Raises:
         BundleError: a config is missing or unreadable, or the bundle is not to be trusted.
         RequestError: an unknown knob or a value of the wrong kind.
-        WeightsError: the weights that the command needs do not exist.
+        WeightsError: the weights that the command needs, or that training is to start from, do not exist.
     """
     names = _CONFIGS[command]
     configs = bundle.load_configs(*names)
@@ -91,7 +91,9 @@ def prepare(
     overrides = {**changed(config, settings), **paths, "bundle_root": str(bundle.root)}
     files = tuple(bundle.config_paths(*names))
     job = Job(command, bundle, files, {**config, **overrides}, overrides, tuple(settings), trust is not None)
-    if command != "train" and not job.weights.is_file():
+    if command == "train":
+        _check_start(job.config)
+    elif not job.weights.is_file():
         raise WeightsError(f"no weights at '{job.weights}': run `medseg train` first, or give --set weights=FILE")
     return job
 
@@ -162,6 +164,8 @@ def evaluate(job: Job, cases: Sequence[Mapping[str, str]], output: Path, *, repo
 def train(job: Job, *, report: Report | None = None) -> Manifest:
     """Train the bundle: best weights to `models/model.pt`, state and manifest to the config's `output_dir`.
 
+    What the steps of the config's `initialize` return as text goes into the manifest's notes.
+
     Args:
         job: from `prepare("train", ...)`.
         report: told about each finished step.
@@ -169,8 +173,10 @@ def train(job: Job, *, report: Report | None = None) -> Manifest:
     from ignite.engine import Events
 
     workflow = _workflow(job, "train")
-    _guarded(workflow.initialize)
-    with _manifest(job, _output_dir(workflow) / "manifest.json") as manifest:
+    said = _guarded(workflow.initialize)
+    manifest = _manifest(job, _output_dir(workflow) / "manifest.json")
+    manifest.notes = [text for text in said if isinstance(text, str) and text]
+    with manifest:
         with manifest.stage("load"):
             trainer = _guarded(lambda: workflow.trainer)
         validator = workflow.evaluator
@@ -193,6 +199,12 @@ def train(job: Job, *, report: Report | None = None) -> Manifest:
         with manifest.stage("train"):
             _guarded(workflow.run)
     return manifest
+
+
+def _check_start(config: Mapping[str, Any]) -> None:
+    start = config.get("pretrained")
+    if isinstance(start, str) and start and not config.get("resume") and not Path(start).is_file():
+        raise WeightsError(f"no weights at '{start}' to start from: give --set pretrained=FILE, or leave it out")
 
 
 def _workflow(job: Job, kind: str) -> Any:

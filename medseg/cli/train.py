@@ -42,6 +42,8 @@ def train(
             trust=trust,
             report=report,
         )
+    for note in manifest.notes:
+        output.print(note, markup=False, soft_wrap=True)
     best = max(manifest.validations, key=lambda entry: entry["val_mean_dice"], default=None)
     found = f", mean Dice {best['val_mean_dice']:.4f} on the validation cases at epoch {best['epoch']}" if best else ""
     weights = (out or find_bundle(bundle).root) / "models" / "model.pt"
