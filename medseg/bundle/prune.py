@@ -402,7 +402,7 @@ class _Watch:
 
     def __init__(self, inferer: Any, device: str, cases: int, report: Report) -> None:
         self.inferer = inferer
-        self.cuda = device.startswith("cuda")
+        self.cuda = device if device.startswith("cuda") else None
         self.passes = cases + 1
         self.report = report
         self.name = ""
@@ -431,18 +431,18 @@ class _Watch:
         return time.perf_counter() - start, logits
 
     def _wait(self) -> None:
-        if self.cuda:
+        if self.cuda is not None:
             import torch
 
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.cuda)
 
 
-def _peak_bytes(cuda: bool) -> int | None:
+def _peak_bytes(cuda: str | None) -> int | None:
     """Return the peak memory of this process, on the CUDA device or resident on the host."""
-    if cuda:
+    if cuda is not None:
         import torch
 
-        return int(torch.cuda.max_memory_allocated())
+        return int(torch.cuda.max_memory_allocated(cuda))
     # Linux hands the parent's peak down in getrusage; the kernel's own line about this process starts afresh.
     status = Path("/proc/self/status")
     if status.is_file():
