@@ -62,7 +62,7 @@ def demo(
     for path in sorted(masks.iterdir()):
         output.print(f"  {path.name}", markup=False)
     program = "medseg" if shutil.which("medseg") else os.path.relpath(Path(sys.executable).with_name("medseg"))
-    output.print(_NEXT.format(medseg=program), markup=False)
+    output.print(_NEXT.format(medseg=program), markup=False, soft_wrap=True)
 
 
 def _step(*arguments: str) -> None:
