@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from medseg.errors import RequestError, SizeError
+from medseg.losses import BoundaryMultiTaskLoss
 from medseg.networks import BANet
 from medseg.networks.banet import (
     BoxMean,
@@ -414,3 +415,25 @@ def test_a_rate_as_large_as_the_map_acts_like_its_center():
     x = torch.randn(1, 2, 4, 4, 4)
     center = nn.functional.conv3d(x, branch[0].weight[:, :, 1:2, 1:2, 1:2])
     torch.testing.assert_close(branch[0](x), center)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["paper", "official"])
+@pytest.mark.parametrize(("dims", "size", "required"), [(2, (64, 64), 0.96), (3, (32, 32, 32), 0.90)])
+def test_one_noisy_ellipse_is_learned_as_well_as_the_specification_measured(dims, size, required, variant):
+    torch.manual_seed(0)
+    axes = torch.meshgrid(*(torch.linspace(-1, 1, n) for n in size), indexing="ij")
+    inside = sum((axis / radius) ** 2 for axis, radius in zip(axes, (0.7, 0.55, 0.6), strict=False)) < 1
+    label = inside.long().expand(2, 1, *size)
+    image = (inside + 0.5 * torch.randn(1, 1, *size)).expand(2, 1, *size)
+    network = BANet(
+        dims, 1, 2, blocks=(1, 1, 1, 1), base_width=8, reduce_dim=16, aspp_dim=16, aspp_rates=(1, 2, 3), variant=variant
+    )
+    loss = BoundaryMultiTaskLoss(variant)
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
+    for _ in range(200):
+        optimizer.zero_grad()
+        loss(network.forward_train(image), label).backward()
+        optimizer.step()
+    found = network(image).argmax(1, keepdim=True)
+    assert 2 * (found * label).sum() / (found.sum() + label.sum()) > required
