@@ -370,19 +370,19 @@ def _measure(request: Mapping[str, Any], report: Report) -> dict[str, Any]:
     level = {"network_def": request["network_def"], "weights": request["weights"]}
     job = replace(job, config={**job.config, **level}, overrides={**job.overrides, **level})
     cases = find_dataset(paths["dataset_dir"], paths["split"])
-    workflow = runner._workflow(job, "train")
-    evaluator = runner._evaluator(workflow)
+    workflow = runner.open_workflow(job, "train")
+    evaluator = runner.build_evaluator(workflow)
     device = str(evaluator.state.device)
     watch = _Watch(evaluator.inferer, device, len(cases), report)
     evaluator.inferer = watch
     dice, iou = [], []
     for case in cases:
         watch.name = case["name"]
-        runner._run_case(evaluator, workflow.val_preprocessing, case)
+        runner.run_case(evaluator, workflow.val_preprocessing, case)
         values = evaluator.state.metric_details[evaluator.state.key_metric_name][0].tolist()
-        dice.append(runner._mean(values))
+        dice.append(runner.known_mean(values))
         # For one case and one label the two are functions of each other.
-        iou.append(runner._mean([value / (2 - value) for value in values]))
+        iou.append(runner.known_mean([value / (2 - value) for value in values]))
     return {
         "device": device,
         "peak_memory_mib": None if watch.peak is None else watch.peak / 2**20,

@@ -27,7 +27,17 @@ if TYPE_CHECKING:
     # Called with what is done, what there is to do (cases or epochs) and a few words on the present state.
     Report = Callable[[float, int, str], None]
 
-__all__ = ["Job", "evaluate", "predict", "prepare", "train"]
+__all__ = [
+    "Job",
+    "build_evaluator",
+    "evaluate",
+    "known_mean",
+    "open_workflow",
+    "predict",
+    "prepare",
+    "run_case",
+    "train",
+]
 
 
 @dataclass(frozen=True)
@@ -111,12 +121,12 @@ def predict(
         report: told about each finished window.
     """
     _check_output(cases, output)
-    workflow = _workflow(job, "infer")
+    workflow = open_workflow(job, "infer")
     manifest = _manifest(job, output / "manifest.json")
     earlier = manifest.resume() if resume else set()
     with manifest:
         with manifest.stage("load"):
-            evaluator = _evaluator(workflow)
+            evaluator = build_evaluator(workflow)
             manifest.device = str(evaluator.state.device)
         for number, case in enumerate(cases):
             if case["name"] in earlier and (output / case["name"]).is_file():
@@ -124,11 +134,11 @@ def predict(
             with manifest.case(case["name"]) as record:
                 record.output = case["name"]
                 _tell_windows(workflow.inferer, number, len(cases), case["name"], report)
-                _run_case(evaluator, workflow.preprocessing, case)
+                run_case(evaluator, workflow.preprocessing, case)
                 if not (output / case["name"]).is_file():
                     raise CaseError(f"{case['image']}: the bundle's postprocessing wrote no '{output / case['name']}'")
             if record.status == "failed":
-                evaluator = _evaluator(workflow)
+                evaluator = build_evaluator(workflow)
     return manifest
 
 
@@ -136,7 +146,7 @@ def evaluate(job: Job, cases: Sequence[Mapping[str, str]], output: Path, *, repo
     """Predict each case and score it against its label on the label's own grid.
 
     The manifest goes to `output`. Each case holds the key metric for each class by the class's name
-    (no value where neither mask nor label has the class), and their mean.
+    (no value where the label lacks it), and their mean.
 
     Args:
         job: from `prepare("evaluate", ...)`.
@@ -144,20 +154,20 @@ def evaluate(job: Job, cases: Sequence[Mapping[str, str]], output: Path, *, repo
         output: folder, made if missing.
         report: told about each finished window.
     """
-    workflow = _workflow(job, "train")
-    evaluator = _evaluator(workflow)
+    workflow = open_workflow(job, "train")
+    evaluator = build_evaluator(workflow)
     with _manifest(job, output / "manifest.json") as manifest:
         manifest.device = str(evaluator.state.device)
         names = list(job.bundle.label_names.values())
         for number, case in enumerate(cases):
             with manifest.case(case["name"]) as record:
                 _tell_windows(workflow.val_inferer, number, len(cases), case["name"], report)
-                _run_case(evaluator, workflow.val_preprocessing, case)
+                run_case(evaluator, workflow.val_preprocessing, case)
                 values = evaluator.state.metric_details[evaluator.state.key_metric_name][0].tolist()
                 record.metrics = dict(zip(names, values, strict=True))
-                record.metrics["mean"] = _mean(values)
+                record.metrics["mean"] = known_mean(values)
             if record.status == "failed":
-                evaluator = _evaluator(workflow)
+                evaluator = build_evaluator(workflow)
     return manifest
 
 
@@ -172,7 +182,7 @@ def train(job: Job, *, report: Report | None = None) -> Manifest:
     """
     from ignite.engine import Events
 
-    workflow = _workflow(job, "train")
+    workflow = open_workflow(job, "train")
     said = _guarded(workflow.initialize)
     manifest = _manifest(job, _output_dir(workflow) / "manifest.json")
     manifest.notes = [text for text in said if isinstance(text, str) and text]
@@ -207,7 +217,8 @@ def _check_start(config: Mapping[str, Any]) -> None:
         raise WeightsError(f"no weights at '{start}' to start from: give --set pretrained=FILE, or leave it out")
 
 
-def _workflow(job: Job, kind: str) -> Any:
+def open_workflow(job: Job, kind: str) -> Any:
+    """Return MONAI's workflow of a checked job, not yet initialized; `kind` is "train" or "infer"."""
     with warnings.catch_warnings():
         # MONAI warns that configs run code; this one has just been checked, or vouched for by the user.
         warnings.simplefilter("ignore")
@@ -228,7 +239,7 @@ def _workflow(job: Job, kind: str) -> Any:
     return workflow
 
 
-def _evaluator(workflow: Any) -> Any:
+def build_evaluator(workflow: Any) -> Any:
     """Build everything anew: an engine that an error has stopped would take the next case for the rest of that run."""
     _guarded(workflow.initialize)
     return _guarded(lambda: workflow.evaluator)
@@ -257,7 +268,8 @@ def _check_output(cases: Sequence[Mapping[str, str]], output: Path) -> None:
             raise RequestError(f"the mask of '{case['image']}' would replace the image itself; choose another folder")
 
 
-def _run_case(evaluator: Any, preprocessing: Any, case: Mapping[str, str]) -> None:
+def run_case(evaluator: Any, preprocessing: Any, case: Mapping[str, str]) -> None:
+    """Run an evaluator on one case; whatever goes wrong becomes a `CaseError` or another error of ours."""
     from monai.data import DataLoader, Dataset
 
     evaluator.data_loader = DataLoader(Dataset([dict(case)], transform=preprocessing), batch_size=1)
@@ -299,6 +311,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _mean(values: Sequence[float]) -> float:
+def known_mean(values: Sequence[float]) -> float:
+    """Return the mean of the values that are numbers; NaN where there is none."""
     known = [value for value in values if not math.isnan(value)]
     return sum(known) / len(known) if known else math.nan
