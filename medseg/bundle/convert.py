@@ -12,7 +12,7 @@ from medseg.bundle.catalog import Bundle, find_bundle
 from medseg.bundle.compose import Config, compose, nearest
 from medseg.bundle.trust import load_json, require_trust
 from medseg.errors import BundleError, RequestError, WeightsError
-from medseg.files import check_folder, replace_text, replacing
+from medseg.files import check_folder, replace_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -102,6 +102,7 @@ def convert(
     file, target = Path(weights), Bundle(Path(to).absolute())
     plan = _checked(file, source, target, like, overwrite=overwrite)
     from medseg.networks.convert import read_reference
+    from medseg.training.checkpoint import save_tensors
 
     found = read_reference(source, _taken(_state(file), prefix, file), **(settings or {}))
     if reverse_channels:
@@ -115,7 +116,7 @@ def convert(
         content = _bundle_json(plan, target.name, source, file, found)
         _check_fits(content, Path(like))
         replace_text(target.root / "bundle.json", json.dumps(content, indent=2) + "\n")
-    _save(found.network.state_dict(), target.weights)
+    save_tensors(dict(found.network.state_dict()), target.weights)
     build(target)
     return Conversion(
         target.weights,
@@ -296,11 +297,3 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(_is_plain(item) for item in value)
     return value is None or isinstance(value, (bool, int, float, str))
-
-
-def _save(state: Mapping[str, Tensor], path: Path) -> None:
-    import torch
-
-    # Given a path, torch writes its name into the file, and equal weights would be unequal bytes.
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        torch.save(dict(state), file)

@@ -27,7 +27,7 @@ from medseg.bundle.catalog import Bundle, find_bundle, merged
 from medseg.bundle.compose import Config, compose
 from medseg.bundle.trust import load_json
 from medseg.errors import BundleError, MedsegError, RequestError
-from medseg.files import check_folder, replace_text, replacing
+from medseg.files import check_folder, replace_text
 from medseg.io import find_dataset
 
 if TYPE_CHECKING:
@@ -212,6 +212,7 @@ def _variants(job: Job, folder: Path) -> list[_Variant]:
     """Cut the network at every level, shallow first, and set it to the mean of all heads last."""
     from medseg.bundle.parts import load_weights
     from medseg.networks import UNetPlusPlus
+    from medseg.training.checkpoint import save_tensors
 
     network = UNetPlusPlus(**{name: value for name, value in job.config["network_def"].items() if name[0] != "_"})
     load_weights(network, str(job.weights), str(job.bundle.root))
@@ -221,7 +222,7 @@ def _variants(job: Job, folder: Path) -> list[_Variant]:
         mean = size.level == "mean"
         cut = network if mean else network.prune(int(size.level))
         name = "mean" if mean else f"L{size.level}"
-        weights = _save(cut, folder / f"{name}.pt")
+        weights = save_tensors(cut.state_dict(), folder / f"{name}.pt")
         found.append(_Variant(name, size.parameters, size.megabytes, _definition(cut), weights))
     return found
 
@@ -235,15 +236,6 @@ def _activation(config: Mapping[str, Any]) -> str:
 def _definition(network: UNetPlusPlus) -> Config:
     definition: Config = json.loads(json.dumps({"_target_": _TARGET, **network.arguments}))
     return definition
-
-
-def _save(network: nn.Module, path: Path) -> Path:
-    import torch
-
-    # Given a path, torch writes its name into the file, and equal weights would be unequal bytes.
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        torch.save(network.state_dict(), file)
-    return path
 
 
 def _smallest(results: Sequence[LevelResult], loss: float) -> int:

@@ -184,7 +184,8 @@ def train(job: Job, *, report: Report | None = None) -> Manifest:
 
     workflow = open_workflow(job, "train")
     said = _guarded(workflow.initialize)
-    manifest = _manifest(job, _output_dir(workflow) / "manifest.json")
+    output = Path(workflow.parser.get_parsed_content("output_dir"))
+    manifest = _manifest(job, output / "manifest.json")
     manifest.notes = [text for text in said if isinstance(text, str) and text]
     with manifest:
         with manifest.stage("load"):
@@ -256,10 +257,6 @@ def _manifest(job: Job, path: Path) -> Manifest:
     values = {name: value for name, value in knobs(dict(job.config)).items() if name not in ("bundle_root", *_PLACES)}
     seeds = {"seed": job.config["seed"]} if "seed" in job.config else {}
     return Manifest(job.command, bundle=record, knobs=values, overrides=list(job.settings), seeds=seeds, path=path)
-
-
-def _output_dir(workflow: Any) -> Path:
-    return Path(workflow.parser.get_parsed_content("output_dir"))
 
 
 def _check_output(cases: Sequence[Mapping[str, str]], output: Path) -> None:

@@ -44,7 +44,8 @@ def train(
         )
     for note in manifest.notes:
         output.print(note, markup=False, soft_wrap=True)
-    best = max(manifest.validations, key=lambda entry: entry["val_mean_dice"], default=None)
+    scored = [entry for entry in manifest.validations if "val_mean_dice" in entry]
+    best = max(scored, key=lambda entry: entry["val_mean_dice"], default=None)
     found = f", mean Dice {best['val_mean_dice']:.4f} on the validation cases at epoch {best['epoch']}" if best else ""
     weights = (out or find_bundle(bundle).root) / "models" / "model.pt"
     output.print(f"best weights: {weights}{found}", soft_wrap=True)

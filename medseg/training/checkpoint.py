@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-__all__ = ["Checkpoints"]
+__all__ = ["Checkpoints", "save_tensors"]
 
 
 class Checkpoints:
@@ -66,7 +66,7 @@ class Checkpoints:
         if validator.state.best_metric_epoch != validator.state.epoch:
             return
         weights = self.bundle_root / "models" / "model.pt"
-        _save(self.network.state_dict(), weights)
+        save_tensors(self.network.state_dict(), weights)
         self._enter_hash(weights)
 
     def save_last(self) -> None:
@@ -78,7 +78,7 @@ class Checkpoints:
             "best_metric": float(self.validator.state.best_metric),
             "best_metric_epoch": self.validator.state.best_metric_epoch,
         }
-        _save({**state, "progress": progress}, self.last)
+        save_tensors({**state, "progress": progress}, self.last)
 
     def load(self) -> None:
         """Restore the state of `last.pt`."""
@@ -108,7 +108,13 @@ class Checkpoints:
         replace_text(path, json.dumps(metadata, indent=2) + "\n")
 
 
-def _save(content: Any, path: Path) -> None:
+def save_tensors(content: Any, path: Path) -> Path:
+    """Write a state dict, or a dictionary of such, so that equal tensors are equal bytes; return the path.
+
+    Raises:
+        OutputError: the file cannot be written; an older one is left as it was.
+    """
     # Given a path, torch writes its name into the file, and equal weights would be unequal bytes.
     with replacing(path) as temporary, temporary.open("wb") as file:
         torch.save(content, file)
+    return path

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-import logging
 import re
-import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,27 +16,6 @@ import torch
 from PIL import Image
 
 from medseg.bundle.catalog import Bundle
-from medseg.cli import main
-
-
-@pytest.fixture
-def medseg(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    """Return a function that runs one command line and gives exit code, standard output and standard error."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["medseg", *map(str, arguments)])
-        with warnings.catch_warnings():
-            try:
-                main()
-                code = 0
-            except SystemExit as ended:
-                code = int(ended.code or 0)
-        printed = capsys.readouterr()
-        assert "Traceback" not in printed.err + printed.out
-        return code, printed.out, re.sub(r"\s+", " ", printed.err)
-
-    yield run
-    logging.disable(logging.NOTSET)
 
 
 def _volume(path: Path, data: Any = None, affine: Any = None) -> Path:

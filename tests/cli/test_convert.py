@@ -2,37 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from medseg.bundle.catalog import Bundle
-from medseg.cli import main
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-
-
-@pytest.fixture
-def medseg(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    """Return a function that runs one command line and gives exit code, standard output and standard error."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["medseg", *map(str, arguments)])
-        with warnings.catch_warnings():
-            try:
-                main()
-                code = 0
-            except SystemExit as ended:
-                code = int(ended.code or 0)
-        printed = capsys.readouterr()
-        return code, printed.out, " ".join(printed.err.split())
-
-    yield run
-    logging.disable(logging.NOTSET)
 
 
 def _like(make_bundle: Any, source: dict[str, Any], template: str, channels: int) -> Path:
