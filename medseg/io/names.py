@@ -6,15 +6,18 @@ Only file names are looked at here, never file contents; nothing beyond the stan
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Literal, TypeAlias
+from types import MappingProxyType
+from typing import Final, NamedTuple, TypeAlias
 
-from medseg.errors import OutputError
+from medseg.errors import OutputError, RequestError
 
 __all__ = [
     "IMAGE_SUFFIXES",
-    "NIFTI_SUFFIXES",
-    "PICTURE_SUFFIXES",
+    "KINDS",
+    "OUTPUT_FORMATS",
+    "Kind",
     "StrPath",
     "absolute",
     "case_stem",
@@ -26,17 +29,37 @@ __all__ = [
 
 StrPath: TypeAlias = str | os.PathLike[str]
 
-NIFTI_SUFFIXES = (".nii.gz", ".nii")
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
-IMAGE_SUFFIXES = NIFTI_SUFFIXES + PICTURE_SUFFIXES
+
+class Kind(NamedTuple):
+    """One family of formats, by the names of its files.
+
+    Attributes:
+        images: how the images that are read end, in lower case; of two that fit one name, the longer first.
+        masks: how masks of such an image may end. A mask keeps the ending of its image if that is among them, and
+            otherwise gets the first.
+    """
+
+    images: tuple[str, ...]
+    masks: tuple[str, ...]
 
 
-def file_kind(path: StrPath) -> Literal["nifti", "picture"] | None:
-    """Return the family of formats that a file name belongs to, or None if medseg does not read it."""
+# Every family that is read. Its reader is named in medseg.io.readers, its writer in medseg.io.writers.
+KINDS: Final[Mapping[str, Kind]] = MappingProxyType(
+    {
+        "nifti": Kind(images=(".nii.gz", ".nii"), masks=(".nii.gz", ".nii")),
+        "picture": Kind(images=(".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"), masks=(".png",)),
+    }
+)
+IMAGE_SUFFIXES: Final = tuple(suffix for kind in KINDS.values() for suffix in kind.images)
+
+# What a user may ask masks to be, and how their names end then.
+OUTPUT_FORMATS: Final[Mapping[str, str]] = MappingProxyType({"nifti": ".nii.gz", "png": ".png"})
+
+
+def file_kind(path: StrPath) -> str | None:
+    """Return the family of formats, a key of `KINDS`, that a file name belongs to, or None if medseg reads none."""
     name = os.fspath(path).lower()
-    if name.endswith(NIFTI_SUFFIXES):
-        return "nifti"
-    return "picture" if name.endswith(PICTURE_SUFFIXES) else None
+    return next((kind for kind, names in KINDS.items() if name.endswith(names.images)), None)
 
 
 def split_suffix(name: str) -> tuple[str, str]:
@@ -55,13 +78,28 @@ def case_stem(name: StrPath) -> str:
     return split_suffix(Path(name).name)[0]
 
 
-def mask_name(name: str) -> str:
+def mask_name(name: str, output_format: str = "") -> str:
     """Return the mask's name for an image's name.
 
-    A volume keeps its name. A picture's mask is always a PNG, because JPEG is lossy and would change labels.
+    Args:
+        name: a file name, or a relative path with `/` between folders.
+        output_format: a key of `OUTPUT_FORMATS`; by default the mask has the format of its image, as far as that holds
+            masks: a volume keeps its name, and the mask of a picture is a PNG, because JPEG would change labels.
+
+    Raises:
+        RequestError: there is no such format.
     """
     stem, suffix = split_suffix(name)
-    return f"{stem}.png" if file_kind(name) == "picture" else stem + suffix
+    if output_format:
+        return stem + _output_suffix(output_format)
+    masks = KINDS[str(file_kind(name))].masks if suffix else ("",)
+    return stem + (suffix if suffix.lower() in masks else masks[0])
+
+
+def _output_suffix(output_format: str) -> str:
+    if output_format not in OUTPUT_FORMATS:
+        raise RequestError(f"There is no output format {output_format!r}: use one of {', '.join(OUTPUT_FORMATS)}.")
+    return OUTPUT_FORMATS[output_format]
 
 
 def absolute(path: StrPath) -> Path:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from medseg.errors import CaseError, GeometryError
 from medseg.io.geometry import GRID_TOLERANCE, MAX_VOXELS, Grid, check_size, corner_distance
-from medseg.io.voxels import fill_image, fill_labels
+from medseg.io.voxels import choose_channels, fill_image, fill_labels, image_type
 
 __all__ = ["read", "read_grid", "write"]
 
@@ -85,20 +85,29 @@ def read_grid(path: Path, *, spatial_dims: int | None = None, max_voxels: int = 
 
 
 def read(
-    path: Path, *, spatial_dims: int | None, channels: int | None, label: bool, max_voxels: int
+    path: Path,
+    *,
+    spatial_dims: int | None,
+    channels: int | None,
+    index: int | None,
+    label: bool,
+    stored: bool,
+    max_voxels: int,
 ) -> tuple[NDArray[Any], Grid]:
-    """Return the voxels `(C, x, y[, z])`, float32 or as a label int32, and their grid.
+    """Return the voxels `(C, x, y[, z])` and their grid; the arguments are those of `medseg.io.load`.
 
-    A fourth axis, or the fifth axis of a NIfTI vector image, counts as channels only if `channels` asks for as many.
+    A fourth axis, or the fifth axis of a NIfTI vector image, counts as channels only if `channels` asks for as many,
+    and as a series only if `index` picks a volume of it.
     """
     with _stream(path) as stream:
         header = _read_header(stream, path, max_voxels)
         dims = _spatial_dims(header.shape, spatial_dims, path)
         grid = Grid(header.spatial_shape(dims), header.affine).check(path, max_voxels=max_voxels)
-        count = _channel_count(header.shape[dims:], channels, path)
+        chosen = choose_channels(header.shape[dims:], channels, index, path)
         _check_capacity(header, path)
-        array = np.empty((count, *grid.shape), dtype=np.int32 if label else np.float32)
-        stream.seek(header.offset)
+        dtype = image_type(header.dtype, slope=header.slope, inter=header.inter, stored=stored)
+        array = np.empty((len(chosen), *grid.shape), dtype=np.int32 if label else dtype)
+        stream.seek(header.offset + chosen.start * math.prod(grid.shape) * header.dtype.itemsize)
         for out, raw in _slabs(stream, header, array, path):
             if label:
                 fill_labels(out, raw, header.slope, header.inter, path)
@@ -204,17 +213,6 @@ def _spatial_dims(shape: tuple[int, ...], asked: int | None, path: Path) -> int:
     if asked == 2 and not flat and shape[2] != 1:
         raise CaseError(f"{path} is a volume {shape}: expected one slice or a picture with two axes.")
     return asked or (2 if flat else 3)
-
-
-def _channel_count(rest: tuple[int, ...], channels: int | None, path: Path) -> int:
-    """Return the length of the only axis beyond space that has more than one entry."""
-    sizes = [size for size in rest if size > 1]
-    found = math.prod(sizes)
-    if len(sizes) > 1 or found != (channels or 1):
-        beyond = " x ".join(str(size) for size in sizes)
-        held = f"{beyond} values per voxel (channels, or points in time)" if sizes else "one value per voxel"
-        raise CaseError(f"{path} has {held}: expected {channels or 1}. Select or stack what the model was made for.")
-    return found
 
 
 def _check_capacity(header: _Header, path: Path) -> None:

@@ -1,18 +1,19 @@
 """Reading: any image or label file becomes a channel-first MetaTensor with its place in space.
 
-A format is a module with `read`, `read_grid` and `write`; a new one is a line in `FORMATS` and its suffixes in
-`medseg.io.names`.
+A format is a module with `read` and `read_grid`, loaded when the first file of its kind is read; a new one is a line in
+`READERS`, and its file names in `medseg.io.names.KINDS`.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol, cast
+from typing import Any, Final, Literal, Protocol, cast
 
 import numpy as np
 import torch
@@ -20,30 +21,44 @@ from monai.data import MetaTensor
 from numpy.typing import NDArray
 
 from medseg.errors import CaseError, RequestError
-from medseg.io import nifti, pictures
 from medseg.io.geometry import MAX_VOXELS, Grid
 from medseg.io.names import IMAGE_SUFFIXES, StrPath, absolute, file_kind
 from medseg.io.voxels import refuse_nonfinite
 
-__all__ = ["Format", "load", "read_grid"]
+__all__ = ["READERS", "Reader", "load", "read_grid"]
 
 
-class Format(Protocol):
-    """What a module of a format offers."""
+class Reader(Protocol):
+    """What a module that reads a format offers."""
 
     def read(
-        self, path: Path, *, spatial_dims: int | None, channels: int | None, label: bool, max_voxels: int
+        self,
+        path: Path,
+        *,
+        spatial_dims: int | None,
+        channels: int | None,
+        index: int | None,
+        label: bool,
+        stored: bool,
+        max_voxels: int,
     ) -> tuple[NDArray[Any], Grid]:
-        """Return the voxels `(C, *spatial)`, float32 or as a label int32, and their grid."""
+        """Return the voxels `(C, *spatial)` and their grid.
+
+        The arguments are those of `load`. The voxels are float32, or of a label int32, or with `stored` the file's own
+        uint8, int16 or int32 where `medseg.io.voxels.image_type` says so.
+        """
 
     def read_grid(self, path: Path, *, spatial_dims: int | None = None, max_voxels: int = MAX_VOXELS) -> Grid:
         """Return the grid without reading voxels."""
 
-    def write(self, stream: Any, mask: NDArray[Any], path: Path, *, like: Path) -> None:
-        """Write a checked label map on the grid of `like` into a binary stream."""
 
-
-FORMATS = MappingProxyType({"nifti": cast("Format", nifti), "picture": cast("Format", pictures)})
+# Kind of file -> the module that reads it.
+READERS: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "nifti": "medseg.io.nifti",
+        "picture": "medseg.io.pictures",
+    }
+)
 
 
 def load(
@@ -51,7 +66,9 @@ def load(
     *,
     spatial_dims: int | None = None,
     channels: int | None = None,
+    index: int | None = None,
     label: bool = False,
+    dtype: Literal["float32", "stored"] = "float32",
     max_voxels: int = MAX_VOXELS,
 ) -> MetaTensor:
     """Read one file.
@@ -61,29 +78,37 @@ def load(
         spatial_dims: 2 or 3 to refuse everything else; by default what the file is.
         channels: how many values per voxel are due. A fourth NIfTI axis counts as channels only if asked for here; by
             default volumes have one channel, and pictures one or three.
+        index: which volume of a series to take, from 0: the place on the one axis beyond space that has several
+            entries. By default such a file is refused.
         label: read whole numbers instead of intensities; a label has one channel.
+        dtype: "stored" keeps the whole numbers of a file as uint8, int16 or int32 where that loses nothing, which
+            needs half the memory for a CT; other files become float32 all the same.
         max_voxels: the largest number of values that a header may claim.
 
     Returns:
-        `(C, x, y[, z])`; float32, with the file's scale factors applied, or int32 for a label. The affine is 4 x 4
-        float64, from voxels to RAS+ mm. The metadata are those that MONAI's transforms need: `filename_or_obj`,
-        `original_affine`, `spatial_shape`, `space`, `original_channel_dim`.
+        `(C, x, y[, z])`; float32, with the file's scale factors applied, or int32 for a label, or as `dtype` says. The
+        affine is 4 x 4 float64, from voxels to RAS+ mm. The metadata are those that MONAI's transforms need:
+        `filename_or_obj`, `original_affine`, `spatial_shape`, `space`, `original_channel_dim`.
 
     Raises:
         CaseError: the file is missing, unreadable, damaged, of another kind than asked for, or has values that are no
             numbers.
         GeometryError: its place in space is undefined (see `Grid.check`).
     """
+    if dtype not in ("float32", "stored"):
+        raise RequestError(f"An image is read as 'float32' or as 'stored', got {dtype!r}.")
     file, reader = _door(path)
     with _decoding(file):
         array, grid = reader.read(
             file,
             spatial_dims=spatial_dims,
             channels=1 if label and channels is None else channels,
+            index=index,
             label=label,
+            stored=dtype == "stored",
             max_voxels=max_voxels,
         )
-    if not label:
+    if array.dtype.kind == "f":
         refuse_nonfinite(array, file)
     meta = {
         "filename_or_obj": str(file),
@@ -102,7 +127,7 @@ def read_grid(path: StrPath, *, spatial_dims: int | None = None, max_voxels: int
         return reader.read_grid(file, spatial_dims=spatial_dims, max_voxels=max_voxels)
 
 
-def _door(path: StrPath) -> tuple[Path, Format]:
+def _door(path: StrPath) -> tuple[Path, Reader]:
     if not isinstance(path, str | os.PathLike):
         raise RequestError(f"An image is read from a path: expected text, got {type(path).__name__}.")
     file = absolute(path)
@@ -115,7 +140,7 @@ def _door(path: StrPath) -> tuple[Path, Format]:
         raise CaseError(f"{file} is in no format that medseg reads: expected {', '.join(IMAGE_SUFFIXES)}.")
     if file.stat().st_size == 0:
         raise CaseError(f"{file} is empty (0 bytes): copy it again.")
-    return file, FORMATS[kind]
+    return file, cast("Reader", importlib.import_module(READERS[kind]))
 
 
 @contextmanager

@@ -5,6 +5,7 @@ Arrays are converted slab by slab, so that no second copy of a large volume is m
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -12,15 +13,62 @@ from numpy.typing import NDArray
 
 from medseg.errors import CaseError
 
-__all__ = ["fill_image", "fill_labels", "refuse_nonfinite", "smallest_label_type"]
+__all__ = ["choose_channels", "fill_image", "fill_labels", "image_type", "refuse_nonfinite", "smallest_label_type"]
 
 # Labels stored through a float32 slope come back within a few units of the last place.
 _LABEL_TOLERANCE = 1e-4
 _SLAB_VALUES = 1 << 22
 
 
+def choose_channels(rest: tuple[int, ...], channels: int | None, index: int | None, source: object) -> range:
+    """Return which entries to read of the only axis beyond space that has more than one.
+
+    Args:
+        rest: lengths of the axes beyond space.
+        channels: how many values per voxel are due, by default one.
+        index: which entry to take of a series, by default none, so that a series is refused.
+        source: the file, for messages.
+
+    Raises:
+        CaseError: there are more axes or entries than asked for, or there is no such entry.
+    """
+    sizes = [size for size in rest if size > 1]
+    beyond = " x ".join(str(size) for size in sizes)
+    held = f"{beyond} values per voxel (channels, or points in time)" if sizes else "one value per voxel"
+    found = math.prod(sizes)
+    if index is not None and channels in (None, 1) and len(sizes) <= 1:
+        if not 0 <= index < found:
+            raise CaseError(f"{source} has {held}: there is no volume {index}, the last is {found - 1}.")
+        return range(index, index + 1)
+    if index is not None or len(sizes) > 1 or found != (channels or 1):
+        raise CaseError(
+            f"{source} has {held}: expected {channels or 1}. Take one volume (index=0 is the first), or stack what the "
+            "model was made for."
+        )
+    return range(found)
+
+
+def image_type(dtype: np.dtype[Any], *, slope: float = 1.0, inter: float = 0.0, stored: bool = False) -> np.dtype[Any]:
+    """Return the type that an image is read as: float32, or with `stored` the first of uint8, int16 and int32 for it.
+
+    Args:
+        dtype: type of the values in the file.
+        slope: factor from the file's values to the image's.
+        inter: what is added after the factor.
+        stored: keep whole numbers, if none of the three types is too narrow and there is nothing to scale.
+    """
+    if stored and slope == 1 and inter == 0 and dtype.kind in "iu":
+        for whole in (np.uint8, np.int16, np.int32):
+            if np.can_cast(dtype, whole):
+                return np.dtype(whole)
+    return np.dtype(np.float32)
+
+
 def fill_image(out: NDArray[Any], raw: NDArray[Any], slope: float, inter: float) -> None:
-    """Write `raw * slope + inter` into the float32 array `out`; what float32 cannot hold becomes infinite."""
+    """Write `raw * slope + inter` into `out`, of the type that `image_type` gives.
+
+    What float32 cannot hold becomes infinite.
+    """
     with np.errstate(over="ignore", invalid="ignore"):
         out[...] = _scaled(raw, slope, inter)
 

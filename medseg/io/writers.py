@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, BinaryIO, Final, Protocol, cast
 
 import numpy as np
 import torch
@@ -12,13 +15,27 @@ from numpy.typing import NDArray
 
 from medseg.errors import GeometryError, OutputError
 from medseg.files import replacing
-from medseg.io.names import NIFTI_SUFFIXES, StrPath, absolute, file_kind
-from medseg.io.readers import FORMATS, read_grid
+from medseg.io.names import KINDS, StrPath, absolute, file_kind
+from medseg.io.readers import read_grid
 from medseg.io.voxels import smallest_label_type
 
-__all__ = ["write_mask"]
+__all__ = ["WRITERS", "Writer", "write_mask"]
 
-_MASK_SUFFIXES = {"nifti": NIFTI_SUFFIXES, "picture": (".png",)}
+
+class Writer(Protocol):
+    """What a module that writes a format offers."""
+
+    def write(self, stream: BinaryIO, mask: NDArray[Any], path: Path, *, like: Path) -> None:
+        """Write a checked label map on the grid of `like` into a stream."""
+
+
+# Kind of file -> the module that writes it.
+WRITERS: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "nifti": "medseg.io.nifti",
+        "picture": "medseg.io.pictures",
+    }
+)
 
 
 def write_mask(mask: torch.Tensor | NDArray[Any], path: StrPath, *, like: StrPath) -> None:
@@ -51,8 +68,9 @@ def write_mask(mask: torch.Tensor | NDArray[Any], path: StrPath, *, like: StrPat
         )
     _refuse_target(target, source)
     labels = array.astype(smallest_label_type(array, target), copy=False)
+    writer = cast("Writer", importlib.import_module(WRITERS[str(file_kind(source))]))
     with replacing(target) as part, part.open("xb") as stream:
-        FORMATS[str(file_kind(source))].write(stream, labels, target, like=source)
+        writer.write(stream, labels, target, like=source)
 
 
 def _to_numpy(mask: torch.Tensor | NDArray[Any]) -> NDArray[Any]:
@@ -63,7 +81,7 @@ def _to_numpy(mask: torch.Tensor | NDArray[Any]) -> NDArray[Any]:
 
 
 def _refuse_target(target: Path, source: Path) -> None:
-    suffixes = _MASK_SUFFIXES[str(file_kind(source))]
+    suffixes = KINDS[str(file_kind(source))].masks
     if not target.name.lower().endswith(suffixes):
         raise OutputError(f"{target} cannot hold the mask of {source}: expected a name in {' or '.join(suffixes)}.")
     if target.exists() and target.samefile(source):

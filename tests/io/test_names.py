@@ -3,9 +3,9 @@ import sys
 
 import pytest
 
-from medseg.errors import OutputError
+from medseg.errors import OutputError, RequestError
 from medseg.io import case_stem, output_path
-from medseg.io.names import file_kind, mask_name
+from medseg.io.names import KINDS, OUTPUT_FORMATS, file_kind, mask_name
 
 
 @pytest.mark.parametrize(
@@ -37,6 +37,25 @@ def test_only_image_suffixes_are_taken_off(name, stem):
 def test_masks_of_volumes_keep_the_name_and_masks_of_pictures_are_png(name, mask, kind):
     assert mask_name(name) == mask
     assert file_kind(name) == kind
+
+
+@pytest.mark.parametrize("output_format", OUTPUT_FORMATS)
+def test_an_output_format_replaces_the_ending(output_format):
+    for name in ("sub/a.nii.gz", "sub/a.png", "sub/a"):
+        assert mask_name(name, output_format) == "sub/a" + OUTPUT_FORMATS[output_format]
+
+
+def test_unknown_output_formats_are_refused_with_the_known_ones():
+    with pytest.raises(RequestError, match=r"'nift': use one of nifti"):
+        mask_name("a.nii", "nift")
+
+
+def test_no_two_kinds_of_files_share_an_ending():
+    endings = [suffix for kind in KINDS.values() for suffix in kind.images]
+    assert len(set(endings)) == len(endings)
+    for suffix in endings:
+        assert suffix == suffix.lower()
+        assert file_kind(f"a{suffix.upper()}") == next(kind for kind in KINDS if suffix in KINDS[kind].images)
 
 
 def test_output_path_lies_below_the_folder(tmp_path):
