@@ -1,0 +1,149 @@
+"""Masks of one plane as polygons, and polygons as masks.
+
+A pixel is a unit square around its center; pixel (0, 0) reaches from -0.5 to 0.5 along both axes. Its corners are
+where rings turn, so the area inside rings is the area of the pixels, and no pixel's center is nearer to a ring than
+half a pixel: rounding of coordinates and other programs' rules about borders cannot change the mask.
+
+Holes are rings of their own. Filling counts crossings (even-odd), so a ring inside another one cuts it out, in
+whatever order and direction they come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["fill_rings", "trace_rings"]
+
+Points = NDArray[np.float64]
+# Crossings of edges with pixel rows that are worked on at a time: 64 MiB.
+_CHUNK = 1 << 20
+
+
+def trace_rings(mask: NDArray[np.bool_]) -> list[Points]:
+    """Return the rings around the pixels of a mask.
+
+    Args:
+        mask: `(x, y)`.
+
+    Returns:
+        One `(N, 2)` array of x and y in pixels per ring: corners only, the first not repeated at the end. Seen with x
+        to the right and y up, rings around pixels run counter-clockwise (their area is positive) and rings around
+        holes clockwise. Pixels that touch at a corner only belong to different rings, so no ring crosses or touches
+        itself along an edge. The order is by y, then x, of the lowest corner.
+    """
+    corners, along, across = _corners(mask)
+    # Every corner starts one ring-wise step: `along` x to its partner, then `across` y to the next corner.
+    following = across[along]
+    rings = []
+    for start in range(len(corners)):
+        if following[start] < 0:
+            continue
+        steps = []
+        at = start
+        while following[at] >= 0:
+            steps += [at, int(along[at])]
+            here, at = at, int(following[at])
+            following[here] = -1
+        # Both ends of an x-step lie on the ring: the way back is not another ring.
+        following[along[steps[::2]]] = -1
+        rings.append(_directed(corners[steps], mask))
+    return rings
+
+
+def fill_rings(rings: Iterable[Points], shape: tuple[int, int]) -> NDArray[np.bool_]:
+    """Return the mask of the pixels whose centers lie inside an odd number of rings.
+
+    Args:
+        rings: `(N, 2)` arrays of finite x and y in pixels, closed without repeating the first point. What lies outside
+            the plane is cut off.
+        shape: pixels along x and y of the mask.
+
+    Returns:
+        `(x, y)`. A center on a ring counts as inside where the inside lies to its right or above it (larger x or y),
+        so of two polygons with a common border exactly one takes it.
+    """
+    width, height = shape
+    # The last column takes the crossings beyond the right end.
+    crossed = np.zeros((width + 1) * height, dtype=np.bool_)
+    for x, y in _crossings(rings, height):
+        column = np.clip(np.ceil(x), 0, width).astype(np.int64)
+        counts = np.bincount(column * height + y, minlength=crossed.size)
+        crossed ^= (counts & 1).astype(np.bool_)
+    inside: NDArray[np.bool_] = np.bitwise_xor.accumulate(crossed.reshape(width + 1, height)[:width], axis=0)
+    return inside
+
+
+def _corners(mask: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Return the corners `(N, 2)` of all rings, and each corner's partner along x and along y.
+
+    Between two neighbors in a sorted line of corners runs a border, then none, then a border again; so sorting finds
+    all partners. Where two pixels touch at a corner there are two corners in one place, one for each pixel.
+    """
+    full = np.pad(mask.astype(np.int8), 1)
+    lower_left, lower_right = full[:-1, :-1], full[1:, :-1]
+    upper_left, upper_right = full[:-1, 1:], full[1:, 1:]
+    touching = (lower_left == upper_right) & (lower_right == upper_left) & (lower_left != lower_right)
+    turning = (lower_left + lower_right + upper_left + upper_right) % 2 == 1
+    x, y = np.nonzero(turning | touching)
+    double = touching[x, y]
+    rising = double & (lower_left[x, y] == 1)
+    # A corner of two pixels comes twice: first the left pixel's, then the right one's.
+    x, y = np.concatenate([x, x[double]]), np.concatenate([y, y[double]])
+    right = np.concatenate([np.zeros(len(double), bool), np.ones(int(double.sum()), bool)])
+    rising = np.concatenate([rising, rising[double]])
+    upper = right == rising
+    return (
+        np.stack([x, y], axis=1) - 1,
+        _partners(np.lexsort((right, x, y))),
+        _partners(np.lexsort((upper, y, x))),
+    )
+
+
+def _partners(order: NDArray[np.int64]) -> NDArray[np.int64]:
+    partner = np.empty_like(order)
+    partner[order[::2]], partner[order[1::2]] = order[1::2], order[::2]
+    return partner
+
+
+def _directed(corners: NDArray[np.int64], mask: NDArray[np.bool_]) -> Points:
+    """Turn a ring so that the mask lies to its left, and start it at its lowest, then leftmost, corner."""
+    first = int(np.lexsort((corners[:, 0], corners[:, 1]))[0])
+    ring = np.roll(corners, -first, axis=0)
+    (x, y), following = ring[0], ring[1]
+    # The ring's inside lies above and to the right of this corner, in pixel (x + 1, y + 1): a hole, if not in the mask.
+    around = bool(mask[x + 1, y + 1])
+    counterclockwise = following[1] == y
+    if around != counterclockwise:
+        ring = np.concatenate([ring[:1], ring[:0:-1]])
+    return ring.astype(np.float64) + 0.5
+
+
+def _crossings(rings: Iterable[Points], height: int) -> Iterator[tuple[Points, NDArray[np.int64]]]:
+    """Give, in bounded portions, where edges cross the lines through pixel centers: x, and the row y."""
+    closed = [(ring, np.roll(ring, -1, axis=0)) for ring in rings if len(ring)]
+    if not closed:
+        return
+    start, end = (np.concatenate(points) for points in zip(*closed, strict=True))
+    # Half-open, [lower, upper): a center level with a point meets one of the two edges there.
+    low = np.clip(np.ceil(np.minimum(start[:, 1], end[:, 1])), 0, height).astype(np.int64)
+    high = np.clip(np.ceil(np.maximum(start[:, 1], end[:, 1])), 0, height).astype(np.int64)
+    cut = np.nonzero(high > low)[0]
+    portions = np.cumsum(high[cut] - low[cut]) // _CHUNK
+    for edges in np.split(cut, np.nonzero(np.diff(portions))[0] + 1):
+        yield _cross(start[edges], end[edges], low[edges], high[edges])
+
+
+def _cross(
+    start: Points, end: Points, low: NDArray[np.int64], high: NDArray[np.int64]
+) -> tuple[Points, NDArray[np.int64]]:
+    rows = high - low
+    edge = np.repeat(np.arange(len(rows)), rows)
+    y = np.arange(len(edge)) - np.repeat(np.cumsum(rows) - rows, rows) + low[edge]
+    # From the lower end up, so that an edge gives the same x in both directions.
+    swap = (start[:, 1] > end[:, 1])[:, None]
+    bottom, top = np.where(swap, end, start), np.where(swap, start, end)
+    slope = (top[:, 0] - bottom[:, 0]) / (top[:, 1] - bottom[:, 1])
+    return bottom[edge, 0] + (y - bottom[edge, 1]) * slope[edge], y
