@@ -1,5 +1,15 @@
 """Inferers: from an image and a network to logits on the model grid."""
 
+from medseg.inferers.ensemble import Ensemble, MirrorTTA
+from medseg.inferers.overlap_tile import OverlapTileInferer
+from medseg.inferers.rotations import RotationTTAInferer
 from medseg.inferers.sliding_window import SlidingWindowInferer, count_windows
 
-__all__ = ["SlidingWindowInferer", "count_windows"]
+__all__ = [
+    "Ensemble",
+    "MirrorTTA",
+    "OverlapTileInferer",
+    "RotationTTAInferer",
+    "SlidingWindowInferer",
+    "count_windows",
+]
