@@ -1,0 +1,57 @@
+"""Recognizing DICOM by its first bytes, and paths that name a series; only the standard library is imported."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from medseg.io.names import StrPath, absolute, file_kind
+
+__all__ = ["DIRECTORY_FILE", "SERIES_MARK", "image_kind", "is_dicom", "is_dicom_start", "split_series"]
+
+DIRECTORY_FILE = "DICOMDIR"
+# Between the path of a folder or archive and the series in it.
+SERIES_MARK = "::"
+
+_START_BYTES = 4096
+# Files without preamble and mark: elements in ascending order from group 2 or 8 on, with a SOP class of the standard.
+_BARE_START = (b"\x02\x00", b"\x08\x00")
+_SOP_CLASS = re.compile(rb"\x08\x00\x16\x00(?:UI..|..\x00\x00)1\.2\.840\.10008\.", re.DOTALL)
+
+
+def is_dicom_start(start: bytes) -> bool:
+    """Tell whether a file that starts with these bytes (4 KiB are enough) is DICOM."""
+    return start[128:132] == b"DICM" or (start[:2] in _BARE_START and _SOP_CLASS.search(start) is not None)
+
+
+def is_dicom(path: Path) -> bool:
+    """Tell whether a regular file is DICOM: the mark "DICM" counts, or without one a SOP class; names do not."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return is_dicom_start(file.read(_START_BYTES))
+
+
+def split_series(path: StrPath) -> tuple[Path, str]:
+    """Split `folder::series` into the absolute path of the folder, file or archive, and the series, which may be empty.
+
+    A path that exists as it stands is never split.
+    """
+    whole = absolute(path)
+    head, mark, series = str(whole).rpartition(SERIES_MARK)
+    if not mark or whole.exists():
+        return whole, ""
+    return Path(head), series
+
+
+def image_kind(path: StrPath) -> str | None:
+    """Return the family of formats, a key of `medseg.io.names.KINDS`, of a path that may also name a DICOM series.
+
+    Unlike `file_kind` this looks at the disk: folders, zip archives and files with DICOM content are "dicom".
+    """
+    source, series = split_series(path)
+    kind = file_kind(source)
+    if kind is not None and not source.is_dir():
+        return kind
+    known = series or source.is_dir() or source.suffix.lower() == ".zip" or is_dicom(source)
+    return "dicom" if known else None

@@ -1,0 +1,160 @@
+"""Pixels of DICOM files: decoded, cut to the bits in use, and turned into the values that they stand for.
+
+* RescaleSlope and RescaleIntercept count slice by slice (a PET scan has others in each), or the Modality LUT instead.
+* MONOCHROME1 means that low values are shown bright. For CT, MR, PET and NM the values are quantities and stay; of all
+  others, such as radiographs, the stored values are inverted within their bits, so that bright is high as in
+  MONOCHROME2.
+* Bits above BitsStored, which may hold old overlays, are cut off, and signs are extended from BitsStored.
+* PixelPaddingValue stays as it is: the value that the scanner wrote outside its field of view, rescaled like others.
+* Window, VOI LUT and real world value mappings are for display or further software and are not applied.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any, BinaryIO, Final
+
+import numpy as np
+import pydicom
+from numpy.typing import NDArray
+from pydicom.dataset import FileMetaDataset
+from pydicom.tag import Tag
+from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+
+from medseg.errors import CaseError, MedsegError
+from medseg.io.dicom.headers import Header
+from medseg.io.dicom.sources import streams
+from medseg.io.dicom.stacks import Slice
+
+__all__ = ["QUANTITATIVE", "read_slices"]
+
+# Modalities whose values mean something by themselves, however they are shown.
+QUANTITATIVE: Final = ("CT", "MR", "PT", "NM")
+_TAGS: Final = [
+    Tag(keyword)
+    for keyword in (
+        *("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "PlanarConfiguration", "PhotometricInterpretation"),
+        *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelData", "ExtendedOffsetTable"),
+        *("ExtendedOffsetTableLengths", "ModalityLUTSequence"),
+    )
+]
+# What decodes the compressed transfer syntaxes, by the start of their UIDs.
+_DECODERS: Final = (
+    ("1.2.840.10008.1.2.4.9", "JPEG 2000", "openjpeg"),
+    ("1.2.840.10008.1.2.4.20", "HTJ2K", "openjpeg"),
+    ("1.2.840.10008.1.2.4.5", "JPEG", "libjpeg"),
+    ("1.2.840.10008.1.2.4.6", "JPEG", "libjpeg"),
+    ("1.2.840.10008.1.2.4.7", "JPEG", "libjpeg"),
+    ("1.2.840.10008.1.2.4.8", "JPEG-LS", "libjpeg"),
+)
+
+
+def read_slices(slices: Sequence[Slice]) -> Iterator[tuple[int, NDArray[Any], float, float]]:
+    """Yield for each slice its number, its values `(rows, columns[, samples])`, and their slope and intercept.
+
+    Each file is decoded once, so that the slices of a multi-frame file come together.
+
+    Raises:
+        CaseError: a file cannot be decoded; where a plug-in is missing, it is named.
+    """
+    numbered = sorted(enumerate(slices), key=lambda pair: (str(pair[1].header.source), pair[0]))
+    groups = {source: list(found) for source, found in groupby(numbered, key=lambda pair: pair[1].header.source)}
+    for source, stream in streams(groups):
+        header = groups[source][0][1].header
+        frames, table = _decoded(stream, header)
+        for number, item in groups[source]:
+            values = _in_use(frames[item.plane.frame], header)
+            if header.photometric == "MONOCHROME1" and header.modality not in QUANTITATIVE:
+                values = _inverted(values, header)
+            if table is not None:
+                yield number, table.apply(values), 1.0, 0.0
+            else:
+                yield number, values, item.plane.slope, item.plane.inter
+
+
+class _Table:
+    """A Modality LUT: values by stored value, those outside it clipped to its ends."""
+
+    def __init__(self, item: Any, *, signed: bool) -> None:
+        length, first, _ = (int(number) for number in item.LUTDescriptor)
+        data = item.LUTData
+        self.values = np.frombuffer(data, "<u2") if isinstance(data, bytes) else np.asarray(data, dtype=np.uint16)
+        self.first = first - 65536 if signed and first > 32767 else first
+        if not 0 < len(self.values) >= (length or 65536):
+            raise ValueError("a Modality LUT is shorter than it says")
+
+    def apply(self, stored: NDArray[Any]) -> NDArray[Any]:
+        places = np.clip(stored.astype(np.int64) - self.first, 0, len(self.values) - 1)
+        return self.values[places]
+
+
+def _decoded(stream: BinaryIO, header: Header) -> tuple[NDArray[Any], _Table | None]:
+    """Return the stored values `(frames, rows, columns[, samples])` of a file, and its Modality LUT if it has one."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about lengths and signs, which are checked here
+            content = pydicom.dcmread(stream, force=True, specific_tags=_TAGS)
+            _complete_meta(content)
+            frames = np.asarray(content.pixel_array)
+            luts = content.get("ModalityLUTSequence")
+            table = _Table(luts[0], signed=header.signed) if luts else None
+    except (MedsegError, MemoryError):
+        raise
+    except Exception as error:  # decoders raise many types on damaged files
+        raise CaseError(_failure(header, error)) from error
+    shape = (len(header.planes), header.rows, header.columns, *([3] if header.samples == 3 else []))
+    if frames.size != np.prod(shape) or frames.dtype.kind not in "iu":
+        raise CaseError(
+            f"{header.source} decodes to {frames.shape} values of {frames.dtype}: expected {shape} whole numbers. "
+            "It is damaged."
+        )
+    return frames.reshape(shape), table
+
+
+def _complete_meta(content: Any) -> None:
+    """Name the transfer syntax of files without meta information, as the parser found it."""
+    if getattr(content, "file_meta", None) is None:
+        content.file_meta = FileMetaDataset()
+    if content.file_meta.get("TransferSyntaxUID"):
+        return
+    explicit = ExplicitVRLittleEndian if content.original_encoding[1] else ExplicitVRBigEndian
+    content.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if content.original_encoding[0] else explicit
+
+
+def _failure(header: Header, error: Exception) -> str:
+    for start, name, module in _DECODERS:
+        if header.syntax.startswith(start) and importlib.util.find_spec(module) is None:
+            return (
+                f'{header.source} is compressed as {name}, for which a decoder is missing: pip install "medseg[dicom]".'
+            )
+    syntax = UID(header.syntax).name if header.syntax else "no transfer syntax"
+    reason = str(error).strip().splitlines()
+    return (
+        f"{header.source} cannot be decoded ({syntax}; {reason[0][:200] if reason else type(error).__name__}): it is "
+        "damaged, or coded in a way that is not read. Copy or export it again."
+    )
+
+
+def _in_use(raw: NDArray[Any], header: Header) -> NDArray[Any]:
+    """Cut values to the bits between BitsStored and HighBit, and extend their sign."""
+    width = raw.dtype.itemsize * 8
+    if header.bits_stored >= width:
+        return raw
+    unsigned = raw.view(f"u{raw.dtype.itemsize}") if raw.dtype.isnative else raw.astype(f"u{raw.dtype.itemsize}")
+    shift = max(0, header.high_bit + 1 - header.bits_stored)
+    cut = (unsigned >> shift) & ((1 << header.bits_stored) - 1)
+    if not header.signed:
+        return cut.astype(unsigned.dtype, copy=False)
+    signed = (cut << (width - header.bits_stored)).astype(f"i{raw.dtype.itemsize}")
+    return signed >> (width - header.bits_stored)
+
+
+def _inverted(values: NDArray[Any], header: Header) -> NDArray[Any]:
+    """Mirror values within the range of their bits."""
+    ends = (-(1 << (header.bits_stored - 1)), (1 << (header.bits_stored - 1)) - 1)
+    low, high = ends if header.signed else (0, (1 << header.bits_stored) - 1)
+    mirrored = low + high - values.astype(np.int64)
+    return mirrored.astype(values.dtype)

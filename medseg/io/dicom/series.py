@@ -1,0 +1,268 @@
+"""Series: the images of a folder, an archive or a DICOMDIR grouped as they were exported, and one of them opened."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from pydicom import dcmread
+from pydicom.dataset import FileDataset
+
+from medseg.errors import CaseError, RequestError
+from medseg.io.dicom.headers import Header, read_headers
+from medseg.io.dicom.marks import SERIES_MARK, split_series
+from medseg.io.dicom.sources import find_sources, streams
+from medseg.io.dicom.stacks import Slice, find_stacks, order_slices, place
+from medseg.io.geometry import MAX_VOXELS, Grid
+from medseg.io.names import StrPath
+
+__all__ = ["Group", "Series", "find_groups", "open_series"]
+
+# `series#index` picks one of several volumes.
+_SELECTION: Final = re.compile(r"(?P<series>[^#]*)(?:#(?P<index>\d{1,6}))?")
+_ENDING: Final = 8
+_SHOWN: Final = 20
+
+
+@dataclass(frozen=True)
+class Series:
+    """One volume of a series, or one picture; no pixels are read.
+
+    Attributes:
+        files: in the order of the last array axis; one file for an enhanced multi-frame object. Members of an archive
+            are named below its path.
+        uid: SeriesInstanceUID; empty where the files do not say, as after some anonymization.
+        study_uid: StudyInstanceUID.
+        frame_of_reference: FrameOfReferenceUID.
+        modality: such as "CT".
+        number: SeriesNumber.
+        description: SeriesDescription, which may name a person: not for messages.
+        grid: columns, rows and slices, RAS+. A picture without a position has two axes and the identity.
+        sop_uids: SOPInstanceUID of each of `files`.
+        frames: for each slice its frame number in its file, from 1.
+        placed: whether the files say where they lie.
+        slices: what the pixels are read by, in the order of the last array axis.
+    """
+
+    files: tuple[Path, ...]
+    uid: str
+    study_uid: str
+    frame_of_reference: str | None
+    modality: str
+    number: str
+    description: str
+    grid: Grid
+    sop_uids: tuple[str, ...]
+    frames: tuple[int, ...]
+    placed: bool
+    slices: tuple[Slice, ...] = field(repr=False)
+
+    def headers(self) -> Iterator[FileDataset]:
+        """Yield the data set of each of `files`, all elements before the pixels, also from within an archive."""
+        sources = dict.fromkeys(item.header.source for item in self.slices)
+        for _, stream in streams(sources):
+            yield dcmread(stream, stop_before_pixels=True, force=True)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The images of one series that belong together.
+
+    Attributes:
+        name: SeriesNumber and the ending of SeriesInstanceUID, by which it can be selected: `3_12345678`.
+        uid: SeriesInstanceUID.
+        number: SeriesNumber.
+        headers: its files, damaged ones included, in no particular order.
+    """
+
+    name: str
+    uid: str
+    number: str
+    headers: tuple[Header, ...]
+
+    @property
+    def folders(self) -> set[Path]:
+        """The folders that its files lie in."""
+        return {header.source.folder for header in self.headers}
+
+
+def open_series(
+    path: StrPath, *, series: str | None = None, index: int | None = None, max_voxels: int = MAX_VOXELS
+) -> Series:
+    """Find the files of one series, check and sort them.
+
+    Args:
+        path: a folder (searched with its subfolders), one DICOM file, a DICOMDIR, or a zip archive; with `::` after it
+            it may also name the series.
+        series: which of several: a SeriesInstanceUID or its ending, a SeriesNumber, or both as in the listing of the
+            error that asks for it; followed by `#` and a number like `index`.
+        index: which volume, from 0, where a series holds several at the same place (points in time, echoes) or of
+            several orientations.
+        max_voxels: the largest number of voxels that headers may claim.
+
+    Raises:
+        CaseError: there is no DICOM image, several series or volumes and none of them named, or a file of the series
+            is damaged.
+        GeometryError: slices are missing or uneven, the stack is sheared, or headers have no usable place in space.
+        RequestError: the selection cannot be read.
+    """
+    source, named = split_series(path)
+    wanted, chosen = _parse(named if series is None else series, index)
+    groups, others = find_groups(source)
+    group = _select(groups, others, wanted, source)
+    _refuse_damage(group, source)
+    stacks = find_stacks(group.headers, source)
+    slices = _pick(stacks, chosen, group, source)
+    if slices[0].placed:
+        ordered, grid = order_slices(slices, source)
+    else:
+        ordered, grid = slices, Grid((slices[0].header.columns, slices[0].header.rows), np.eye(4))
+    return _series(group, ordered, grid.check(source, max_voxels=max_voxels))
+
+
+def find_groups(path: Path) -> tuple[list[Group], list[Header]]:
+    """Return the image series at a path, sorted by number, and the files that are something else.
+
+    The files of a series may lie in several folders; but if these hold images at the same places, each folder is taken
+    as a series, because it is a copy, or a volume of its own.
+    """
+    headers = read_headers(find_sources(path))
+    others = [header for header in headers if header.other]
+    by_series: dict[tuple[str, str], list[Header]] = {}
+    for header in headers:
+        if not header.other:
+            by_series.setdefault((header.series_uid, header.number), []).append(header)
+    parts = [(key, part) for key, found in by_series.items() for part in _by_folder(found)]
+    endings = _endings(sorted({uid for (uid, _), _ in parts}))
+    groups = [
+        Group(f"{number or 'none'}_{endings[uid] or 'none'}", uid, number, tuple(part)) for (uid, number), part in parts
+    ]
+    return sorted(groups, key=lambda group: (_numeric(group.number), group.name, str(group.headers[0].source))), others
+
+
+def _by_folder(headers: Sequence[Header]) -> list[list[Header]]:
+    """Part the files of a series by folder, if folders repeat each other or do not name the series."""
+    folders: dict[Path, list[Header]] = {}
+    for header in headers:
+        folders.setdefault(header.source.folder, []).append(header)
+    if len(folders) == 1:
+        return [list(headers)]
+    seen = [{place(Slice(h, plane)) for h in part for plane in h.planes} for part in folders.values()]
+    if headers[0].series_uid and len(set().union(*seen)) == sum(len(places) for places in seen):
+        return [list(headers)]
+    return list(folders.values())
+
+
+def _endings(uids: Sequence[str]) -> dict[str, str]:
+    """Return endings of UIDs, as short as tells them apart, eight characters at least."""
+    length = _ENDING
+    longest = max((len(uid) for uid in uids), default=0)
+    while length < longest and len({uid[-length:] for uid in uids}) < len(uids):
+        length += 1
+    return {uid: uid[-length:].strip(".") for uid in uids}
+
+
+def _numeric(number: str) -> tuple[int, str]:
+    return (int(number), "") if re.fullmatch(r"-?\d{1,15}", number) else (10**15, number)
+
+
+def _parse(text: str, index: int | None) -> tuple[str, int | None]:
+    match = _SELECTION.fullmatch(text)
+    if match is None:
+        raise RequestError(
+            f"{text!r} names no series: expected a SeriesInstanceUID or its ending, or a SeriesNumber, and at most "
+            "'#' and the number of a volume after it."
+        )
+    picked = int(match["index"]) if match["index"] else None
+    return match["series"].strip(), index if picked is None else picked
+
+
+def _select(groups: Sequence[Group], others: Sequence[Header], wanted: str, source: Path) -> Group:
+    if not groups:
+        seen = f"; {_list_others(others)}" if others else ""
+        raise CaseError(f"{source} holds no DICOM image{seen}.")
+    found = [group for group in groups if wanted in (group.uid, group.number, group.name)] if wanted else list(groups)
+    if not found:
+        found = [group for group in groups if group.uid.endswith(wanted)]
+    if len(found) == 1:
+        return found[0]
+    what = f"holds {len(found)} series{f' called {wanted}' if wanted else ''}" if found else f"has no series {wanted!r}"
+    raise CaseError(f"{source} {what}: name one as {source.name}{SERIES_MARK}NAME.\n{_list_groups(found or groups)}")
+
+
+def _list_groups(groups: Sequence[Group]) -> str:
+    """Return a line for each series, without anything that may name a patient."""
+    lines = [f"  {group.name}: {_summary(group)}" for group in groups[:_SHOWN]]
+    more = [f"  and {len(groups) - _SHOWN} more"] if len(groups) > _SHOWN else []
+    return "\n".join([*lines, *more])
+
+
+def _summary(group: Group) -> str:
+    header = group.headers[0]
+    folder = f" in {header.source.folder}" if len(group.folders) == 1 else ""
+    planes = sum(len(header.planes) for header in group.headers)
+    damaged = sum(bool(header.damage) for header in group.headers)
+    size = f"{planes} x {header.columns} x {header.rows}" + (f", {damaged} files damaged" if damaged else "")
+    return f"{header.modality or 'unknown modality'}, {size}{folder}"
+
+
+def _list_others(others: Sequence[Header]) -> str:
+    told = [f"{header.source.place.name} is {header.other}" for header in others[:_SHOWN]]
+    return ", ".join(told) + (f", and {len(others) - _SHOWN} more" if len(others) > _SHOWN else "")
+
+
+def _refuse_damage(group: Group, source: Path) -> None:
+    damaged = [header for header in group.headers if header.damage]
+    if damaged:
+        first = damaged[0]
+        more = f" {len(damaged) - 1} more files of the series are damaged." if len(damaged) > 1 else ""
+        raise CaseError(f"{first.source} cannot be used: {first.damage}.{more} Copy or export the series again.")
+
+
+def _pick(stacks: Sequence[list[Slice]], index: int | None, group: Group, source: Path) -> list[Slice]:
+    if index is not None and not 0 <= index < len(stacks):
+        raise CaseError(f"{source}: the series {group.name} has no volume {index}, the last is {len(stacks) - 1}.")
+    if index is not None or len(stacks) == 1:
+        return stacks[index or 0]
+    if not any(item.placed for stack in stacks for item in stack):
+        raise CaseError(
+            f"{source}: the series {group.name} is {len(stacks)} pictures that do not say where they "
+            "lie: name one file."
+        )
+    lines = [f"  {number}: {_describe(stack)}" for number, stack in enumerate(stacks[:_SHOWN])]
+    raise CaseError(
+        f"{source}: the series {group.name} is not one volume but {len(stacks)}, which differ in orientation, size, "
+        f"time, echo or the like: take one with index=NUMBER, or as {source.name}{SERIES_MARK}{group.name}#NUMBER.\n"
+        + "\n".join(lines)
+    )
+
+
+def _describe(stack: Sequence[Slice]) -> str:
+    first = stack[0]
+    numbers = sorted(item.header.instance for item in stack if item.header.instance is not None)
+    span = f", images {numbers[0]} to {numbers[-1]}" if numbers else ""
+    turned = ", ".join(f"{value:.3g}" for value in first.plane.orientation or ())
+    return f"{len(stack)} x {first.header.columns} x {first.header.rows}{span}, orientation [{turned}]"
+
+
+def _series(group: Group, ordered: Sequence[Slice], grid: Grid) -> Series:
+    first = ordered[0].header
+    files = {item.header.source: item.header.sop_uid for item in ordered}
+    return Series(
+        files=tuple(source.place for source in files),
+        uid=group.uid,
+        study_uid=first.study_uid,
+        frame_of_reference=first.frame_of_reference or None,
+        modality=first.modality,
+        number=group.number,
+        description=first.description,
+        grid=grid,
+        sop_uids=tuple(files.values()),
+        frames=tuple(item.plane.frame + 1 for item in ordered),
+        placed=ordered[0].placed,
+        slices=tuple(ordered),
+    )

@@ -1,0 +1,219 @@
+"""Where DICOM files lie: in a folder, listed by a DICOMDIR, or in a zip archive that is read without unpacking it."""
+
+from __future__ import annotations
+
+import os
+import stat
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from pydicom.filereader import read_dataset, read_file_meta_info
+
+from medseg.errors import CaseError
+from medseg.io.dicom.marks import DIRECTORY_FILE, is_dicom, is_dicom_start
+
+__all__ = ["Source", "find_sources", "streams"]
+
+# Far above any study (a whole-body CT has some 5,000 images of half a megabyte), far below what fills a machine.
+_MAX_MEMBERS = 100_000
+_MAX_MEMBER_BYTES = 1 << 32
+_MAX_ARCHIVE_BYTES = 1 << 36
+# Pixels pack to a half or a tenth; only a large member that packs tighter than this is suspicious.
+_MAX_PACKING = 200
+_PACKING_FROM = 1 << 24
+_NESTED = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".zst")
+_START_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Source:
+    """One DICOM file.
+
+    Attributes:
+        path: the file, or the archive that holds it.
+        member: its name in the archive; empty for a file of its own.
+        size: its length in bytes, unpacked.
+        changed: when the file or the archive was last written, in nanoseconds.
+    """
+
+    path: Path
+    member: str
+    size: int
+    changed: int
+
+    @property
+    def place(self) -> Path:
+        """The path, with the member's name below that of the archive."""
+        return self.path / self.member if self.member else self.path
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies beside others."""
+        return self.place.parent
+
+    def __str__(self) -> str:
+        return str(self.place)
+
+
+def streams(sources: Iterable[Source]) -> Iterator[tuple[Source, BinaryIO]]:
+    """Yield each source with its content open for reading; an archive is opened once for all that follow each other.
+
+    Raises:
+        CaseError: an archive is damaged. Damage within a member shows when its content is read.
+    """
+    for path, group in groupby(sources, key=lambda source: source.path):
+        members = list(group)
+        if not members[0].member:
+            with path.open("rb") as file:
+                yield members[0], file
+            continue
+        with _archive(path) as archive:
+            for source in members:
+                with archive.open(source.member) as packed:
+                    yield source, cast("BinaryIO", packed)
+
+
+def find_sources(path: Path) -> list[Source]:
+    """List the DICOM files at a path.
+
+    Args:
+        path: a folder, which is searched with its subfolders but without hidden ones and links to folders; a single
+            DICOM file; a DICOMDIR; or a zip archive of DICOM files.
+
+    Raises:
+        CaseError: there is nothing, or an archive or a DICOMDIR breaks a rule: too many or too large members, packed
+            suspiciously tight, encrypted, archives within archives; files that are missing or outside the folder.
+    """
+    if path.is_dir():
+        return [_file(found) for found in _walk(path) if is_dicom(found)]
+    if not path.is_file():
+        raise CaseError(f"{path} does not exist, or is no file: check the path.")
+    if zipfile.is_zipfile(path) and not is_dicom(path):
+        return _members(path)
+    if not is_dicom(path):
+        raise CaseError(f"{path} is no DICOM file: it has neither the mark 'DICM' nor a SOP class.")
+    return _listed(path) if path.name.upper() == DIRECTORY_FILE else [_file(path)]
+
+
+def _file(path: Path) -> Source:
+    about = path.stat()
+    return Source(path, "", about.st_size, about.st_mtime_ns)
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for where, subfolders, names in os.walk(folder):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith(".") and name != "__MACOSX")
+        yield from (Path(where, name) for name in sorted(names) if not name.startswith("."))
+
+
+@contextmanager
+def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError) as error:
+        raise CaseError(f"{path} is a damaged archive, or packed in a way that is not read ({error}).") from error
+
+
+def _members(path: Path) -> list[Source]:
+    with _archive(path) as archive:
+        infos = [info for info in archive.infolist() if not info.is_dir() and not _hidden(info.filename)]
+        _check_archive(infos, path)
+        changed = path.stat().st_mtime_ns
+        found = [info for info in infos if _is_member(archive, info, path)]
+    return [Source(path, info.filename, info.file_size, changed) for info in found]
+
+
+def _hidden(name: str) -> bool:
+    return any(part == "__MACOSX" or (part.startswith(".") and part.strip(".")) for part in name.split("/"))
+
+
+def _check_archive(infos: Sequence[zipfile.ZipInfo], path: Path) -> None:
+    if len(infos) > _MAX_MEMBERS:
+        raise CaseError(f"{path} holds {len(infos):,} files: the limit of an archive is {_MAX_MEMBERS:,}. Unpack it.")
+    total = sum(info.file_size for info in infos)
+    if total > _MAX_ARCHIVE_BYTES:
+        raise CaseError(f"{path} unpacks to {total:,} bytes: the limit is {_MAX_ARCHIVE_BYTES:,}. Unpack it yourself.")
+    if len({info.filename for info in infos}) < len(infos):
+        raise CaseError(f"{path} holds several files of one name: pack it again.")
+    for info in infos:
+        _check_member(info, path)
+
+
+def _check_member(info: zipfile.ZipInfo, path: Path) -> None:
+    where = f"{path} holds '{info.filename}'"
+    if info.flag_bits & 1:
+        raise CaseError(f"{where}, which is encrypted: unpack it first.")
+    if stat.S_ISLNK(info.external_attr >> 16):
+        raise CaseError(f"{where}, which is a link: pack the files themselves.")
+    if info.filename.lower().endswith(_NESTED):
+        raise CaseError(f"{where}, an archive within an archive: unpack it first.")
+    packing = info.file_size / max(1, info.compress_size)
+    if info.file_size > _MAX_MEMBER_BYTES or (info.file_size > _PACKING_FROM and packing > _MAX_PACKING):
+        raise CaseError(
+            f"{where} of {info.file_size:,} bytes packed {packing:.0f} to 1: the limits are {_MAX_MEMBER_BYTES:,} "
+            f"bytes, and {_MAX_PACKING} to 1 above {_PACKING_FROM:,} bytes. Unpack it yourself if you trust it."
+        )
+
+
+def _is_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> bool:
+    with archive.open(info) as member:
+        start = member.read(_START_BYTES)
+    if start.startswith(b"PK\x03\x04"):
+        raise CaseError(f"{path} holds '{info.filename}', an archive within an archive: unpack it first.")
+    return is_dicom_start(start)
+
+
+def _listed(directory: Path) -> list[Source]:
+    """Return the files that a DICOMDIR refers to.
+
+    Its records are read in the order of the file; the offsets that link them, which may form loops, are not followed.
+    """
+    paths: dict[Path, None] = {}
+    for record in _records(directory):
+        named = record.get("ReferencedFileID")
+        if named:
+            parts = [named] if isinstance(named, str) else [str(part) for part in named]
+            paths[_below(directory, parts)] = None
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise CaseError(
+            f"{directory} lists {len(paths):,} files, of which {len(missing):,} are not there, the first is "
+            f"'{missing[0].relative_to(directory.parent)}': copy the whole medium."
+        )
+    return [_file(path) for path in paths if is_dicom(path)]
+
+
+def _records(directory: Path) -> Sequence[Any]:
+    meta = read_file_meta_info(directory)
+    with directory.open("rb") as file:
+        # 128 bytes of preamble, the mark, and the element that holds the length of the rest of the meta information.
+        file.seek(132 + 12 + int(meta.FileMetaInformationGroupLength))
+        content = read_dataset(file, is_implicit_VR=False, is_little_endian=True)
+    return list(content.get("DirectoryRecordSequence") or [])
+
+
+def _below(directory: Path, parts: Sequence[str]) -> Path:
+    """Find a listed file below the folder of the DICOMDIR; names on media may differ in case."""
+    path = directory.parent
+    for part in parts:
+        if part in ("", ".", "..") or "/" in part or "\\" in part or "\0" in part:
+            raise CaseError(f"{directory} lists the file {'/'.join(parts)!r}, which leads out of its folder: not read.")
+        path = path / part if (path / part).exists() else _any_case(path, part)
+    if not path.resolve().is_relative_to(directory.parent.resolve()):
+        raise CaseError(f"{directory} lists the file {'/'.join(parts)!r}, a link out of its folder: not read.")
+    return path
+
+
+def _any_case(folder: Path, name: str) -> Path:
+    with suppress(OSError):
+        for entry in folder.iterdir():
+            if entry.name.lower() == name.lower():
+                return entry
+    return folder / name

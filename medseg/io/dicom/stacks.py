@@ -1,0 +1,305 @@
+"""Slices in space: which images of a series form one volume, in which order, and on which grid.
+
+Only ImagePositionPatient, ImageOrientationPatient and PixelSpacing count. SliceLocation, instance numbers and file
+names say nothing about order, and a slice thickness nothing about distance.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medseg.errors import CaseError, GeometryError
+from medseg.io.dicom.headers import Header, Plane
+from medseg.io.dicom.sources import streams
+from medseg.io.geometry import GRID_TOLERANCE, MAX_SHEAR, Grid
+
+__all__ = ["Slice", "find_stacks", "order_slices", "place"]
+
+logger = logging.getLogger(__name__)
+
+# Cosines of one orientation; headers with four decimals stay below it, and an image of 500 mm moves by 0.1 mm.
+_SAME_ORIENTATION: Final = 2e-4
+# Relative difference of pixel spacings that are still one.
+_SAME_SPACING: Final = 1e-4
+# Images nearer to each other than this part of a pixel lie at one place.
+_SAME_PLACE: Final = 0.01
+_UNIT_TOLERANCE: Final = 1e-2
+_LPS_TO_RAS: Final = np.diag([-1.0, -1.0, 1.0, 1.0])
+_SHOWN: Final = 8
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One plane of one file."""
+
+    header: Header
+    plane: Plane
+
+    @property
+    def placed(self) -> bool:
+        """Whether the file says where it lies."""
+        return self.plane.position is not None and self.plane.orientation is not None
+
+
+def place(item: Slice) -> Hashable:
+    """Return what two copies of one image, or two images at one place, have in common."""
+    return (item.plane.position, item.plane.orientation) if item.placed else (item.header.sop_uid, item.plane.frame)
+
+
+def find_stacks(headers: Sequence[Header], source: object) -> list[list[Slice]]:
+    """Part the images of a series into volumes: by orientation, size and spacing, then by what tells repeats apart.
+
+    Copies of one file count once. Images without a position are each a picture of their own.
+
+    Raises:
+        CaseError: several images lie at one place, and nothing tells which belong together; or two files differ, but
+            claim to be the same image.
+    """
+    slices = [Slice(header, plane) for header in _without_copies(headers) for plane in header.planes]
+    stacks = [[item] for item in slices if not item.placed]
+    for group in _alike([item for item in slices if item.placed]):
+        stacks += _separated(group, source)
+    return sorted(stacks, key=lambda stack: min(_number(item) for item in stack))
+
+
+def order_slices(slices: Sequence[Slice], source: object) -> tuple[list[Slice], Grid]:
+    """Sort a volume's slices along their normal, and return them with their unchecked grid.
+
+    The grid's axes are columns, rows and slices; slices ascend along the cross product of row and column direction.
+
+    Raises:
+        GeometryError: distances are uneven, slices are missing, the stack is sheared (gantry tilt), or a header's
+            directions or spacings cannot be.
+    """
+    row, column, normal = _axes(slices[0], source)
+    ordered = sorted(slices, key=lambda item: float(np.dot(_position(item), normal)))
+    positions = np.array([_position(item) for item in ordered])
+    step = _step(ordered, positions, normal, source)
+    between_rows, between_columns = _spacing(slices[0], source)
+    affine: NDArray[np.float64] = np.eye(4)
+    affine[:3, 0], affine[:3, 1] = row * between_columns, column * between_rows
+    affine[:3, 2], affine[:3, 3] = step, positions[0]
+    if len(ordered) > 2:
+        _refuse_uneven(positions, affine, normal, source)
+    header = ordered[0].header
+    return ordered, Grid((header.columns, header.rows, len(ordered)), _LPS_TO_RAS @ affine)
+
+
+def _number(item: Slice) -> tuple[int, str, int]:
+    instance = item.header.instance
+    return (math.inf if instance is None else instance, str(item.header.source), item.plane.frame)  # type: ignore[return-value]
+
+
+def _without_copies(headers: Sequence[Header]) -> list[Header]:
+    """Leave out files that are copies of others, byte for byte."""
+    kept: dict[str, Header] = {}
+    rest = []
+    for header in headers:
+        if not header.sop_uid or header.sop_uid not in kept:
+            kept.setdefault(header.sop_uid or str(header.source), header)
+            rest.append(header)
+            continue
+        first = kept[header.sop_uid]
+        if _digest(first) != _digest(header):
+            raise CaseError(
+                f"{first.source} and {header.source} claim to be one image (SOPInstanceUID ending in "
+                f"{header.sop_uid[-8:]}), but differ: remove the wrong one."
+            )
+        logger.info("%s is a copy of %s: left out.", header.source, first.source)
+    return rest
+
+
+def _digest(header: Header) -> str:
+    digest = hashlib.sha256()
+    for _, stream in streams([header.source]):
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _alike(slices: Sequence[Slice]) -> list[list[Slice]]:
+    """Group slices of one size, orientation and pixel spacing."""
+    groups: list[list[Slice]] = []
+    for item in slices:
+        for group in groups:
+            if _is_alike(group[0], item):
+                group.append(item)
+                break
+        else:
+            groups.append([item])
+    return groups
+
+
+def _is_alike(a: Slice, b: Slice) -> bool:
+    sizes = [(item.header.rows, item.header.columns, item.header.samples) for item in (a, b)]
+    if sizes[0] != sizes[1] or (a.plane.spacing is None) != (b.plane.spacing is None):
+        return False
+    turned = np.abs(np.subtract(a.plane.orientation or 0, b.plane.orientation or 0)).max()
+    return bool(
+        turned <= _SAME_ORIENTATION and np.allclose(a.plane.spacing or 0, b.plane.spacing or 0, rtol=_SAME_SPACING)
+    )
+
+
+def _separated(slices: Sequence[Slice], source: object) -> list[list[Slice]]:
+    """Part slices that lie at the same places, such as points in time, by the first mark that does so evenly."""
+    places = _places(slices, source)
+    repeats = Counter(places)
+    if max(repeats.values()) == 1:
+        return [list(slices)]
+    if len(set(repeats.values())) == 1:
+        keys = [
+            [str(item.header.source) for item in slices],
+            *([_mark(item, name) for item in slices] for name in _names(slices)),
+        ]
+        for key in (*keys, _ranks(slices, places)):
+            parts = _parted(slices, places, key)
+            if parts:
+                return parts
+    raise CaseError(
+        f"{source}: {len(slices)} images lie at {len(repeats)} places, and nothing tells which of them form a volume "
+        "(not the time, the echo, the acquisition or the order of their numbers). Export the volumes as series."
+    )
+
+
+def _places(slices: Sequence[Slice], source: object) -> list[int]:
+    """Number the places along the normal."""
+    _, _, normal = _axes(slices[0], source)
+    near = _SAME_PLACE * min(_spacing(slices[0], source))
+    along = np.array([float(np.dot(_position(item), normal)) for item in slices])
+    order = np.argsort(along, kind="stable")
+    numbers = np.empty(len(slices), dtype=int)
+    numbers[order] = np.concatenate([[0], np.cumsum(np.diff(along[order]) > near)])
+    return [int(number) for number in numbers]
+
+
+def _names(slices: Sequence[Slice]) -> list[str]:
+    """Return the marks that all slices have, and that differ, in the order in which they are tried."""
+    shared = [name for name, _ in slices[0].plane.marks]
+    return [name for name in shared if len({_mark(item, name) for item in slices}) > 1]
+
+
+def _mark(item: Slice, name: str) -> str:
+    return dict(item.plane.marks).get(name, "")
+
+
+def _ranks(slices: Sequence[Slice], places: Sequence[int]) -> list[str]:
+    """Return the rank of each slice at its place, if instance numbers run volume by volume or place by place."""
+    numbers = [(item.header.instance, item.plane.frame) for item in slices]
+    if any(number[0] is None for number in numbers) or len(set(numbers)) < len(numbers):
+        return [""] * len(slices)
+    order = sorted(range(len(slices)), key=lambda index: numbers[index])
+    seen: Counter[int] = Counter()
+    ranks = [0] * len(slices)
+    for index in order:
+        ranks[index] = seen[places[index]]
+        seen[places[index]] += 1
+    by_rank = [ranks[index] for index in order]
+    by_place = [places[index] for index in order]
+    runs = sum(a != b for a, b in pairwise(by_place)) + 1
+    if by_rank == sorted(by_rank) or runs == len(seen):
+        return [str(rank) for rank in ranks]
+    return [""] * len(slices)
+
+
+def _parted(slices: Sequence[Slice], places: Sequence[int], key: Sequence[str]) -> list[list[Slice]]:
+    """Part slices by a key, if each part then has one slice at every place; empty if not."""
+    parts: dict[str, list[int]] = {}
+    for index, value in enumerate(key):
+        parts.setdefault(value, []).append(index)
+    everywhere = sorted(set(places))
+    if len(parts) > 1 and all(sorted(places[index] for index in part) == everywhere for part in parts.values()):
+        return [[slices[index] for index in part] for part in parts.values()]
+    return []
+
+
+def _position(item: Slice) -> NDArray[np.float64]:
+    return np.asarray(item.plane.position, dtype=np.float64)
+
+
+def _axes(item: Slice, source: object) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Return the unit vectors along rows, along columns, and across the slice, LPS+."""
+    row, column = np.asarray(item.plane.orientation, dtype=np.float64).reshape(2, 3)
+    lengths = np.linalg.norm([row, column], axis=1)
+    if np.abs(lengths - 1).max() > _UNIT_TOLERANCE or abs(np.dot(row, column)) > MAX_SHEAR:
+        shown = ", ".join(f"{number:g}" for number in (*row, *column))
+        raise GeometryError(
+            f"{source} has the ImageOrientationPatient [{shown}]: expected two unit vectors at a right angle. Its "
+            "header is wrong."
+        )
+    row, column = row / lengths[0], column / lengths[1]
+    normal = np.cross(row, column)
+    return row, column, normal / np.linalg.norm(normal)
+
+
+def _spacing(item: Slice, source: object) -> tuple[float, float]:
+    spacing = item.plane.spacing
+    if spacing is None or min(spacing) <= 0:
+        found = "no PixelSpacing" if spacing is None else f"the PixelSpacing {spacing[0]:g} x {spacing[1]:g}"
+        raise GeometryError(f"{source} has {found}: its size is undefined. Export it again with its geometry.")
+    return spacing[0], spacing[1]
+
+
+def _step(
+    ordered: Sequence[Slice], positions: NDArray[np.float64], normal: NDArray[np.float64], source: object
+) -> NDArray[np.float64]:
+    """Return the vector from one slice to the next, LPS+ mm."""
+    if len(ordered) == 1:
+        thickness = ordered[0].plane.thickness
+        if thickness is None:
+            logger.warning("%s is a single slice that does not say how thick it is: 1 mm is taken.", source)
+        return normal * (thickness or 1.0)
+    step: NDArray[np.float64] = (positions[-1] - positions[0]) / (len(ordered) - 1)
+    along = float(np.dot(step, normal))
+    aside = float(np.linalg.norm(step - along * normal))
+    if aside > MAX_SHEAR * along:
+        raise GeometryError(
+            f"{source} is sheared: its slices shift by {aside:.3g} mm sideways for every {along:.3g} mm, as with a "
+            f"gantry tilted by {math.degrees(math.atan2(aside, along)):.1f} degrees. Resample it to a rectangular grid "
+            "first."
+        )
+    return step
+
+
+def _refuse_uneven(
+    positions: NDArray[np.float64], affine: NDArray[np.float64], normal: NDArray[np.float64], source: object
+) -> None:
+    """Refuse stacks of which a slice lies more than a tenth of a voxel off the even grid."""
+    due = positions[0] + np.arange(len(positions))[:, None] * affine[:3, 2]
+    off = np.abs(np.linalg.solve(affine[:3, :3], (positions - due).T))
+    if off.max() <= GRID_TOLERANCE:
+        return
+    along = positions @ normal
+    if off[2].max() <= GRID_TOLERANCE:
+        worst = int(off[:2].max(axis=0).argmax())
+        raise GeometryError(
+            f"{source} has a slice that lies {off[:2].max():.2g} pixels beside the line of the others, at "
+            f"{along[worst]:.6g} mm: expected slices that lie straight on each other."
+        )
+    raise GeometryError(f"{source} has slices at uneven distances: {_gaps(along)}. Export all slices, or resample it.")
+
+
+def _gaps(along: NDArray[np.float64]) -> str:
+    """Say between which positions along the normal the distance is not the usual one."""
+    steps = np.diff(along)
+    usual = float(np.median(steps))
+    odd = [index for index, step in enumerate(steps) if abs(step - usual) > GRID_TOLERANCE * usual]
+    told = []
+    for index in odd[:_SHOWN]:
+        missing = round(steps[index] / usual) - 1
+        even = missing > 0 and abs(steps[index] - (missing + 1) * usual) <= GRID_TOLERANCE * usual
+        hint = f", as if {missing} slice{'s' if missing > 1 else ''} were missing" if even else ""
+        told.append(f"{steps[index]:.4g} mm between {along[index]:.6g} and {along[index + 1]:.6g}{hint}")
+    more = f", and {len(odd) - _SHOWN} more" if len(odd) > _SHOWN else ""
+    if not told:
+        told = [f"they drift from {steps.min():.4g} to {steps.max():.4g} mm"]
+    return f"usually {usual:.4g} mm, but {'; '.join(told)}{more} (along the normal)"
