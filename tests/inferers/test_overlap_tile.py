@@ -148,6 +148,15 @@ def test_a_large_image_is_neither_copied_nor_padded():
     assert seen == 3
 
 
+def test_tiles_and_logits_go_to_the_devices_asked_for():
+    """The device "meta" stands for another one that every machine has."""
+    network = valid_unet(2).to("meta")
+    inferer = OverlapTileInferer(52, sw_device="meta", device="meta")
+    assert inferer(random_image(1, 1, 20, 20), network).device.type == "meta"
+    found = OverlapTileInferer(52, device="meta")(random_image(1, 1, 20, 20), valid_unet(2))
+    assert found.device.type == "meta"
+
+
 def test_metadata_of_the_image_comes_with_the_logits():
     affine = torch.diag(torch.tensor([0.5, 0.5, 2.0, 1.0], dtype=torch.float64))
     image = MetaTensor(random_image(1, 1, 20, 20), affine=affine)
