@@ -15,7 +15,7 @@ from medseg.io.names import case_stem, output_path
 if TYPE_CHECKING:
     from medseg.io.geometry import Grid, grid_difference, same_grid
     from medseg.io.readers import load, read_grid
-    from medseg.io.writers import write_mask
+    from medseg.io.writers import write_label_files, write_mask, write_probabilities
 
 __all__ = [
     "CaseList",
@@ -30,7 +30,9 @@ __all__ = [
     "output_path",
     "read_grid",
     "same_grid",
+    "write_label_files",
     "write_mask",
+    "write_probabilities",
 ]
 
 _HEAVY = {
@@ -39,7 +41,9 @@ _HEAVY = {
     "same_grid": "geometry",
     "load": "readers",
     "read_grid": "readers",
+    "write_label_files": "writers",
     "write_mask": "writers",
+    "write_probabilities": "writers",
 }
 
 

@@ -14,9 +14,9 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from medseg.errors import GeometryError
+from medseg.errors import CaseError, GeometryError
 
-__all__ = ["Grid", "check_size", "corner_distance", "grid_difference", "same_grid", "to_affine4"]
+__all__ = ["Grid", "check_size", "corner_distance", "grid_difference", "same_grid", "spatial_axes", "to_affine4"]
 
 # Light microscopy reaches 1e-4 mm; nothing in medicine has voxels of a meter. Values outside mean wrong units.
 MIN_SPACING = 1e-4
@@ -96,6 +96,20 @@ def check_size(shape: tuple[int, ...], source: object, max_voxels: int = MAX_VOX
             f"{source} claims {math.prod(shape):,} voxels {shape}: the limit is {max_voxels:,}. Check its header, or "
             "raise max_voxels."
         )
+
+
+def spatial_axes(shape: tuple[int, ...], asked: int | None, source: object) -> int:
+    """Return how many axes of a shape lie in space: what was asked for, or else three, or two of a flat image.
+
+    Raises:
+        CaseError: the image does not have as many; a volume of one slice has two and three.
+    """
+    flat = len(shape) == 2
+    if asked == 3 and flat:
+        raise CaseError(f"{source} is 2D {shape}: expected a volume with three axes.")
+    if asked == 2 and not flat and shape[2] != 1:
+        raise CaseError(f"{source} is a volume {shape}: expected one slice or a picture with two axes.")
+    return asked or (2 if flat else 3)
 
 
 def same_grid(a: Grid, b: Grid, *, tolerance: float = GRID_TOLERANCE) -> bool:

@@ -17,6 +17,7 @@ __all__ = [
     "IMAGE_SUFFIXES",
     "KINDS",
     "OUTPUT_FORMATS",
+    "WRITTEN",
     "Kind",
     "StrPath",
     "absolute",
@@ -47,13 +48,39 @@ class Kind(NamedTuple):
 KINDS: Final[Mapping[str, Kind]] = MappingProxyType(
     {
         "nifti": Kind(images=(".nii.gz", ".nii"), masks=(".nii.gz", ".nii")),
+        "nrrd": Kind(images=(".nrrd", ".nhdr"), masks=(".nrrd",)),
+        "meta": Kind(images=(".mha", ".mhd"), masks=(".mha",)),
+        "mgh": Kind(images=(".mgz", ".mgh"), masks=(".mgz", ".mgh")),
+        "dicom": Kind(images=(".dcm",), masks=(".nii.gz", ".nii")),
         "picture": Kind(images=(".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"), masks=(".png",)),
     }
 )
 IMAGE_SUFFIXES: Final = tuple(suffix for kind in KINDS.values() for suffix in kind.images)
 
 # What a user may ask masks to be, and how their names end then.
-OUTPUT_FORMATS: Final[Mapping[str, str]] = MappingProxyType({"nifti": ".nii.gz", "png": ".png"})
+OUTPUT_FORMATS: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "nifti": ".nii.gz",
+        "nrrd": ".nrrd",
+        "mha": ".mha",
+        "mgz": ".mgz",
+        "png": ".png",
+        "tiff": ".tif",
+        "dicom-seg": ".seg.dcm",
+        "rtstruct": ".rtstruct.dcm",
+    }
+)
+
+# Kind -> the endings that write_mask takes for it.
+WRITTEN: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+    {
+        "nifti": (".nii.gz", ".nii"),
+        "nrrd": (".nrrd",),
+        "meta": (".mha",),
+        "mgh": (".mgz", ".mgh"),
+        "picture": (".png", ".tif", ".tiff"),
+    }
+)
 
 
 def file_kind(path: StrPath) -> str | None:
@@ -84,14 +111,16 @@ def mask_name(name: str, output_format: str = "") -> str:
     Args:
         name: a file name, or a relative path with `/` between folders.
         output_format: a key of `OUTPUT_FORMATS`; by default the mask has the format of its image, as far as that holds
-            masks: a volume keeps its name, and the mask of a picture is a PNG, because JPEG would change labels.
+            masks: a volume keeps its name, and the mask of a picture is a PNG, because JPEG would change labels. A name
+            that ends as the format asks for stays.
 
     Raises:
         RequestError: there is no such format.
     """
     stem, suffix = split_suffix(name)
     if output_format:
-        return stem + _output_suffix(output_format)
+        ending = _output_suffix(output_format)
+        return name if name.lower().endswith(ending) else stem + ending
     masks = KINDS[str(file_kind(name))].masks if suffix else ("",)
     return stem + (suffix if suffix.lower() in masks else masks[0])
 

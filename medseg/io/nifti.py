@@ -1,18 +1,13 @@
 """NIfTI-1 and NIfTI-2 in one file, plain or gzipped.
 
-Headers go through nibabel. Voxels are streamed from the file in slabs, so that reading a volume never needs more
-memory than its float32 array and a few slices.
+Headers go through nibabel, voxels through `medseg.io.streams`.
 """
 
 from __future__ import annotations
 
-import gzip
 import logging
-import math
 import struct
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -23,8 +18,9 @@ from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
 from medseg.errors import CaseError, GeometryError
-from medseg.io.geometry import GRID_TOLERANCE, MAX_VOXELS, Grid, check_size, corner_distance
-from medseg.io.voxels import choose_channels, fill_image, fill_labels, image_type
+from medseg.io.geometry import GRID_TOLERANCE, MAX_VOXELS, Grid, check_size, corner_distance, spatial_axes
+from medseg.io.streams import Voxels, check_capacity, coding_of, gzip_writer, opened, read_voxels, write_voxels
+from medseg.io.voxels import choose_channels
 
 __all__ = ["read", "read_grid", "write"]
 
@@ -39,10 +35,8 @@ _KINDS = {
     for order in "<>"
 }
 _MILLIMETERS = {0: 1.0, 1: 1e3, 2: 1.0, 3: 1e-3}
-# Deflate cannot pack tighter than this, so a header that asks for more lies.
-_MAX_PACKING = 1032
 _INTENT_LABEL = 1002
-_SLAB_BYTES = 1 << 23
+_SCANNER = 1
 # Everything that says where the voxels lie; nothing else of a header goes into a mask (it may name the patient).
 _PLACE = (
     *("dim", "pixdim", "xyzt_units", "dim_info", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d"),
@@ -72,16 +66,12 @@ class _Header:
     slope: float
     inter: float
 
-    def spatial_shape(self, spatial_dims: int) -> tuple[int, ...]:
-        return self.shape[:spatial_dims]
-
 
 def read_grid(path: Path, *, spatial_dims: int | None = None, max_voxels: int = MAX_VOXELS) -> Grid:
     """Return the checked grid of a file; only its header is read."""
-    with _stream(path) as stream:
+    with opened(path) as stream:
         header = _read_header(stream, path, max_voxels)
-    dims = _spatial_dims(header.shape, spatial_dims, path)
-    return Grid(header.spatial_shape(dims), header.affine).check(path, max_voxels=max_voxels)
+    return _grid(header, path, spatial_dims, max_voxels)
 
 
 def read(
@@ -99,48 +89,44 @@ def read(
     A fourth axis, or the fifth axis of a NIfTI vector image, counts as channels only if `channels` asks for as many,
     and as a series only if `index` picks a volume of it.
     """
-    with _stream(path) as stream:
+    with opened(path) as stream:
         header = _read_header(stream, path, max_voxels)
-        dims = _spatial_dims(header.shape, spatial_dims, path)
-        grid = Grid(header.spatial_shape(dims), header.affine).check(path, max_voxels=max_voxels)
-        chosen = choose_channels(header.shape[dims:], channels, index, path)
-        _check_capacity(header, path)
-        dtype = image_type(header.dtype, slope=header.slope, inter=header.inter, stored=stored)
-        array = np.empty((len(chosen), *grid.shape), dtype=np.int32 if label else dtype)
-        stream.seek(header.offset + chosen.start * math.prod(grid.shape) * header.dtype.itemsize)
-        for out, raw in _slabs(stream, header, array, path):
-            if label:
-                fill_labels(out, raw, header.slope, header.inter, path)
-            else:
-                fill_image(out, raw, header.slope, header.inter)
-        stream.read(1 << 20)  # a gzip checksum is verified at the end of the stream only
+        grid = _grid(header, path, spatial_dims, max_voxels)
+        rest = header.shape[len(grid.shape) :]
+        voxels = Voxels(grid.shape, header.dtype, series=rest, slope=header.slope, inter=header.inter)
+        choose_channels(rest, channels, index, path)
+        check_capacity(path, coding_of(path), header.offset + voxels.nbytes)
+        stream.seek(header.offset)
+        array = read_voxels(stream, voxels, path, channels=channels, index=index, label=label, stored=stored)
     return array, grid
 
 
-def write(stream: BinaryIO, mask: NDArray[Any], path: Path, *, like: Path) -> None:
-    """Write a label map of shape `(x, y[, z])` into a stream, with the place in space of the file `like`.
+def write(stream: BinaryIO, array: NDArray[Any], path: Path, *, grid: Grid, like: Path | None) -> None:
+    """Write labels `(*spatial)` or channels `(C, *spatial)` into a stream.
 
-    The name `path` decides whether it is gzipped. Gzip output carries no time and no name: equal masks, equal bytes.
+    Args:
+        stream: where to write.
+        array: labels or channels of a type that NIfTI has.
+        path: its name decides whether it is gzipped.
+        grid: the place in space; written as sform and qform, in the float32 of NIfTI-1, where `like` is None.
+        like: a NIfTI file whose version, byte order and place fields are taken over bit for bit.
     """
-    with _stream(like) as source:
-        header = _mask_header(_read_header(source, like, sys.maxsize), mask)
+    if like is None:
+        header = _new_header(grid)
+    else:
+        with opened(like) as source:
+            header = _like_header(_read_header(source, like, sys.maxsize), len(grid.shape))
+    _describe_values(header, array, grid)
     if not path.name.lower().endswith(".gz"):
-        _write_plain(stream, header, mask)
+        _write_plain(stream, header, array, grid)
         return
-    with gzip.GzipFile(filename="", mode="wb", compresslevel=4, fileobj=stream, mtime=0) as packed:
-        _write_plain(cast("BinaryIO", packed), header, mask)
+    with gzip_writer(stream) as packed:
+        _write_plain(packed, header, array, grid)
 
 
-@contextmanager
-def _stream(path: Path) -> Iterator[BinaryIO]:
-    with path.open("rb") as file:
-        packed = file.read(2) == b"\x1f\x8b"
-        file.seek(0)
-        if not packed:
-            yield file
-            return
-        with gzip.GzipFile(fileobj=file, mode="rb") as unpacked:
-            yield cast("BinaryIO", unpacked)
+def _grid(header: _Header, path: Path, spatial_dims: int | None, max_voxels: int) -> Grid:
+    dims = spatial_axes(header.shape, spatial_dims, path)
+    return Grid(header.shape[:dims], header.affine).check(path, max_voxels=max_voxels)
 
 
 def _read_header(stream: BinaryIO, path: Path, max_voxels: int) -> _Header:
@@ -206,64 +192,41 @@ def _qform(header: Any, path: Path, *, needed: bool) -> NDArray[np.float64] | No
     return None
 
 
-def _spatial_dims(shape: tuple[int, ...], asked: int | None, path: Path) -> int:
-    flat = len(shape) == 2
-    if asked == 3 and flat:
-        raise CaseError(f"{path} is 2D {shape}: expected a volume with three axes.")
-    if asked == 2 and not flat and shape[2] != 1:
-        raise CaseError(f"{path} is a volume {shape}: expected one slice or a picture with two axes.")
-    return asked or (2 if flat else 3)
+def _new_header(grid: Grid) -> Any:
+    kind = nib.Nifti1Header if max(grid.shape) < 1 << 15 else nib.Nifti2Header
+    header = kind(endianness="<")
+    header.set_data_shape(grid.shape)
+    header.set_zooms(grid.spacing)
+    header.set_xyzt_units("mm")
+    header.set_qform(grid.affine, _SCANNER, strip_shears=True)
+    header.set_sform(grid.affine, _SCANNER)
+    return header
 
 
-def _check_capacity(header: _Header, path: Path) -> None:
-    """Refuse a file that is too short for its header, before memory is taken."""
-    needed = header.offset + math.prod(header.shape) * header.dtype.itemsize
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        packed = file.read(2) == b"\x1f\x8b"
-    if needed > size * (_MAX_PACKING if packed else 1):
-        raise CaseError(
-            f"{path} is cut short or has a wrong header: {header.shape} voxels need {needed:,} bytes, and the file has "
-            f"{size:,}{' (gzipped)' if packed else ''}."
-        )
-
-
-def _slabs(
-    stream: BinaryIO, header: _Header, array: NDArray[Any], path: Path
-) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
-    """Yield a part of `array` and the stored values for it, in the order of the file."""
-    for channel in array:
-        volume = channel if channel.ndim == 3 else channel[..., None]
-        plane = volume[..., 0].size * header.dtype.itemsize
-        step = max(1, _SLAB_BYTES // plane)
-        for start in range(0, volume.shape[2], step):
-            out = volume[..., start : start + step]
-            wanted = plane * out.shape[2]
-            data = stream.read(wanted)
-            if len(data) < wanted:
-                raise CaseError(f"{path} is cut short: its voxels end before the header says. Copy it again.")
-            yield out, np.frombuffer(data, dtype=header.dtype).reshape(out.shape, order="F")
-
-
-def _mask_header(source: _Header, mask: NDArray[Any]) -> Any:
+def _like_header(source: _Header, dims: int) -> Any:
+    """Return a header with the place of `source`, and its axes beyond space if they have one entry each."""
     raw = source.raw
     header = type(raw)(endianness=raw.endianness)
     for field in _PLACE:
         header[field] = raw[field]
-    if any(size > 1 for size in source.shape[mask.ndim :]):
-        header["dim"][0] = mask.ndim
-        header["dim"][mask.ndim + 1 :] = 1
-    header.set_data_dtype(mask.dtype)
-    header["vox_offset"] = header.sizeof_hdr + 4
-    header["scl_slope"], header["scl_inter"] = 1, 0
-    header["intent_code"] = _INTENT_LABEL
+    if any(size > 1 for size in source.shape[dims:]):
+        header["dim"][0] = dims
+        header["dim"][dims + 1 :] = 1
     return header
 
 
-def _write_plain(stream: BinaryIO, header: Any, mask: NDArray[Any]) -> None:
+def _describe_values(header: Any, array: NDArray[Any], grid: Grid) -> None:
+    """Say what follows: labels, or channels along the fourth axis."""
+    if array.ndim == len(grid.shape):
+        header["intent_code"] = _INTENT_LABEL
+    else:
+        header["dim"] = (4, *grid.shape, *(1,) * (3 - len(grid.shape)), len(array), 1, 1, 1)
+    header.set_data_dtype(array.dtype)
+    header["vox_offset"] = header.sizeof_hdr + 4
+    header["scl_slope"], header["scl_inter"] = 1, 0
+
+
+def _write_plain(stream: BinaryIO, header: Any, array: NDArray[Any], grid: Grid) -> None:
     stream.write(header.binaryblock + b"\0\0\0\0")
-    dtype = mask.dtype.newbyteorder(header.endianness)
-    planes = mask if mask.ndim == 3 else mask[..., None]
-    step = max(1, _SLAB_BYTES // (planes[..., 0].size * dtype.itemsize))
-    for start in range(0, planes.shape[2], step):
-        stream.write(planes[..., start : start + step].astype(dtype, copy=False).tobytes(order="F"))
+    for volume in [array] if array.ndim == len(grid.shape) else array:
+        write_voxels(stream, volume, array.dtype.newbyteorder(header.endianness))

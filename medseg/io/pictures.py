@@ -74,11 +74,12 @@ def read(
     return array, grid
 
 
-def write(stream: BinaryIO, mask: NDArray[Any], path: Path, *, like: Path) -> None:
-    """Write a label map `(x, y)` of type uint8 or uint16 into a stream as a grey PNG of 8 or 16 bits."""
-    if mask.dtype.itemsize > 2:
-        raise CaseError(f"{path}: the mask of {like} holds labels above 65535, the largest that a PNG can hold.")
-    Image.fromarray(np.ascontiguousarray(mask.T)).save(stream, format="PNG")
+def write(stream: BinaryIO, array: NDArray[Any], path: Path, *, grid: Grid, like: Path | None) -> None:
+    """Write labels `(x, y[, 1])` of type uint8 or uint16 as a grey PNG or TIFF of 8 or 16 bits, as the name says."""
+    if array.dtype.itemsize > 2:
+        raise CaseError(f"{path}: the mask holds labels above 65535, the largest that a picture can hold.")
+    picture = Image.fromarray(np.ascontiguousarray(array.reshape(array.shape[:2]).T))
+    picture.save(stream, format="PNG" if path.suffix.lower() == ".png" else "TIFF")
 
 
 @contextmanager

@@ -21,8 +21,9 @@ from monai.data import MetaTensor
 from numpy.typing import NDArray
 
 from medseg.errors import CaseError, RequestError
+from medseg.io.dicom.marks import image_kind, split_series
 from medseg.io.geometry import MAX_VOXELS, Grid
-from medseg.io.names import IMAGE_SUFFIXES, StrPath, absolute, file_kind
+from medseg.io.names import IMAGE_SUFFIXES, StrPath, absolute
 from medseg.io.voxels import refuse_nonfinite
 
 __all__ = ["READERS", "Reader", "load", "read_grid"]
@@ -56,6 +57,10 @@ class Reader(Protocol):
 READERS: Final[Mapping[str, str]] = MappingProxyType(
     {
         "nifti": "medseg.io.nifti",
+        "nrrd": "medseg.io.nrrd",
+        "meta": "medseg.io.meta",
+        "mgh": "medseg.io.mgh",
+        "dicom": "medseg.io.dicom.reader",
         "picture": "medseg.io.pictures",
     }
 )
@@ -74,9 +79,11 @@ def load(
     """Read one file.
 
     Args:
-        path: a NIfTI file (`.nii`, `.nii.gz`) or a picture (PNG, JPEG, TIFF, BMP).
+        path: a volume (NIfTI, NRRD, MetaImage, MGH) or a picture (PNG, JPEG, TIFF, BMP), told by its name; or DICOM,
+            told by its content: a folder, one file, a DICOMDIR or a zip archive, of several series one as
+            `folder::series` (see `medseg.io.dicom.open_series`).
         spatial_dims: 2 or 3 to refuse everything else; by default what the file is.
-        channels: how many values per voxel are due. A fourth NIfTI axis counts as channels only if asked for here; by
+        channels: how many values per voxel are due. A fourth axis counts as channels only if asked for here; by
             default volumes have one channel, and pictures one or three.
         index: which volume of a series to take, from 0: the place on the one axis beyond space that has several
             entries. By default such a file is refused.
@@ -131,14 +138,13 @@ def _door(path: StrPath) -> tuple[Path, Reader]:
     if not isinstance(path, str | os.PathLike):
         raise RequestError(f"An image is read from a path: expected text, got {type(path).__name__}.")
     file = absolute(path)
-    if not file.exists():
-        raise CaseError(f"{file} does not exist: check the path.")
-    if file.is_dir():
-        raise CaseError(f"{file} is a folder: expected a file.")
-    kind = file_kind(file)
+    source, _ = split_series(file)
+    if not source.exists():
+        raise CaseError(f"{source} does not exist: check the path.")
+    kind = image_kind(file)
     if kind is None:
-        raise CaseError(f"{file} is in no format that medseg reads: expected {', '.join(IMAGE_SUFFIXES)}.")
-    if file.stat().st_size == 0:
+        raise CaseError(f"{file} is in no format that medseg reads: expected {', '.join(IMAGE_SUFFIXES)}, or DICOM.")
+    if source.is_file() and source.stat().st_size == 0:
         raise CaseError(f"{file} is empty (0 bytes): copy it again.")
     return file, cast("Reader", importlib.import_module(READERS[kind]))
 

@@ -13,7 +13,15 @@ from numpy.typing import NDArray
 
 from medseg.errors import CaseError
 
-__all__ = ["choose_channels", "fill_image", "fill_labels", "image_type", "refuse_nonfinite", "smallest_label_type"]
+__all__ = [
+    "choose_channels",
+    "fill_image",
+    "fill_labels",
+    "image_type",
+    "label_values",
+    "refuse_nonfinite",
+    "smallest_label_type",
+]
 
 # Labels stored through a float32 slope come back within a few units of the last place.
 _LABEL_TOLERANCE = 1e-4
@@ -102,6 +110,15 @@ def refuse_nonfinite(values: NDArray[Any], source: object) -> None:
             f"{source} holds values that are no numbers: {nan:,} NaN and {bad - nan:,} infinite (or beyond float32) of "
             f"{values.size:,} voxels. Replace them, for instance by the background value, and run again."
         )
+
+
+def label_values(mask: NDArray[Any], source: object) -> list[int]:
+    """Return the labels that a mask holds, in order; errors as in `smallest_label_type`."""
+    smallest_label_type(mask, source)
+    found: set[int] = set()
+    for part in _slabs(mask):
+        found.update(int(value) for value in np.unique(part))
+    return sorted(found)
 
 
 def smallest_label_type(mask: NDArray[Any], source: object) -> np.dtype[Any]:

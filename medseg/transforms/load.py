@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from monai.config import KeysCollection
 from monai.data import MetaTensor
@@ -25,6 +25,8 @@ class LoadCased(LoadImaged):  # type: ignore[misc]  # MONAI publishes no types
         keys: the entries that hold paths.
         spatial_dims: 2 or 3 to refuse files of the other kind; by default both are taken.
         channels: values per voxel that the model expects of an image.
+        dtype: "float32", or "stored" to keep the whole numbers of an image as uint8, int16 or int32 where the file has
+            them unscaled (see `medseg.io.load`).
         label_keys: those of `keys` that are labels: whole numbers, one channel.
         allow_missing_keys: pass over keys that a case lacks, such as the label of a new image.
 
@@ -39,6 +41,7 @@ class LoadCased(LoadImaged):  # type: ignore[misc]  # MONAI publishes no types
         *,
         spatial_dims: int | None = None,
         channels: int | None = None,
+        dtype: Literal["float32", "stored"] = "float32",
         label_keys: Sequence[str] = ("label",),
         allow_missing_keys: bool = False,
     ) -> None:
@@ -46,6 +49,7 @@ class LoadCased(LoadImaged):  # type: ignore[misc]  # MONAI publishes no types
         MapTransform.__init__(self, keys, allow_missing_keys)
         self.spatial_dims = spatial_dims
         self.channels = channels
+        self.dtype = dtype
         self.label_keys = (label_keys,) if isinstance(label_keys, str) else tuple(label_keys)
 
     def register(self, reader: Any) -> None:
@@ -65,7 +69,8 @@ class LoadCased(LoadImaged):  # type: ignore[misc]  # MONAI publishes no types
         return case
 
     def _load(self, path: Any, *, label: bool) -> MetaTensor:
-        return load(path, spatial_dims=self.spatial_dims, channels=1 if label else self.channels, label=label)
+        channels = 1 if label else self.channels
+        return load(path, spatial_dims=self.spatial_dims, channels=channels, label=label, dtype=self.dtype)
 
 
 def _refuse_other_grid(first: MetaTensor, other: MetaTensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,19 @@ from monai.data import MetaTensor
 from monai.transforms import SaveImaged
 
 from medseg.errors import CaseError, GeometryError, RequestError
-from medseg.io import Grid, grid_difference, output_path, read_grid, write_mask
+from medseg.io import Grid, grid_difference, output_path, read_grid, write_label_files, write_mask
 from medseg.io.geometry import to_affine4
-from medseg.io.names import StrPath, mask_name
+from medseg.io.names import OUTPUT_FORMATS, StrPath, mask_name
+from medseg.io.voxels import label_values
+from medseg.io.writers import to_numpy
 
 __all__ = ["SaveMaskd"]
+
+# Output format -> where its writer is, loaded on first use: it needs packages that others do without.
+_OBJECTS = {
+    "dicom-seg": ("medseg.io.dicom_seg", "write_seg"),
+    "rtstruct": ("medseg.io.rtstruct", "write_rtstruct"),
+}
 
 
 class SaveMaskd(SaveImaged):  # type: ignore[misc]  # MONAI publishes no types
@@ -29,6 +38,12 @@ class SaveMaskd(SaveImaged):  # type: ignore[misc]  # MONAI publishes no types
     Args:
         keys: the one entry to write: labels `(1, *spatial)` on the image's own grid, so after `Invertd` and the argmax.
         output_dir: the folder of all masks.
+        output_format: a key of `medseg.io.names.OUTPUT_FORMATS`, such as "nrrd" or "dicom-seg"; by default the ending
+            of the case's name decides, which is that of the image's own format.
+        separate_labels: also write each label to a file of its own, `case1_liver.nii.gz` beside `case1.nii.gz`. They
+            come first: where the whole mask is, they are complete.
+        labels: value to name, for the names of those files and of the segments in DICOM; a key may be text. Values
+            without a name go by their number.
         image_key: the entry of the image, asked for its file where the mask's own metadata do not name one.
         allow_missing_keys: do nothing for a case without the entry.
 
@@ -43,13 +58,23 @@ class SaveMaskd(SaveImaged):  # type: ignore[misc]  # MONAI publishes no types
         keys: KeysCollection,
         output_dir: StrPath,
         *,
+        output_format: str = "",
+        separate_labels: bool = False,
+        labels: Mapping[int, str] | Mapping[str, str] | None = None,
         image_key: str = "image",
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, output_dir=output_dir, output_postfix="", allow_missing_keys=allow_missing_keys)
         if len(self.keys) != 1:
             raise RequestError(f"SaveMaskd writes one entry of a case, got {self.keys}: use one SaveMaskd for each.")
+        if output_format and output_format not in OUTPUT_FORMATS:
+            raise RequestError(f"There is no output format {output_format!r}: use one of {', '.join(OUTPUT_FORMATS)}.")
+        if separate_labels and output_format in _OBJECTS:
+            raise RequestError(f"{output_format} names its labels inside of one file: leave separate_labels out.")
         self.output_dir = Path(output_dir)
+        self.output_format = output_format
+        self.separate_labels = separate_labels
+        self.labels = _names_by_value(labels or {})
         self.image_key = image_key
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -57,10 +82,20 @@ class SaveMaskd(SaveImaged):  # type: ignore[misc]  # MONAI publishes no types
         case = dict(data)
         for key in self.key_iterator(case):
             source = self._source(case, key)
-            target = output_path(case.get("name") or mask_name(source.name), self.output_dir)
-            mask = _label_map(case[key], source)
-            write_mask(mask, target, like=source)
+            name = case.get("name") or mask_name(source.name)
+            if self.output_format:
+                name = mask_name(name, self.output_format)
+            self._write(_label_map(case[key], source), output_path(name, self.output_dir), source)
         return case
+
+    def _write(self, mask: torch.Tensor, target: Path, source: Path) -> None:
+        kind = next((kind for kind in _OBJECTS if target.name.lower().endswith(OUTPUT_FORMATS[kind])), None)
+        if kind is not None:
+            _write_object(kind, mask, target, source, self.labels)
+            return
+        if self.separate_labels:
+            write_label_files(mask, target, like=source, labels=self.labels)
+        write_mask(mask, target, like=source)
 
     def _source(self, case: Mapping[Hashable, Any], key: Hashable) -> Path:
         for image in (case[key], case.get(self.image_key)):
@@ -71,6 +106,22 @@ class SaveMaskd(SaveImaged):  # type: ignore[misc]  # MONAI publishes no types
             f"The mask under {key!r} cannot be placed: neither it nor {self.image_key!r} knows the image's file. Load "
             "the image with LoadCased and keep its metadata."
         )
+
+
+def _names_by_value(labels: Mapping[int, str] | Mapping[str, str]) -> dict[int, str]:
+    try:
+        names = {int(value): str(name) for value, name in labels.items()}
+    except ValueError as error:
+        raise RequestError(f"The labels of a mask are named by whole numbers, got {list(labels)}.") from error
+    return {value: name for value, name in names.items() if value != 0}
+
+
+def _write_object(kind: str, mask: torch.Tensor, target: Path, source: Path, labels: Mapping[int, str]) -> None:
+    """Write a DICOM object that describes the mask; a value without a name is called by its number."""
+    module, function = _OBJECTS[kind]
+    array = to_numpy(mask)
+    named = {value: f"label {value}" for value in label_values(array, source) if value != 0} | dict(labels)
+    getattr(importlib.import_module(module), function)(array, target, source, labels=named)
 
 
 def _label_map(mask: Any, source: Path) -> torch.Tensor:

@@ -31,10 +31,16 @@ def test_only_image_suffixes_are_taken_off(name, stem):
         ("a.NII", "a.NII", "nifti"),
         ("sub/a.jpg", "sub/a.png", "picture"),
         ("a.TIFF", "a.png", "picture"),
-        ("a.dcm", "a.dcm", None),
+        ("a.MHA", "a.MHA", "meta"),
+        ("a.mhd", "a.mha", "meta"),
+        ("a.nhdr", "a.nrrd", "nrrd"),
+        ("sub/a.seg.nrrd", "sub/a.seg.nrrd", "nrrd"),
+        ("a.mgh", "a.mgh", "mgh"),
+        ("a.dcm", "a.nii.gz", "dicom"),
+        ("a.txt", "a.txt", None),
     ],
 )
-def test_masks_of_volumes_keep_the_name_and_masks_of_pictures_are_png(name, mask, kind):
+def test_masks_keep_the_format_of_the_image_where_it_can_hold_them(name, mask, kind):
     assert mask_name(name) == mask
     assert file_kind(name) == kind
 

@@ -11,7 +11,7 @@ from monai.data import MetaTensor
 from PIL import Image
 
 from medseg.errors import CaseError, GeometryError, MedsegError, OutputError
-from medseg.io import load, nifti, write_mask
+from medseg.io import load, nifti, streams, write_mask
 
 AFFINE = np.array([[-1.6, 0, -0.9, 30], [1.2, 0, -1.2, -40], [0, 3, 0, 12], [0, 0, 0, 1]])
 # (first byte, length) of dim_info, pixdim, xyzt_units, and qform_code to the end of srow_z.
@@ -133,7 +133,7 @@ def test_masks_without_any_label_and_of_booleans_are_written(tmp_path, mask):
 
 
 def test_slabs_join_without_a_seam(tmp_path, mask, monkeypatch):
-    monkeypatch.setattr(nifti, "_SLAB_BYTES", mask[..., 0].nbytes * 3)
+    monkeypatch.setattr(streams, "_SLAB_BYTES", mask[..., 0].nbytes * 3)
     like = source(tmp_path / "a.nii.gz")
     write_mask(mask, tmp_path / "m.nii.gz", like=like)
     assert np.array_equal(np.asarray(nib.load(tmp_path / "m.nii.gz").dataobj), mask)
@@ -235,7 +235,7 @@ def test_what_is_no_mask_of_the_image_is_refused_and_leaves_nothing(folder, mask
     assert folder.state() == before
 
 
-@pytest.mark.parametrize("name", ["m.png", "m.mgz", "m", "m.nii.gz.txt"])
+@pytest.mark.parametrize("name", ["m.png", "m.mhd", "m", "m.nii.gz.txt"])
 def test_a_volume_needs_the_name_of_a_volume(folder, mask, name):
     before = folder.state()
     with pytest.raises(OutputError) as error:
@@ -245,10 +245,10 @@ def test_a_volume_needs_the_name_of_a_volume(folder, mask, name):
     assert folder.state() == before
 
 
-@pytest.mark.parametrize("name", ["m.jpg", "m.nii.gz", "m.tif"])
-def test_a_picture_needs_the_name_of_a_png(folder, name):
+@pytest.mark.parametrize("name", ["m.jpg", "m.nii.gz", "m.nrrd"])
+def test_a_picture_needs_the_name_of_a_picture(folder, name):
     before = folder.state()
-    with pytest.raises(OutputError, match=r"expected a name in \.png"):
+    with pytest.raises(OutputError, match=r"expected a name in \.png or \.tif"):
         write_mask(np.zeros((7, 5), int), folder.folder / name, like=folder.picture)
     assert folder.state() == before
 
@@ -285,7 +285,7 @@ def test_an_error_in_the_middle_leaves_no_part_and_keeps_the_old_mask(folder, ma
         target.write_bytes(b"old")
     before = folder.state()
 
-    def fail(stream, header, labels):
+    def fail(stream, header, labels, grid):
         stream.write(b"some bytes")
         stream.flush()
         assert len(folder.state()) == len(before) + 1

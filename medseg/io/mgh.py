@@ -1,0 +1,151 @@
+"""FreeSurfer's MGH, plain (`.mgh`) or gzipped (`.mgz`).
+
+Headers go through nibabel, voxels through `medseg.io.streams`. The format is big endian and has one fourth axis, of
+frames. What follows the voxels (times of the sequence, the history of commands) is neither read nor taken over.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from nibabel.freesurfer import mghformat
+from numpy.typing import NDArray
+
+from medseg.errors import CaseError, GeometryError
+from medseg.io.geometry import MAX_VOXELS, Grid, check_size, spatial_axes
+from medseg.io.streams import Voxels, check_capacity, coding_of, gzip_writer, opened, read_voxels, write_voxels
+from medseg.io.voxels import choose_channels
+
+__all__ = ["read", "read_grid", "write"]
+
+_OFFSET = 284
+_TYPES: dict[int, np.dtype[Any]] = {
+    0: np.dtype("u1"),
+    1: np.dtype(">i4"),
+    3: np.dtype(">f4"),
+    4: np.dtype(">i2"),
+    10: np.dtype(">u2"),
+}
+_PLACE = ("goodRASFlag", "delta", "Mdc", "Pxyz_c")
+
+
+@dataclass(frozen=True)
+class _Header:
+    """A header as it stands in the file, and what it means.
+
+    Attributes:
+        raw: the fields, bit for bit.
+        affine: voxels to RAS+ mm.
+        voxels: how they are stored.
+    """
+
+    raw: Any
+    affine: NDArray[np.float64]
+    voxels: Voxels
+
+
+def read_grid(path: Path, *, spatial_dims: int | None = None, max_voxels: int = MAX_VOXELS) -> Grid:
+    """Return the checked grid of a file; only its header is read."""
+    with opened(path) as stream:
+        header = _read_header(stream, path, max_voxels)
+    return _grid(header, path, spatial_dims, max_voxels)
+
+
+def read(
+    path: Path,
+    *,
+    spatial_dims: int | None,
+    channels: int | None,
+    index: int | None,
+    label: bool,
+    stored: bool,
+    max_voxels: int,
+) -> tuple[NDArray[Any], Grid]:
+    """Return the voxels `(C, x, y[, z])` and their grid; the arguments are those of `medseg.io.load`."""
+    with opened(path) as stream:
+        header = _read_header(stream, path, max_voxels)
+        grid = _grid(header, path, spatial_dims, max_voxels)
+        choose_channels(header.voxels.series, channels, index, path)
+        check_capacity(path, coding_of(path), _OFFSET + header.voxels.nbytes)
+        stream.seek(_OFFSET)
+        array = read_voxels(stream, header.voxels, path, channels=channels, index=index, label=label, stored=stored)
+    return array.reshape(len(array), *grid.shape), grid
+
+
+def write(stream: BinaryIO, array: NDArray[Any], path: Path, *, grid: Grid, like: Path | None) -> None:
+    """Write labels `(*spatial)` into a stream; uint16, which FreeSurfer lacks, becomes int32.
+
+    Args:
+        stream: where to write.
+        array: the labels.
+        path: its name decides whether it is gzipped.
+        grid: the place in space, written in float32 where `like` is None.
+        like: an MGH file whose place fields are taken over bit for bit.
+    """
+    header = mghformat.MGHHeader()
+    if like is None:
+        _place(header, grid)
+    else:
+        with opened(like) as source:
+            raw = _read_header(source, like, sys.maxsize).raw
+        for field in _PLACE:
+            header[field] = raw[field]
+    dtype = np.dtype("u1") if array.dtype == np.uint8 else np.dtype(">i4")
+    header["dims"] = (*grid.shape, *(1,) * (4 - len(grid.shape)))
+    header["type"] = next(code for code, kind in _TYPES.items() if kind == dtype)
+    start = header.binaryblock[: mghformat.header_dtype.itemsize].ljust(_OFFSET, b"\0")
+    if not path.name.lower().endswith((".mgz", ".gz")):
+        _write_plain(stream, start, array, dtype)
+        return
+    with gzip_writer(stream) as packed:
+        _write_plain(packed, start, array, dtype)
+
+
+def _grid(header: _Header, path: Path, spatial_dims: int | None, max_voxels: int) -> Grid:
+    shape = header.voxels.shape
+    dims = spatial_axes(shape, spatial_dims, path)
+    return Grid(shape[:dims], header.affine).check(path, max_voxels=max_voxels)
+
+
+def _read_header(stream: BinaryIO, path: Path, max_voxels: int) -> _Header:
+    block = stream.read(_OFFSET)
+    if len(block) < _OFFSET or block[:4] != b"\0\0\0\1":
+        raise CaseError(f"{path} is no MGH file: it does not start with an MGH header of version 1.")
+    good_place = block[28:30] != b"\0\0"
+    raw = mghformat.MGHHeader(block, check=False)
+    sizes = tuple(int(size) for size in raw["dims"])
+    check_size(sizes, path, max_voxels)
+    if int(raw["type"]) not in _TYPES:
+        raise CaseError(f"{path} holds values of the MGH type {int(raw['type'])}: expected one of {list(_TYPES)}.")
+    if not good_place:
+        raise GeometryError(
+            f"{path} does not say how it lies in space: its goodRASFlag is 0, and programs disagree on what that "
+            "means, left and right included. Set it, with mri_convert for instance."
+        )
+    return _Header(raw, _affine(raw), Voxels(sizes[:3], _TYPES[int(raw["type"])], series=sizes[3:]))
+
+
+def _affine(raw: Any) -> NDArray[np.float64]:
+    """Return the affine of a header, which holds directions, spacings and the center of the volume."""
+    affine: NDArray[np.float64] = np.eye(4)
+    affine[:3, :3] = raw["Mdc"].astype(np.float64).T * raw["delta"].astype(np.float64)
+    affine[:3, 3] = raw["Pxyz_c"].astype(np.float64) - affine[:3, :3] @ (raw["dims"][:3].astype(np.float64) / 2)
+    return affine
+
+
+def _place(header: Any, grid: Grid) -> None:
+    axes, sizes = grid.affine[:3, :3], np.array([*grid.shape, *(1,) * (3 - len(grid.shape))])
+    spacing = np.sqrt((axes**2).sum(axis=0))
+    header["goodRASFlag"] = 1
+    header["delta"] = spacing
+    header["Mdc"] = (axes / spacing).T
+    header["Pxyz_c"] = grid.affine[:3, 3] + axes @ (sizes / 2)
+
+
+def _write_plain(stream: BinaryIO, start: bytes, array: NDArray[Any], dtype: np.dtype[Any]) -> None:
+    stream.write(start)
+    write_voxels(stream, array, dtype)

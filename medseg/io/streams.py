@@ -1,0 +1,274 @@
+"""Voxels in streams: packed or plain, cut to slabs, never more memory than the image and a few slices.
+
+The volume formats share this: a header, then the voxels of one real type with the first axis fastest. How a stream is
+packed is told by its first bytes, not by its name. ISA-L inflates and deflates about three times as fast as zlib.
+"""
+
+from __future__ import annotations
+
+import bz2
+import io
+import math
+import zlib
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, Protocol, TypeAlias, cast
+
+import numpy as np
+from isal import igzip, isal_zlib
+from numpy.typing import NDArray
+
+from medseg.errors import CaseError
+from medseg.io.voxels import choose_channels, fill_image, fill_labels, image_type
+
+__all__ = [
+    "Coding",
+    "Sink",
+    "Voxels",
+    "check_capacity",
+    "coding_of",
+    "gzip_writer",
+    "neighbor",
+    "opened",
+    "read_voxels",
+    "unpacked",
+    "write_voxels",
+]
+
+Coding: TypeAlias = Literal["raw", "gzip", "zlib", "bzip2"]
+
+# Deflate cannot pack tighter than this, so a header that asks for more lies. bzip2 has no such bound worth checking.
+_MAX_PACKING = {"raw": 1, "gzip": 1032, "zlib": 1032}
+_SLAB_BYTES = 1 << 23
+# Of ISA-L's levels 0 to 3; label maps become as small as with zlib's level 4, in a fraction of the time.
+_LEVEL = 2
+_ISAL_ERROR = cast("type[Exception]", isal_zlib.error)
+_ANY_DEFLATE = 47  # zlib or gzip, told by the first bytes
+
+
+@dataclass(frozen=True)
+class Voxels:
+    """How the voxels of a file are stored, the first axis fastest.
+
+    Attributes:
+        shape: voxels along each axis in space.
+        dtype: type of the stored values, with its byte order.
+        series: lengths of the axes after those of space.
+        vector: values that each voxel has side by side.
+        slope: factor from stored values to values.
+        inter: what is added after the factor.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    series: tuple[int, ...] = ()
+    vector: int = 1
+    slope: float = 1.0
+    inter: float = 0.0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all voxels, unpacked."""
+        return math.prod((*self.shape, *self.series)) * self.vector * self.dtype.itemsize
+
+
+def coding_of(path: Path) -> Coding:
+    """Tell whether a whole file is gzipped."""
+    with path.open("rb") as file:
+        return "gzip" if file.read(2) == b"\x1f\x8b" else "raw"
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """Open a file, through gzip if its content is gzipped."""
+    with path.open("rb") as file, unpacked(file, coding_of(path)) as stream:
+        yield stream
+
+
+@contextmanager
+def unpacked(file: BinaryIO, coding: Coding) -> Iterator[BinaryIO]:
+    """Read what follows in `file` through its coding; `file` stays open.
+
+    Damaged content raises EOFError, OSError or zlib.error, which `medseg.io.readers.load` translates.
+    """
+    try:
+        if coding == "raw":
+            yield file
+        elif coding == "gzip":
+            with _gzip_file(fileobj=file, mode="rb") as stream:
+                yield stream
+        elif coding == "zlib":
+            yield cast("BinaryIO", io.BufferedReader(_Inflated(file), 1 << 16))
+        else:
+            with bz2.BZ2File(file) as unpacker:
+                yield cast("BinaryIO", unpacker)
+    except _ISAL_ERROR as error:
+        raise zlib.error(str(error)) from error
+
+
+def _gzip_file(**options: Any) -> BinaryIO:
+    return cast("BinaryIO", cast("Any", igzip.IGzipFile)(**options))
+
+
+class _Inflated(io.RawIOBase):
+    """The content of one zlib stream."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__()
+        self._file = file
+        self._inflater = isal_zlib.decompressobj(_ANY_DEFLATE)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._inflater.eof:
+            packed = self._inflater.unconsumed_tail or self._file.read(1 << 16)
+            data = self._inflater.decompress(packed, len(buffer))
+            if data:
+                buffer[: len(data)] = data
+                return len(data)
+            if not packed:
+                raise EOFError("its packed data end too early")
+        return 0
+
+
+def check_capacity(path: Path, coding: Coding, needed: int, *, skipped: int = 0) -> None:
+    """Refuse a file that is too short for its header, before memory is taken.
+
+    Args:
+        path: the file that holds the voxels.
+        coding: how they are packed.
+        needed: bytes that the header asks for after unpacking.
+        skipped: bytes of the file before the packed part.
+
+    Raises:
+        CaseError: the file cannot hold as much.
+    """
+    size = path.stat().st_size - skipped
+    if coding in _MAX_PACKING and needed > size * _MAX_PACKING[coding]:
+        raise CaseError(
+            f"{path} is cut short or has a wrong header: its voxels need {needed:,} bytes, and the file has "
+            f"{max(size, 0):,}{'' if coding == 'raw' else ' (packed)'} for them. Copy it again."
+        )
+
+
+def neighbor(header: Path, name: str) -> Path:
+    """Return the file of voxels that a header names.
+
+    Raises:
+        CaseError: it is not in the folder of the header or below, or does not exist.
+    """
+    folder = header.parent.resolve()
+    if not name or "\0" in name or not (folder / name).resolve().is_relative_to(folder):
+        raise CaseError(f"{header} names {name!r} as the file of its voxels: expected a file beside it or below.")
+    path = header.parent / name
+    if not path.is_file():
+        raise CaseError(f"{header} names {name!r} as the file of its voxels, which is missing: copy it there too.")
+    return path
+
+
+def read_voxels(
+    stream: BinaryIO,
+    voxels: Voxels,
+    source: Path,
+    *,
+    channels: int | None,
+    index: int | None,
+    label: bool,
+    stored: bool,
+) -> NDArray[Any]:
+    """Return the voxels `(C, *spatial)` that follow in a stream; the arguments are those of `medseg.io.load`."""
+    chosen = choose_channels((voxels.vector, *voxels.series), channels, index, source)
+    dtype = image_type(voxels.dtype, slope=voxels.slope, inter=voxels.inter, stored=stored)
+    array = np.empty((len(chosen), *voxels.shape), dtype=np.int32 if label else dtype)
+    interleaved = voxels.vector > 1
+    if not interleaved:
+        _skip(stream, chosen.start * math.prod(voxels.shape) * voxels.dtype.itemsize)
+    parts = _vector_slabs if interleaved else _planar_slabs
+    with closing(_ahead(parts(stream, voxels, array, chosen, source))) as slabs:
+        for out, raw in slabs:
+            if label:
+                fill_labels(out, raw, voxels.slope, voxels.inter, source)
+            else:
+                fill_image(out, raw, voxels.slope, voxels.inter)
+    stream.read(1 << 20)  # a checksum is verified at the end of the stream only
+    return array
+
+
+_Slabs: TypeAlias = Generator[tuple[NDArray[Any], NDArray[Any]], None, None]
+
+
+def _planar_slabs(stream: BinaryIO, voxels: Voxels, array: NDArray[Any], chosen: range, source: Path) -> _Slabs:
+    """Yield a part of `array` and the stored values for it, in the order of the file."""
+    for channel in array:
+        for start, stop in _steps(channel.shape, voxels.dtype.itemsize):
+            out = channel[..., start:stop]
+            yield out, _stored(stream, voxels.dtype, out.shape, source)
+
+
+def _vector_slabs(stream: BinaryIO, voxels: Voxels, array: NDArray[Any], chosen: range, source: Path) -> _Slabs:
+    for start, stop in _steps((voxels.vector, *voxels.shape), voxels.dtype.itemsize):
+        out = array[..., start:stop]
+        raw = _stored(stream, voxels.dtype, (voxels.vector, *out.shape[1:]), source)
+        yield out, raw[chosen.start : chosen.stop]
+
+
+def _steps(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[int, int]]:
+    """Cut the last axis of a shape so that parts have a handy number of bytes."""
+    step = max(1, _SLAB_BYTES // (math.prod(shape[:-1]) * itemsize))
+    for start in range(0, shape[-1], step):
+        yield start, min(start + step, shape[-1])
+
+
+def _stored(stream: BinaryIO, dtype: np.dtype[Any], shape: tuple[int, ...], source: Path) -> NDArray[Any]:
+    raw = np.empty(math.prod(shape), dtype=dtype)
+    view = raw.view(np.uint8).data
+    filled = 0
+    while filled < len(view):
+        count = cast("Any", stream).readinto(view[filled:])
+        if not count:
+            raise CaseError(f"{source} is cut short: its voxels end before the header says. Copy it again.")
+        filled += count
+    return raw.reshape(shape, order="F")
+
+
+def _skip(stream: BinaryIO, count: int) -> None:
+    """Pass over bytes that unpack to as many, without keeping them."""
+    while count > 0:
+        passed = len(stream.read(min(count, _SLAB_BYTES)))
+        if not passed:
+            raise EOFError("it ends before its voxels start")
+        count -= passed
+
+
+def _ahead(parts: _Slabs) -> _Slabs:
+    """Yield what `parts` yields, while a thread unpacks the next one."""
+    with ThreadPoolExecutor(1) as worker:
+        upcoming = worker.submit(next, parts, None)
+        while (part := upcoming.result()) is not None:
+            upcoming = worker.submit(next, parts, None)
+            yield part
+
+
+@contextmanager
+def gzip_writer(stream: BinaryIO) -> Iterator[BinaryIO]:
+    """Pack what is written into `stream`; the same content gives the same bytes, without time or name."""
+    with _gzip_file(filename="", mode="wb", compresslevel=_LEVEL, fileobj=stream, mtime=0) as packed:
+        yield packed
+
+
+class Sink(Protocol):
+    """What bytes can be written into."""
+
+    def write(self, data: bytes, /) -> Any:
+        """Take some bytes."""
+
+
+def write_voxels(stream: Sink, array: NDArray[Any], dtype: np.dtype[Any]) -> None:
+    """Write an array with its first axis fastest, in values of `dtype`."""
+    for start, stop in _steps(array.shape, dtype.itemsize):
+        stream.write(array[..., start:stop].astype(dtype, copy=False).tobytes(order="F"))
