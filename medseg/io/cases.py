@@ -1,19 +1,21 @@
 """What there is to predict: a file, a list of files, a folder or a data set becomes a list of cases.
 
-This runs before arguments are checked, so nothing beyond the standard library is imported and no image is opened.
+This runs before arguments are checked, so nothing beyond the standard library is imported and no image is opened. Only
+where files are DICOM by their first bytes, their headers are read, to tell which of them form a series.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from medseg.errors import RequestError
+from medseg.errors import CaseError, RequestError
 from medseg.io.datasets import (
     DATASET_FILE,
     SPLIT_FILE,
@@ -22,7 +24,11 @@ from medseg.io.datasets import (
     read_dataset,
     split_stems,
 )
+from medseg.io.dicom.marks import DIRECTORY_FILE, is_dicom, split_series
 from medseg.io.names import IMAGE_SUFFIXES, StrPath, absolute, file_kind, mask_name
+
+if TYPE_CHECKING:
+    from medseg.io.dicom.series import Group
 
 __all__ = ["CaseList", "LeftOut", "find_cases", "list_cases"]
 
@@ -53,6 +59,19 @@ class CaseList:
     left_out: list[LeftOut]
 
 
+@dataclass(frozen=True)
+class _Image:
+    """One image to predict.
+
+    Attributes:
+        image: its path, or that of a folder or archive, perhaps with the series in it.
+        label: what it is named by, as if it were one file: below the folder that names are relative to.
+    """
+
+    image: str
+    label: Path
+
+
 def find_cases(path: StrPath | Sequence[StrPath], *, pattern: str | None = None) -> list[dict[str, str]]:
     """List the images to predict; `list_cases` also says what was left out.
 
@@ -60,13 +79,16 @@ def find_cases(path: StrPath | Sequence[StrPath], *, pattern: str | None = None)
         path: an image, a list of images, a folder (searched with its subfolders, without hidden files and without
             following links to folders) or a `dataset.json`, of which the "test" list counts, else "validation". A
             folder that is a data set, with `dataset.json` or `split.json`, is taken as that data set; for all its
-            images name the folder `images/` itself.
+            images name the folder `images/` itself. DICOM files count by their content: each series of a folder, of a
+            DICOMDIR or of a zip archive is one case, and `folder::series` names one (see `open_series`).
         pattern: take only files whose name matches, such as `"*_t1.nii.gz"`; with a `/` in it, files whose path below
             the folder matches.
 
     Returns:
         One `{"image": ..., "name": ...}` per case, sorted by name: an absolute path, and the name of the mask relative
-        to the folder that all images share, such as `sub/case1.nii.gz`. Masks of pictures are called `.png`.
+        to the folder that all images share, such as `sub/case1.nii.gz`. Masks of pictures are called `.png`. The mask
+        of a DICOM series is called like its folder, or where that holds several, in the folder by the number of the
+        series and the ending of its UID, such as `sub/3_12345678.nii.gz`.
 
     Raises:
         RequestError: nothing was found, something does not exist, or two images would share one mask name.
@@ -77,16 +99,23 @@ def find_cases(path: StrPath | Sequence[StrPath], *, pattern: str | None = None)
 def list_cases(path: StrPath | Sequence[StrPath], *, pattern: str | None = None) -> CaseList:
     """List the images to predict like `find_cases`, together with what was left out and why."""
     if not isinstance(path, str | os.PathLike):
-        images = [_existing_file(absolute(item)) for item in path]
-        return _listing(images, [], pattern, "the list of files")
-    given = absolute(path)
+        files = [_existing_file(absolute(item)) for item in path]
+        _refuse_slices(files)
+        return _listing([_file_image(file) for file in files], [], pattern, "the list of files")
+    given, series = split_series(path)
+    if series:
+        return _listing([_series_image(_existing(given), series)], [], pattern, str(path))
     if given.is_dir():
         images, left_out = _folder_images(given)
         base = None if _is_dataset(given) else given
         return _listing(images, left_out, pattern, str(given), base)
     if given.suffix.lower() == ".json":
-        return _listing(prediction_entries(_existing(given)), [], pattern, str(given))
-    return _listing([_existing_file(given)], [], pattern, str(given))
+        images = [_file_image(file) for file in prediction_entries(_existing(given))]
+        return _listing(images, [], pattern, str(given))
+    if given.is_file() and (given.suffix.lower() == ".zip" or given.name.upper() == DIRECTORY_FILE):
+        images, left_out = _packed_images(given)
+        return _listing(images, left_out, pattern, str(given), given.parent)
+    return _listing([_file_image(_existing_file(given))], [], pattern, str(given))
 
 
 def _existing(path: Path) -> Path:
@@ -96,12 +125,45 @@ def _existing(path: Path) -> Path:
 
 
 def _existing_file(path: Path) -> Path:
+    if split_series(path)[1]:
+        return path
     if _existing(path).is_dir():
         raise RequestError(f"{path} is a folder: give it alone, not in a list of files.")
     reason = _refusal(path)
     if reason:
-        raise RequestError(f"{path} is not predicted: {reason}. Expected a file ending in {_expected()}.")
+        raise RequestError(f"{path} is not predicted: {reason}. Expected a file ending in {_expected()}, or DICOM.")
     return path
+
+
+def _file_image(path: Path) -> _Image:
+    """Name a file by itself; DICOM files, which may be called anything, as if they ended in `.dcm`."""
+    folder, series = split_series(path)
+    if series:
+        return _series_image(folder, series)
+    known = file_kind(path) is not None
+    return _Image(str(path), path if known else path.with_name(f"{path.name}.dcm"))
+
+
+def _series_image(folder: Path, series: str) -> _Image:
+    name = re.sub(r"[^\w.-]+", "_", f"{folder.name}_{series}")
+    return _Image(f"{folder}::{series}", folder.parent / f"{name}.dcm")
+
+
+def _refuse_slices(files: Sequence[Path]) -> None:
+    """Refuse a list of files that are slices of one volume: each of them would become a case."""
+    slices = [path for path in files if file_kind(path) in (None, "dicom") and is_dicom(path)]
+    if len(slices) < 2:
+        return
+    from medseg.io.dicom.series import group_files
+    from medseg.io.dicom.sources import file_source
+
+    for group in group_files([file_source(path) for path in slices])[0]:
+        if group.placed and len(group.headers) > 1:
+            first = min(str(header.source) for header in group.headers)
+            raise RequestError(
+                f"{len(group.headers)} of the files, such as {first}, are slices of the DICOM series {group.name}: "
+                "give their folder instead, to have them read as one volume."
+            )
 
 
 def _expected() -> str:
@@ -110,10 +172,20 @@ def _expected() -> str:
 
 def _refusal(path: Path) -> str:
     """Say why a file is no image that medseg reads; empty if it is one."""
-    if file_kind(path) is not None:
+    kind = file_kind(path)
+    if kind not in (None, "dicom"):
         return ""
+    try:
+        if is_dicom(path):
+            return ""
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    if kind is not None:
+        return "called like a DICOM file, but has neither the mark 'DICM' nor a SOP class"
     if path.suffix.lower() in (".hdr", ".img"):
         return "a header and voxels in two files (.hdr, .img) are not read; convert it to .nii.gz"
+    if path.suffix.lower() == ".zip":
+        return "an archive; if it holds DICOM files, give it alone"
     return "not an image format that medseg reads"
 
 
@@ -121,7 +193,7 @@ def _is_dataset(folder: Path) -> bool:
     return (folder / DATASET_FILE).is_file() or (folder / SPLIT_FILE).is_file()
 
 
-def _folder_images(folder: Path) -> tuple[list[Path], list[LeftOut]]:
+def _folder_images(folder: Path) -> tuple[list[_Image], list[LeftOut]]:
     """Return the images of a folder, or of the data set that the folder is, and what was left out."""
     if (folder / DATASET_FILE).is_file():
         images = prediction_entries(folder / DATASET_FILE)
@@ -130,10 +202,57 @@ def _folder_images(folder: Path) -> tuple[list[Path], list[LeftOut]]:
         images = [dataset.images[stem] for stem in split_stems(dataset)["val"]]
     else:
         found = list(_walk(folder))
-        return [p for p, reason in found if not reason], [LeftOut(str(p), reason) for p, reason in found if reason]
+        left_out = [LeftOut(str(path), reason) for path, reason in found if reason]
+        plain = [path for path, reason in found if not reason and file_kind(path) not in (None, "dicom")]
+        series, others = _series_images([p for p, reason in found if not reason and p not in set(plain)], folder)
+        return [*map(_file_image, plain), *series], left_out + others
     chosen = set(images)
     rest = [(p, reason or "not among the data set's cases to predict") for p, reason in _walk(folder)]
-    return images, [LeftOut(str(p), reason) for p, reason in rest if p not in chosen]
+    return [_file_image(path) for path in images], [LeftOut(str(p), reason) for p, reason in rest if p not in chosen]
+
+
+def _series_images(files: Sequence[Path], base: Path) -> tuple[list[_Image], list[LeftOut]]:
+    """Return the series that DICOM files below a folder form, and the files that are no images to predict."""
+    if not files:
+        return [], []
+    from medseg.io.dicom.series import group_files
+    from medseg.io.dicom.sources import file_source
+
+    groups, others = group_files([file_source(path) for path in files])
+    left_out = [LeftOut(str(header.source), header.other) for header in others]
+    images: list[_Image] = []
+    for group in groups:
+        paths = [header.source.path for header in group.headers]
+        if group.localizer:
+            left_out += [LeftOut(str(path), f"a localizer (series {group.name})") for path in paths]
+        elif group.placed:
+            images.append(_folder_image(group, groups, base))
+        else:
+            images += [_file_image(path) for path in paths]
+    return images, left_out
+
+
+def _folder_image(group: Group, groups: Sequence[Group], base: Path) -> _Image:
+    """Name a series by the folder that holds it, and by itself if the folder holds others."""
+    folder = common_folder([header.source.path for header in group.headers])
+    if any(other is not group and any(where.is_relative_to(folder) for where in other.folders) for other in groups):
+        return _Image(f"{folder}::{group.name}", folder / f"{group.name}.dcm")
+    return _Image(str(folder), (base if folder == base else folder.parent) / f"{folder.name}.dcm")
+
+
+def _packed_images(path: Path) -> tuple[list[_Image], list[LeftOut]]:
+    """Return the series of an archive or a DICOMDIR, and its files that are no images."""
+    from medseg.io.dicom.series import find_groups
+
+    try:
+        groups, others = find_groups(path)
+    except CaseError as error:
+        raise RequestError(str(error)) from error
+    stem = path.parent.name if path.name.upper() == DIRECTORY_FILE else path.stem
+    left_out = [LeftOut(str(header.source), header.other) for header in others]
+    if len(groups) == 1:
+        return [_Image(str(path), path.with_name(f"{stem}.dcm"))], left_out
+    return [_Image(f"{path}::{group.name}", path.parent / stem / f"{group.name}.dcm") for group in groups], left_out
 
 
 def _walk(folder: Path) -> Iterator[tuple[Path, str]]:
@@ -154,18 +273,18 @@ def _refuse_unreadable(error: OSError) -> NoReturn:
 
 
 def _listing(
-    images: list[Path], left_out: list[LeftOut], pattern: str | None, source: str, base: Path | None = None
+    images: list[_Image], left_out: list[LeftOut], pattern: str | None, source: str, base: Path | None = None
 ) -> CaseList:
     """Name the cases and check that there are any; `base` is the folder that names are relative to."""
-    base = base or (common_folder(images) if images else None)
-    chosen = [path for path in images if base and _matches(path.relative_to(base), pattern)]
+    base = base or (common_folder([image.label for image in images]) if images else None)
+    chosen = [image for image in images if base and _matches(image.label.relative_to(base), pattern)]
     taken = set(chosen)
-    skipped = [LeftOut(str(path), f"does not match {pattern!r}") for path in images if path not in taken]
+    skipped = [LeftOut(image.image, f"does not match {pattern!r}") for image in images if image not in taken]
     if not chosen or base is None:
-        looked_for = f"files ending in {_expected()}" + (f" that match {pattern!r}" if pattern else "")
+        looked_for = f"files ending in {_expected()}, or DICOM," + (f" that match {pattern!r}" if pattern else "")
         raise RequestError(f"Nothing to predict in {source}: looked for {looked_for}; {_seen(left_out + skipped)}.")
     cases = sorted(_named(chosen, base).items())
-    return CaseList([{"image": str(path), "name": name} for name, path in cases], left_out + skipped)
+    return CaseList([{"image": image, "name": name} for name, image in cases], left_out + skipped)
 
 
 def _matches(relative: Path, pattern: str | None) -> bool:
@@ -182,11 +301,13 @@ def _seen(left_out: Sequence[LeftOut]) -> str:
     return "saw " + ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common(5))
 
 
-def _named(images: Sequence[Path], base: Path) -> dict[str, Path]:
-    named: dict[str, Path] = {}
-    for path in images:
-        name = mask_name(path.relative_to(base).as_posix())
+def _named(images: Sequence[_Image], base: Path) -> dict[str, str]:
+    named: dict[str, str] = {}
+    for image in images:
+        name = mask_name(image.label.relative_to(base).as_posix())
         if name in named:
-            raise RequestError(f"{named[name]} and {path} would share the mask name {name}: rename or leave out one.")
-        named[name] = path
+            raise RequestError(
+                f"{named[name]} and {image.image} would share the mask name {name}: rename or leave out one."
+            )
+        named[name] = image.image
     return named

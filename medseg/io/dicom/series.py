@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -15,12 +15,12 @@ from pydicom.dataset import FileDataset
 from medseg.errors import CaseError, RequestError
 from medseg.io.dicom.headers import Header, read_headers
 from medseg.io.dicom.marks import SERIES_MARK, split_series
-from medseg.io.dicom.sources import find_sources, streams
+from medseg.io.dicom.sources import Source, find_sources, streams
 from medseg.io.dicom.stacks import Slice, find_stacks, order_slices, place
 from medseg.io.geometry import MAX_VOXELS, Grid
 from medseg.io.names import StrPath
 
-__all__ = ["Group", "Series", "find_groups", "open_series"]
+__all__ = ["Group", "Series", "find_groups", "group_files", "open_series"]
 
 # `series#index` picks one of several volumes.
 _SELECTION: Final = re.compile(r"(?P<series>[^#]*)(?:#(?P<index>\d{1,6}))?")
@@ -89,6 +89,16 @@ class Group:
         """The folders that its files lie in."""
         return {header.source.folder for header in self.headers}
 
+    @property
+    def placed(self) -> bool:
+        """Whether any of its images says where it lies; damaged files count as such."""
+        return any(not header.planes or Slice(header, header.planes[0]).placed for header in self.headers)
+
+    @property
+    def localizer(self) -> bool:
+        """Whether all of its images are scouts."""
+        return all(header.localizer for header in self.headers)
+
 
 def open_series(
     path: StrPath, *, series: str | None = None, index: int | None = None, max_voxels: int = MAX_VOXELS
@@ -130,7 +140,12 @@ def find_groups(path: Path) -> tuple[list[Group], list[Header]]:
     The files of a series may lie in several folders; but if these hold images at the same places, each folder is taken
     as a series, because it is a copy, or a volume of its own.
     """
-    headers = read_headers(find_sources(path))
+    return group_files(find_sources(path))
+
+
+def group_files(sources: Iterable[Source]) -> tuple[list[Group], list[Header]]:
+    """Group files like `find_groups`."""
+    headers = read_headers(sources)
     others = [header for header in headers if header.other]
     by_series: dict[tuple[str, str], list[Header]] = {}
     for header in headers:
@@ -184,14 +199,21 @@ def _parse(text: str, index: int | None) -> tuple[str, int | None]:
 def _select(groups: Sequence[Group], others: Sequence[Header], wanted: str, source: Path) -> Group:
     if not groups:
         seen = f"; {_list_others(others)}" if others else ""
-        raise CaseError(f"{source} holds no DICOM image{seen}.")
-    found = [group for group in groups if wanted in (group.uid, group.number, group.name)] if wanted else list(groups)
+        kind = "is a folder that" if source.is_dir() else "is DICOM, but"
+        raise CaseError(f"{source} {kind} holds no image{seen}.")
+    found = [group for group in groups if not wanted or wanted in (group.uid, group.number, group.name)]
     if not found:
-        found = [group for group in groups if group.uid.endswith(wanted)]
+        found = [group for group in groups if _is_meant(group, wanted)]
     if len(found) == 1:
         return found[0]
     what = f"holds {len(found)} series{f' called {wanted}' if wanted else ''}" if found else f"has no series {wanted!r}"
     raise CaseError(f"{source} {what}: name one as {source.name}{SERIES_MARK}NAME.\n{_list_groups(found or groups)}")
+
+
+def _is_meant(group: Group, wanted: str) -> bool:
+    """Tell whether a text is the ending of a group's UID, with its number before it or without."""
+    number, _, ending = wanted.rpartition("_")
+    return group.uid.endswith(ending) and bool(ending) and number in ("", group.number or "none")
 
 
 def _list_groups(groups: Sequence[Group]) -> str:

@@ -18,7 +18,7 @@ from pydicom.filereader import read_dataset, read_file_meta_info
 from medseg.errors import CaseError
 from medseg.io.dicom.marks import DIRECTORY_FILE, is_dicom, is_dicom_start
 
-__all__ = ["Source", "find_sources", "streams"]
+__all__ = ["Source", "file_source", "find_sources", "streams"]
 
 # Far above any study (a whole-body CT has some 5,000 images of half a megabyte), far below what fills a machine.
 _MAX_MEMBERS = 100_000
@@ -91,17 +91,18 @@ def find_sources(path: Path) -> list[Source]:
             suspiciously tight, encrypted, archives within archives; files that are missing or outside the folder.
     """
     if path.is_dir():
-        return [_file(found) for found in _walk(path) if is_dicom(found)]
+        return [file_source(found) for found in _walk(path) if is_dicom(found)]
     if not path.is_file():
         raise CaseError(f"{path} does not exist, or is no file: check the path.")
     if zipfile.is_zipfile(path) and not is_dicom(path):
         return _members(path)
     if not is_dicom(path):
         raise CaseError(f"{path} is no DICOM file: it has neither the mark 'DICM' nor a SOP class.")
-    return _listed(path) if path.name.upper() == DIRECTORY_FILE else [_file(path)]
+    return _listed(path) if path.name.upper() == DIRECTORY_FILE else [file_source(path)]
 
 
-def _file(path: Path) -> Source:
+def file_source(path: Path) -> Source:
+    """Return a file of its own as a source."""
     about = path.stat()
     return Source(path, "", about.st_size, about.st_mtime_ns)
 
@@ -187,7 +188,7 @@ def _listed(directory: Path) -> list[Source]:
             f"{directory} lists {len(paths):,} files, of which {len(missing):,} are not there, the first is "
             f"'{missing[0].relative_to(directory.parent)}': copy the whole medium."
         )
-    return [_file(path) for path in paths if is_dicom(path)]
+    return [file_source(path) for path in paths if is_dicom(path)]
 
 
 def _records(directory: Path) -> Sequence[Any]:
