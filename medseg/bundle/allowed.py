@@ -25,7 +25,7 @@ __all__ = ["ALLOWED", "ARGUMENTS", "MEDSEG"]
 MEDSEG: Final[Mapping[str, str]] = {
     "medseg.networks": "BANet UCTransNet UNet UNetPlusPlus",
     "medseg.losses": "BCEDiceLoss BoundaryMultiTaskLoss DeepSupervision SelfRegLoss SelfRegularizedLoss TrainingLoss",
-    "medseg.transforms": "EdgeTruthd LoadCased MapLabelsd SaveMaskd",
+    "medseg.transforms": "EdgeTruthd LoadCased MapLabelsd SaveMaskd SeparableSpacingd",
     "medseg.inferers": "Ensemble MirrorTTA OverlapTileInferer RotationTTAInferer SlidingWindowInferer",
     "medseg.training": "Checkpoints ClipGradients SeedEpochs Tap TrainingOutputs WeightAverage seed_everything",
     "medseg.io": "find_cases find_dataset",

@@ -3,7 +3,8 @@
 from medseg.inferers.ensemble import Ensemble, MirrorTTA
 from medseg.inferers.overlap_tile import OverlapTileInferer
 from medseg.inferers.rotations import RotationTTAInferer
-from medseg.inferers.sliding_window import SlidingWindowInferer, count_windows
+from medseg.inferers.sliding_window import SlidingWindowInferer
+from medseg.inferers.windows import count_windows
 
 __all__ = [
     "Ensemble",

@@ -1,69 +1,400 @@
-"""MONAI's sliding window, which tells how far it is."""
+"""The sliding window as a stream: MONAI's windows and blending, and labels on the native grid as planes get finished."""
 
 from __future__ import annotations
 
+import itertools
+import logging
 import math
-from typing import TYPE_CHECKING, Any
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import monai.inferers
+import torch
+from monai.data import MetaTensor, decollate_batch
+from monai.data.utils import compute_importance_map
+from monai.utils import convert_to_dst_type
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+from medseg.errors import CaseError, RequestError
+from medseg.inferers.blend import Place, Slab, TensorWindows, in_batches, stream
+from medseg.inferers.foreground import windows_with_foreground
+from medseg.inferers.memory import Forecast, NetworkProbe, fitting_batch, parse_memory, resident_bytes
+from medseg.inferers.placement import Placement, find_placement
+from medseg.inferers.restore import Restorer
+from medseg.inferers.scores import ACTIVATIONS, OUTPUTS
+from medseg.inferers.windows import cut_windows, per_axis
 
-    import torch
+__all__ = ["SlidingWindowInferer"]
 
-__all__ = ["SlidingWindowInferer", "count_windows"]
+logger = logging.getLogger(__name__)
+
+Network = Callable[..., Any]
 
 
-class SlidingWindowInferer(monai.inferers.SlidingWindowInferer):  # type: ignore[misc]
-    """MONAI's `SlidingWindowInferer` with a listener for progress.
+class SlidingWindowInferer(monai.inferers.SlidingWindowInferer):  # type: ignore[misc]  # MONAI publishes no types
+    """MONAI's `SlidingWindowInferer` that holds a slab of accumulators instead of the whole volume.
+
+    The arguments of MONAI's class, in its order, mean the same; those after them are its own. With `output="logits"` it
+    returns what MONAI's returns. With any other output it goes on to the grid of the file while the windows run:
+    activation, interpolation back to the native grid and arg max happen slab by slab, and all that is ever held are the
+    image, the slab and the result. No `Activationsd`, `Invertd` or `AsDiscreted` follows then.
+
+    What MONAI's class can and a stream cannot (networks with several outputs or outputs of another size, `condition`,
+    `with_coord`) is left to MONAI's class. `buffer_steps` and `buffer_dim` are taken and not needed.
+
+    Args:
+        roi_size: size of a window; 0 or less stands for the whole axis.
+        sw_batch_size: windows per forward pass, at most.
+        overlap: share of a window that its neighbor covers, at least 0 and below 1.
+        mode: "constant" or "gaussian" weights of the voxels of a window.
+        sigma_scale: standard deviation of the gaussian, in window sizes.
+        padding_mode: how an axis shorter than a window is padded, as for `torch.nn.functional.pad`.
+        cval: the value of constant padding.
+        sw_device: where the network runs; by default where the image is.
+        device: where logits are returned; by default where the image is.
+        progress: show MONAI's progress bar.
+        cache_roi_weight_map: taken; the weights are always kept.
+        cpu_thresh: return logits of images with more voxels than this on the CPU.
+        buffer_steps: taken and not needed.
+        buffer_dim: taken and not needed.
+        with_coord: pass the windows' places to the network.
+        output: "logits" on the model's grid; "labels" on the native one (`(B, 1, ...)` for softmax, one 0/1 channel for
+            each class for sigmoid), uint8 up to 256 classes; or probabilities there as "uint8" (0..255) or "float16".
+        activation: "softmax", "sigmoid", or "none" to interpolate and compare logits.
+        threshold: of sigmoid labels.
+        max_memory: what the process may take, such as "2G"; fewer windows run at a time to keep to it, or the image is
+            refused before its windows start. Empty for no limit.
+        foreground: run only windows with a voxel above this value, within the box of all such voxels; the rest is
+            background. The windows lie elsewhere then, so results differ slightly. None runs all.
+        precision: "float32"; "bfloat16"; or "float16" on CUDA: arithmetic of the network.
+        memory_format: "contiguous" or "channels_last".
+        backend: what runs the network: "torch", "compile", "openvino" or "onnxruntime".
 
     Attributes:
-        on_progress: called with (windows done, windows in all) of the current image after each forward pass.
+        on_progress: called with (windows done, windows in all) after each forward pass.
+        on_forecast: called with a `Forecast` after the first pass of each image.
+
+    Raises:
+        RequestError: an unknown choice, or a preprocessing that cannot be undone (see `find_placement`).
     """
 
     on_progress: Callable[[int, int], None] | None = None
+    on_forecast: Callable[[Forecast], None] | None = None
 
-    def __call__(
-        self, inputs: torch.Tensor, network: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
-    ) -> torch.Tensor:
-        """Return blended logits `(B, C, *spatial)` for an image `(B, in_channels, *spatial)`."""
-        predictor = network if self.on_progress is None else self._counted(inputs, network, self.on_progress)
-        logits: torch.Tensor = super().__call__(inputs, predictor, *args, **kwargs)
+    def __init__(
+        self,
+        roi_size: Sequence[int] | int,
+        sw_batch_size: int = 1,
+        overlap: Sequence[float] | float = 0.25,
+        mode: str = "constant",
+        sigma_scale: Sequence[float] | float = 0.125,
+        padding_mode: str = "constant",
+        cval: float = 0.0,
+        sw_device: torch.device | str | None = None,
+        device: torch.device | str | None = None,
+        progress: bool = False,
+        cache_roi_weight_map: bool = False,
+        cpu_thresh: int | None = None,
+        buffer_steps: int | None = None,
+        buffer_dim: int = -1,
+        with_coord: bool = False,
+        *,
+        output: str = "logits",
+        activation: str = "softmax",
+        threshold: float = 0.5,
+        max_memory: str | int = "",
+        foreground: float | None = None,
+        precision: str = "float32",
+        memory_format: str = "contiguous",
+        backend: str = "torch",
+    ) -> None:
+        super().__init__(
+            roi_size,
+            sw_batch_size,
+            overlap,
+            mode,
+            sigma_scale,
+            padding_mode,
+            cval,
+            sw_device,
+            device,
+            progress,
+            False,
+            cpu_thresh,
+            buffer_steps,
+            buffer_dim,
+            with_coord,
+        )
+        _check_choice("output", output, OUTPUTS)
+        _check_choice("activation", activation, ACTIVATIONS)
+        if foreground is not None and output == "logits":
+            raise RequestError("'foreground' leaves voxels without logits: set output to 'labels'")
+        self.output = output
+        self.activation = activation
+        self.threshold = threshold
+        self.max_memory = parse_memory(max_memory)
+        self.foreground = foreground
+        self.precision = precision
+        self.memory_format = memory_format
+        self.backend = backend
+        self._weights: dict[tuple[object, ...], torch.Tensor] = {}
+
+    def __call__(self, inputs: torch.Tensor, network: Network, *args: Any, **kwargs: Any) -> Any:
+        """Return the result for images `(B, in_channels, *spatial)`, a MetaTensor if the images are one.
+
+        Raises:
+            CaseError: the network's output is not finite, or does not fit into the memory of the GPU.
+            RequestError: `max_memory` is too small.
+        """
+        if self.with_coord or "condition" in kwargs:
+            return self._by_monai(inputs, network, args, kwargs)
+        try:
+            return _Run(self, inputs, network, args, kwargs).result()
+        except _NotStreamableError as error:
+            if self.output != "logits":
+                raise RequestError(f"{error}; only output 'logits' can be had from it") from None
+            return self._by_monai(inputs, network, args, kwargs)
+
+    def _by_monai(self, inputs: torch.Tensor, network: Network, args: Any, kwargs: Any) -> Any:
+        return super().__call__(inputs, network, *args, **kwargs)
+
+    def weights(self, roi: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Return the importance `(*roi)` of the voxels of a window; computed once."""
+        key = (roi, dtype, device)
+        if key not in self._weights:
+            self._weights[key] = compute_importance_map(
+                roi, mode=self.mode, sigma_scale=self.sigma_scale, device=device, dtype=dtype
+            )
+        return self._weights[key]
+
+
+class _NotStreamableError(Exception):
+    """The network's output is no tensor of the windows' size."""
+
+
+class _Run:
+    """One call of an inferer."""
+
+    def __init__(
+        self, inferer: SlidingWindowInferer, inputs: torch.Tensor, network: Network, args: Any, kwargs: Any
+    ) -> None:
+        self.inferer = inferer
+        self.inputs = inputs
+        self.images = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
+        self.device = torch.device(kwargs.pop("device", None) or self._output_device())
+        self.sw_device = torch.device(inferer.sw_device or self.images.device)
+        for ignored in ("buffer_steps", "buffer_dim"):
+            kwargs.pop(ignored, None)
+        self.args, self.kwargs = args, kwargs
+        # logits must be MONAI's to the bit, which takes axis 0; labels do not depend on the order of additions
+        axis = 0 if inferer.output == "logits" else None
+        self.windows = cut_windows(self.images.shape[2:], inferer.roi_size, _overlap(inferer, self.images), axis=axis)
+        self.places = self._places()
+        self.batch = inferer.sw_batch_size
+        self.done = 0
+        self.network = self._accelerated(network)
+
+    def result(self) -> Any:
+        """Run all windows; where a GPU's memory does not hold the accumulators, once more with those on the CPU."""
+        try:
+            return self._result(None)
+        except torch.OutOfMemoryError:
+            if self.sw_device.type == "cpu":
+                raise
+        logger.warning("The GPU's memory is full: the accumulators move to the CPU, which takes longer.")
+        torch.cuda.empty_cache()
+        try:
+            return self._result(torch.device("cpu"))
+        except torch.OutOfMemoryError as error:
+            raise CaseError(
+                f"The GPU's memory does not hold one window of {self.windows.roi}: choose a smaller roi_size, precision "
+                "bfloat16, or the CPU."
+            ) from error
+
+    def _result(self, accumulators: torch.device | None) -> Any:
+        slabs = self._slabs(accumulators)
+        return self._logits(slabs) if self.inferer.output == "logits" else self._restored(slabs)
+
+    def _slabs(self, accumulators: torch.device | None) -> Iterator[Slab]:
+        self.done = 0
+        source = TensorWindows(self.images, self.windows, self.inferer.padding_mode, self.inferer.cval)
+        dtype = self.images.dtype if self.images.dtype == torch.float64 else torch.float32
+        weights = self.inferer.weights(self.windows.roi, dtype, self.sw_device)
+        if self.inferer.max_memory:
+            self._fit(source)
+        batches = in_batches(iter(self.places), self.batch)
+        return stream(source, self.windows, self._predict, weights=weights, batches=batches, device=accumulators)
+
+    def _predict(self, windows: torch.Tensor) -> torch.Tensor:
+        probe = NetworkProbe() if self.done == 0 and self.inferer.on_forecast is not None else None
+        started = time.perf_counter()
+        logits = self._halving(windows.to(self.sw_device))
+        self.done += len(windows)
+        if probe is not None and self.inferer.on_forecast is not None:
+            self.inferer.on_forecast(self._forecast(logits, probe, time.perf_counter() - started))
+        if self.inferer.on_progress is not None:
+            self.inferer.on_progress(self.done, len(self.places))
         return logits
 
-    def _counted(
-        self, inputs: torch.Tensor, network: Callable[..., torch.Tensor], report: Callable[[int, int], None]
-    ) -> Callable[..., torch.Tensor]:
-        total = len(inputs) * count_windows(inputs.shape[2:], self.roi_size, self.overlap)
-        done = 0
+    def _halving(self, windows: torch.Tensor) -> torch.Tensor:
+        """Run the network; what does not fit into the GPU's memory runs in halves, now and from now on."""
+        parts = windows.split(self.batch)
+        try:
+            results = [self._checked(self.network(part, *self.args, **self.kwargs), part) for part in parts]
+        except torch.OutOfMemoryError:
+            if self.batch == 1:
+                raise
+            self.batch = math.ceil(min(self.batch, len(windows)) / 2)
+            logger.warning("The GPU's memory is full: from here on %d windows at a time.", self.batch)
+            torch.cuda.empty_cache()
+            return self._halving(windows)
+        return results[0] if len(results) == 1 else torch.cat(results)
 
-        def counted(windows: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            nonlocal done
-            result = network(windows, *args, **kwargs)
-            done += len(windows)
-            report(done, total)
-            return result
+    def _checked(self, logits: Any, windows: torch.Tensor) -> torch.Tensor:
+        if isinstance(logits, (list, tuple)) and len(logits) == 1:
+            logits = logits[0]
+        if not isinstance(logits, torch.Tensor):
+            raise _NotStreamableError(f"the network returns a {type(logits).__name__} instead of one tensor")
+        if logits.shape[2:] != windows.shape[2:]:
+            sizes = f"{tuple(logits.shape[2:])} for windows of {tuple(windows.shape[2:])}"
+            raise _NotStreamableError(f"the network's output has another size than its input ({sizes})")
+        if logits.requires_grad and self.inferer.output == "logits":
+            raise _NotStreamableError("gradients are wanted")
+        return (logits.as_tensor() if isinstance(logits, MetaTensor) else logits).detach()
 
-        return counted
+    def _logits(self, slabs: Iterator[Slab]) -> Any:
+        result: torch.Tensor | None = None
+        for slab in slabs:
+            if result is None:
+                shape = (len(self.images), len(slab.logits), *self.images.shape[2:])
+                result = torch.empty(shape, dtype=self.images.dtype, device=self.device)
+            planes = slice(slab.start, slab.start + slab.logits.shape[1])
+            result[slab.image].movedim(self.windows.axis + 1, 1)[:, planes] = slab.logits.to(self.device, result.dtype)
+        like = MetaTensor([]).copy_meta_from(self.inputs, copy_attr=False) if self._has_meta() else self.images
+        return convert_to_dst_type(result, like, device=self.device)[0]
+
+    def _restored(self, slabs: Iterator[Slab]) -> Any:
+        places = self._placements()
+        finished: list[torch.Tensor] = []
+        for _, planes in itertools.groupby(slabs, key=lambda slab: slab.image):
+            restorer: Restorer | None = None
+            for slab in planes:
+                restorer = restorer or self._restorer(places[len(finished)], slab)
+                restorer.add(slab)
+            if restorer is not None:
+                finished.append(restorer.result())
+        results = torch.stack(finished) if len(finished) > 1 else finished[0][None]
+        return self._on_native_grid(results, places) if self._has_meta() else results
+
+    def _restorer(self, placement: Placement, slab: Slab) -> Restorer:
+        return Restorer(
+            placement,
+            len(slab.logits),
+            axis=self.windows.axis,
+            output=self.inferer.output,
+            activation=self.inferer.activation,
+            threshold=self.inferer.threshold,
+            device=slab.logits.device,
+        )
+
+    def _placements(self) -> list[Placement]:
+        if not self._has_meta():
+            return [Placement.identity(self.windows.image_size)] * len(self.images)
+        each = decollate_batch(self.inputs) if self.inputs.is_batch else list(self.inputs)
+        places = [find_placement(image) for image in each]
+        shapes = {place.native_shape for place in places}
+        if len(shapes) > 1:
+            raise RequestError(f"images loaded with different shapes {sorted(shapes)} in one batch: use batch size 1")
+        return places
+
+    def _on_native_grid(self, results: torch.Tensor, places: list[Placement]) -> MetaTensor:
+        restored = MetaTensor(results).copy_meta_from(self.inputs)
+        affines = torch.stack([torch.from_numpy(place.affine) for place in places])
+        batched = bool(self.inputs.is_batch)
+        restored.affine = affines if batched else affines[0]
+        restored.applied_operations = [[] for _ in places] if batched else []
+        return restored
+
+    def _places(self) -> list[Place]:
+        numbers = range(len(self.images))
+        if self.inferer.foreground is None:
+            return [(number, start) for number in numbers for start in self.windows.starts]
+        return [
+            (number, start)
+            for number in numbers
+            for start in windows_with_foreground(
+                self.images[number], self.windows, _overlap(self.inferer, self.images), self.inferer.foreground
+            )
+        ]
+
+    def _accelerated(self, network: Network) -> Network:
+        chosen = (self.inferer.backend, self.inferer.precision, self.inferer.memory_format)
+        if chosen == ("torch", "float32", "contiguous"):
+            return network
+        if not isinstance(network, torch.nn.Module):
+            raise RequestError(f"backend, precision and memory_format need a network, not a {type(network).__name__}")
+        from medseg.inferers.backends import accelerate
+
+        return accelerate(
+            network,
+            backend=self.inferer.backend,
+            precision=self.inferer.precision,
+            memory_format=self.inferer.memory_format,
+            window_shape=(self.batch, self.images.shape[1], *self.windows.roi),
+            device=self.sw_device,
+        )
+
+    def _fit(self, source: TensorWindows) -> None:
+        """Choose the windows per pass that keep to the limit, after a trial with one window."""
+        probe = NetworkProbe()
+        logits = self._checked(
+            self.network(source.read(*self.places[0]).to(self.sw_device)), source.read(*self.places[0])
+        )
+        classes = logits.shape[1]
+        self.batch = fitting_batch(
+            self.inferer.max_memory,
+            self.inferer.sw_batch_size,
+            held=resident_bytes(),
+            slab=self._slab_bytes(classes),
+            result=self._result_bytes(classes),
+            window=probe.used(),
+        )
+
+    def _forecast(self, logits: torch.Tensor, probe: NetworkProbe, seconds: float) -> Forecast:
+        classes = logits.shape[1]
+        rest = self._slab_bytes(classes) + self._result_bytes(classes)
+        peak = probe.before + probe.used() + rest if probe.before and self.sw_device.type == "cpu" else 0
+        passes = math.ceil(len(self.places) / self.batch)
+        return Forecast(len(self.places), self.batch, seconds * passes, peak)
+
+    def _slab_bytes(self, classes: int) -> int:
+        # a third more for the planes that are being restored
+        return self.windows.slab_values(classes) * 4 * 4 // 3
+
+    def _result_bytes(self, classes: int) -> int:
+        if self.inferer.output == "logits":
+            return 4 * classes * self.images[:, 0].numel()
+        channels = classes if self.inferer.activation == "sigmoid" or self.inferer.output != "labels" else 1
+        each = {"labels": 1 if classes <= 256 else 4, "uint8": 1, "float16": 2}[self.inferer.output]
+        return sum(math.prod(place.native_shape) for place in self._placements()) * channels * each
+
+    def _output_device(self) -> torch.device | str:
+        if self.inferer.device is not None:
+            return self.inferer.device
+        limit = self.inferer.cpu_thresh
+        return "cpu" if limit is not None and self.images.shape[2:].numel() > limit else self.images.device
+
+    def _has_meta(self) -> bool:
+        return isinstance(self.inputs, MetaTensor)
 
 
-def count_windows(image_size: Sequence[int], roi_size: Sequence[int] | int, overlap: Sequence[float] | float) -> int:
-    """Return the number of windows that MONAI's sliding window cuts from one image.
-
-    Args:
-        image_size: spatial size of the image.
-        roi_size: size of a window; 0 or less stands for the whole axis.
-        overlap: share of a window that its neighbor covers, at least 0 and below 1.
-    """
-    dims = len(image_size)
-    rois = [roi_size] * dims if isinstance(roi_size, int) else roi_size
-    overlaps = [overlap] * dims if isinstance(overlap, (int, float)) else overlap
-    return math.prod(_along_axis(*axis) for axis in zip(image_size, rois, overlaps, strict=True))
+def _overlap(inferer: SlidingWindowInferer, images: torch.Tensor) -> tuple[float, ...]:
+    overlap = tuple(float(value or 0.0) for value in per_axis(inferer.overlap, images.ndim - 2))
+    if any(not 0 <= value < 1 for value in overlap):
+        raise ValueError(f"overlap must be >= 0 and < 1, got {inferer.overlap}.")
+    return overlap
 
 
-def _along_axis(size: int, roi: int, overlap: float) -> int:
-    if roi <= 0 or roi >= size:
-        return 1
-    step = max(int(roi * (1 - overlap)), 1)
-    return math.ceil((size - roi) / step) + 1
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise RequestError(f"'{name}' is '{value}': choose one of {', '.join(choices)}")

@@ -1,0 +1,222 @@
+"""Blending of windows as a stream: only the planes that later windows still change are held."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+from medseg.errors import CaseError
+from medseg.inferers.windows import Windows
+
+__all__ = ["Place", "Slab", "TensorWindows", "WindowSource", "in_batches", "one_thread", "stream"]
+
+# Planes that are handed on together: whoever takes them makes copies of this many.
+_PLANES = 16
+
+Predict = Callable[[torch.Tensor], torch.Tensor]
+# The number of an image in its batch, and the first voxel of a window in it.
+Place = tuple[int, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Slab:
+    """Finished planes of one image.
+
+    Attributes:
+        image: number of the image in its batch.
+        start: position of the first plane on the stream's axis.
+        logits: `(K, planes, *others)`, the stream's axis before the other spatial axes; valid until the next slab.
+        covered: `(planes, *others)`, false where no window was run; None if every voxel was covered.
+    """
+
+    image: int
+    start: int
+    logits: torch.Tensor
+    covered: torch.Tensor | None
+
+
+class WindowSource(Protocol):
+    """Where the voxels of windows come from: a tensor, or a slide that is read on demand."""
+
+    def read(self, image: int, start: Sequence[int]) -> torch.Tensor:
+        """Return one window `(1, C, *roi)` of an image."""
+
+
+class TensorWindows:
+    """The windows of a tensor; each is padded by itself, so that no padded copy of the image is made.
+
+    Args:
+        images: `(B, C, *spatial)`.
+        windows: where they lie.
+        padding_mode: as for `torch.nn.functional.pad`.
+        cval: the value of constant padding.
+    """
+
+    def __init__(self, images: torch.Tensor, windows: Windows, padding_mode: str, cval: float) -> None:
+        self.images = images
+        self.windows = windows
+        self.padding_mode = padding_mode
+        self.cval = cval
+        # torch pads the last axis first
+        self.padding = [side for pair in reversed(windows.padding) for side in pair]
+
+    def read(self, image: int, start: Sequence[int]) -> torch.Tensor:
+        """Return one window `(1, C, *roi)`."""
+        where = [
+            slice(first, first + min(roi, size))
+            for first, roi, size in zip(start, self.windows.roi, self.windows.image_size, strict=True)
+        ]
+        window = self.images[(slice(image, image + 1), slice(None), *where)]
+        if not any(self.padding):
+            return window
+        value = self.cval if self.padding_mode == "constant" else None
+        return F.pad(window, self.padding, mode=self.padding_mode, value=value)
+
+
+def stream(
+    source: WindowSource,
+    windows: Windows,
+    predict: Predict,
+    *,
+    weights: torch.Tensor,
+    batches: Iterable[Sequence[Place]],
+    device: torch.device | None = None,
+) -> Iterator[Slab]:
+    """Run all windows and yield finished planes, averaged with the weights.
+
+    On the same batches the float32 values are those of MONAI's sliding window, bit for bit along axis 0 and to rounding
+    along others, where the windows are added in another order.
+
+    Args:
+        source: the voxels.
+        windows: where they lie.
+        predict: from windows `(N, C, *roi)` to logits `(N, K, *roi)`.
+        weights: importance of each voxel of a window, `(*roi)`.
+        batches: (image, start) of the windows to run, batch by batch, in the order of `windows`, images one by one.
+        device: where the accumulators are; by default where the logits are.
+
+    Raises:
+        CaseError: the network's values are not finite.
+    """
+    accumulators: _Accumulators | None = None
+    for batch in batches:
+        logits = predict(_joined([source.read(*place) for place in batch]))
+        with one_thread():
+            for (image, start), own in zip(batch, logits, strict=True):
+                if accumulators is None or accumulators.image != image:
+                    if accumulators is not None:
+                        yield from accumulators.finish(windows.size[windows.axis])
+                    accumulators = _Accumulators(image, windows, weights, own, device)
+                yield from accumulators.finish(start[windows.axis])
+                accumulators.add(own, start)
+    if accumulators is not None:
+        yield from accumulators.finish(windows.size[windows.axis])
+
+
+class _Accumulators:
+    """Weighted sums of the planes that are not finished, and of their weights."""
+
+    def __init__(
+        self, image: int, windows: Windows, weights: torch.Tensor, logits: torch.Tensor, device: torch.device | None
+    ) -> None:
+        self.image = image
+        self.windows = windows
+        axis = windows.axis
+        self.device = device or logits.device
+        self.others = [a for a in range(len(windows.size)) if a != axis]
+        shape = (windows.roi[axis], *(windows.size[a] for a in self.others))
+        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        self.sums = torch.zeros((len(logits), *shape), dtype=dtype, device=self.device)
+        self.totals = torch.zeros(shape, dtype=dtype, device=self.device)
+        self.weights = weights.to(device=self.device, dtype=dtype).movedim(axis, 0)
+        self.start = 0
+
+    def add(self, logits: torch.Tensor, start: Sequence[int]) -> None:
+        """Add one window's logits `(K, *roi)`."""
+        axis = self.windows.axis
+        offset = start[axis] - self.start
+        ranges = [slice(start[a], start[a] + self.windows.roi[a]) for a in self.others]
+        where = (slice(offset, offset + self.windows.roi[axis]), *ranges)
+        values = logits.to(self.device, self.sums.dtype).movedim(axis + 1, 1)
+        # not addcmul: it rounds once where MONAI rounds twice
+        self.sums[(slice(None), *where)] += values * self.weights
+        self.totals[where] += self.weights
+
+    def finish(self, end: int) -> Iterator[Slab]:
+        """Yield the planes before `end` and make room for as many new ones."""
+        count = min(end - self.start, self.totals.shape[0])
+        if count <= 0:
+            return
+        yield from self._slab(count)
+        self._shift(count)
+        # where no window was run for longer than a slab, the planes between were never held
+        self.start = end
+
+    def _slab(self, count: int) -> Iterator[Slab]:
+        low, high = self._inside(count)
+        if low >= high:
+            return
+        crop = [slice(pad[0], pad[0] + size) for pad, size in self._others()]
+        sums = self.sums[(slice(None), slice(low, high), *crop)]
+        totals = self.totals[(slice(low, high), *crop)]
+        covered = totals > 0
+        everywhere = bool(covered.all())
+        if not everywhere:
+            totals.masked_fill_(~covered, 1.0)
+        sums /= totals
+        if not bool(torch.isfinite(sums.sum())) and not bool(torch.isfinite(sums).all()):
+            raise CaseError(
+                "The network's output holds values that are no numbers. In float16 or bfloat16 they may have grown too "
+                "large: run again with precision float32, and check the image's intensities."
+            )
+        first = self.start + low - self.windows.padding[self.windows.axis][0]
+        for at in range(0, high - low, _PLANES):
+            part = slice(at, at + _PLANES)
+            yield Slab(self.image, first + at, sums[:, part], None if everywhere else covered[part])
+
+    def _inside(self, count: int) -> tuple[int, int]:
+        """Return which of the next `count` planes belong to the image and not to its padding."""
+        axis = self.windows.axis
+        before = self.windows.padding[axis][0]
+        return max(before - self.start, 0), min(before + self.windows.image_size[axis] - self.start, count)
+
+    def _others(self) -> Iterator[tuple[tuple[int, int], int]]:
+        return ((self.windows.padding[a], self.windows.image_size[a]) for a in self.others)
+
+    def _shift(self, count: int) -> None:
+        kept = self.totals.shape[0] - count
+        # source and target overlap if more than half is kept: move block by block
+        for low in range(0, kept, count):
+            high = min(low + count, kept)
+            self.sums[:, low:high] = self.sums[:, low + count : high + count]
+            self.totals[low:high] = self.totals[low + count : high + count]
+        self.sums[:, kept:] = 0
+        self.totals[kept:] = 0
+
+
+def _joined(windows: list[torch.Tensor]) -> torch.Tensor:
+    return windows[0].contiguous() if len(windows) == 1 else torch.cat(windows)
+
+
+def in_batches(places: Iterable[Place], size: int) -> Iterator[list[Place]]:
+    """Yield lists of `size` places."""
+    rest = iter(places)
+    while batch := list(itertools.islice(rest, size)):
+        yield batch
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Keep small operations on one thread: with a busy neighbor, waiting for the others costs more than they save."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,120 @@
+"""Restoring to a native grid that lies at an angle to the model's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from medseg.inferers.placement import Placement
+from medseg.inferers.scores import Decision, empty_result, packed
+
+if TYPE_CHECKING:
+    from medseg.inferers.restore import Plane
+
+__all__ = ["ObliqueGrid"]
+
+# Native voxels that are looked at together; each takes about a hundred bytes.
+_CHUNK = 1 << 20
+
+
+class ObliqueGrid:
+    """A native grid in any position: each slab of model planes fills the native voxels that lie in it."""
+
+    def __init__(
+        self,
+        placement: Placement,
+        axis: int,
+        classes: int,
+        wanted: list[Decision],
+        output: str,
+        activation: str,
+        device: torch.device,
+    ) -> None:
+        self.placement = placement
+        self.decisions = wanted
+        self.output = output
+        self.device = device
+        self.models = [axis, *(a for a in range(len(placement.model_shape)) if a != axis)]
+        self.size = [placement.model_shape[a] for a in self.models]
+        self.matrix = placement.matrix[[*self.models, len(self.models)]]
+        # the native axis that crosses the planes most steeply: few voxels of each of its lines lie in a slab
+        self.line = int(np.abs(self.matrix[0, :-1]).argmax())
+        channels = len(wanted) or classes
+        self.out = empty_result((channels, *placement.native_shape), output, classes, activation)
+
+    def fill(self, first: int, planes: list[Plane], pool: ThreadPoolExecutor | None, *, ends: bool) -> None:
+        """Fill the native voxels from model plane `first` to before the last of `planes`, or beyond at the end."""
+        low = -math.inf if first == 0 else float(first)
+        high = math.inf if ends else float(first + len(planes) - 1)
+        scores = torch.stack([plane.scores for plane in planes], 1)
+        labels = [torch.stack([plane.labels[c] for plane in planes]) for c in range(len(self.decisions))]
+        for voxels in self._voxels(low, high):
+            self._fill(voxels, first, scores, labels)
+
+    def result(self) -> torch.Tensor:
+        """Return the result `(C, *native)`."""
+        return self.out
+
+    def _voxels(self, low: float, high: float) -> Iterator[NDArray[np.int64]]:
+        """Yield native indices `(n, dims)` of voxels whose position on the stream's axis is in `[low, high)`."""
+        shape = self.placement.native_shape
+        others = [axis for axis in range(len(shape)) if axis != self.line]
+        lines = np.stack(np.meshgrid(*(np.arange(shape[a]) for a in others), indexing="ij"), -1).reshape(
+            -1, len(others)
+        )
+        step = self.matrix[0, self.line]
+        chunk = max(1, _CHUNK // (int(min(shape[self.line], abs((high - low) / step))) + 3))
+        for start in range(0, len(lines), chunk):
+            part = lines[start : start + chunk]
+            base = part @ self.matrix[0, others] + self.matrix[0, -1]
+            ends = np.sort(np.stack([(low - base) / step, (high - base) / step]), 0)
+            bounds = np.clip(np.array([np.floor(ends[0]), np.ceil(ends[1]) + 1]), 0, shape[self.line]).astype(np.int64)
+            counts = bounds[1] - bounds[0]
+            offsets = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+            voxels = np.empty((len(offsets), len(shape)), dtype=np.int64)
+            voxels[:, others] = np.repeat(part, counts, 0)
+            voxels[:, self.line] = np.repeat(bounds[0], counts) + offsets
+            # the same sum decides here for every slab, so that no voxel is filled twice or never
+            along = voxels @ self.matrix[0, :-1] + self.matrix[0, -1]
+            yield voxels[(along >= low) & (along < high)]
+
+    def _fill(self, voxels: NDArray[np.int64], first: int, scores: torch.Tensor, labels: list[torch.Tensor]) -> None:
+        where = voxels @ self.matrix[:-1, :-1].T + self.matrix[:-1, -1]
+        last = np.array(self.size) - 1
+        reach = self.placement.reach
+        inside = ((where >= -reach) & (where <= last + reach)).all(1)
+        voxels, where = voxels[inside], np.clip(where[inside], 0, last)
+        low = np.floor(where).astype(np.int64)
+        fraction = torch.from_numpy((where - low).astype(np.float32).T.copy()).to(self.device)
+        high = np.minimum(low + 1, last)
+        low[:, 0] -= first
+        high[:, 0] = np.minimum(high[:, 0] - first, scores.shape[1] - 1)
+        if scores.ndim == 4 and len(self.size) == 2:  # a 2D image: planes of one row
+            scores, labels = scores.squeeze(2), [each.squeeze(1) for each in labels]
+        corners = [torch.from_numpy(np.stack(c)).to(self.device) for c in product(*zip(low.T, high.T, strict=True))]
+        flat = tuple(voxels.T)
+        if not self.decisions:
+            values = _blend([scores[(slice(None), *corner)] for corner in corners], fraction)
+            self.out[(slice(None), *flat)] = packed(values, self.output).cpu()
+        for channel, decision in enumerate(self.decisions):
+            tops = [labels[channel][tuple(corner)] for corner in corners]
+            result = tops[0].clone()
+            mixed = torch.stack([top != tops[0] for top in tops]).any(0).nonzero()[:, 0]
+            own = scores[decision.classes]
+            picked = [own[(slice(None), *corner[:, mixed])] for corner in corners]
+            result[mixed] = decision.decide(_blend(picked, fraction[:, mixed])).to(result.dtype)
+            self.out[(channel, *flat)] = result.cpu()
+
+
+def _blend(values: list[torch.Tensor], fraction: torch.Tensor) -> torch.Tensor:
+    """Interpolate the values `(K, n)` at the corners of cells, given in the order of `product`, axis by axis."""
+    for weight in fraction.flip(0):
+        values = [low.lerp(high, weight) for low, high in zip(values[::2], values[1::2], strict=True)]
+    return values[0]
