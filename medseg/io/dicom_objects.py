@@ -14,7 +14,7 @@ import hashlib
 import os
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -45,6 +45,7 @@ __all__ = [
     "digest",
     "lps_points",
     "open_source",
+    "read_object",
     "reading",
     "voxel_points",
     "write_object",
@@ -55,6 +56,7 @@ LabelKeys: TypeAlias = Mapping[str, int] | Mapping[int, int] | Mapping[str | int
 OnOverlap: TypeAlias = Literal["refuse", "later"]
 
 _NAMESPACE = uuid.UUID("6f0d1a4e-3b0f-5d52-9a55-0f6f0a5c7c1e")
+_NOT_READ = ("1.2.840.10008.1.2.2", "1.2.840.10008.1.2.1.99")
 _LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 # Modules Patient, Clinical Trial Subject and Study, General Study and Patient Study; these may be empty, not missing.
 _EMPTY_IF_MISSING = (
@@ -192,6 +194,30 @@ def write_object(dataset: Dataset, path: Path) -> None:
         pydicom.dcmwrite(path, dataset, **options)
 
 
+def read_object(file: Path, kinds: Collection[str], what: str) -> Dataset:
+    """Read a DICOM object; to be called within `reading`.
+
+    Args:
+        file: the file.
+        kinds: the SOP classes that are expected.
+        what: what they are called.
+
+    Raises:
+        CaseError: the file is missing, of another kind, or stored in a way that is not read: big-endian, or deflated,
+            which could unpack to any size.
+    """
+    if not file.is_file():
+        raise CaseError(f"{file} does not exist, or is no file: check the path.")
+    meta = pydicom.filereader.read_file_meta_info(file)
+    if str(meta.get("TransferSyntaxUID", "")) in _NOT_READ:
+        raise CaseError(f"{file} is stored deflated or big-endian: convert it, for instance by dcmconv +te.")
+    dataset = pydicom.dcmread(file)
+    kind = str(dataset.get("SOPClassUID", ""))
+    if kind not in kinds:
+        raise CaseError(f"{file} is a DICOM object of the kind {kind or 'none'}: expected {what}, {min(kinds)}.")
+    return dataset
+
+
 @contextlib.contextmanager
 def reading(source: object) -> Iterator[None]:
     """Turn whatever pydicom raises on a damaged file into a CaseError, without values of the file."""
@@ -199,12 +225,12 @@ def reading(source: object) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they would show values
             yield
-    except (MedsegError, OSError, MemoryError):
+    except MedsegError:
         raise
+    except MemoryError as error:
+        raise CaseError(f"{source} does not fit into memory.") from error
     except Exception as error:  # readers raise many types on damaged files, with values in their text
-        raise CaseError(
-            f"{source} is damaged or no complete DICOM object ({type(error).__name__}): copy or export it again."
-        ) from error
+        raise CaseError(f"{source} {_damage(error)}: copy or export it again.") from error
 
 
 def check_same_frame(found: str, source: SourceSeries, what: str) -> None:
@@ -311,3 +337,10 @@ def voxel_points(affine: NDArray[np.float64], points: NDArray[np.float64]) -> ND
 
 def _same(key: str | int, name: str) -> bool:
     return isinstance(key, str) and key.strip().casefold() == name.strip().casefold()
+
+
+def _damage(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"cannot be read ({error.strerror})"
+    missing = getattr(error, "name", None) if isinstance(error, AttributeError) else None
+    return f"is damaged or no complete DICOM object ({f'no {missing}' if missing else type(error).__name__})"

@@ -18,7 +18,6 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-import pydicom
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 
@@ -39,6 +38,7 @@ from medseg.io.dicom_objects import (
     derived_uid,
     digest,
     open_source,
+    read_object,
     reading,
     write_object,
 )
@@ -52,8 +52,6 @@ __all__ = ["read_seg", "write_seg"]
 _SEG = "1.2.840.10008.5.1.4.1.1.66.4"
 _LABEL_MAP_SEG = "1.2.840.10008.5.1.4.1.1.66.7"
 _EXPLICIT_LITTLE_ENDIAN = "1.2.840.10008.1.2.1"
-_EXPLICIT_BIG_ENDIAN = "1.2.840.10008.1.2.2"
-_DEFLATED = "1.2.840.10008.1.2.1.99"
 _MAX_FRACTION = 255
 
 
@@ -329,15 +327,7 @@ def _refer_toread_frames(dataset: Dataset, numbers: Sequence[int | None]) -> Non
 
 
 def _read(file: Path, max_voxels: int) -> Dataset:
-    if not file.is_file():
-        raise CaseError(f"{file} does not exist, or is no file: check the path.")
-    meta = pydicom.filereader.read_file_meta_info(file)
-    if str(meta.get("TransferSyntaxUID", "")) in (_DEFLATED, _EXPLICIT_BIG_ENDIAN):
-        raise CaseError(f"{file} is stored deflated or big-endian: convert it, for instance by dcmconv +te.")
-    dataset = pydicom.dcmread(file)
-    kind = str(dataset.get("SOPClassUID", ""))
-    if kind not in (_SEG, _LABEL_MAP_SEG):
-        raise CaseError(f"{file} is a DICOM object of the kind {kind or 'none'}: expected a segmentation, {_SEG}.")
+    dataset = read_object(file, {_SEG, _LABEL_MAP_SEG}, "a segmentation")
     frames = int(dataset.NumberOfFrames)
     described = len(dataset.get("PerFrameFunctionalGroupsSequence", []))
     if frames != described:

@@ -18,6 +18,9 @@ __all__ = ["Frame", "Pixels", "find_region", "read_frames", "span_grid"]
 
 _NUMBER = "ReferencedSegmentNumber"
 _LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+# No coding packs a large segmentation tighter than this.
+_MAX_PACKING = 10_000
+_PACKING_FROM = 1 << 26
 # In voxels: a slice may lie a tenth off the even grid of its series, and rounding must not add a refusal.
 _OFF_GRID = 2 * GRID_TOLERANCE
 
@@ -117,12 +120,14 @@ class Pixels:
             raise CaseError(f"{file} is a segmentation of type {self.kind!r} with {self._bits} bits: not known.")
         self._half = 0.5 * int(dataset.get("MaximumFractionalValue", 255))
         self._decoded: NDArray[Any] | None = None
-        if dataset.file_meta.TransferSyntaxUID.is_compressed:
-            self._decoded = dataset.pixel_array.reshape(-1, *self._shape)
-            return
         self._stored: bytes = dataset.PixelData
         values = int(dataset.NumberOfFrames) * self._shape[0] * self._shape[1]
         expected = -(-values * self._bits // 8)
+        if dataset.file_meta.TransferSyntaxUID.is_compressed:
+            if values > _PACKING_FROM and values > len(self._stored) * _MAX_PACKING:
+                raise CaseError(f"{file} claims {values:,} pixels in {len(self._stored):,} bytes. It is damaged.")
+            self._decoded = dataset.pixel_array.reshape(-1, *self._shape)
+            return
         if len(self._stored) not in (expected, expected + 1):
             raise CaseError(f"{file} has {len(self._stored):,} bytes of pixels: expected {expected:,}. It is damaged.")
 
