@@ -42,7 +42,9 @@ Coding: TypeAlias = Literal["raw", "gzip", "zlib", "bzip2"]
 
 # Deflate cannot pack tighter than this, so a header that asks for more lies. bzip2 has no such bound worth checking.
 _MAX_PACKING = {"raw": 1, "gzip": 1032, "zlib": 1032}
-_SLAB_BYTES = 1 << 23
+_SLAB_BYTES = 24 << 20
+# Keeps equal pixels of neighboring slices out of one cache set, which makes turning the axes twice as fast.
+_PADDING_BYTES = 192
 # Of ISA-L's levels 0 to 3; label maps become as small as with zlib's level 4, in a fraction of the time.
 _LEVEL = 2
 _ISAL_ERROR = cast("type[Exception]", isal_zlib.error)
@@ -225,21 +227,28 @@ def _steps(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[int, int]]:
 
 
 def _stored(stream: BinaryIO, dtype: np.dtype[Any], shape: tuple[int, ...], source: Path) -> NDArray[Any]:
-    raw = np.empty(math.prod(shape), dtype=dtype)
-    view = raw.view(np.uint8).data
+    """Read an array with its first axis fastest, one slice of the last axis after the other."""
+    slice_size = math.prod(shape[:-1])
+    padding = _PADDING_BYTES // dtype.itemsize if slice_size * dtype.itemsize >= 1 << 12 else 0
+    raw = np.empty((shape[-1], slice_size + padding), dtype=dtype)
+    for part in raw[:, :slice_size] if padding else [raw.reshape(-1)]:
+        _fill(stream, part.view(np.uint8).data, source)
+    return raw[:, :slice_size].reshape(shape[::-1]).T
+
+
+def _fill(stream: BinaryIO, part: memoryview, source: Path) -> None:
     filled = 0
-    while filled < len(view):
-        count = cast("Any", stream).readinto(view[filled:])
+    while filled < len(part):
+        count = cast("Any", stream).readinto(part[filled:])
         if not count:
             raise CaseError(f"{source} is cut short: its voxels end before the header says. Copy it again.")
         filled += count
-    return raw.reshape(shape, order="F")
 
 
 def _skip(stream: BinaryIO, count: int) -> None:
     """Pass over bytes that unpack to as many, without keeping them."""
     while count > 0:
-        passed = len(stream.read(min(count, _SLAB_BYTES)))
+        passed = len(stream.read(min(count, 1 << 20)))
         if not passed:
             raise EOFError("it ends before its voxels start")
         count -= passed

@@ -101,6 +101,9 @@ def refuse_nonfinite(values: NDArray[Any], source: object) -> None:
     """Raise CaseError if an image holds NaN or infinite values, with their number."""
     nan = bad = 0
     for part in _slabs(values):
+        with np.errstate(over="ignore", invalid="ignore"):
+            if np.isfinite(part.sum()):  # the common case, told fast; a sum that overflows is looked at closely
+                continue
         finite = np.isfinite(part)
         if not finite.all():
             bad += int((~finite).sum())
