@@ -135,7 +135,7 @@ def read_seg(
         dataset = _read(file, max_voxels)
         if source is not None:
             check_same_frame(str(dataset.get("FrameOfReferenceUID", "")), source, str(file))
-        names = {int(item.SegmentNumber): str(item.get("SegmentLabel", "")) for item in dataset.SegmentSequence}
+        names = {int(item.SegmentNumber): str(item.get("SegmentLabel", ""))[:64] for item in dataset.SegmentSequence}
         values = choose_labels(names, labels, file, what="segment")
         frames = read_frames(dataset, file)
         grid = source.grid if source else like if isinstance(like, Grid) else span_grid(frames, dataset, file)

@@ -31,8 +31,8 @@ def trace_rings(mask: NDArray[np.bool_]) -> list[Points]:
     Returns:
         One `(N, 2)` array of x and y in pixels per ring: corners only, the first not repeated at the end. Seen with x
         to the right and y up, rings around pixels run counter-clockwise (their area is positive) and rings around
-        holes clockwise. Pixels that touch at a corner only belong to different rings, so no ring crosses or touches
-        itself along an edge. The order is by y, then x, of the lowest corner.
+        holes clockwise. No ring crosses or touches itself; two rings may touch at a corner. The order is by y, then x,
+        of the lowest corner.
     """
     corners, along, across = _corners(mask)
     # Every corner starts one ring-wise step: `along` x to its partner, then `across` y to the next corner.
@@ -49,8 +49,8 @@ def trace_rings(mask: NDArray[np.bool_]) -> list[Points]:
             following[here] = -1
         # Both ends of an x-step lie on the ring: the way back is not another ring.
         following[along[steps[::2]]] = -1
-        rings.append(_directed(corners[steps], mask))
-    return rings
+        rings += [_directed(ring, mask) for ring in _parted(corners[steps])]
+    return sorted(rings, key=lambda ring: (ring[0, 1], ring[0, 0]))
 
 
 def fill_rings(rings: Iterable[Points], shape: tuple[int, int]) -> NDArray[np.bool_]:
@@ -106,6 +106,21 @@ def _partners(order: NDArray[np.int64]) -> NDArray[np.int64]:
     partner = np.empty_like(order)
     partner[order[::2]], partner[order[1::2]] = order[1::2], order[::2]
     return partner
+
+
+def _parted(ring: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """Part a ring where it touches itself."""
+    parts, path, seen = [], [], {}
+    for point in map(tuple, ring.tolist()):
+        if point in seen:
+            loop = path[seen[point] :]
+            del path[seen[point] :]
+            for passed in loop:
+                del seen[passed]
+            parts.append(np.array(loop))
+        seen[point] = len(path)
+        path.append(point)
+    return [*parts, np.array(path)]
 
 
 def _directed(corners: NDArray[np.int64], mask: NDArray[np.bool_]) -> Points:

@@ -61,6 +61,8 @@ _RTSTRUCT = "1.2.840.10008.5.1.4.1.1.481.3"
 _STUDY_CLASS = "1.2.840.10008.3.1.2.3.1"
 _CONTOUR_DATA = 0x30060050
 _AREAS = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
+_NO_AREAS = ("POINT", "OPEN_PLANAR", "OPEN_NONPLANAR")
+_KINDS = _AREAS + _NO_AREAS
 # How far from a slice a contour may lie, in slices: coordinates are often rounded to a tenth of a millimeter.
 _OFF_SLICE = 0.2
 # How far, in voxels, a contour may reach beyond the outer border of the image without a word.
@@ -141,7 +143,7 @@ def read_rtstruct(
     with reading(file):
         dataset = read_object(file, {_RTSTRUCT}, "a structure set")
         regions = {int(item.ROINumber): item for item in dataset.get("StructureSetROISequence") or []}
-        names = {number: str(item.get("ROIName", "")) for number, item in regions.items()}
+        names = {number: str(item.get("ROIName", ""))[:64] for number, item in regions.items()}
         drawn = {int(item.ReferencedROINumber): item for item in dataset.get("ROIContourSequence") or []}
         for number, value in choose_labels(names, labels, file, what="region"):
             what = f"Region '{names[number]}' of {file}"
@@ -259,10 +261,14 @@ def _placed_rings(drawn: Dataset, grid: Grid, what: str) -> Iterator[tuple[int, 
     others: dict[str, int] = {}
     between: list[float] = []
     for contour in drawn.ContourSequence:
-        kind = str(contour.get("ContourGeometricType", "")) or "none"
-        if kind not in _AREAS:
+        kind = str(contour.ContourGeometricType)
+        if kind in _NO_AREAS:
             others[kind] = others.get(kind, 0) + 1
             continue
+        if kind not in _AREAS:
+            raise CaseError(
+                f"{what} has a contour of the type {kind[:16]!r}: expected {', '.join(_AREAS + _NO_AREAS)}."
+            )
         voxels = voxel_points(grid.affine, _points(contour, what))
         if np.abs(voxels).max() > _FAR:
             raise GeometryError(f"{what} has a contour that lies far away from the series: its coordinates are wrong.")
