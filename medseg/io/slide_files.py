@@ -24,6 +24,7 @@ from medseg.errors import CaseError, MedsegError
 from medseg.io import pictures
 from medseg.io.geometry import MAX_VOXELS
 from medseg.io.names import IMAGE_SUFFIXES
+from medseg.io.slide_dicom import check_dicom_slide, find_dicom_slide
 
 __all__ = ["Levels", "open_levels"]
 
@@ -69,7 +70,7 @@ def open_levels(path: Path) -> Levels:
     """
     if not path.exists():
         raise CaseError(f"{path} does not exist: check the path.")
-    file = _dicom_file(path) if path.is_dir() else path
+    file = _file_of_folder(path) if path.is_dir() else path
     reasons = [] if _installed("openslide") or _installed("tiffslide") else [_EXTRA]
     for name, opener in _openers(file):
         try:
@@ -101,29 +102,18 @@ def _installed(name: str) -> bool:
     return True
 
 
+def _file_of_folder(folder: Path) -> Path:
+    if not _installed("openslide"):
+        raise CaseError(f"{folder} is a folder: expected a file, or the folder of a DICOM slide. {_EXTRA}.")
+    with _reading(folder):
+        return find_dicom_slide(folder)
+
+
 def _is_ome(file: Path) -> bool:
     if not file.name.lower().endswith((".tif", ".tiff", ".btf", ".tf8")):
         return False
     with file.open("rb") as stream:
         return ".ome." in file.name.lower() or b"openmicroscopy.org" in stream.read(_HEAD_BYTES)
-
-
-def _dicom_file(folder: Path) -> Path:
-    """Return one file of the one DICOM slide in a folder; OpenSlide finds the others of its series itself."""
-    if not _installed("openslide"):
-        raise CaseError(f'{folder} is a folder, which only OpenSlide reads: pip install "medseg[slides]".')
-    openslide = importlib.import_module("openslide")
-    import pydicom
-
-    series: dict[str, Path] = {}
-    for file in sorted(path for path in folder.iterdir() if path.is_file()):
-        if openslide.OpenSlide.detect_format(str(file)) == "dicom":
-            header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=["SeriesInstanceUID"])
-            series.setdefault(str(header.get("SeriesInstanceUID")), file)
-    if len(series) != 1:
-        found = "no DICOM slide" if not series else f"{len(series)} DICOM slides ({', '.join(sorted(series))})"
-        raise CaseError(f"{folder} holds {found}: expected one. Give a file of the slide instead of the folder.")
-    return next(iter(series.values()))
 
 
 def _sentence(reason: str) -> str:
@@ -188,7 +178,10 @@ class _OpenSlideLevels:
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        self._slide = importlib.import_module("openslide").OpenSlide(str(file))
+        openslide = importlib.import_module("openslide")
+        if openslide.OpenSlide.detect_format(str(file)) == "dicom":
+            check_dicom_slide(file)
+        self._slide = openslide.OpenSlide(str(file))
         properties: Mapping[str, str] = self._slide.properties
         if properties.get("openslide.vendor") == "generic-tiff" and _sample_bits(file) > 8:
             self._slide.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import sys
 import threading
@@ -10,6 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.encaps import encapsulate
+from pydicom.uid import ExplicitVRLittleEndian, JPEGBaseline8Bit, VLWholeSlideMicroscopyImageStorage
 
 from medseg.errors import CaseError, RequestError
 from medseg.io import slide_files, slides
@@ -54,6 +58,45 @@ def write_ome(path, pixels, *, mpp=0.25, unit="µm", factors=(2, 4)):
         writer.write(pixels, subifds=len(factors), metadata={"axes": "YXS", **(sizes if mpp else {})}, **options)
         for factor in factors:
             writer.write(shrink(pixels, factor), subfiletype=1, **options)
+    return path
+
+
+def jpeg_bytes(pixels):
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "JPEG", quality=95, subsampling=0)
+    return stream.getvalue()
+
+
+def write_dicom(path, pixels, *, mpp=0.5, tile=64, series="1.2.3", level=0, jpeg=False):
+    """Write one level of a DICOM slide, tiled; uncompressed or as JPEG with a table of frames."""
+    height, width = pixels.shape[:2]
+    padded = np.pad(pixels, ((0, -height % tile), (0, -width % tile), (0, 0)))
+    tiles = padded.reshape(padded.shape[0] // tile, tile, padded.shape[1] // tile, tile, 3).swapaxes(1, 2)
+    dataset = Dataset()
+    dataset.SOPClassUID = VLWholeSlideMicroscopyImageStorage
+    dataset.SOPInstanceUID = f"{series}.{level + 1}"
+    dataset.StudyInstanceUID, dataset.SeriesInstanceUID, dataset.FrameOfReferenceUID = "1.2", series, f"{series}.9"
+    dataset.Modality = "SM"
+    dataset.ImageType = ["ORIGINAL", "PRIMARY", "VOLUME", "RESAMPLED" if level else "NONE"]
+    dataset.Rows = dataset.Columns = tile
+    dataset.NumberOfFrames = tiles.shape[0] * tiles.shape[1]
+    dataset.TotalPixelMatrixColumns, dataset.TotalPixelMatrixRows = width, height
+    dataset.DimensionOrganizationType = "TILED_FULL"
+    dataset.SamplesPerPixel, dataset.PlanarConfiguration = 3, 0
+    dataset.PhotometricInterpretation = "YBR_FULL_422" if jpeg else "RGB"
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation = 8, 8, 7, 0
+    measures, groups, optics = Dataset(), Dataset(), Dataset()
+    measures.PixelSpacing = [mpp / 1000, mpp / 1000]
+    groups.PixelMeasuresSequence = [measures]
+    optics.OpticalPathIdentifier = "1"
+    dataset.SharedFunctionalGroupsSequence, dataset.OpticalPathSequence = [groups], [optics]
+    frames = [jpeg_bytes(frame) for frame in tiles.reshape(-1, tile, tile, 3)] if jpeg else []
+    dataset.add_new("PixelData", "OB", encapsulate(frames) if jpeg else tiles.tobytes())
+    dataset.file_meta = FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = JPEGBaseline8Bit if jpeg else ExplicitVRLittleEndian
+    dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID
+    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
+    dataset.save_as(path, enforce_file_format=True)
     return path
 
 
@@ -186,6 +229,56 @@ def test_ome_tiff_levels_and_pixel_size_are_found(tmp_path):
 def test_units_of_ome_are_heeded(tmp_path, size, unit):
     with open_slide(write_ome(tmp_path / "a.tif", picture(300, 200), mpp=size, unit=unit)) as slide:
         assert slide.mpp == pytest.approx((0.25, 0.25))
+
+
+def test_a_dicom_slide_is_a_folder_or_one_of_its_files(tmp_path):
+    file = write_dicom(tmp_path / "a.dcm", picture(300, 200))
+    write_dicom(tmp_path / "b.dcm", shrink(picture(300, 200), 2), mpp=1.0, level=1)
+    (tmp_path / "notes.txt").write_text("of no use")
+    for path in (tmp_path, file):
+        with open_slide(path, microns_per_pixel=1.0) as slide:
+            assert slide.level_sizes == ((300, 200), (150, 100))
+            assert slide.mpp == pytest.approx((1.0, 1.0))
+            assert np.array_equal(whole(slide), planes(shrink(picture(300, 200), 2)))
+    write_dicom(tmp_path / "c.dcm", picture(300, 200), series="1.2.4")
+    with pytest.raises(CaseError, match="2 DICOM slides"):
+        open_slide(tmp_path)
+
+
+def test_a_compressed_dicom_slide_is_read_and_one_with_a_wrong_table_of_frames_refused(tmp_path):
+    """OpenSlide believes the table; with most wrong ones it ends the process."""
+    good = write_dicom(tmp_path / "a.dcm", picture(300, 200), jpeg=True)
+    with open_slide(good) as slide:
+        assert np.abs(whole(slide) - planes(picture(300, 200)).astype(np.int16)).mean() < 4
+    data = good.read_bytes()
+    table = data.index(b"\xfe\xff\x00\xe0")
+    frames = struct.unpack_from("<I", data, table + 4)[0] // 4
+    places = struct.unpack_from(f"<{frames}I", data, table + 8)
+    first = table + 8 + 4 * frames
+    damages = [
+        (table + 8 + 4 * 3, struct.pack("<I", places[3] + 2)),
+        (table + 8 + 4 * 3, struct.pack("<I", 0xFFFFFFF0)),
+        (table + 8 + 4 * 3, struct.pack("<I", places[2])),
+        (table, b"\xfe\xff\x00\xe1"),
+        (first + places[5] + 4, struct.pack("<I", 0x7FFFFFFF)),
+        (first + places[5], b"\0\0\0\0"),
+        (data.index(b"\x28\x00\x08\x00IS") + 8, b"99"),
+    ]
+    for place, value in damages:
+        good.write_bytes(data[:place] + value + data[place + len(value) :])
+        with pytest.raises(CaseError, match=r"a\.dcm"):
+            open_slide(good)
+    for length in (len(data) - 100, first + places[7] + 4):
+        good.write_bytes(data[:length])
+        with pytest.raises(CaseError, match=r"a\.dcm"):
+            open_slide(good)
+
+
+def test_an_uncompressed_dicom_slide_that_is_cut_off_is_refused(tmp_path):
+    path = write_dicom(tmp_path / "a.dcm", picture(300, 200))
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(CaseError, match="bytes of pixels"):
+        open_slide(path)
 
 
 def test_a_plain_picture_is_a_slide_of_one_level(tmp_path):
