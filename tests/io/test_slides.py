@@ -251,7 +251,7 @@ def test_a_compressed_dicom_slide_is_read_and_one_with_a_wrong_table_of_frames_r
     with open_slide(good) as slide:
         assert np.abs(whole(slide) - planes(picture(300, 200)).astype(np.int16)).mean() < 4
     data = good.read_bytes()
-    table = data.index(b"\xfe\xff\x00\xe0")
+    table = data.index(b"\xe0\x7f\x10\x00OB") + 12
     frames = struct.unpack_from("<I", data, table + 4)[0] // 4
     places = struct.unpack_from(f"<{frames}I", data, table + 8)
     first = table + 8 + 4 * frames
