@@ -6,7 +6,6 @@ Nothing that names a patient is kept, and what goes into messages are numbers, m
 from __future__ import annotations
 
 import math
-import warnings
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from pydicom.tag import BaseTag, Tag
 from pydicom.uid import UID
 
 from medseg.errors import CaseError
-from medseg.io.dicom.sources import Source, streams
+from medseg.io.dicom.sources import Source, quiet, streams
 
 __all__ = ["Header", "Plane", "read_headers"]
 
@@ -187,8 +186,7 @@ def read_headers(sources: Iterable[Source]) -> list[Header]:
 def _read(source: Source, stream: BinaryIO) -> Header:
     header = Header(source)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of values that are not quite right; the ones in use are checked here
+        with quiet():
             content, length = _content(stream, source)
             header = _described(header, content)
             if header.other:
@@ -277,10 +275,9 @@ def _other(header: Header, *, has_rows: bool) -> str:
             return found
     if header.modality in _MODALITIES:
         return f"an object of modality {header.modality}"
-    name = UID(header.sop_class).name if header.sop_class else ""
-    if has_rows or "Image" in name:
-        return ""
-    return f"{name or 'an object without rows and columns'}"
+    # Without a class it may be an image that is cut short, which must not be passed over.
+    name = UID(header.sop_class).name if header.sop_class else "Image"
+    return "" if has_rows or "Image" in name else name
 
 
 def _sized(header: Header, content: Dataset) -> Header:

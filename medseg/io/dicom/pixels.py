@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import importlib.util
-import warnings
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any, BinaryIO, Final
@@ -26,7 +25,7 @@ from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, Implic
 
 from medseg.errors import CaseError, MedsegError
 from medseg.io.dicom.headers import Header
-from medseg.io.dicom.sources import streams
+from medseg.io.dicom.sources import quiet, streams
 from medseg.io.dicom.stacks import Slice
 
 __all__ = ["QUANTITATIVE", "read_slices"]
@@ -94,8 +93,7 @@ class _Table:
 def _decoded(stream: BinaryIO, header: Header) -> tuple[NDArray[Any], _Table | None]:
     """Return the stored values `(frames, rows, columns[, samples])` of a file, and its Modality LUT if it has one."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about lengths and signs, which are checked here
+        with quiet():
             content = pydicom.dcmread(stream, force=True, specific_tags=_TAGS)
             _complete_meta(content)
             frames = np.asarray(content.pixel_array)

@@ -15,7 +15,7 @@ from pydicom.dataset import FileDataset
 from medseg.errors import CaseError, RequestError
 from medseg.io.dicom.headers import Header, read_headers
 from medseg.io.dicom.marks import SERIES_MARK, split_series
-from medseg.io.dicom.sources import Source, find_sources, streams
+from medseg.io.dicom.sources import Source, find_sources, quiet, streams
 from medseg.io.dicom.stacks import Slice, find_stacks, order_slices, place
 from medseg.io.geometry import MAX_VOXELS, Grid
 from medseg.io.names import StrPath
@@ -25,6 +25,7 @@ __all__ = ["Group", "Series", "find_groups", "group_files", "open_series"]
 # `series#index` picks one of several volumes.
 _SELECTION: Final = re.compile(r"(?P<series>[^#]*)(?:#(?P<index>\d{1,6}))?")
 _ENDING: Final = 8
+_SHORTEST_ENDING: Final = 4
 _SHOWN: Final = 20
 
 
@@ -65,7 +66,9 @@ class Series:
         """Yield the data set of each of `files`, all elements before the pixels, also from within an archive."""
         sources = dict.fromkeys(item.header.source for item in self.slices)
         for _, stream in streams(sources):
-            yield dcmread(stream, stop_before_pixels=True, force=True)
+            with quiet():
+                header = dcmread(stream, stop_before_pixels=True, force=True)
+            yield header
 
 
 @dataclass(frozen=True)
@@ -108,8 +111,8 @@ def open_series(
     Args:
         path: a folder (searched with its subfolders), one DICOM file, a DICOMDIR, or a zip archive; with `::` after it
             it may also name the series.
-        series: which of several: a SeriesInstanceUID or its ending, a SeriesNumber, or both as in the listing of the
-            error that asks for it; followed by `#` and a number like `index`.
+        series: which of several: a SeriesInstanceUID or its ending of four characters or more, a SeriesNumber, or both
+            as in the listing of the error that asks for it; followed by `#` and a number like `index`.
         index: which volume, from 0, where a series holds several at the same place (points in time, echoes) or of
             several orientations.
         max_voxels: the largest number of voxels that headers may claim.
@@ -213,7 +216,8 @@ def _select(groups: Sequence[Group], others: Sequence[Header], wanted: str, sour
 def _is_meant(group: Group, wanted: str) -> bool:
     """Tell whether a text is the ending of a group's UID, with its number before it or without."""
     number, _, ending = wanted.rpartition("_")
-    return group.uid.endswith(ending) and bool(ending) and number in ("", group.number or "none")
+    long_enough = len(ending) >= _SHORTEST_ENDING  # or a wrong number would be the ending of some UID
+    return group.uid.endswith(ending) and long_enough and number in ("", group.number or "none")
 
 
 def _list_groups(groups: Sequence[Group]) -> str:

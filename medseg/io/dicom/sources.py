@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,7 +20,7 @@ from pydicom.filereader import read_dataset, read_file_meta_info
 from medseg.errors import CaseError
 from medseg.io.dicom.marks import DIRECTORY_FILE, is_dicom, is_dicom_start
 
-__all__ = ["Source", "file_source", "find_sources", "streams"]
+__all__ = ["Source", "file_source", "find_sources", "quiet", "streams"]
 
 # Far above any study (a whole-body CT has some 5,000 images of half a megabyte), far below what fills a machine.
 _MAX_MEMBERS = 100_000
@@ -107,6 +109,20 @@ def file_source(path: Path) -> Source:
     return Source(path, "", about.st_size, about.st_mtime_ns)
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the parser from warning and logging, which shows values of the file; what is in use is checked here."""
+    log = logging.getLogger("pydicom")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
+
+
 def _walk(folder: Path) -> Iterator[Path]:
     for where, subfolders, names in os.walk(folder):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith(".") and name != "__MACOSX")
@@ -182,6 +198,8 @@ def _listed(directory: Path) -> list[Source]:
         if named:
             parts = [named] if isinstance(named, str) else [str(part) for part in named]
             paths[_below(directory, parts)] = None
+    if not paths:
+        raise CaseError(f"{directory} lists no files: name the folder that holds them.")
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise CaseError(
@@ -192,12 +210,17 @@ def _listed(directory: Path) -> list[Source]:
 
 
 def _records(directory: Path) -> Sequence[Any]:
-    meta = read_file_meta_info(directory)
-    with directory.open("rb") as file:
-        # 128 bytes of preamble, the mark, and the element that holds the length of the rest of the meta information.
-        file.seek(132 + 12 + int(meta.FileMetaInformationGroupLength))
-        content = read_dataset(file, is_implicit_VR=False, is_little_endian=True)
-    return list(content.get("DirectoryRecordSequence") or [])
+    try:
+        with quiet(), directory.open("rb") as file:
+            meta = read_file_meta_info(directory)
+            # After 128 bytes of preamble, the mark, and the element that holds the length of the meta information.
+            file.seek(128 + 4 + 12 + int(meta.FileMetaInformationGroupLength))
+            content = read_dataset(file, is_implicit_VR=False, is_little_endian=True)
+            return list(content.get("DirectoryRecordSequence") or [])
+    except OSError:
+        raise
+    except Exception as error:  # parsing a damaged file raises many types
+        raise CaseError(f"{directory} is damaged ({type(error).__name__}): copy the whole medium again.") from error
 
 
 def _below(directory: Path, parts: Sequence[str]) -> Path:

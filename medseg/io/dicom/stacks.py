@@ -84,13 +84,13 @@ def order_slices(slices: Sequence[Slice], source: object) -> tuple[list[Slice], 
     row, column, normal = _axes(slices[0], source)
     ordered = sorted(slices, key=lambda item: float(np.dot(_position(item), normal)))
     positions = np.array([_position(item) for item in ordered])
-    step = _step(ordered, positions, normal, source)
     between_rows, between_columns = _spacing(slices[0], source)
+    axes = np.stack([row * between_columns, column * between_rows, _step(ordered, positions, normal, source)], axis=1)
+    if len(ordered) > 1:
+        _refuse_uneven(positions, axes, normal, source)
+        axes[:, 2] = _straight(axes[:, 2], len(ordered) - 1, min(_spacing(slices[0], source)), normal, source)
     affine: NDArray[np.float64] = np.eye(4)
-    affine[:3, 0], affine[:3, 1] = row * between_columns, column * between_rows
-    affine[:3, 2], affine[:3, 3] = step, positions[0]
-    if len(ordered) > 2:
-        _refuse_uneven(positions, affine, normal, source)
+    affine[:3, :3], affine[:3, 3] = axes, positions[0]
     header = ordered[0].header
     return ordered, Grid((header.columns, header.rows, len(ordered)), _LPS_TO_RAS @ affine)
 
@@ -259,23 +259,34 @@ def _step(
             logger.warning("%s is a single slice that does not say how thick it is: 1 mm is taken.", source)
         return normal * (thickness or 1.0)
     step: NDArray[np.float64] = (positions[-1] - positions[0]) / (len(ordered) - 1)
-    along = float(np.dot(step, normal))
-    aside = float(np.linalg.norm(step - along * normal))
-    if aside > MAX_SHEAR * along:
-        raise GeometryError(
-            f"{source} is sheared: its slices shift by {aside:.3g} mm sideways for every {along:.3g} mm, as with a "
-            f"gantry tilted by {math.degrees(math.atan2(aside, along)):.1f} degrees. Resample it to a rectangular grid "
-            "first."
-        )
     return step
 
 
+def _straight(
+    step: NDArray[np.float64], count: int, pixel: float, normal: NDArray[np.float64], source: object
+) -> NDArray[np.float64]:
+    """Return the step from slice to slice; refuse one that leans sideways, and drop what is rounding alone.
+
+    Positions rounded to a hundredth of a millimeter lean; over the whole stack that stays below a tenth of a pixel.
+    """
+    along = float(np.dot(step, normal))
+    aside = float(np.linalg.norm(step - along * normal))
+    if aside <= MAX_SHEAR * along:
+        return step
+    if aside * count <= GRID_TOLERANCE * pixel:
+        return along * normal
+    raise GeometryError(
+        f"{source} is sheared: its slices shift by {aside:.3g} mm sideways for every {along:.3g} mm, as with a gantry "
+        f"tilted by {math.degrees(math.atan2(aside, along)):.1f} degrees. Resample it to a rectangular grid first."
+    )
+
+
 def _refuse_uneven(
-    positions: NDArray[np.float64], affine: NDArray[np.float64], normal: NDArray[np.float64], source: object
+    positions: NDArray[np.float64], axes: NDArray[np.float64], normal: NDArray[np.float64], source: object
 ) -> None:
     """Refuse stacks of which a slice lies more than a tenth of a voxel off the even grid."""
-    due = positions[0] + np.arange(len(positions))[:, None] * affine[:3, 2]
-    off = np.abs(np.linalg.solve(affine[:3, :3], (positions - due).T))
+    due = positions[0] + np.arange(len(positions))[:, None] * axes[:, 2]
+    off = np.abs(np.linalg.solve(axes, (positions - due).T))
     if off.max() <= GRID_TOLERANCE:
         return
     along = positions @ normal

@@ -1,0 +1,202 @@
+"""Synthetic DICOM series with known values and a known place in space."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from pydicom import dcmwrite
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.sequence import Sequence as Items
+from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+
+CLASSES = {
+    "CT": "1.2.840.10008.5.1.4.1.1.2",
+    "MR": "1.2.840.10008.5.1.4.1.1.4",
+    "PT": "1.2.840.10008.5.1.4.1.1.128",
+    "CR": "1.2.840.10008.5.1.4.1.1.1",
+    "SEG": "1.2.840.10008.5.1.4.1.1.66.4",
+}
+ENHANCED_MR = "1.2.840.10008.5.1.4.1.1.4.1"
+LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+PATIENT = "Secret^Name"
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a series on disk must read as: `values` of shape (columns, rows, slices), stored; `affine` to RAS+ mm."""
+
+    folder: Path
+    files: list[Path]
+    values: NDArray[Any]
+    affine: NDArray[np.float64]
+    uid: str
+
+
+def number(value: float) -> str:
+    """Return a decimal string of at most 16 characters."""
+    for digits in range(15, 5, -1):
+        text = f"{value:.{digits}g}"
+        if len(text) <= 16:
+            return text
+    raise ValueError(value)
+
+
+def rotation(angles: Sequence[float]) -> NDArray[np.float64]:
+    a, b, c = angles
+    x = np.array([[1, 0, 0], [0, np.cos(a), -np.sin(a)], [0, np.sin(a), np.cos(a)]])
+    y = np.array([[np.cos(b), 0, np.sin(b)], [0, 1, 0], [-np.sin(b), 0, np.cos(b)]])
+    z = np.array([[np.cos(c), -np.sin(c), 0], [np.sin(c), np.cos(c), 0], [0, 0, 1]])
+    return z @ y @ x
+
+
+def image(pixels: NDArray[Any], *, modality: str = "CT", series_uid: str = "", number_: int = 3) -> Dataset:
+    """Return a data set of one grey slice `(rows, columns)` without a place."""
+    ds = Dataset()
+    ds.file_meta = FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    ds.SOPClassUID, ds.SOPInstanceUID = CLASSES[modality], generate_uid()
+    ds.PatientName, ds.PatientID = PATIENT, "Secret-4711"
+    ds.StudyInstanceUID, ds.SeriesInstanceUID = "1.2.3", series_uid or generate_uid()
+    ds.FrameOfReferenceUID = "1.2.3.4"
+    ds.Modality, ds.SeriesNumber, ds.InstanceNumber = modality, number_, 1
+    ds.SeriesDescription = f"of {PATIENT}"
+    ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
+    ds.Rows, ds.Columns = pixels.shape[:2]
+    bits = pixels.dtype.itemsize * 8
+    ds.BitsAllocated, ds.BitsStored, ds.HighBit = bits, bits, bits - 1
+    ds.PixelRepresentation = int(pixels.dtype.kind == "i")
+    ds.PixelData = pixels.tobytes()
+    return ds
+
+
+def save(ds: Dataset, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if len(ds.PixelData) % 2:
+        ds.PixelData += b"\0"
+    dcmwrite(path, ds, enforce_file_format=True)
+    return path
+
+
+@pytest.fixture(scope="session")  # functions only, so that hypothesis takes them
+def slice_of() -> Callable[..., Dataset]:
+    return image
+
+
+@pytest.fixture(scope="session")  # functions only, so that hypothesis takes them
+def save_image() -> Callable[[Dataset, Path], Path]:
+    return save
+
+
+@pytest.fixture(scope="session")  # functions only, so that hypothesis takes them
+def write_series() -> Callable[..., Written]:
+    return make_series
+
+
+def make_series(
+    folder: Path,
+    *,
+    shape: tuple[int, int, int] = (6, 5, 4),
+    spacing: tuple[float, float, float] = (0.7, 0.9, 2.5),
+    angles: Sequence[float] = (0.3, -0.2, 0.5),
+    origin: Sequence[float] = (-80.0, 33.0, 120.5),
+    dtype: str = "int16",
+    modality: str = "CT",
+    seed: int = 0,
+    shear: Sequence[float] = (0.0, 0.0),
+    uid: str = "",
+    series_number: int = 3,
+    edit: Callable[[Dataset, int], None] | None = None,
+    name: str = "IM{:03d}",
+) -> Written:
+    """Write a series whose file names and instance numbers say nothing about the order of its slices.
+
+    `shear` shifts each slice against the one before, in mm along rows and columns. `edit` changes slice k before it is
+    written.
+    """
+    rng = np.random.default_rng(seed)
+    limits = np.iinfo(dtype)
+    values = rng.integers(max(limits.min, -1000), min(limits.max, 3000), shape, dtype=dtype)
+    turned = rotation(angles)
+    step = turned @ [shear[0], shear[1], spacing[2]]
+    uid = uid or generate_uid()
+    order = list(range(shape[2]))
+    random.Random(seed).shuffle(order)
+    files = []
+    for k in range(shape[2]):
+        ds = image(np.ascontiguousarray(values[:, :, k].T), modality=modality, series_uid=uid, number_=series_number)
+        ds.ImageOrientationPatient = [number(v) for v in (*turned[:, 0], *turned[:, 1])]
+        ds.ImagePositionPatient = [number(v) for v in np.asarray(origin) + k * step]
+        ds.PixelSpacing = [number(spacing[1]), number(spacing[0])]
+        ds.SliceThickness = "99"  # never a distance
+        ds.SliceLocation = str(-k * 7)
+        ds.InstanceNumber = order[k] + 1
+        if edit:
+            edit(ds, k)
+        files.append(save(ds, folder / name.format(order[k])))
+    affine = np.eye(4)
+    affine[:3, :3] = turned * spacing
+    affine[:3, 2], affine[:3, 3] = step, origin
+    return Written(folder, files, values, LPS @ affine, uid)
+
+
+@pytest.fixture(scope="session")  # functions only, so that hypothesis takes them
+def write_enhanced() -> Callable[..., Written]:
+    return make_enhanced
+
+
+def make_enhanced(
+    path: Path,
+    *,
+    shape: tuple[int, int, int] = (6, 5, 4),
+    times: int = 1,
+    shared: bool = True,
+    edit: Callable[[Dataset], None] | None = None,
+) -> Written:
+    """Write an enhanced MR file, its frames in reverse order; `values` are of the first time, rescaled by frame."""
+    rng = np.random.default_rng(1)
+    stored = rng.integers(0, 4000, (times, *shape), dtype="uint16")
+    turned, spacing, origin = rotation((0.1, 0.7, -0.4)), (1.5, 1.25, 3.0), np.array([10.0, -20.0, 30.0])
+    frames, groups = [], []
+    for time in range(times):
+        for k in reversed(range(shape[2])):
+            frames.append(stored[time, :, :, k].T)
+            group = Dataset()
+            group.PlanePositionSequence = Items([Dataset()])
+            group.PlanePositionSequence[0].ImagePositionPatient = [
+                number(v) for v in origin + k * spacing[2] * turned[:, 2]
+            ]
+            group.PixelValueTransformationSequence = Items([Dataset()])
+            group.PixelValueTransformationSequence[0].RescaleSlope = str(k + 1)
+            group.PixelValueTransformationSequence[0].RescaleIntercept = "-5"
+            group.FrameContentSequence = Items([Dataset()])
+            group.FrameContentSequence[0].TemporalPositionIndex = time + 1
+            groups.append(group)
+    common = Dataset()
+    common.PlaneOrientationSequence = Items([Dataset()])
+    common.PlaneOrientationSequence[0].ImageOrientationPatient = [number(v) for v in (*turned[:, 0], *turned[:, 1])]
+    common.PixelMeasuresSequence = Items([Dataset()])
+    common.PixelMeasuresSequence[0].PixelSpacing = [number(spacing[1]), number(spacing[0])]
+    common.PixelMeasuresSequence[0].SliceThickness = "99"
+    ds = image(np.stack(frames)[0], modality="MR")
+    ds.SOPClassUID, ds.NumberOfFrames, ds.PixelData = ENHANCED_MR, len(frames), np.stack(frames).tobytes()
+    ds.PixelSpacing = ["9", "9"]  # must not count
+    if shared:
+        ds.SharedFunctionalGroupsSequence = Items([common])
+    else:
+        for group in groups:
+            group.update(common)
+    ds.PerFrameFunctionalGroupsSequence = Items(groups)
+    if edit:
+        edit(ds)
+    save(ds, path)
+    affine = np.eye(4)
+    affine[:3, :3], affine[:3, 3] = turned * spacing, origin
+    values = stored[0] * (np.arange(shape[2]) + 1.0) - 5
+    return Written(path.parent, [path], values, LPS @ affine, ds.SeriesInstanceUID)
