@@ -1,0 +1,111 @@
+"""From an image file to a mask file: medseg beside MONAI and nnU-Net.
+
+    python benchmarks/inference.py --case phantom --network light --rounds 5
+    python benchmarks/inference.py --case memory
+    python benchmarks/inference.py --table docs/benchmarks.md
+
+Each sample is a process of its own; a round runs every contestant once, and the order moves on by one each round. All
+have the same threads, the same allocator, the same image, network, weights and windows. `benchmarks/README.md` says
+what is measured and how each contestant is set up. Needs Linux.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from side_by_side import memory, table
+from side_by_side.contest import contest
+from side_by_side.settings import CASES, CONTESTANTS, FAST, FEATURES, RESULTS
+from side_by_side.work import Setup, default_work, prepare, say, threads_here
+
+
+def main() -> None:
+    """Run what was asked for and write the record."""
+    options = _arguments()
+    if options.table is not None:
+        table.render(RESULTS, options.table)
+        return
+    if options.case == "memory":
+        setup = Setup(options.work, "phantom800", "light", options.threads, not options.no_huge_pages)
+        record, name = memory.measure(setup), "inference_memory"
+    else:
+        network = options.network or CASES[options.case][0]
+        setup = Setup(options.work, options.case, network, options.threads, not options.no_huge_pages)
+        prepare(setup, options.contestants)
+        record, name = contest(setup, options.contestants, options.rounds), f"inference_{options.case}_{network}"
+    _write(record, options.output or RESULTS / f"{name}.json")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", choices=[*CASES, "memory"], default="phantom")
+    parser.add_argument("--network", choices=[*FEATURES], help="of the CT cases (default light)")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--contestants", type=_names, default=list(CONTESTANTS), help=f"of {','.join(CONTESTANTS)}")
+    parser.add_argument("--threads", type=int, default=threads_here(), help="of every process (default: all cores)")
+    parser.add_argument("--no-huge-pages", action="store_true", help="ask for no huge pages, for anybody")
+    parser.add_argument("--work", type=Path, default=default_work(), help="folder of images, bundles and masks")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="record (default: under benchmarks/results)")
+    parser.add_argument(
+        "--table",
+        nargs="?",
+        type=Path,
+        const=Path("-"),
+        metavar="FILE",
+        help="print the tables of all records, or put them between the marks of a page",
+    )
+    options = parser.parse_args()
+    options.work = options.work.absolute()
+    _check(parser, options)
+    return options
+
+
+def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    if options.network and options.network not in CASES.get(options.case, FEATURES):
+        parser.error(f"case {options.case} runs with its own network; leave --network out")
+    if options.rounds < 1 or options.threads < 1:
+        parser.error("--rounds and --threads are at least 1")
+    if "medseg-fast" in options.contestants and not FAST:
+        say("medseg-fast is left out: settings.FAST is empty")
+        options.contestants.remove("medseg-fast")
+
+
+def _names(text: str) -> list[str]:
+    names = text.split(",")
+    unknown = [name for name in names if name not in CONTESTANTS]
+    if unknown or len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"{unknown or names}: choose each at most once of {', '.join(CONTESTANTS)}")
+    return names
+
+
+def _write(record: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"command": _command(), **_rounded(record)}, indent=1) + "\n", encoding="utf-8")
+    say(f"record: {path}")
+
+
+def _command() -> str:
+    """Return the command line without the places of this machine."""
+    words, places = sys.argv[1:], ("--work", "--output")
+    kept = [
+        word for i, word in enumerate(words) if word not in places and words[i - 1 : i] not in ([p] for p in places)
+    ]
+    return shlex.join(["python", "benchmarks/inference.py", *kept])
+
+
+def _rounded(value: Any) -> Any:
+    """Return the record with six significant digits, which is more than any of its figures has."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""One run of one contestant, in this process, which should be a fresh one.
+
+    python -m side_by_side.sample REQUEST.json ANSWER.json
+
+Three points in time: the process starts; everything is imported; the mask is written. The work between the last two
+(reading the bundle, weights and image, resampling, network, restoring, writing) is what contestants are compared by.
+What is still imported during the work counts as work and is named.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+MODULES = {
+    "monai": "side_by_side.monai_zoo",
+    "monai32": "side_by_side.monai_zoo",
+    "nnunet": "side_by_side.nnunet",
+    "medseg": "side_by_side.ours",
+    "medseg-fast": "side_by_side.ours",
+}
+
+
+class Phases:
+    """Seconds by the name of the phase, in order of first use."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the time that the block takes."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def watch(self, owner: Any, method: str, name: str) -> None:
+        """Time every call of a method of a class, or of a function of a module, from now on."""
+        inner: Callable[..., Any] = getattr(owner, method)
+
+        @wraps(inner)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            with self.timed(name):
+                return inner(*args, **kwargs)
+
+        setattr(owner, method, watched)
+
+
+def main() -> None:
+    """Import, reset the peak of memory, work, and write down what it took."""
+    started = time.perf_counter()
+    request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    contestant = importlib.import_module(MODULES[request["contestant"]])
+    contestant.import_all(request)
+    imported = time.perf_counter()
+    known, phases = set(sys.modules), Phases()
+    if "limit_mib" in request:
+        limit_address_space(request["limit_mib"])
+    before, cpu = reset_peak(), _cpu()
+    contestant.work(request, phases)
+    done = time.perf_counter()
+    answer = {
+        "work_s": done - imported,
+        "import_s": imported - started,
+        "work_cpu_s": _cpu() - cpu,
+        "imported_mib": before,
+        "peak_mib": status("VmHWM"),
+        "children_mib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024,
+        "phases_s": phases.seconds,
+        "late_imports": sorted({name.partition(".")[0] for name in set(sys.modules) - known}),
+    }
+    Path(sys.argv[2]).write_text(json.dumps(answer), encoding="utf-8")
+
+
+def import_targets(config: Any) -> None:
+    """Import the module of every `_target_` in a config."""
+    for target in _targets(config):
+        name = target
+        while "." in name:
+            name = name.rpartition(".")[0]
+            try:
+                importlib.import_module(name)
+                break
+            except ModuleNotFoundError:
+                continue
+
+
+def _targets(node: Any) -> Iterator[str]:
+    if isinstance(node, dict):
+        if isinstance(node.get("_target_"), str):
+            yield node["_target_"]
+        node = list(node.values())
+    if isinstance(node, list):
+        for item in node:
+            yield from _targets(item)
+
+
+def limit_address_space(more_mib: float) -> None:
+    """Let this process take that much address space beyond what it has now, and not a byte more."""
+    limit = int((status("VmSize") + more_mib) * 2**20)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def reset_peak() -> float:
+    """Make the peak of the resident set what it is now; return that, in MiB."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    return status("VmRSS")
+
+
+def status(name: str) -> float:
+    """Return an entry of the process's status, in MiB."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return int(next(line for line in lines if line.startswith(f"{name}:")).split()[1]) / 1024
+
+
+def _cpu() -> float:
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+if __name__ == "__main__":
+    main()

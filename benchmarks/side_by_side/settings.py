@@ -1,0 +1,75 @@
+"""What is compared: cases, networks, contestants, and the settings that all of them share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Final
+
+ROOT: Final = Path(__file__).parents[2]
+DATA: Final = ROOT.parent / "shared" / "data"
+RESULTS: Final = ROOT / "benchmarks" / "results"
+CONSTRAINTS: Final = ROOT / "constraints.txt"
+REQUIREMENTS: Final = ROOT / "benchmarks" / "requirements-nnunet.txt"
+CT_BUNDLE: Final = Path(__file__).with_name("torso_ct_unet.json")
+
+# Knobs of our two modes, over what the bundle itself says.
+EXACT: Final[dict[str, Any]] = {}
+FAST: Final[dict[str, Any]] = {}
+
+# The networks of the CT cases: medseg's 3D U-Net in three widths; the last has the channels nnU-Net plans for CT.
+FEATURES: Final = {
+    "light": [8, 16, 32, 64],
+    "medium": [16, 32, 64, 128],
+    "large": [32, 64, 128, 256, 320, 320],
+}
+
+# Case -> the networks that run on it, the default first.
+CASES: Final = {
+    "phantom": tuple(FEATURES),
+    "phantom800": tuple(FEATURES),
+    "small": tuple(FEATURES),
+    "liver": tuple(FEATURES),
+    "hippocampus": ("shipped",),
+    "tile": ("random",),
+}
+KINDS: Final = {"hippocampus": "MR", "tile": "RGB"}  # CT elsewhere
+SHIPPED: Final = {"hippocampus": "hippocampus_mri_unet", "tile": "gland_pathology_unet"}
+CONTESTANTS: Final = ("monai", "monai32", "nnunet", "medseg", "medseg-fast")
+REFERENCES: Final = ("monai", "monai32", "medseg")
+
+
+def environment(threads: int, *, huge_pages: bool) -> dict[str, str]:
+    """Return the environment that every measured process gets, whoever runs in it."""
+    counts = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS")
+    own = dict.fromkeys(counts, str(threads))
+    # nnU-Net lowers torch's threads to this number.
+    own["nnUNet_def_n_proc"] = str(threads)
+    # It warns where these are not set; none of them is used.
+    own |= dict.fromkeys(("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"), os.devnull)
+    own["THP_MEM_ALLOC_ENABLE"] = str(int(huge_pages))
+    paths = {"PYTHONPATH": os.pathsep.join((str(ROOT / "benchmarks"), str(ROOT))), "PYTHONSAFEPATH": "1"}
+    foreign = ("MALLOC_", "KMP_", "GOMP_", "OMP_", "LD_PRELOAD", "THP_")
+    return {**{k: v for k, v in os.environ.items() if not k.startswith(foreign)}, **own, **paths}
+
+
+def image_path(work: Path, case: str) -> Path:
+    """Where the image of a case lies, or will."""
+    return work / "cases" / f"{case}.{'png' if case == 'tile' else 'nii.gz'}"
+
+
+def truth_path(work: Path, case: str) -> Path:
+    """Where the truth of a case lies; not every case has one."""
+    return work / "cases" / "truth" / f"{case}.nii.gz"
+
+
+def bundle_path(work: Path, case: str, network: str, classes: int | None = None) -> Path:
+    """Where the bundle of a case and network lies, or will."""
+    if case in SHIPPED:
+        return work / "bundles" / SHIPPED[case]
+    return work / "bundles" / (f"torso_ct_{network}" + (f"_{classes}" if classes else ""))
+
+
+def nnunet_python(work: Path) -> Path:
+    """The interpreter of nnU-Net's environment, which need not exist yet."""
+    return work / "nnunet" / "bin" / "python"

@@ -1,0 +1,131 @@
+"""The records as tables for people; no figure is typed by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+BEGIN, END = "<!-- inference: begin -->", "<!-- inference: end -->"
+TITLES = {
+    "monai": "(a) MONAI",
+    "monai32": "(b) MONAI, float32 resampling",
+    "nnunet": "(c) nnU-Net 2",
+    "medseg": "medseg, exact",
+    "medseg-fast": "medseg, fast",
+}
+HEAD = (
+    "contestant",
+    "seconds: median (all)",
+    "CPU s",
+    "peak MiB (added)",
+    "of the machine's rate",
+    "differs from (a)",
+    "lowest Dice with (a)",
+    "times faster than a / b / c",
+    "memory of a / b / c to ours",
+)
+
+
+def render(results: Path, page: Path) -> None:
+    """Print the tables of all records in a folder, or put them between the marks of a page.
+
+    Raises:
+        SystemExit: the page does not have both marks.
+    """
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("inference_*.json"))]
+    text = "\n\n".join(memory_section(r) if r["case"] == "memory" else section(r) for r in records)
+    if str(page) == "-":
+        print(text)
+        return
+    content = page.read_text(encoding="utf-8")
+    if content.count(BEGIN) != 1 or content.count(END) != 1:
+        raise SystemExit(f"{page} should hold '{BEGIN}' and '{END}' once each")
+    before, after = content.partition(BEGIN)[0], content.partition(END)[2]
+    page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
+
+
+def section(record: dict[str, Any]) -> str:
+    """Return heading, table and small print of one comparison."""
+    rates, settings, machine = record["rates"], record["settings"], record["machine"]
+    shape = "x".join(map(str, rates["shape"]))
+    classes = settings["network_def"]["out_channels"]
+    lines = [
+        f"### {record['case']}, {record['network']} network",
+        "",
+        f"{shape}, {classes} classes, {rates['windows']} windows of {'x'.join(map(str, settings['roi_size']))}, "
+        f"{rates['window_gflop']:.1f} GFLOP each. {_weights(record['weights'])}",
+        "",
+        *_table(HEAD, [_row(record, name) for name in record["samples"]]),
+        "",
+        f"`{record['command']}`: {machine['processor']}, {record['threads']} threads, "
+        f"huge pages {'asked for' if record['huge_pages'] else 'not asked for'}; "
+        f"{', '.join(f'{k} {v}' for k, v in record['versions'].items())}; {_commit(record)}. Dense convolution "
+        f"{rates['dense_gflop_per_s']:.0f} GFLOP/s, this network alone {rates['network_gflop_per_s']:.0f}.",
+    ]
+    return "\n".join(lines)
+
+
+def memory_section(record: dict[str, Any]) -> str:
+    """Return heading, tables and small print of the memory runs."""
+    limited = record["limited"]
+    outcome = "finished" if limited["passed"] else f"FAILED: {limited['error']}"
+    head = ("slices", "classes", "seconds", "added MiB", "beyond image and mask, MiB")
+    keys = ("slices", "classes", "work_s", "added_mib", "beyond_mib")
+    rows = [[f"{row[key]:.0f}" for key in keys] for row in [*record["slices"], *record["classes"]]]
+    return "\n".join(
+        [
+            "### Memory of medseg, exact, light network",
+            "",
+            f"512x512x{limited['slices']}, {limited['classes']} classes, under a hard limit of "
+            f"{limited['limit_beyond_image_and_mask_mib']} MiB of address space beyond libraries, image and mask: "
+            f"{outcome}.",
+            "",
+            *_table(head, rows),
+            "",
+            f"`{record['command']}`: {record['machine']['processor']}, {record['threads']} threads; {_commit(record)}.",
+        ]
+    )
+
+
+def _row(record: dict[str, Any], name: str) -> list[str]:
+    median, ratios = record["medians"][name], record["ratios"][name]
+    samples = ", ".join(f"{sample['work_s']:.1f}" for sample in record["samples"][name])
+    against = record["agreement"][name].get("monai")
+    return [
+        TITLES[name],
+        f"**{median['work_s']:.1f}** ({samples})",
+        f"{median['work_cpu_s']:.0f}",
+        f"{median['peak_mib']:.0f} ({median['added_mib']:.0f})",
+        f"{100 * median['share_of_rate']:.0f} %",
+        *(_agreement(against) if against else ("", "")),
+        _times(ratios, "work_s"),
+        _times(ratios, "peak_mib"),
+    ]
+
+
+def _agreement(against: dict[str, Any]) -> tuple[str, str]:
+    values = [value for value in against["dice"].values() if value is not None]
+    lead = f", all within {against['largest_lead']:.1g}" if "largest_lead" in against and against["differing"] else ""
+    return f"{against['differing']:,} of {against['voxels']:,}{lead}", f"{min(values):.4f}" if values else "-"
+
+
+def _times(ratios: dict[str, Any], key: str) -> str:
+    found = [f"{ratios[other][key]:.1f}" if other in ratios else "-" for other in ("monai", "monai32", "nnunet")]
+    return " / ".join(found)
+
+
+def _weights(weights: dict[str, Any]) -> str:
+    if not weights["trained"]:
+        return "First weights, untrained: time and memory are meaningful, the masks are not."
+    dice = weights.get("dice")
+    listed = "" if not dice else ": Dice " + ", ".join(f"{name} {value:.3f}" for name, value in dice.items())
+    return f"Trained weights{listed}."
+
+
+def _commit(record: dict[str, Any]) -> str:
+    return f"commit {record['commit'][:10]}{' with changes' if record['package_changed'] else ''}"
+
+
+def _table(head: tuple[str, ...], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(line)} |" for line in (head, ["---", *["--:"] * (len(head) - 1)], *rows)]

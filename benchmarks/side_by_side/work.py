@@ -1,0 +1,150 @@
+"""The work folder: what is made there once, and how processes are started."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from side_by_side.settings import (
+    CONSTRAINTS,
+    KINDS,
+    REQUIREMENTS,
+    bundle_path,
+    environment,
+    image_path,
+    nnunet_python,
+)
+
+KNOBS = ("roi_size", "sw_batch_size", "overlap", "spacing", "intensity_range", "network_def")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One comparison: where, what, and on how many threads; `classes` for another number of them, untrained."""
+
+    work: Path
+    case: str
+    network: str
+    threads: int
+    huge_pages: bool
+    classes: int | None = None
+
+    @property
+    def image(self) -> Path:
+        """The image that everybody segments."""
+        return image_path(self.work, self.case)
+
+    @property
+    def bundle(self) -> Path:
+        """The bundle that holds network, weights and settings."""
+        return bundle_path(self.work, self.case, self.network, self.classes)
+
+    @property
+    def trains(self) -> bool:
+        """Whether the network of the bundle is one that is trained here."""
+        return self.network == "light" and self.classes is None
+
+    @property
+    def weights(self) -> Path:
+        """The weights that everybody loads."""
+        return self.bundle / "models" / "model.pt"
+
+    @property
+    def runs(self) -> Path:
+        """Where the masks go."""
+        return self.work / "runs" / f"{self.case}_{self.bundle.name}"
+
+    def settings(self) -> dict[str, Any]:
+        """Return what everybody is told of the bundle's config."""
+        config = json.loads((self.bundle / "configs" / "inference.json").read_text(encoding="utf-8"))
+        return {name: config[name] for name in KNOBS if name in config}
+
+    def request(self, **more: Any) -> dict[str, Any]:
+        """Return what a process is asked."""
+        paths = {"image": str(self.image), "bundle": str(self.bundle), "weights": str(self.weights)}
+        kind = KINDS.get(self.case, "CT")
+        return {**paths, "kind": kind, "threads": self.threads, "settings": self.settings(), **more}
+
+    def start(self, module: str, request: dict[str, Any], *, python: str = sys.executable) -> dict[str, Any]:
+        """Run a module of this package in a new process; return its answer, with the whole process's cost."""
+        with tempfile.TemporaryDirectory() as folder:
+            asked, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
+            asked.write_text(json.dumps(request), encoding="utf-8")
+            before, started = _children_cpu(), time.perf_counter()
+            self.call(module, str(asked), str(answer), python=python)
+            process = {"process_s": time.perf_counter() - started, "process_cpu_s": _children_cpu() - before}
+            return {**process, **json.loads(answer.read_text(encoding="utf-8"))}
+
+    def call(self, module: str, *arguments: str, python: str = sys.executable, threads: int | None = None) -> None:
+        """Run a module of this package in a new process.
+
+        Raises:
+            SystemExit: it failed; with the end of what it said.
+        """
+        own = environment(threads or self.threads, huge_pages=self.huge_pages)
+        command = [python, "-W", "ignore", "-m", f"side_by_side.{module}", *arguments]
+        done = subprocess.run(command, env=own, cwd=self.work, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"{module} {' '.join(arguments)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+
+
+def prepare(setup: Setup, contestants: Sequence[str]) -> None:
+    """Make what is not there yet: image, training data, bundle, nnU-Net's environment."""
+    setup.work.mkdir(parents=True, exist_ok=True)
+    folder = str(setup.work)
+    if not setup.image.is_file():
+        say(f"writing {setup.image}")
+        setup.call("cases", folder, setup.case)
+    if setup.trains and not (setup.work / "training" / "split.json").is_file():
+        say("drawing the training data")
+        setup.call("cases", folder, "training")
+    if not setup.bundle.is_dir():
+        say("training the network on one thread; this takes some minutes" if setup.trains else "making the bundle")
+        classes = [] if setup.classes is None else [str(setup.classes)]
+        setup.call("bundles", folder, setup.case, setup.network, *classes, threads=1)
+    if "nnunet" in contestants and not (setup.work / "nnunet" / "installed").is_file():
+        install_nnunet(setup.work)
+
+
+def install_nnunet(work: Path) -> None:
+    """Make the environment of nnU-Net from the package index."""
+    say(f"installing nnU-Net into {work / 'nnunet'}")
+    subprocess.run([sys.executable, "-m", "venv", str(work / "nnunet")], check=True)
+    pinned = ["-c", str(CONSTRAINTS), "-r", str(REQUIREMENTS)]
+    subprocess.run([str(nnunet_python(work)), "-m", "pip", "install", "--quiet", *pinned], check=True)
+    (work / "nnunet" / "installed").touch()
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def say(text: str) -> None:
+    """Tell the person who waits."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def default_work() -> Path:
+    """Return the work folder that is used if none is given."""
+    return Path(tempfile.gettempdir()) / "medseg-benchmark"
+
+
+def threads_here() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def _children_cpu() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
