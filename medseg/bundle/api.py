@@ -20,7 +20,7 @@ from medseg.io import find_cases, find_dataset
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from medseg.bundle.runner import Report
+    from medseg.bundle.runner import Announce, Report
     from medseg.manifest import Manifest
 
 __all__ = ["evaluate", "predict", "train"]
@@ -35,6 +35,7 @@ def predict(
     resume: bool = False,
     trust: str | None = None,
     report: Report | None = None,
+    announce: Announce | None = None,
 ) -> Manifest:
     """Write a mask for every image, on the image's own grid and under its name, and `manifest.json`.
 
@@ -46,6 +47,7 @@ def predict(
         resume: leave out what an earlier run with the same settings has done.
         trust: fingerprint by which you vouch for a bundle that is not declarative.
         report: called with cases done, cases in all, and a few words.
+        announce: called with the name of each case and what it will take in time and memory.
 
     Returns:
         The record of the run; a case that failed is in it with the reason.
@@ -61,7 +63,7 @@ def predict(
     paths = {"dataset_dir": source, "output_dir": str(folder)}
     job = runner.prepare("predict", found, settings or {}, paths=paths, trust=trust)
     check_folder(folder)
-    return runner.predict(job, cases, folder, resume=resume, report=report)
+    return runner.predict(job, cases, folder, resume=resume, report=report, announce=announce)
 
 
 def evaluate(

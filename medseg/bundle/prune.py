@@ -16,6 +16,7 @@ import tempfile
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
@@ -230,7 +231,8 @@ def _variants(job: Job, folder: Path) -> list[_Variant]:
 def _activation(config: Mapping[str, Any]) -> str:
     """Return how the config itself makes probabilities of logits."""
     steps = config["validate"]["postprocessing"]["transforms"]
-    return "sigmoid" if any(step.get("sigmoid") is True for step in steps) else "softmax"
+    by_step = any(step.get("sigmoid") is True for step in steps)
+    return "sigmoid" if by_step else str(config["validate"]["inferer"].get("activation", "softmax"))
 
 
 def _definition(network: UNetPlusPlus) -> Config:
@@ -370,7 +372,7 @@ def _measure(request: Mapping[str, Any], report: Report) -> dict[str, Any]:
     dice, iou = [], []
     for case in cases:
         watch.name = case["name"]
-        runner.run_case(evaluator, workflow.val_preprocessing, case)
+        runner.run_case(evaluator, partial(workflow.val_preprocessing, dict(case)), case)
         values = evaluator.state.metric_details[evaluator.state.key_metric_name][0].tolist()
         dice.append(runner.known_mean(values))
         # For one case and one label the two are functions of each other.

@@ -10,7 +10,9 @@ import hashlib
 import math
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,7 @@ from medseg.bundle.knobs import changed, knobs
 from medseg.bundle.trust import require_trust
 from medseg.errors import CaseError, MedsegError, RequestError, WeightsError
 from medseg.files import sha256_file
+from medseg.io.names import mask_name
 from medseg.manifest import BundleRecord, Manifest
 
 if TYPE_CHECKING:
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
 
     # Called with what is done, what there is to do (cases or epochs) and a few words on the present state.
     Report = Callable[[float, int, str], None]
+    # Called with the name of a case and what it will take.
+    Announce = Callable[[str, str], None]
 
 __all__ = [
     "Job",
@@ -109,7 +114,13 @@ def prepare(
 
 
 def predict(
-    job: Job, cases: Sequence[Mapping[str, str]], output: Path, *, resume: bool = False, report: Report | None = None
+    job: Job,
+    cases: Sequence[Mapping[str, str]],
+    output: Path,
+    *,
+    resume: bool = False,
+    report: Report | None = None,
+    announce: Announce | None = None,
 ) -> Manifest:
     """Write a mask for each case and `manifest.json` into `output`; a case that fails does not stop the others.
 
@@ -119,8 +130,10 @@ def predict(
         output: folder, made if missing.
         resume: leave out cases that an earlier run with the same settings has done.
         report: told about each finished window.
+        announce: told what a case will take in time and memory, after its first window.
     """
-    _check_output(cases, output)
+    names = {case["name"]: mask_name(case["name"], job.config.get("output_format") or "") for case in cases}
+    _check_output(cases, names, output)
     workflow = open_workflow(job, "infer")
     manifest = _manifest(job, output / "manifest.json")
     earlier = manifest.resume() if resume else set()
@@ -128,15 +141,16 @@ def predict(
         with manifest.stage("load"):
             evaluator = build_evaluator(workflow)
             manifest.device = str(evaluator.state.device)
-        for number, case in enumerate(cases):
-            if case["name"] in earlier and (output / case["name"]).is_file():
-                continue
+        todo = [case for case in cases if not (case["name"] in earlier and (output / names[case["name"]]).is_file())]
+        # under a limit, the next image would take from what was promised to this one
+        prepared = _prepared(workflow, todo, ahead=not job.config.get("max_memory"))
+        for number, (case, data) in enumerate(zip(todo, prepared, strict=True), len(cases) - len(todo)):
             with manifest.case(case["name"]) as record:
-                record.output = case["name"]
-                _tell_windows(workflow.inferer, number, len(cases), case["name"], report)
-                run_case(evaluator, workflow.preprocessing, case)
-                if not (output / case["name"]).is_file():
-                    raise CaseError(f"{case['image']}: the bundle's postprocessing wrote no '{output / case['name']}'")
+                record.output = names[case["name"]]
+                _tell_windows(workflow.inferer, number, len(cases), case["name"], report, announce)
+                run_case(evaluator, data, case)
+                if not (output / record.output).is_file():
+                    raise CaseError(f"{case['image']}: the bundle's postprocessing wrote no '{output / record.output}'")
             if record.status == "failed":
                 evaluator = build_evaluator(workflow)
     return manifest
@@ -162,7 +176,7 @@ def evaluate(job: Job, cases: Sequence[Mapping[str, str]], output: Path, *, repo
         for number, case in enumerate(cases):
             with manifest.case(case["name"]) as record:
                 _tell_windows(workflow.val_inferer, number, len(cases), case["name"], report)
-                run_case(evaluator, workflow.val_preprocessing, case)
+                run_case(evaluator, partial(workflow.val_preprocessing, dict(case)), case)
                 values = evaluator.state.metric_details[evaluator.state.key_metric_name][0].tolist()
                 record.metrics = dict(zip(names, values, strict=True))
                 record.metrics["mean"] = known_mean(values)
@@ -259,19 +273,41 @@ def _manifest(job: Job, path: Path) -> Manifest:
     return Manifest(job.command, bundle=record, knobs=values, overrides=list(job.settings), seeds=seeds, path=path)
 
 
-def _check_output(cases: Sequence[Mapping[str, str]], output: Path) -> None:
+def _check_output(cases: Sequence[Mapping[str, str]], names: Mapping[str, str], output: Path) -> None:
     for case in cases:
-        if (output / case["name"]).resolve() == Path(case["image"]).resolve():
+        if (output / names[case["name"]]).resolve() == Path(case["image"]).resolve():
             raise RequestError(f"the mask of '{case['image']}' would replace the image itself; choose another folder")
 
 
-def run_case(evaluator: Any, preprocessing: Any, case: Mapping[str, str]) -> None:
-    """Run an evaluator on one case; whatever goes wrong becomes a `CaseError` or another error of ours."""
+def _prepared(
+    workflow: Any, cases: Sequence[Mapping[str, str]], *, ahead: bool
+) -> Iterator[Callable[[], Mapping[str, Any]]]:
+    """Yield for each case how to get its preprocessed data; the next case is read while this one is predicted."""
+    if not ahead:
+        for case in cases:
+            yield partial(workflow.preprocessing, dict(case))
+        return
+    with ThreadPoolExecutor(1) as reader:
+        following = [reader.submit(workflow.preprocessing, dict(case)) for case in cases[:1]]
+        for number in range(len(cases)):
+            present = following.pop()
+            following = [reader.submit(workflow.preprocessing, dict(case)) for case in cases[number + 1 : number + 2]]
+            yield present.result
+
+
+def run_case(evaluator: Any, data: Callable[[], Mapping[str, Any]], case: Mapping[str, str]) -> None:
+    """Run an evaluator on one case; whatever goes wrong becomes a `CaseError` or another error of ours.
+
+    Args:
+        evaluator: MONAI's engine.
+        data: gives the preprocessed case.
+        case: its entry, for messages.
+    """
     from monai.data import DataLoader, Dataset
 
-    evaluator.data_loader = DataLoader(Dataset([dict(case)], transform=preprocessing), batch_size=1)
-    evaluator.state.epoch_length = 1
     try:
+        evaluator.data_loader = DataLoader(Dataset([data()]), batch_size=1)
+        evaluator.state.epoch_length = 1
         evaluator.run()
     except Exception as error:
         own = _own_error(error)
@@ -280,11 +316,14 @@ def run_case(evaluator: Any, preprocessing: Any, case: Mapping[str, str]) -> Non
         raise CaseError(f"{case['image']}: {type(error).__name__}: {error}") from error
 
 
-def _tell_windows(inferer: Any, number: int, total: int, name: str, report: Report | None) -> None:
-    if report is None or not hasattr(inferer, "on_progress"):
-        return
-    report(number, total, name)
-    inferer.on_progress = lambda done, windows: report(number + done / windows, total, name)
+def _tell_windows(
+    inferer: Any, number: int, total: int, name: str, report: Report | None, announce: Announce | None = None
+) -> None:
+    if report is not None and hasattr(inferer, "on_progress"):
+        report(number, total, name)
+        inferer.on_progress = lambda done, windows: report(number + done / windows, total, name)
+    if announce is not None and hasattr(inferer, "on_forecast"):
+        inferer.on_forecast = lambda forecast: announce(name, forecast.describe())
 
 
 def _guarded(action: Callable[[], Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["BundleName", "Device", "Settings", "Trust", "errors", "output", "progress", "with_device"]
+__all__ = ["BundleName", "Device", "Settings", "Trust", "errors", "output", "progress", "with_options"]
 
 output = Console()
 errors = Console(stderr=True)
@@ -33,9 +34,9 @@ Trust = Annotated[
 _SECONDS_BETWEEN_LINES = 20.0
 
 
-def with_device(settings: list[str] | None, device: str | None) -> list[str]:
-    """Return the settings with `--device` among them."""
-    return [*(settings or []), *([f"device_name={device}"] if device else [])]
+def with_options(settings: list[str] | None, **knobs: str | None) -> list[str]:
+    """Return the settings with the knobs among them that have options of their own, as far as those were given."""
+    return [*(settings or []), *(f"{name}={json.dumps(value)}" for name, value in knobs.items() if value)]
 
 
 @contextmanager

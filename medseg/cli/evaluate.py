@@ -11,7 +11,7 @@ import typer
 
 from medseg.bundle import api
 from medseg.bundle.knobs import parse_settings
-from medseg.cli.console import BundleName, Device, Settings, Trust, errors, output, progress, with_device
+from medseg.cli.console import BundleName, Device, Settings, Trust, errors, output, progress, with_options
 
 if TYPE_CHECKING:
     from medseg.manifest import Manifest
@@ -38,7 +38,7 @@ def evaluate(
             data,
             split=split,
             output=out,
-            settings=parse_settings(with_device(settings, device)),
+            settings=parse_settings(with_options(settings, device_name=device)),
             trust=trust,
             report=report,
         )

@@ -9,7 +9,7 @@ import typer
 
 from medseg.bundle.knobs import parse_settings
 from medseg.bundle.prune import prune as measure_levels
-from medseg.cli.console import BundleName, Device, Settings, Trust, output, progress, with_device
+from medseg.cli.console import BundleName, Device, Settings, Trust, output, progress, with_options
 from medseg.files import check_folder, replace_text
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def prune(
             split=split,
             select=select,
             output=out,
-            settings=parse_settings(with_device(settings, device)),
+            settings=parse_settings(with_options(settings, device_name=device)),
             trust=trust,
             report=report,
         )

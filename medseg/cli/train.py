@@ -10,7 +10,7 @@ import typer
 from medseg.bundle import api
 from medseg.bundle.catalog import find_bundle
 from medseg.bundle.knobs import parse_settings
-from medseg.cli.console import BundleName, Device, Settings, Trust, output, progress, with_device
+from medseg.cli.console import BundleName, Device, Settings, Trust, output, progress, with_options
 
 __all__ = ["train"]
 
@@ -36,7 +36,7 @@ def train(
             bundle,
             data,
             output=out,
-            settings=parse_settings(with_device(settings, device)),
+            settings=parse_settings(with_options(settings, device_name=device)),
             resume=resume,
             overwrite=overwrite,
             trust=trust,
