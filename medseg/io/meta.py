@@ -168,8 +168,6 @@ def _read_header(path: Path, max_voxels: int) -> _Header:
     data = path
     if fields[_LAST] not in ("LOCAL", "Local", "local"):
         data, offset = neighbor(path, fields[_LAST]), _whole_number({"HeaderSize": "0", **fields}, "HeaderSize", path)
-        if data.samefile(path):
-            raise CaseError(f"{path} names itself as the file of its voxels: it is damaged.")
     coding: Coding = "zlib" if _true(fields.get("CompressedData", "False")) else "raw"
     return _Header(fields, _affine(fields, dims, path), voxels, data, offset, coding)
 
@@ -238,7 +236,8 @@ def _affine(fields: Mapping[str, str], dims: int, path: Path) -> NDArray[np.floa
     spacing = _numbers(fields, _SPACING, dims, path)
     offset = _numbers({"Offset": "0 " * dims, **fields}, (*_OFFSET[1:], "Offset"), dims, path)
     affine: NDArray[np.float64] = np.eye(4)
-    affine[:3, :3] = (rows[:3, :3] * spacing[:3, None]).T
+    with np.errstate(invalid="ignore", over="ignore"):
+        affine[:3, :3] = (rows[:3, :3] * spacing[:3, None]).T
     affine[:3, 3] = offset[:3]
     affine[:3] *= _TO_RAS[:, None]
     return affine

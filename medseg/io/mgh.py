@@ -132,8 +132,9 @@ def _read_header(stream: BinaryIO, path: Path, max_voxels: int) -> _Header:
 def _affine(raw: Any) -> NDArray[np.float64]:
     """Return the affine of a header, which holds directions, spacings and the center of the volume."""
     affine: NDArray[np.float64] = np.eye(4)
-    affine[:3, :3] = raw["Mdc"].astype(np.float64).T * raw["delta"].astype(np.float64)
-    affine[:3, 3] = raw["Pxyz_c"].astype(np.float64) - affine[:3, :3] @ (raw["dims"][:3].astype(np.float64) / 2)
+    with np.errstate(invalid="ignore", over="ignore"):
+        affine[:3, :3] = raw["Mdc"].astype(np.float64).T * raw["delta"].astype(np.float64)
+        affine[:3, 3] = raw["Pxyz_c"].astype(np.float64) - affine[:3, :3] @ (raw["dims"][:3].astype(np.float64) / 2)
     return affine
 
 

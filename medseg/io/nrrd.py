@@ -275,8 +275,6 @@ def _data(header: _Header, path: Path) -> Iterator[BinaryIO]:
     """Open the voxels, at their first byte."""
     skip = _whole_numbers({"byte skip": "0", **header.fields}, "byte skip", path)[0]
     needed = header.voxels.nbytes + max(skip, 0)
-    if header.data != path and header.data.samefile(path):
-        raise CaseError(f"{path} names itself as the file of its voxels: it is damaged.")
     check_capacity(header.data, header.coding, needed, skipped=header.offset)
     if skip < -1 or (header.coding != "raw" and not 0 <= skip <= _MAX_HEADER):
         raise CaseError(f"{path} asks to skip {skip} bytes before its voxels: it is damaged.")

@@ -162,7 +162,7 @@ def neighbor(header: Path, name: str) -> Path:
     """Return the file of voxels that a header names.
 
     Raises:
-        CaseError: it is not in the folder of the header or below, or does not exist.
+        CaseError: it is not in the folder of the header or below, does not exist, or is the header itself.
     """
     folder = header.parent.resolve()
     if not name or "\0" in name or not (folder / name).resolve().is_relative_to(folder):
@@ -170,6 +170,8 @@ def neighbor(header: Path, name: str) -> Path:
     path = header.parent / name
     if not path.is_file():
         raise CaseError(f"{header} names {name!r} as the file of its voxels, which is missing: copy it there too.")
+    if path.samefile(header):
+        raise CaseError(f"{header} names itself as the file of its voxels: it is damaged.")
     return path
 
 

@@ -1,0 +1,259 @@
+import bz2
+import gzip
+
+import numpy as np
+import pytest
+import SimpleITK
+import torch
+
+from medseg.errors import CaseError, GeometryError
+from medseg.io import load, read_grid, write_mask
+
+FIELDS = {
+    "type": "short",
+    "dimension": "3",
+    "space": "left-posterior-superior",
+    "sizes": "4 5 6",
+    "space directions": "(0,2,0) (-0.5,0,0) (0,0,1.25)",
+    "kinds": "domain domain domain",
+    "endian": "little",
+    "encoding": "raw",
+    "space origin": "(-7.5,3,9.125)",
+}
+AFFINE = np.array([[0, 0.5, 0, 7.5], [-2, 0, 0, -3], [0, 0, 1.25, 9.125], [0, 0, 0, 1]])
+
+
+@pytest.fixture
+def values():
+    return np.random.default_rng(0).integers(-900, 900, (4, 5, 6)).astype(np.int16)
+
+
+def header(change, extra=""):
+    """Return a header; a field of None is left out."""
+    lines = [f"{name}: {value}" for name, value in (FIELDS | change).items() if value is not None]
+    return ("NRRD0004\n# a comment\n" + "\n".join(lines) + f"\n{extra}\n").encode()
+
+
+def save(path, array, change=(), *, extra="", data=None):
+    """Write a file whose fields differ from those above by `change`."""
+    path.write_bytes(header(dict(change), extra) + (array.tobytes(order="F") if data is None else data))
+    return path
+
+
+def simpleitk(path):
+    image = SimpleITK.ReadImage(str(path))
+    return SimpleITK.GetArrayFromImage(image), image
+
+
+def assert_like_simpleitk(path):
+    image, (array, reference) = load(path), simpleitk(path)
+    assert np.array_equal(image[0].numpy(), array.T.astype(np.float32))
+    for index in [(0, 0, 0), (3, 4, 5), (1, 2, 3)]:
+        x, y, z = reference.TransformIndexToPhysicalPoint(index)
+        assert np.allclose(image.affine.numpy() @ (*index, 1), (-x, -y, z, 1))
+
+
+@pytest.mark.parametrize(("encoding", "pack"), [("raw", bytes), ("gzip", gzip.compress), ("gz", gzip.compress)])
+@pytest.mark.parametrize(("endian", "order"), [("little", "<"), ("big", ">")])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *[("signed char", "i1"), ("uchar", "u1"), ("short", "i2"), ("unsigned short", "u2"), ("uint32", "u4")],
+        *[("long long int", "i8"), ("float", "f4"), ("double", "f8")],
+    ],
+)
+def test_every_type_in_every_coding_reads_as_in_simpleitk(tmp_path, values, encoding, pack, endian, order, name, kind):
+    stored = (values // 8).astype(np.dtype(kind).newbyteorder(order))
+    change = {"type": name, "endian": endian, "encoding": encoding}
+    path = save(tmp_path / "a.nrrd", stored, change, data=pack(stored.tobytes(order="F")))
+    assert_like_simpleitk(path)
+    assert np.array_equal(load(path).affine.numpy(), AFFINE)
+
+
+def test_bzip2_is_unpacked(tmp_path, values):
+    data = bz2.compress(values.tobytes(order="F"))
+    path = save(tmp_path / "a.nrrd", values, {"encoding": "bzip2"}, data=data)
+    assert np.array_equal(load(path)[0].numpy(), values)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(CaseError, match="is damaged or cut short"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("space", "signs"),
+    [
+        ("left-posterior-superior", (-1, -1, 1)),
+        ("LPS", (-1, -1, 1)),
+        ("right-anterior-superior", (1, 1, 1)),
+        ("RAS", (1, 1, 1)),
+        ("Left-Anterior-Superior", (-1, 1, 1)),
+        ("LAS", (-1, 1, 1)),
+    ],
+)
+def test_spaces_become_ras_as_in_simpleitk(tmp_path, values, space, signs):
+    path = save(tmp_path / "a.nrrd", values, {"space": space})
+    assert_like_simpleitk(path)
+    assert np.array_equal(read_grid(path).affine[:3, 3], np.array([-7.5, 3, 9.125]) * signs)
+
+
+@pytest.mark.parametrize("name", ["voxels.raw", "below/voxels.raw", "./voxels.raw"])
+@pytest.mark.parametrize("field", ["data file", "datafile"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_voxels_may_lie_in_a_file_beside_or_below(tmp_path, values, name, field, packed):
+    (tmp_path / "below").mkdir()
+    data = values.tobytes(order="F")
+    (tmp_path / name).write_bytes(gzip.compress(data) if packed else data)
+    change = {field: name, "encoding": "gzip" if packed else "raw"}
+    path = save(tmp_path / "a.nhdr", values, change, data=b"")
+    assert_like_simpleitk(path)
+    path.write_bytes(path.read_bytes().rstrip() + b"\n")  # the empty line at the end may be missing
+    assert np.array_equal(load(path)[0].numpy(), values)
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("../outside.raw", "expected a file beside it or below"),
+        ("/etc/hostname", "expected a file beside it or below"),
+        ("link.raw", "expected a file beside it or below"),
+        ("missing.raw", "which is missing"),
+        (".", "which is missing"),
+        ("LIST", "which is missing"),
+        ("a%02d.raw 1 3 1", "which is missing"),
+        ("a.nhdr", "names itself"),
+    ],
+)
+def test_other_files_of_voxels_are_refused(tmp_path, values, name, part):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (tmp_path / "outside.raw").write_bytes(values.tobytes())
+    (folder / "link.raw").symlink_to(tmp_path / "outside.raw")
+    path = save(folder / "a.nhdr", values, {"data file": name}, data=b"")
+    with pytest.raises(CaseError, match=part) as error:
+        load(path)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(("encoding", "skip"), [("raw", 7), ("raw", -1), ("gzip", 7)])
+def test_bytes_are_skipped_as_in_simpleitk(tmp_path, values, encoding, skip):
+    data = b"skipped" + values.tobytes(order="F")
+    change = {"encoding": encoding, "byte skip": skip}
+    assert_like_simpleitk(
+        save(tmp_path / "a.nrrd", values, change, data=gzip.compress(data) if encoding == "gzip" else data)
+    )
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_fourth_axis_is_channels_or_a_series_only_if_asked_for(tmp_path, values, first):
+    stack = np.stack([values, -values, values // 2], axis=0 if first else -1)
+    change = {
+        "dimension": 4,
+        "sizes": "3 4 5 6" if first else "4 5 6 3",
+        "space directions": ("none " if first else "") + FIELDS["space directions"] + ("" if first else " none"),
+        "kinds": "vector domain domain domain" if first else "domain domain domain list",
+    }
+    path = save(tmp_path / "a.nrrd", stack, change)
+    expected = stack if first else np.moveaxis(stack, -1, 0)
+    assert np.array_equal(load(path, channels=3).numpy(), expected)
+    assert np.array_equal(load(path, index=1)[0].numpy(), -values)
+    assert np.array_equal(simpleitk(path)[0].transpose(3, 2, 1, 0), expected)
+    with pytest.raises(CaseError, match="3 values per voxel"):
+        load(path)
+    with pytest.raises(CaseError, match="there is no volume 3, the last is 2"):
+        load(path, index=3)
+    mask = (values > 0).astype(int)
+    write_mask(mask, tmp_path / "m.nrrd", like=path)
+    found, image = simpleitk(tmp_path / "m.nrrd")
+    assert np.array_equal(found.T, mask)
+    assert image.GetDirection() == simpleitk(path)[1].GetDirection()
+
+
+def test_segmentations_of_slicer_are_labels(tmp_path):
+    labels = np.arange(120).reshape(4, 5, 6) % 3
+    extra = "Segment0_ID:=Segment_1\nSegment0_LabelValue:=1\nSegment0_Name:=liver: left\nSegmentation_x:=\n"
+    path = save(tmp_path / "a.seg.nrrd", labels.astype(np.uint8), {"type": "unsigned char"}, extra=extra)
+    assert np.array_equal(load(path, label=True)[0].numpy(), labels)
+    assert load(path, label=True).dtype == torch.int32
+
+
+def test_the_mask_copies_the_text_of_the_place_and_nothing_else(tmp_path, values):
+    change = {"space origin": "(-7.50, 3.0,  9.125)", "space units": '"mm" "mm" "mm"', "content": "Jane Doe"}
+    path = save(tmp_path / "a.nrrd", values, change, extra="Patient:=Jane\n")
+    write_mask(values > 0, tmp_path / "m.nrrd", like=path)
+    text = (tmp_path / "m.nrrd").read_bytes().partition(b"\n\n")[0].decode()
+    for name in ("space", "space directions", "space origin", "space units"):
+        assert f"{name}: {(FIELDS | change)[name]}\n" in f"{text}\n"
+    assert "Jane" not in text
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "part"),
+    [
+        ({"space": None}, GeometryError, "no 'space'"),
+        ({"space": None, "space dimension": 3}, GeometryError, "no 'space'"),
+        ({"space directions": None, "spacings": "1 1 1"}, GeometryError, "no 'space directions'"),
+        ({"space": "scanner-xyz"}, GeometryError, "does not say where left and right are"),
+        ({"space": "left-anterior-superior-time"}, GeometryError, "does not say where left and right are"),
+        ({"space units": '"cm" "cm" "cm"'}, GeometryError, "expected mm"),
+        ({"space directions": "(1,0,0) (0.5,1,0) (0,0,1)"}, GeometryError, "sheared"),
+        ({"space directions": "(1,0,0) (0,nan,0) (0,0,1)"}, GeometryError, "not finite"),
+        ({"space directions": "(1,0,0) (0,1e400,0) (0,0,1)"}, GeometryError, "not finite"),
+        ({"space directions": "(1,0,0) (0,0,0) (0,0,1)"}, GeometryError, "spacing of 0 mm"),
+        ({"space directions": "(1,0) (0,1) (0,0)"}, GeometryError, "expected three numbers"),
+        ({"space directions": "(1,0,0) (0,x,0) (0,0,1)"}, GeometryError, "expected three numbers"),
+        ({"space directions": "(1,0,0) (0,1,0)"}, CaseError, "do not agree"),
+        ({"space directions": "(1,0,0) none (0,0,1)"}, CaseError, "2 axes in space"),
+        ({"space origin": "(1,2)"}, GeometryError, "expected three numbers"),
+        ({"dimension": 4}, CaseError, "do not agree"),
+        ({"sizes": "4 5 0"}, GeometryError, "(4, 5, 0)"),
+        ({"sizes": "4 5 -6"}, GeometryError, "(4, 5, -6)"),
+        ({"sizes": "4 5 6.5"}, CaseError, "'sizes' is '4 5 6.5'"),
+        ({"sizes": "4 5 99999999999999999999"}, CaseError, "'sizes' is"),
+        ({"sizes": "40000 50000 60000"}, GeometryError, "the limit is"),
+        ({"sizes": "400 500 600"}, CaseError, "240,000,000 bytes"),
+        ({"sizes": "400 500 600", "encoding": "gzip"}, CaseError, "(packed)"),
+        ({"sizes": None}, CaseError, "without 'sizes'"),
+        ({"type": "block"}, CaseError, "type 'block'"),
+        ({"endian": None}, CaseError, "without 'endian'"),
+        ({"endian": "middle"}, CaseError, "byte order 'middle'"),
+        ({"encoding": "ascii"}, CaseError, "encoding 'ascii'"),
+        ({"encoding": "hex"}, CaseError, "encoding 'hex'"),
+        ({"line skip": 2}, CaseError, "skip 2 lines"),
+        ({"byte skip": -2}, CaseError, "skip -2 bytes"),
+        ({"byte skip": 10**12}, CaseError, "is cut short"),
+        ({"encoding": "gzip", "byte skip": -1}, CaseError, "skip -1 bytes"),
+        ({"encoding": "bzip2", "byte skip": 10**12}, CaseError, "skip 1000000000000 bytes"),
+        ({"Sizes": "4 5 6"}, CaseError, "twice 'Sizes"),
+        ({"encoding": "gzip"}, CaseError, "cannot be read"),
+        ({"encoding": "bzip2"}, CaseError, "cannot be read"),
+    ],
+)
+def test_wrong_headers_are_refused_with_file_and_reason(tmp_path, values, change, error, part):
+    path = save(tmp_path / "a.nrrd", values, change)
+    with pytest.raises(error) as caught:
+        load(path)
+    assert str(path) in str(caught.value)
+    assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"NRRD0009\n", b"NRRD", b"\x1f\x8b\x08", b"NRRD0004\nno colon\n", b"NRRD0004\n" + b"x" * (5 << 20)],
+    ids=["version", "short", "gzip", "line", "long"],
+)
+def test_what_is_no_nrrd_is_refused_by_name(tmp_path, content):
+    (tmp_path / "a.nrrd").write_bytes(content)
+    for read in (load, read_grid):
+        with pytest.raises(CaseError, match=r"a\.nrrd"):
+            read(tmp_path / "a.nrrd")
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.9, 0.999])
+@pytest.mark.parametrize("encoding", ["raw", "gzip"])
+def test_files_cut_short_are_refused_by_name(tmp_path, values, encoding, keep):
+    data = values.tobytes(order="F")
+    data = gzip.compress(data) if encoding == "gzip" else data
+    path = save(tmp_path / "a.nrrd", values, {"encoding": encoding}, data=data[: int(len(data) * keep)])
+    with pytest.raises(CaseError, match="cut short") as error:
+        load(path)
+    assert str(path) in str(error.value)
