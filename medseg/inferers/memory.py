@@ -83,7 +83,7 @@ def fitting_batch(limit: int, wanted: int, *, held: int, slab: int, result: int,
         RequestError: not even one window at a time fits.
     """
     room = limit - held - slab - result
-    batch = min(wanted, room // window if window else wanted)
+    batch = min(wanted, room // max(window, 1))
     if batch < 1:
         raise RequestError(
             f"this does not fit into {shown_bytes(limit)}: {shown_bytes(held)} are held already (programs, weights and "

@@ -42,6 +42,7 @@ class ObliqueGrid:
         self.output = output
         self.device = device
         self.models = [axis, *(a for a in range(len(placement.model_shape)) if a != axis)]
+        self.rim = np.array([placement.rim[a] for a in self.models]).T
         self.size = [placement.model_shape[a] for a in self.models]
         self.matrix = placement.matrix[[*self.models, len(self.models)]]
         # the native axis that crosses the planes most steeply: few voxels of each of its lines lie in a slab
@@ -66,15 +67,16 @@ class ObliqueGrid:
         """Yield native indices `(n, dims)` of voxels whose position on the stream's axis is in `[low, high)`."""
         shape = self.placement.native_shape
         others = [axis for axis in range(len(shape)) if axis != self.line]
-        lines = np.stack(np.meshgrid(*(np.arange(shape[a]) for a in others), indexing="ij"), -1).reshape(
-            -1, len(others)
-        )
+        grid = np.meshgrid(*(np.arange(shape[a]) for a in others), indexing="ij")
+        lines = np.stack(grid, -1).reshape(-1, len(others))
         step = self.matrix[0, self.line]
-        chunk = max(1, _CHUNK // (int(min(shape[self.line], abs((high - low) / step))) + 3))
+        # positions beyond the rim count as on it, so the slab with the rim takes them
+        from_, to = (-math.inf if low <= self.rim[0, 0] else low), (math.inf if high > self.rim[1, 0] else high)
+        chunk = max(1, _CHUNK // (int(min(shape[self.line], abs((to - from_) / step))) + 3))
         for start in range(0, len(lines), chunk):
             part = lines[start : start + chunk]
             base = part @ self.matrix[0, others] + self.matrix[0, -1]
-            ends = np.sort(np.stack([(low - base) / step, (high - base) / step]), 0)
+            ends = np.sort(np.stack([(from_ - base) / step, (to - base) / step]), 0)
             bounds = np.clip(np.array([np.floor(ends[0]), np.ceil(ends[1]) + 1]), 0, shape[self.line]).astype(np.int64)
             counts = bounds[1] - bounds[0]
             offsets = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -82,11 +84,12 @@ class ObliqueGrid:
             voxels[:, others] = np.repeat(part, counts, 0)
             voxels[:, self.line] = np.repeat(bounds[0], counts) + offsets
             # the same sum decides here for every slab, so that no voxel is filled twice or never
-            along = voxels @ self.matrix[0, :-1] + self.matrix[0, -1]
+            along = np.clip(voxels @ self.matrix[0, :-1] + self.matrix[0, -1], *self.rim[:, 0])
             yield voxels[(along >= low) & (along < high)]
 
     def _fill(self, voxels: NDArray[np.int64], first: int, scores: torch.Tensor, labels: list[torch.Tensor]) -> None:
         where = voxels @ self.matrix[:-1, :-1].T + self.matrix[:-1, -1]
+        where = np.clip(where, *self.rim)
         last = np.array(self.size) - 1
         reach = self.placement.reach
         inside = ((where >= -reach) & (where <= last + reach)).all(1)

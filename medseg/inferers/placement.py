@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,6 +40,8 @@ class Placement:
         model_shape: spatial shape of what the network saw.
         matrix: `(n + 1, n + 1)`, from native to model voxel indices.
         affine: the native affine, 4 x 4.
+        rim: for each model axis the first and last coordinate of the resampled image, without later padding and with
+            what was cropped; positions beyond it take the value there, as resampling has no others.
         reach: how many model voxels beyond its rim the model's grid still speaks for native voxels; farther ones are
             background. Infinite unless a step cut the image.
     """
@@ -47,12 +50,13 @@ class Placement:
     model_shape: tuple[int, ...]
     matrix: NDArray[np.float64]
     affine: NDArray[np.float64]
+    rim: tuple[tuple[float, float], ...]
     reach: float = math.inf
 
     @classmethod
     def identity(cls, shape: tuple[int, ...]) -> Placement:
         """Return the placement of an image that the network sees as it is."""
-        return cls(shape, shape, np.eye(len(shape) + 1), np.eye(4))
+        return cls(shape, shape, np.eye(len(shape) + 1), np.eye(4), _whole(shape))
 
     def native_axes(self) -> tuple[int, ...] | None:
         """Return for each model axis the native axis that runs along it, or None if the grids are oblique."""
@@ -69,7 +73,7 @@ class Placement:
         indices = np.arange(self.native_shape[native_axis], dtype=np.float64)
         coordinates: NDArray[np.float64] = indices * self.matrix[model_axis, native_axis] + self.matrix[model_axis, -1]
         whole = np.rint(coordinates)
-        return np.where(np.abs(coordinates - whole) < _NEAR, whole, coordinates)
+        return np.clip(np.where(np.abs(coordinates - whole) < _NEAR, whole, coordinates), *self.rim[model_axis])
 
 
 def find_placement(image: MetaTensor) -> Placement:
@@ -84,7 +88,8 @@ def find_placement(image: MetaTensor) -> Placement:
             angle, a deformation).
         GeometryError: the affines cannot be inverted.
     """
-    steps = [str(step.get("class", "")) for step in _flat(image.applied_operations)]
+    operations = _flat(image.applied_operations)
+    steps = [str(step.get("class", "")) for step in operations]
     for step in steps:
         if step.startswith(_OTHER_STEPS) and step not in _GRID_STEPS:
             raise RequestError(
@@ -105,7 +110,7 @@ def find_placement(image: MetaTensor) -> Placement:
         matrix = np.linalg.solve(to_affine_nd(dims, model), to_affine_nd(dims, native))
     except np.linalg.LinAlgError as error:
         raise GeometryError(f"The affine of the model's grid cannot be inverted: {model.tolist()}.") from error
-    return Placement(native_shape, model_shape, matrix, native, _reach(steps))
+    return Placement(native_shape, model_shape, matrix, native, _rim(operations, model_shape), _reach(steps))
 
 
 def _native_shape(noted: Sequence[int] | torch.Tensor | NDArray[np.int64], dims: int) -> tuple[int, ...]:
@@ -115,11 +120,34 @@ def _native_shape(noted: Sequence[int] | torch.Tensor | NDArray[np.int64], dims:
     return shape[:dims]
 
 
-def _flat(operations: Sequence[object]) -> list[dict[str, object]]:
-    found: list[dict[str, object]] = []
+def _flat(operations: Sequence[Any]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
     for operation in operations or []:
-        found.extend(_flat(operation) if isinstance(operation, list) else [dict(operation)])  # type: ignore[call-overload]
+        found.extend(_flat(operation) if isinstance(operation, list) else [dict(operation)])
     return found
+
+
+def _whole(shape: Sequence[int]) -> tuple[tuple[float, float], ...]:
+    return tuple((0.0, size - 1.0) for size in shape)
+
+
+def _rim(operations: Sequence[Any], shape: tuple[int, ...]) -> tuple[tuple[float, float], ...]:
+    """Return where the resampled image begins and ends on the final grid, which may have been padded or cropped."""
+    low, size = np.zeros(len(shape)), np.array(shape)
+    for step in reversed(operations):
+        if step["class"] not in _EXTENT_STEPS:
+            break
+        info = step["extra_info"]
+        if "padded" in info:
+            low += [before for before, _ in info["padded"][-len(shape) :]]
+        if "cropped" in info:
+            low -= info["cropped"][::2]
+            inner = info.get("pad_info", {}).get("extra_info", {}).get("padded", ())
+            low += [before for before, _ in inner[-len(shape) :]] or 0
+        size = np.array(step["orig_size"])
+    else:
+        return tuple((-math.inf, math.inf) for _ in shape)
+    return tuple((float(a), float(a + n - 1)) for a, n in zip(low, size, strict=True))
 
 
 def _reach(steps: Sequence[str]) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -156,7 +157,7 @@ class StraightGrid:
     def fill(self, first: int, planes: list[Plane], pool: ThreadPoolExecutor | None, *, ends: bool) -> None:
         """Fill the native planes between neighbors of `planes`, the first of which is model plane `first`."""
         del ends  # the last plane is given twice
-        jobs = [(first + i, low, high) for i, (low, high) in enumerate(zip(planes, planes[1:], strict=False))]
+        jobs = [(first + i, low, high) for i, (low, high) in enumerate(pairwise(planes))]
         if pool is None:
             for job in jobs:
                 self._between(*job)

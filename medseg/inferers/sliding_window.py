@@ -1,4 +1,4 @@
-"""The sliding window as a stream: MONAI's windows and blending, and labels on the native grid as planes get finished."""
+"""The sliding window as a stream: MONAI's windows and blending, and labels on the native grid on the way."""
 
 from __future__ import annotations
 
@@ -207,8 +207,8 @@ class _Run:
             return self._result(torch.device("cpu"))
         except torch.OutOfMemoryError as error:
             raise CaseError(
-                f"The GPU's memory does not hold one window of {self.windows.roi}: choose a smaller roi_size, precision "
-                "bfloat16, or the CPU."
+                f"The GPU's memory does not hold one window of {self.windows.roi}: choose a smaller roi_size, "
+                "precision bfloat16, or the CPU."
             ) from error
 
     def _result(self, accumulators: torch.device | None) -> Any:
@@ -238,7 +238,7 @@ class _Run:
 
     def _halving(self, windows: torch.Tensor) -> torch.Tensor:
         """Run the network; what does not fit into the GPU's memory runs in halves, now and from now on."""
-        parts = windows.split(self.batch)
+        parts = torch.split(windows, self.batch)
         try:
             results = [self._checked(self.network(part, *self.args, **self.kwargs), part) for part in parts]
         except torch.OutOfMemoryError:
@@ -300,7 +300,7 @@ class _Run:
     def _placements(self) -> list[Placement]:
         if not self._has_meta():
             return [Placement.identity(self.windows.image_size)] * len(self.images)
-        each = decollate_batch(self.inputs) if self.inputs.is_batch else list(self.inputs)
+        each = decollate_batch(self.inputs) if self._is_batch() else list(self.inputs)
         places = [find_placement(image) for image in each]
         shapes = {place.native_shape for place in places}
         if len(shapes) > 1:
@@ -310,7 +310,7 @@ class _Run:
     def _on_native_grid(self, results: torch.Tensor, places: list[Placement]) -> MetaTensor:
         restored = MetaTensor(results).copy_meta_from(self.inputs)
         affines = torch.stack([torch.from_numpy(place.affine) for place in places])
-        batched = bool(self.inputs.is_batch)
+        batched = self._is_batch()
         restored.affine = affines if batched else affines[0]
         restored.applied_operations = [[] for _ in places] if batched else []
         return restored
@@ -347,9 +347,8 @@ class _Run:
     def _fit(self, source: TensorWindows) -> None:
         """Choose the windows per pass that keep to the limit, after a trial with one window."""
         probe = NetworkProbe()
-        logits = self._checked(
-            self.network(source.read(*self.places[0]).to(self.sw_device)), source.read(*self.places[0])
-        )
+        window = source.read(*self.places[0]).to(self.sw_device)
+        logits = self._checked(self.network(window, *self.args, **self.kwargs), window)
         classes = logits.shape[1]
         self.batch = fitting_batch(
             self.inferer.max_memory,
@@ -378,11 +377,15 @@ class _Run:
         each = {"labels": 1 if classes <= 256 else 4, "uint8": 1, "float16": 2}[self.inferer.output]
         return sum(math.prod(place.native_shape) for place in self._placements()) * channels * each
 
-    def _output_device(self) -> torch.device | str:
+    def _output_device(self) -> torch.device:
         if self.inferer.device is not None:
-            return self.inferer.device
+            return torch.device(self.inferer.device)
         limit = self.inferer.cpu_thresh
-        return "cpu" if limit is not None and self.images.shape[2:].numel() > limit else self.images.device
+        too_large = limit is not None and self.images[0, 0].numel() > limit
+        return torch.device("cpu") if too_large else self.images.device
+
+    def _is_batch(self) -> bool:
+        return bool(getattr(self.inputs, "is_batch", False))
 
     def _has_meta(self) -> bool:
         return isinstance(self.inputs, MetaTensor)
