@@ -1,6 +1,5 @@
 import gzip
 import logging
-from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -8,10 +7,9 @@ import pytest
 import SimpleITK
 import torch
 
-from medseg.errors import CaseError, GeometryError, MedsegError
+from medseg.errors import CaseError, GeometryError, RequestError
 from medseg.io import load, read_grid, streams
 
-AWKWARD = Path(__file__).parents[3] / "shared" / "data" / "awkward" / "nifti"
 AFFINE = np.array([[-2.0, 0, 0, 30], [0, 0, 1.5, -40], [0, 3, 0, 12], [0, 0, 0, 1]])
 
 
@@ -316,51 +314,60 @@ def test_nothing_is_logged_by_nibabel(tmp_path, values, caplog):
     assert caplog.text == ""
 
 
-FITS = "fits"
-SEVERAL = "values per voxel"
-
-
-@pytest.mark.data
-@pytest.mark.skipif(not AWKWARD.is_dir(), reason=f"needs the real files in {AWKWARD}")
 @pytest.mark.parametrize(
-    ("name", "outcome"),
+    ("dtype", "fields", "kept"),
     [
-        ("anatomical.nii", FITS),
-        ("chris_PD.nii.gz", FITS),
-        ("constant_8x8x8.nii.gz", FITS),
-        ("cord_t2.nii.gz", FITS),
-        ("cord_t2_seg.nii.gz", FITS),
-        ("disconnected_mask_8x8x8.nii.gz", FITS),
-        ("empty_mask_8x8x8.nii.gz", FITS),
-        ("example4d.nii.gz", f"2 {SEVERAL}"),
-        ("example_nifti2.nii.gz", f"2 {SEVERAL}"),
-        ("fmri_pitch.nii.gz", FITS),
-        ("full_mask_8x8x8.nii.gz", FITS),
-        ("functional.nii", f"20 {SEVERAL}"),
-        ("one_voxel_mask_8x8x8.nii.gz", FITS),
-        ("orientation_lps.nii.gz", FITS),
-        ("pcasl.nii.gz", f"10 {SEVERAL}"),
-        ("resampled_anat_moved.nii", "153 NaN and 0 infinite"),
-        ("standard.nii.gz", FITS),
+        (np.uint8, {}, torch.uint8),
+        (np.int8, {}, torch.int16),
+        (np.int16, {}, torch.int16),
+        (np.int16, {"scl_slope": 0}, torch.int16),
+        (np.uint16, {}, torch.int32),
+        (np.int32, {}, torch.int32),
+        (np.uint32, {}, torch.float32),
+        (np.float32, {}, torch.float32),
+        (np.float64, {}, torch.float32),
+        (np.int16, {"scl_slope": 2}, torch.float32),
+        (np.int16, {"scl_inter": -1024}, torch.float32),
     ],
 )
-def test_real_files_load_like_nibabel_or_are_refused_with_a_reason(name, outcome):
-    path = AWKWARD / name
-    if outcome == FITS:
-        image, reference = load(path, spatial_dims=3), nib.load(path)
-        assert np.array_equal(image[0].numpy(), reference.get_fdata(dtype=np.float32))
-        assert np.array_equal(image.affine.numpy(), reference.affine)
-        return
-    with pytest.raises(MedsegError) as error:
-        load(path)
+@pytest.mark.parametrize("endianness", ["<", ">"])
+def test_whole_numbers_stay_in_their_type_if_asked_for(tmp_path, values, dtype, fields, kept, endianness):
+    stored = (values // 8).astype(dtype)
+    change = setter(**{"scl_slope": 1, "scl_inter": 0, **fields})
+    path = save(tmp_path / "a.nii.gz", stored, change=change, endianness=endianness)
+    image = load(path, dtype="stored")
+    assert image.dtype == kept
+    assert np.array_equal(image.numpy(), load(path).numpy())
+    assert load(path).dtype == torch.float32
+    assert load(save(tmp_path / "b.nii", values), dtype="stored", label=True).dtype == torch.int32
+
+
+def test_other_types_cannot_be_asked_for(tmp_path, values):
+    with pytest.raises(RequestError, match="'float16'"):
+        load(save(tmp_path / "a.nii", values), dtype="float16")
+
+
+def test_one_volume_of_a_series_is_read_alone(tmp_path, values):
+    stack = np.stack([values, -values, values // 2], axis=-1)
+    path = save(tmp_path / "a.nii.gz", stack)
+    for index in range(3):
+        assert np.array_equal(load(path, index=index)[0].numpy(), stack[..., index])
+    assert np.array_equal(load(save(tmp_path / "b.nii", values), index=0)[0].numpy(), values)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "part"),
+    [
+        ((5, 6, 7, 3), {"index": 3}, "no volume 3, the last is 2"),
+        ((5, 6, 7, 3), {"index": -1}, "no volume -1"),
+        ((5, 6, 7), {"index": 1}, "one value per voxel: there is no volume 1"),
+        ((5, 6, 7, 3), {"index": 1, "channels": 3}, "expected 3"),
+        ((5, 6, 7, 2, 2), {"index": 1}, "2 x 2 values per voxel"),
+    ],
+)
+def test_volumes_that_a_series_does_not_have_are_refused(tmp_path, values, shape, options, part):
+    path = save(tmp_path / "a.nii", np.resize(values, shape))
+    with pytest.raises(CaseError) as error:
+        load(path, **options)
     assert str(path) in str(error.value)
-    assert outcome in str(error.value)
-
-
-@pytest.mark.data
-@pytest.mark.skipif(not AWKWARD.is_dir(), reason=f"needs the real files in {AWKWARD}")
-@pytest.mark.parametrize("name", ["example4d.nii.gz", "example_nifti2.nii.gz", "functional.nii", "pcasl.nii.gz"])
-def test_real_4d_files_load_as_channels_if_asked(name):
-    reference = nib.load(AWKWARD / name)
-    image = load(AWKWARD / name, channels=reference.shape[3])
-    assert np.array_equal(image.numpy(), np.moveaxis(reference.get_fdata(dtype=np.float32), -1, 0))
+    assert part in str(error.value)

@@ -10,8 +10,8 @@ import torch
 from monai.data import MetaTensor
 from PIL import Image
 
-from medseg.errors import CaseError, GeometryError, MedsegError, OutputError
-from medseg.io import load, nifti, streams, write_mask
+from medseg.errors import CaseError, GeometryError, MedsegError, OutputError, RequestError
+from medseg.io import load, nifti, streams, write_label_files, write_mask, write_probabilities
 
 AFFINE = np.array([[-1.6, 0, -0.9, 30], [1.2, 0, -1.2, -40], [0, 3, 0, 12], [0, 0, 0, 1]])
 # (first byte, length) of dim_info, pixdim, xyzt_units, and qform_code to the end of srow_z.
@@ -181,6 +181,106 @@ def test_masks_of_pictures_are_grey_png(tmp_path, suffix, largest, mode):
         assert (picture.format, picture.mode, picture.size) == ("PNG", mode, (7, 5))
         assert picture.getpixel((0, 4)) == largest
     assert np.array_equal(load(target, label=True)[0].numpy(), mask)
+
+
+@pytest.mark.parametrize("suffix", [".tif", ".tiff", ".TIF"])
+@pytest.mark.parametrize(("largest", "mode"), [(255, "L"), (65535, "I;16")])
+def test_masks_of_pictures_can_be_tiff(tmp_path, suffix, largest, mode):
+    like, target = tmp_path / "a.png", tmp_path / f"m{suffix}"
+    Image.new("RGB", (7, 5)).save(like)
+    mask = np.arange(35).reshape(7, 5)
+    mask[0, 4] = largest
+    write_mask(mask, target, like=like)
+    with Image.open(target) as picture:
+        assert (picture.format, picture.mode, picture.size) == ("TIFF", mode, (7, 5))
+    assert np.array_equal(SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(target))).T, mask)
+    assert np.array_equal(load(target, label=True)[0].numpy(), mask)
+
+
+@pytest.mark.parametrize("shape", [(5, 6), (5, 6, 1)])
+def test_one_slice_may_become_a_picture(tmp_path, mask, shape):
+    like = source(tmp_path / "a.nii.gz", shape)
+    write_mask(mask[..., :1].reshape(shape), tmp_path / "m.png", like=like)
+    assert np.array_equal(load(tmp_path / "m.png", label=True)[0].numpy(), mask[..., 0])
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir() if path.name != "a.nii.gz")
+
+
+def test_each_label_gets_a_file_with_a_safe_name(tmp_path, mask):
+    like = source(tmp_path / "a.nii.gz")
+    labels = {1: "liver", 2: "../left lung: upper/lobe", 5: "ab..senté"}
+    files = write_label_files(mask, tmp_path / "case.v2", like=like, labels=labels)
+    assert names(tmp_path) == [
+        "case.v2_ab..senté.nii.gz",
+        "case.v2_label_3.nii.gz",
+        "case.v2_left_lung_upper_lobe.nii.gz",
+        "case.v2_liver.nii.gz",
+    ]
+    assert sorted(files) == [1, 2, 3, 5]
+    for value, file in files.items():
+        assert np.array_equal(np.asarray(nib.load(file).dataobj), mask == value)
+        assert np.array_equal(nib.load(file).affine, AFFINE.astype(np.float32))
+
+
+@pytest.mark.parametrize(("path", "written"), [("case.mha", "case_one.mha"), ("sub/case", "sub/case_one.nii.gz")])
+def test_label_files_have_the_ending_of_the_path_or_of_the_image(tmp_path, mask, path, written):
+    like = source(tmp_path / "a.nii.gz")
+    assert write_label_files(mask > 2, tmp_path / path, like=like, labels={1: "one"}) == {1: tmp_path / written}
+    assert np.array_equal(load(tmp_path / written, label=True)[0].numpy(), mask > 2)
+
+
+def test_label_files_of_pictures_are_pictures(tmp_path):
+    Image.new("L", (7, 5)).save(tmp_path / "a.jpg")
+    files = write_label_files(np.eye(7, 5), tmp_path / "tile", like=tmp_path / "a.jpg")
+    assert files == {1: tmp_path / "tile_label_1.png"}
+    assert np.array_equal(load(files[1], label=True)[0].numpy(), np.eye(7, 5))
+
+
+@pytest.mark.parametrize(
+    ("labels", "part"), [({1: "a b", 2: "A_B"}, "would share one file"), ({-1: "x"}, "the value -1")]
+)
+def test_labels_that_cannot_have_a_file_are_refused_and_leave_nothing(tmp_path, mask, labels, part):
+    like = source(tmp_path / "a.nii.gz")
+    with pytest.raises(RequestError, match=part):
+        write_label_files(mask, tmp_path / "case", like=like, labels=labels)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "part"),
+    [
+        (lambda array: array[:, 1:], GeometryError, "(4, 6, 7)"),
+        (lambda array: array.astype(np.float64), CaseError, "float64"),
+        (lambda array: array.astype(np.int16), CaseError, "int16"),
+        (lambda array: array[0, 0], CaseError, "(6, 7)"),
+    ],
+)
+def test_what_is_no_map_of_probabilities_is_refused_and_leaves_nothing(tmp_path, mask, change, error, part):
+    like = source(tmp_path / "a.nii.gz")
+    with pytest.raises(error) as caught:
+        write_probabilities(change(np.stack([mask, mask]).astype(np.float32)), tmp_path / "m.nii.gz", like=like)
+    assert part in str(caught.value)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["m.mgz", "m.png", "m.txt", "a.nii.gz"])
+def test_probabilities_need_a_format_with_channels_and_a_name_of_their_own(tmp_path, mask, name):
+    like = source(tmp_path / "a.nii.gz")
+    before = like.read_bytes()
+    with pytest.raises(OutputError, match=name):
+        write_probabilities(np.stack([mask, mask]), tmp_path / name, like=like)
+    assert names(tmp_path) == []
+    assert like.read_bytes() == before
+
+
+def test_probabilities_may_be_tensors_of_half_precision(tmp_path, mask):
+    like = source(tmp_path / "a.nii.gz")
+    given = torch.rand((2, 5, 6, 7), generator=torch.Generator().manual_seed(0))
+    for dtype in (torch.float16, torch.bfloat16):
+        write_probabilities(given.to(dtype), tmp_path / "m.nii.gz", like=like)
+        assert torch.equal(load(tmp_path / "m.nii.gz", channels=2).as_tensor(), given.to(dtype).float())
 
 
 def test_an_older_mask_is_replaced_and_permissions_are_the_usual_ones(tmp_path, mask):

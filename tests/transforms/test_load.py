@@ -41,6 +41,15 @@ def test_images_are_float_and_labels_are_whole(case):
     assert isinstance(case["image"], str)
 
 
+def test_images_can_keep_the_type_of_their_file(tmp_path):
+    array = np.random.default_rng(0).integers(-1000, 1000, (4, 5, 6)).astype(np.int16)
+    paths = {key: volume(tmp_path / f"{key}.nii.gz", array) for key in ("image", "label")}
+    loaded = LoadCased(["image", "label"], dtype="stored")(paths)
+    assert loaded["image"].dtype == torch.int16
+    assert loaded["label"].dtype == torch.int32
+    assert np.array_equal(loaded["image"][0].numpy(), array)
+
+
 def test_other_programs_find_the_loader_by_its_type():
     assert isinstance(LoadCased("image"), LoadImaged)
 

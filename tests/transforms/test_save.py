@@ -8,6 +8,7 @@ from PIL import Image
 
 from medseg.errors import CaseError, GeometryError, OutputError, RequestError
 from medseg.io import load
+from medseg.io.names import mask_name
 from medseg.transforms import LoadCased, SaveMaskd
 
 AFFINE = np.diag([-1.0, -2, 3, 1])
@@ -172,3 +173,66 @@ def test_masks_are_written_after_a_batch_is_taken_apart(loaded, out, tmp_path):
     (item,) = decollate_batch(batch)
     SaveMaskd("pred", out)(Invertd("pred", transform=before, orig_keys="image")(item))
     assert np.array_equal(np.asarray(nib.load(out / "case.nii.gz").dataobj), loaded["pred"][0].numpy())
+
+
+@pytest.mark.parametrize(
+    ("output_format", "name"),
+    [("nrrd", "case1.nrrd"), ("mha", "case1.mha"), ("mgz", "case1.mgz"), ("nifti", "case1.nii.gz")],
+)
+@pytest.mark.parametrize("given", ["", "case1.nii.gz", "as written"])
+def test_the_format_of_masks_can_be_chosen(loaded, out, output_format, name, given):
+    """The case may carry the name of the mask, of the image, or none."""
+    loaded["name"] = name if given == "as written" else given
+    SaveMaskd("pred", out, output_format=output_format)(loaded)
+    name = name if given else name.replace("case1", "scan")
+    assert written(out) == [name]
+    assert torch.equal(load(out / name, label=True).as_tensor(), loaded["pred"].as_tensor().int())
+    assert np.allclose(load(out / name).affine, AFFINE)
+
+
+def test_labels_can_have_their_own_files_beside_the_mask(loaded, out):
+    loaded["name"] = "sub/case1.nii.gz"
+    SaveMaskd("pred", out, separate_labels=True, labels={"0": "background", "1": "liver"})(loaded)
+    assert written(out) == [f"sub/case1{part}.nii.gz" for part in ("", "_label_2", "_liver")]
+    liver = load(out / "sub" / "case1_liver.nii.gz", label=True)
+    assert torch.equal(liver[0].as_tensor() == 1, loaded["pred"][0].as_tensor() == 1)
+
+
+def test_the_whole_mask_is_written_when_its_parts_are_complete(loaded, out, monkeypatch):
+    def fail(*args, **options):
+        raise OutputError("the disk is full")
+
+    monkeypatch.setattr("medseg.transforms.save.write_label_files", fail)
+    with pytest.raises(OutputError, match="the disk is full"):
+        SaveMaskd("pred", out, separate_labels=True)(loaded)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"output_format": "nift"}, "'nift': use one of nifti"),
+        ({"output_format": "dicom-seg", "separate_labels": True}, "leave separate_labels out"),
+        ({"labels": {"liver": "1"}}, "by whole numbers"),
+    ],
+)
+def test_wrong_options_are_refused_at_once(out, options, part):
+    with pytest.raises(RequestError, match=part):
+        SaveMaskd("pred", out, **options)
+
+
+@pytest.mark.parametrize(
+    ("output_format", "module", "function"),
+    [("dicom-seg", "medseg.io.dicom_seg", "write_seg"), ("rtstruct", "medseg.io.rtstruct", "write_rtstruct")],
+)
+def test_dicom_objects_are_left_to_their_writers(loaded, out, tmp_path, monkeypatch, output_format, module, function):
+    calls = []
+    monkeypatch.setattr(
+        f"{module}.{function}", lambda mask, path, like, *, labels: calls.append((mask, path, like, labels))
+    )
+    SaveMaskd("pred", out, output_format=output_format, labels={"1": "liver"})(loaded)
+    ((mask, path, like, labels),) = calls
+    assert np.array_equal(mask, loaded["pred"][0].numpy())
+    assert path == out / mask_name("scan.nii.gz", output_format)
+    assert like == tmp_path / "scan.nii.gz"
+    assert labels == {1: "liver", 2: "label 2"}
