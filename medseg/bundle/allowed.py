@@ -26,7 +26,7 @@ MEDSEG: Final[Mapping[str, str]] = {
     "medseg.networks": "BANet UCTransNet UNet UNetPlusPlus",
     "medseg.losses": "BCEDiceLoss BoundaryMultiTaskLoss DeepSupervision SelfRegLoss SelfRegularizedLoss TrainingLoss",
     "medseg.transforms": "EdgeTruthd LoadCased MapLabelsd SaveMaskd SeparableSpacingd",
-    "medseg.inferers": "Ensemble MirrorTTA OverlapTileInferer RotationTTAInferer SlidingWindowInferer",
+    "medseg.inferers": "Ensemble MirrorTTA NativeInferer OverlapTileInferer RotationTTAInferer SlidingWindowInferer",
     "medseg.training": "Checkpoints ClipGradients SeedEpochs Tap TrainingOutputs WeightAverage seed_everything",
     "medseg.io": "find_cases find_dataset",
     "medseg.bundle.parts": "inside item load_weights on_device parameters run select_device start_from",

@@ -1,6 +1,7 @@
 """Inferers: from an image and a network to logits on the model grid."""
 
 from medseg.inferers.ensemble import Ensemble, MirrorTTA
+from medseg.inferers.native import NativeInferer
 from medseg.inferers.overlap_tile import OverlapTileInferer
 from medseg.inferers.rotations import RotationTTAInferer
 from medseg.inferers.sliding_window import SlidingWindowInferer
@@ -9,6 +10,7 @@ from medseg.inferers.windows import count_windows
 __all__ = [
     "Ensemble",
     "MirrorTTA",
+    "NativeInferer",
     "OverlapTileInferer",
     "RotationTTAInferer",
     "SlidingWindowInferer",

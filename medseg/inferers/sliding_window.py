@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import time
@@ -11,7 +10,7 @@ from typing import Any
 
 import monai.inferers
 import torch
-from monai.data import MetaTensor, decollate_batch
+from monai.data import MetaTensor
 from monai.data.utils import compute_importance_map
 from monai.utils import convert_to_dst_type
 
@@ -19,9 +18,7 @@ from medseg.errors import CaseError, RequestError
 from medseg.inferers.blend import Place, Slab, TensorWindows, in_batches, stream
 from medseg.inferers.foreground import windows_with_foreground
 from medseg.inferers.memory import Forecast, NetworkProbe, fitting_batch, parse_memory, resident_bytes
-from medseg.inferers.placement import Placement, find_placement
-from medseg.inferers.restore import Restorer
-from medseg.inferers.scores import ACTIVATIONS, OUTPUTS
+from medseg.inferers.native import NativeResult
 from medseg.inferers.windows import cut_windows, per_axis
 
 __all__ = ["SlidingWindowInferer"]
@@ -125,13 +122,10 @@ class SlidingWindowInferer(monai.inferers.SlidingWindowInferer):  # type: ignore
             buffer_dim,
             with_coord,
         )
-        _check_choice("output", output, OUTPUTS)
-        _check_choice("activation", activation, ACTIVATIONS)
         if foreground is not None and output == "logits":
             raise RequestError("'foreground' leaves voxels without logits: set output to 'labels'")
         self.output = output
-        self.activation = activation
-        self.threshold = threshold
+        self.native = NativeResult(output, activation, threshold)
         self.max_memory = parse_memory(max_memory)
         self.foreground = foreground
         self.precision = precision
@@ -213,7 +207,9 @@ class _Run:
 
     def _result(self, accumulators: torch.device | None) -> Any:
         slabs = self._slabs(accumulators)
-        return self._logits(slabs) if self.inferer.output == "logits" else self._restored(slabs)
+        if self.inferer.output == "logits":
+            return self._logits(slabs)
+        return self.inferer.native.of(slabs, self.inputs, self.windows.axis)
 
     def _slabs(self, accumulators: torch.device | None) -> Iterator[Slab]:
         self.done = 0
@@ -270,50 +266,10 @@ class _Run:
                 result = torch.empty(shape, dtype=self.images.dtype, device=self.device)
             planes = slice(slab.start, slab.start + slab.logits.shape[1])
             result[slab.image].movedim(self.windows.axis + 1, 1)[:, planes] = slab.logits.to(self.device, result.dtype)
-        like = MetaTensor([]).copy_meta_from(self.inputs, copy_attr=False) if self._has_meta() else self.images
+        if not isinstance(self.inputs, MetaTensor):
+            return result
+        like = MetaTensor([]).copy_meta_from(self.inputs, copy_attr=False)
         return convert_to_dst_type(result, like, device=self.device)[0]
-
-    def _restored(self, slabs: Iterator[Slab]) -> Any:
-        places = self._placements()
-        finished: list[torch.Tensor] = []
-        for _, planes in itertools.groupby(slabs, key=lambda slab: slab.image):
-            restorer: Restorer | None = None
-            for slab in planes:
-                restorer = restorer or self._restorer(places[len(finished)], slab)
-                restorer.add(slab)
-            if restorer is not None:
-                finished.append(restorer.result())
-        results = torch.stack(finished) if len(finished) > 1 else finished[0][None]
-        return self._on_native_grid(results, places) if self._has_meta() else results
-
-    def _restorer(self, placement: Placement, slab: Slab) -> Restorer:
-        return Restorer(
-            placement,
-            len(slab.logits),
-            axis=self.windows.axis,
-            output=self.inferer.output,
-            activation=self.inferer.activation,
-            threshold=self.inferer.threshold,
-            device=slab.logits.device,
-        )
-
-    def _placements(self) -> list[Placement]:
-        if not self._has_meta():
-            return [Placement.identity(self.windows.image_size)] * len(self.images)
-        each = decollate_batch(self.inputs) if self._is_batch() else list(self.inputs)
-        places = [find_placement(image) for image in each]
-        shapes = {place.native_shape for place in places}
-        if len(shapes) > 1:
-            raise RequestError(f"images loaded with different shapes {sorted(shapes)} in one batch: use batch size 1")
-        return places
-
-    def _on_native_grid(self, results: torch.Tensor, places: list[Placement]) -> MetaTensor:
-        restored = MetaTensor(results).copy_meta_from(self.inputs)
-        affines = torch.stack([torch.from_numpy(place.affine) for place in places])
-        batched = self._is_batch()
-        restored.affine = affines if batched else affines[0]
-        restored.applied_operations = [[] for _ in places] if batched else []
-        return restored
 
     def _places(self) -> list[Place]:
         numbers = range(len(self.images))
@@ -373,9 +329,7 @@ class _Run:
     def _result_bytes(self, classes: int) -> int:
         if self.inferer.output == "logits":
             return 4 * classes * self.images[:, 0].numel()
-        channels = classes if self.inferer.activation == "sigmoid" or self.inferer.output != "labels" else 1
-        each = {"labels": 1 if classes <= 256 else 4, "uint8": 1, "float16": 2}[self.inferer.output]
-        return sum(math.prod(place.native_shape) for place in self._placements()) * channels * each
+        return self.inferer.native.size_in_bytes(self.inputs, classes)
 
     def _output_device(self) -> torch.device:
         if self.inferer.device is not None:
@@ -384,20 +338,9 @@ class _Run:
         too_large = limit is not None and self.images[0, 0].numel() > limit
         return torch.device("cpu") if too_large else self.images.device
 
-    def _is_batch(self) -> bool:
-        return bool(getattr(self.inputs, "is_batch", False))
-
-    def _has_meta(self) -> bool:
-        return isinstance(self.inputs, MetaTensor)
-
 
 def _overlap(inferer: SlidingWindowInferer, images: torch.Tensor) -> tuple[float, ...]:
     overlap = tuple(float(value or 0.0) for value in per_axis(inferer.overlap, images.ndim - 2))
     if any(not 0 <= value < 1 for value in overlap):
         raise ValueError(f"overlap must be >= 0 and < 1, got {inferer.overlap}.")
     return overlap
-
-
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise RequestError(f"'{name}' is '{value}': choose one of {', '.join(choices)}")

@@ -21,7 +21,7 @@ from monai.transforms import (
 )
 
 from medseg.errors import RequestError
-from medseg.inferers import SlidingWindowInferer
+from medseg.inferers import NativeInferer, RotationTTAInferer, SlidingWindowInferer
 
 # A top class that wins by less than this in the reference may lose to rounding.
 TIE = 1e-5
@@ -208,3 +208,30 @@ def test_an_image_that_does_not_know_its_grid_is_refused() -> None:
 def test_networks_with_several_outputs_cannot_give_labels() -> None:
     with pytest.raises(RequestError, match="only output 'logits'"):
         SlidingWindowInferer((16, 16), output="labels")(torch.rand(1, 1, 20, 20), lambda x: (x, x))
+
+
+@pytest.mark.parametrize("case", ["coarser", "tilted, to the world's axes"])
+def test_other_inferers_are_brought_to_the_native_grid_alike(case) -> None:
+    directions, spacing, steps = CASES[case]
+    preprocessing = Compose([Orientationd("image", "RAS", labels=None), *steps])
+    batch = _batch(_loaded((36, 32, 28), directions, spacing), preprocessing)
+    settings, network = ((12, 16, 16), 2, 0.25, "gaussian"), _Blobs(4)
+    streamed = SlidingWindowInferer(*settings, output="labels")(batch["image"], network)
+    after = NativeInferer(MonaiInferer(*settings))(batch["image"], network)
+    assert torch.equal(after, streamed)
+    assert torch.equal(after.affine, streamed.affine)
+
+
+def test_rotations_come_to_the_native_grid_and_tell_their_progress() -> None:
+    preprocessing = Compose([Orientationd("image", "RAS", labels=None), _spacing((1.5, 1.5, 2.0))])
+    batch = _batch(_loaded((36, 32, 28), STRAIGHT, (0.8, 0.8, 1.5)), preprocessing)
+    turned = RotationTTAInferer(SlidingWindowInferer((16, 16, 16)), angles=[0, 90])
+    inferer, told = NativeInferer(turned), []
+    inferer.on_progress = lambda done, total: told.append(done / total)
+    assert inferer(batch["image"], _Blobs(3)).shape == (1, 1, 36, 32, 28)
+    assert told[-1] == 1
+
+
+def test_native_logits_are_not_offered() -> None:
+    with pytest.raises(RequestError, match="use the inferer itself"):
+        NativeInferer(MonaiInferer((16, 16)), output="logits")
