@@ -72,7 +72,9 @@ class _Image:
     label: Path
 
 
-def find_cases(path: StrPath | Sequence[StrPath], *, pattern: str | None = None) -> list[dict[str, str]]:
+def find_cases(
+    path: StrPath | Sequence[StrPath], *, pattern: str | None = None, output_format: str = ""
+) -> list[dict[str, str]]:
     """List the images to predict; `list_cases` also says what was left out.
 
     Args:
@@ -83,6 +85,8 @@ def find_cases(path: StrPath | Sequence[StrPath], *, pattern: str | None = None)
             DICOMDIR or of a zip archive is one case, and `folder::series` names one (see `open_series`).
         pattern: take only files whose name matches, such as `"*_t1.nii.gz"`; with a `/` in it, files whose path below
             the folder matches.
+        output_format: a key of `medseg.io.names.OUTPUT_FORMATS` that all masks are to have, by default each the one of
+            its image as far as that holds masks.
 
     Returns:
         One `{"image": ..., "name": ...}` per case, sorted by name: an absolute path, and the name of the mask relative
@@ -91,13 +95,24 @@ def find_cases(path: StrPath | Sequence[StrPath], *, pattern: str | None = None)
         series and the ending of its UID, such as `sub/3_12345678.nii.gz`.
 
     Raises:
-        RequestError: nothing was found, something does not exist, or two images would share one mask name.
+        RequestError: nothing was found, something does not exist, two images would share one mask name, or there is no
+            such format.
     """
-    return list_cases(path, pattern=pattern).cases
+    return list_cases(path, pattern=pattern, output_format=output_format).cases
 
 
-def list_cases(path: StrPath | Sequence[StrPath], *, pattern: str | None = None) -> CaseList:
+def list_cases(path: StrPath | Sequence[StrPath], *, pattern: str | None = None, output_format: str = "") -> CaseList:
     """List the images to predict like `find_cases`, together with what was left out and why."""
+    found = _list_cases(path, pattern)
+    if not output_format:
+        return found
+    named: dict[str, str] = {}
+    for case in found.cases:
+        _add_name(named, mask_name(case["name"], output_format), case["image"])
+    return CaseList([{"image": image, "name": name} for name, image in sorted(named.items())], found.left_out)
+
+
+def _list_cases(path: StrPath | Sequence[StrPath], pattern: str | None) -> CaseList:
     if not isinstance(path, str | os.PathLike):
         files = [_existing_file(absolute(item)) for item in path]
         _refuse_slices(files)
@@ -304,10 +319,11 @@ def _seen(left_out: Sequence[LeftOut]) -> str:
 def _named(images: Sequence[_Image], base: Path) -> dict[str, str]:
     named: dict[str, str] = {}
     for image in images:
-        name = mask_name(image.label.relative_to(base).as_posix())
-        if name in named:
-            raise RequestError(
-                f"{named[name]} and {image.image} would share the mask name {name}: rename or leave out one."
-            )
-        named[name] = image.image
+        _add_name(named, mask_name(image.label.relative_to(base).as_posix()), image.image)
     return named
+
+
+def _add_name(named: dict[str, str], name: str, image: str) -> None:
+    if name in named:
+        raise RequestError(f"{named[name]} and {image} would share the mask name {name}: rename or leave out one.")
+    named[name] = image

@@ -168,3 +168,29 @@ def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(RequestError, match="Permission denied"):
         find_cases(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("output_format", "expected"),
+    [
+        ("", ["a.nii.gz", "b.mha", "c.png", "sub/d.nrrd"]),
+        ("nrrd", ["a.nrrd", "b.nrrd", "c.nrrd", "sub/d.nrrd"]),
+        ("dicom-seg", ["a.seg.dcm", "b.seg.dcm", "c.seg.dcm", "sub/d.seg.dcm"]),
+    ],
+)
+def test_masks_are_named_by_the_format_that_is_asked_for(tmp_path, output_format, expected):
+    touch(tmp_path, "a.nii.gz", "b.mhd", "c.jpg", "sub/d.nhdr")
+    assert names(find_cases(tmp_path, output_format=output_format)) == expected
+
+
+def test_a_format_that_makes_two_masks_share_a_name_is_refused(tmp_path):
+    touch(tmp_path, "a.nii.gz", "a.nrrd")
+    assert names(find_cases(tmp_path)) == ["a.nii.gz", "a.nrrd"]
+    with pytest.raises(RequestError, match=r"would share the mask name a\.mha"):
+        find_cases(tmp_path, output_format="mha")
+
+
+def test_unknown_formats_are_refused(tmp_path):
+    touch(tmp_path, "a.nii.gz")
+    with pytest.raises(RequestError, match="'nift': use one of nifti"):
+        find_cases(tmp_path, output_format="nift")
