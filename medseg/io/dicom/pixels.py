@@ -101,8 +101,11 @@ def _decoded(stream: BinaryIO, header: Header) -> tuple[NDArray[Any], _Table | N
             table = _Table(luts[0], signed=header.signed) if luts else None
     except (MedsegError, MemoryError):
         raise
-    except Exception as error:  # decoders raise many types on damaged files
-        raise CaseError(_failure(header, error)) from error
+    except BaseException as error:
+        # Decoders raise many types on damaged files; those written in Rust panic with one that is no Exception.
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise CaseError(_failure(header, error)) from error
+        raise
     shape = (len(header.planes), header.rows, header.columns, *([3] if header.samples == 3 else []))
     if frames.size != np.prod(shape) or frames.dtype.kind not in "iu":
         raise CaseError(
@@ -122,13 +125,14 @@ def _complete_meta(content: Any) -> None:
     content.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if content.original_encoding[0] else explicit
 
 
-def _failure(header: Header, error: Exception) -> str:
+def _failure(header: Header, error: BaseException) -> str:
     for start, name, module in _DECODERS:
         if header.syntax.startswith(start) and importlib.util.find_spec(module) is None:
             return (
                 f'{header.source} is compressed as {name}, for which a decoder is missing: pip install "medseg[dicom]".'
             )
-    syntax = UID(header.syntax).name if header.syntax else "no transfer syntax"
+    with quiet():
+        syntax = UID(header.syntax).name if header.syntax else "no transfer syntax"
     reason = str(error).strip().splitlines()
     return (
         f"{header.source} cannot be decoded ({syntax}; {reason[0][:200] if reason else type(error).__name__}): it is "

@@ -202,8 +202,8 @@ def _parse(text: str, index: int | None) -> tuple[str, int | None]:
 def _select(groups: Sequence[Group], others: Sequence[Header], wanted: str, source: Path) -> Group:
     if not groups:
         seen = f"; {_list_others(others)}" if others else ""
-        kind = "is a folder that" if source.is_dir() else "is DICOM, but"
-        raise CaseError(f"{source} {kind} holds no image{seen}.")
+        kind = "is a folder that " if source.is_dir() else ""
+        raise CaseError(f"{source} {kind}holds no DICOM image{seen}.")
     found = [group for group in groups if not wanted or wanted in (group.uid, group.number, group.name)]
     if not found:
         found = [group for group in groups if _is_meant(group, wanted)]

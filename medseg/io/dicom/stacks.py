@@ -277,7 +277,8 @@ def _straight(
         return along * normal
     raise GeometryError(
         f"{source} is sheared: its slices shift by {aside:.3g} mm sideways for every {along:.3g} mm, as with a gantry "
-        f"tilted by {math.degrees(math.atan2(aside, along)):.1f} degrees. Resample it to a rectangular grid first."
+        f"tilted by {math.degrees(math.atan2(aside, along)):.1f} degrees. Resample it to a rectangular grid "
+        "first, as dcm2niix does."
     )
 
 

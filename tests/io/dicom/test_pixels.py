@@ -138,3 +138,20 @@ def test_a_codestream_of_another_size_than_the_header_is_refused(slice_of, save_
     ds.Rows = 50
     with pytest.raises(CaseError, match=r"cannot be decoded|decodes to"):
         load(save_image(ds, tmp_path / "a.dcm"))
+
+
+class PanicException(BaseException):
+    pass
+
+
+@pytest.mark.parametrize(("raised", "expected"), [(PanicException, CaseError), (KeyboardInterrupt, KeyboardInterrupt)])
+def test_a_decoder_that_panics_is_a_damaged_file_and_a_stop_of_the_user_is_not(
+    slice_of, save_image, tmp_path, monkeypatch, raised, expected
+):
+    def fail(*arguments, **options):
+        raise raised("index out of bounds")
+
+    path = save_image(slice_of(DEEP), tmp_path / "a.dcm")
+    monkeypatch.setattr(pixels.pydicom, "dcmread", fail)
+    with pytest.raises(expected, match="index out of bounds"):
+        load(path)

@@ -64,7 +64,7 @@ def test_awkward_series_load_in_their_place(name, shape, spacing, orientation, m
         ("mr_mixed_orientation", CaseError, "holds 2 series"),
         ("mr_rgb_j2k", CaseError, "in color"),
         ("mr_4d_two_volumes", CaseError, "not one volume but 2"),
-        ("reference_nifti", CaseError, "holds no image"),
+        ("reference_nifti", CaseError, "holds no DICOM image"),
         ("single", CaseError, "holds 4 series"),
         ("single/MR_truncated.dcm", CaseError, "need 8,192 bytes, 62 more than there are"),
         ("single/emri_small.dcm", CaseError, "10 frames and does not say where they lie"),

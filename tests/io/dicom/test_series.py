@@ -77,7 +77,7 @@ def test_names_that_cannot_be_read_are_refused(study, name):
 
 
 def test_objects_that_are_no_images_are_named(study):
-    with pytest.raises(CaseError, match=r"holds no image; seg\.dcm is a Segmentation object"):
+    with pytest.raises(CaseError, match=r"holds no DICOM image; seg\.dcm is a Segmentation object"):
         load(study[0] / "seg.dcm")
 
 

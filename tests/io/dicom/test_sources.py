@@ -87,7 +87,7 @@ def test_an_archive_reads_as_its_folder_and_is_not_unpacked(write_series, tmp_pa
         ({"inner": b"PK\x03\x04" + b"\0" * 200}, "archive within an archive"),
         ({"a/inner.tar.GZ": b"x"}, "archive within an archive"),
         ({"bomb.dcm": b"\0" * (17 << 20)}, "packed"),
-        ({"notes.txt": b"x"}, "holds no image"),
+        ({"notes.txt": b"x"}, "holds no DICOM image"),
     ],
 )
 def test_archives_that_hide_something_are_refused(tmp_path, files, part):
@@ -184,5 +184,5 @@ def test_what_is_no_dicom_file_is_refused(tmp_path):
     (tmp_path / "a.dcm").write_bytes(b"not DICOM at all")
     with pytest.raises(CaseError, match="no DICOM file"):
         load(tmp_path / "a.dcm")
-    with pytest.raises(CaseError, match="is a folder that holds no image"):
+    with pytest.raises(CaseError, match="is a folder that holds no DICOM image"):
         load(tmp_path)
