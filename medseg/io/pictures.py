@@ -2,14 +2,18 @@
 
 A picture's first axis is x (columns, left to right) and its second is y (rows, top to bottom), as in MONAI. It has no
 place in space, so its affine is the identity. Pixels stay where they are stored: an EXIF rotation is for display only
-and is not applied, because the mask has to lie on the stored pixels.
+and is not applied, because the mask has to lie on the stored pixels. A TIFF with an orientation of its own is refused,
+since some readers turn it and others do not.
 
 What loses nothing is converted, the rest is refused:
 
 * palette images become RGB; of a label the palette index is the label;
-* 1-bit images become 0 and 255; as a label 0 and 1;
+* images of 1, 2 and 4 bits become 0 to 255; of a label the stored number is the label;
 * an alpha channel is dropped where every pixel is opaque;
 * grey is repeated for a model of three channels, and color whose channels are equal becomes one channel.
+
+Pillow itself is silent where it reads less than is stored, or something else: color of 16 bits, further channels,
+numbers with or without sign. The TIFF's tags tell.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +40,15 @@ logger = logging.getLogger(__name__)
 
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
 _GREY_MODES = ("1", "L", "I", "F", "I;16", "I;16L", "I;16B", "I;16N")
-_TIFF_BITS_PER_SAMPLE = 258
+_TIFF_BITS_PER_SAMPLE, _TIFF_PHOTOMETRIC, _TIFF_ORIENTATION, _TIFF_SAMPLES, _TIFF_SAMPLE_FORMAT = (
+    258,
+    262,
+    274,
+    277,
+    339,
+)
+_UNSIGNED, _SIGNED = 1, 2
+_LOSSY = ("jpeg", "webp")
 
 
 def read_grid(path: Path, *, spatial_dims: int | None = None, max_voxels: int = MAX_VOXELS) -> Grid:
@@ -112,10 +124,34 @@ def _refuse_unsuited(picture: Image.Image, path: Path, label: bool) -> None:
     pages = getattr(picture, "n_frames", 1)
     if pages > 1:
         raise CaseError(f"{path} has {pages} pages: expected one picture per file. Split it.")
-    if label and picture.format == "JPEG":
+    if label and (picture.format == "JPEG" or picture.info.get("compression") in _LOSSY):
         raise CaseError(f"{path} is a label in JPEG, which changes labels when it compresses: store labels as PNG.")
     if picture.mode not in _GREY_MODES and _sample_bits(picture, path) > 8:
         raise CaseError(f"{path} has color of 16 bits, of which only 8 would be read: convert it to 8 bits yourself.")
+    if picture.format == "TIFF":
+        _refuse_tags(picture, path, label)
+
+
+def _refuse_tags(picture: Image.Image, path: Path, label: bool) -> None:
+    """Refuse TIFFs of which Pillow reads something else than is stored."""
+    orientation = _tag(picture, _TIFF_ORIENTATION, 1)
+    if orientation != 1:
+        raise CaseError(
+            f"{path} is stored turned or mirrored (TIFF orientation {orientation}), which programs treat differently: "
+            "store it upright."
+        )
+    stored, read = _tag(picture, _TIFF_SAMPLES, 1), len(picture.getbands())
+    if stored != read:
+        raise CaseError(f"{path} has {stored} values per pixel, of which {read} would be read: choose channels first.")
+    white_is_zero = _tag(picture, _TIFF_PHOTOMETRIC, 1) == 0
+    if white_is_zero and (label or _sample_bits(picture, path) > 8):
+        raise CaseError(f"{path} stores white as 0, which programs treat differently: invert it, with black as 0.")
+
+
+def _tag(picture: Image.Image, number: int, default: int) -> int:
+    tags: dict[int, int | tuple[int, ...]] = getattr(picture, "tag_v2", {})
+    value = tags.get(number, default)
+    return max(value) if isinstance(value, tuple) else value
 
 
 def _sample_bits(picture: Image.Image, path: Path) -> int:
@@ -123,8 +159,7 @@ def _sample_bits(picture: Image.Image, path: Path) -> int:
     if picture.format == "PNG":
         with path.open("rb") as file:
             return file.read(25)[24]
-    tags: dict[int, tuple[int, ...]] = getattr(picture, "tag_v2", {})
-    return max(tags.get(_TIFF_BITS_PER_SAMPLE, (8,)))
+    return _tag(picture, _TIFF_BITS_PER_SAMPLE, 8)
 
 
 def _image_pixels(picture: Image.Image, path: Path) -> NDArray[Any]:
@@ -136,28 +171,57 @@ def _image_pixels(picture: Image.Image, path: Path) -> NDArray[Any]:
         picture = picture.convert("RGB")
     if picture.mode != "RGB" and picture.mode not in _GREY_MODES:
         raise CaseError(f"{path} has the color mode {picture.mode}: expected grey or RGB. Convert it.")
-    return np.asarray(picture)
+    return _with_sign(np.asarray(picture), picture)
+
+
+def _with_sign(pixels: NDArray[Any], picture: Image.Image) -> NDArray[Any]:
+    """Give numbers the sign that the file says: Pillow takes 8 bits as unsigned and 32 bits as signed."""
+    numbers = _tag(picture, _TIFF_SAMPLE_FORMAT, 0)
+    if numbers == _SIGNED and pixels.dtype == np.uint8:
+        return pixels.view(np.int8)
+    if numbers in (0, _UNSIGNED) and pixels.dtype == np.int32 and _tag(picture, _TIFF_BITS_PER_SAMPLE, 0) == 32:
+        return pixels.view(np.uint32)
+    return pixels
 
 
 def _label_pixels(picture: Image.Image, path: Path) -> NDArray[Any]:
     """Return `(y, x)`, or `(y, x, 3)` of a color picture."""
     if picture.mode in ("P", "1"):
         return np.asarray(picture)
-    return _image_pixels(picture, path)
+    bits = _sample_bits(picture, path)
+    pixels = _image_pixels(picture, path)
+    if picture.mode == "L" and bits < 8:
+        # Pillow spreads the numbers of few bits over 0 to 255.
+        numbers: NDArray[Any] = pixels // (255 // (2**bits - 1))
+        return numbers
+    return pixels
 
 
 def _without_alpha(picture: Image.Image, path: Path) -> Image.Image:
     if not picture.has_transparency_data:
         return picture
+    if picture.mode.startswith("I"):
+        return _without_key(picture, path)
     whole = picture if picture.mode in ("LA", "RGBA") else picture.convert("RGBA")
     alpha = whole.getchannel("A")
     if alpha.getextrema() != (255, 255):
-        clear = int((np.asarray(alpha) < 255).sum())
-        raise CaseError(
-            f"{path} is transparent in {clear:,} of {math.prod(whole.size):,} pixels, so their color is undefined: "
-            "flatten it onto a background first."
-        )
+        _refuse_transparency(int((np.asarray(alpha) < 255).sum()), whole, path)
     return whole.convert("L" if picture.mode in ("1", "L", "LA") else "RGB")
+
+
+def _without_key(picture: Image.Image, path: Path) -> Image.Image:
+    """Return grey of 16 bits, which has no alpha in Pillow, if no pixel has the value that means transparent."""
+    clear = int((np.asarray(picture) == picture.info["transparency"]).sum())
+    if clear:
+        _refuse_transparency(clear, picture, path)
+    return picture
+
+
+def _refuse_transparency(clear: int, picture: Image.Image, path: Path) -> NoReturn:
+    raise CaseError(
+        f"{path} is transparent in {clear:,} of {math.prod(picture.size):,} pixels, so their color is undefined: "
+        "flatten it onto a background first."
+    )
 
 
 def _to_channels(planes: NDArray[Any], channels: int | None, path: Path) -> NDArray[Any]:

@@ -1,6 +1,7 @@
 import logging
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from PIL import Image, ImageCms
 
 from medseg.errors import CaseError, GeometryError
 from medseg.io import load, read_grid
+
+SLIDES = Path(__file__).parents[3] / "shared" / "data" / "awkward" / "wsi"
 
 
 @pytest.fixture
@@ -27,17 +30,20 @@ def channel_first(array):
     return array.T[None] if array.ndim == 2 else array.transpose(2, 1, 0)
 
 
-def png_of_16_bit_color(path):
-    """Write a PNG that Pillow itself cannot write: 2 x 1 pixels, RGB, 16 bits per sample."""
+def png_of_one_row(path, width, bits, color, row, *more):
+    """Write a PNG that Pillow itself cannot write; `color` is 0 for grey, 2 for RGB; `more` are chunks."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)
-    rows = b"\0" + struct.pack(">6H", *range(1000, 1006))
-    parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + parts)
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", width, 1, bits, color, 0, 0, 0)), *more]
+    parts += [(b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts))
     return path
+
+
+def png_of_16_bit_color(path):
+    return png_of_one_row(path, 2, 16, 2, struct.pack(">6H", *range(1000, 1006)))
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif", ".tiff", ".bmp"])
@@ -248,3 +254,120 @@ def test_max_voxels_can_be_lowered(tmp_path, pixels):
     path = save(tmp_path / "a.png", pixels)
     with pytest.raises(GeometryError, match="limit is 34"):
         load(path, max_voxels=34)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_few_bits_are_shades_or_the_labels_themselves(tmp_path, bits, suffix):
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".png":
+        png_of_one_row(path, 4, bits, 0, {2: b"\x1b", 4: b"\x01\x23"}[bits])
+    else:
+        tifffile = pytest.importorskip("tifffile")
+        tifffile.imwrite(path, np.arange(4, dtype=np.uint8)[None], bitspersample=bits, photometric="minisblack")
+    assert load(path, label=True).numpy().ravel().tolist() == [0, 1, 2, 3]
+    assert load(path).numpy().ravel().tolist() == [n * 255 // (2**bits - 1) for n in range(4)]
+
+
+def test_16_bit_grey_with_a_transparent_value_keeps_its_values_or_is_refused(tmp_path):
+    row = struct.pack(">3H", 1, 700, 65000)
+    path = png_of_one_row(tmp_path / "a.png", 3, 16, 0, row, (b"tRNS", struct.pack(">H", 5)))
+    assert load(path).numpy().ravel().tolist() == [1, 700, 65000]
+    path = png_of_one_row(tmp_path / "b.png", 3, 16, 0, row, (b"tRNS", struct.pack(">H", 700)))
+    with pytest.raises(CaseError, match="1 of 3 pixels"):
+        load(path)
+
+
+SHAPE = (5, 7)
+
+
+def numbers(dtype, *channels):
+    """Values over the whole range of a type, `(y, x[, C])`."""
+    generator = np.random.default_rng(0)
+    if np.dtype(dtype).kind == "f":
+        return generator.normal(0, 100, (*SHAPE, *channels)).astype(dtype)
+    limits = np.iinfo(dtype)
+    return generator.integers(limits.min, limits.max, (*SHAPE, *channels), dtype=dtype, endpoint=True)
+
+
+@pytest.mark.parametrize(
+    ("array", "options"),
+    [
+        (numbers(np.uint8), {}),
+        (numbers(np.int8), {}),
+        (numbers(np.uint16), {}),
+        (numbers(np.uint16), {"byteorder": ">"}),
+        (numbers(np.uint16) >> 4, {"bitspersample": 12}),
+        (numbers(np.int16), {}),
+        (numbers(np.uint32), {}),
+        (numbers(np.uint32), {"compression": "zlib"}),
+        (numbers(np.int32), {}),
+        (numbers(np.float32), {}),
+        (numbers(np.uint8, 3), {"photometric": "rgb"}),
+        (numbers(np.uint8, 3), {"photometric": "rgb", "tile": (16, 16)}),
+        (numbers(np.uint8, 3), {"photometric": "rgb", "bigtiff": True}),
+        (numbers(np.uint8, 3), {"photometric": "rgb", "compression": "lzw", "tile": (16, 16)}),
+        (numbers(np.uint8, 3), {"photometric": "rgb", "compression": "zlib", "predictor": True}),
+        (numbers(np.uint8, 3), {"photometric": "rgb", "compression": "zstd"}),
+        (numbers(np.uint8, 3), {"photometric": "rgb", "planarconfig": "separate"}),
+    ],
+    ids=lambda item: f"{item.dtype}-{item.ndim}" if isinstance(item, np.ndarray) else "-".join(map(str, item.values())),
+)
+def test_a_tiff_of_any_make_keeps_its_values(tmp_path, array, options):
+    tifffile = pytest.importorskip("tifffile")
+    path = tmp_path / "a.tif"
+    separate = options.get("planarconfig") == "separate"
+    tifffile.imwrite(path, np.moveaxis(array, -1, 0) if separate else array, **options)
+    assert np.array_equal(load(path).numpy(), channel_first(array).astype(np.float32))
+    if array.ndim == 2 and array.dtype.kind != "f" and array.max() <= np.iinfo(np.int32).max:
+        assert np.array_equal(load(path, label=True).numpy(), channel_first(array))
+
+
+@pytest.mark.parametrize(
+    ("array", "options", "message"),
+    [
+        (numbers(np.uint16, 3), {"photometric": "rgb"}, "color of 16 bits"),
+        (numbers(np.uint8, 4), {"photometric": "rgb", "extrasamples": ["unspecified"]}, "4 values per pixel"),
+        (numbers(np.uint8, 2), {"photometric": "minisblack", "planarconfig": "contig"}, "2 values per pixel"),
+        (numbers(np.uint16), {"photometric": "miniswhite"}, "white as 0"),
+        (numbers(np.uint8, 4)[None].repeat(3, 0)[..., 0], {"photometric": "minisblack"}, "3 pages"),
+        (numbers(np.float64), {}, "cannot be read"),
+        *(
+            (
+                numbers(np.uint8),
+                {"compression": packing, "extratags": [(274, "H", 1, turn, True)]},
+                f"orientation {turn}",
+            )
+            for packing in (None, "zlib")
+            for turn in (2, 3, 6, 8)
+        ),
+    ],
+)
+def test_what_pillow_would_read_otherwise_than_stored_is_refused(tmp_path, array, options, message):
+    tifffile = pytest.importorskip("tifffile")
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, array, **options)
+    with pytest.raises(CaseError, match=message) as error:
+        load(path)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(("options", "message"), [({"photometric": "miniswhite"}, "white as 0"), ({}, "label in JPEG")])
+def test_labels_that_a_tiff_would_change_are_refused(tmp_path, options, message):
+    tifffile = pytest.importorskip("tifffile")
+    path = tmp_path / "a.tif"
+    if options:
+        tifffile.imwrite(path, numbers(np.uint8), **options)
+    else:
+        save(path, numbers(np.uint8), compression="jpeg")
+    assert load(path).shape == (1, 7, 5)
+    with pytest.raises(CaseError, match=message) as error:
+        load(path, label=True)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.data
+@pytest.mark.skipif(not SLIDES.is_dir(), reason=f"real slides are not in {SLIDES}")
+def test_a_real_pyramid_is_no_picture():
+    with pytest.raises(CaseError, match="4 pages"):
+        load(SLIDES / "boxes.tiff")
