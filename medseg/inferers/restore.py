@@ -20,7 +20,7 @@ from medseg.inferers.oblique import ObliqueGrid
 from medseg.inferers.placement import Placement
 from medseg.inferers.scores import Decision, activate, background, decisions, empty_result, packed
 
-__all__ = ["Restorer"]
+__all__ = ["NativeGrid", "Plane", "Restorer", "StraightGrid"]
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from monai.data.utils import compute_importance_map
 from monai.utils import convert_to_dst_type
 
 from medseg.errors import CaseError, RequestError
+from medseg.inferers.backends import accelerate, reuse_memory
 from medseg.inferers.blend import Place, Slab, TensorWindows, in_batches, stream
 from medseg.inferers.foreground import windows_with_foreground
 from medseg.inferers.memory import Forecast, NetworkProbe, fitting_batch, parse_memory, resident_bytes
@@ -63,16 +64,18 @@ class SlidingWindowInferer(monai.inferers.SlidingWindowInferer):  # type: ignore
             refused before its windows start. Empty for no limit.
         foreground: run only windows with a voxel above this value, within the box of all such voxels; the rest is
             background. The windows lie elsewhere then, so results differ slightly. None runs all.
-        precision: "float32"; "bfloat16"; or "float16" on CUDA: arithmetic of the network.
-        memory_format: "contiguous" or "channels_last".
-        backend: what runs the network: "torch", "compile", "openvino" or "onnxruntime".
+        backend: what runs the network: None calls it as it is; "torch", "compile", "openvino" and "onnxruntime" run it
+            faster on windows of one size, with equal values but for rounding (see `medseg.inferers.backends`).
+        precision: arithmetic of a backend: "float32"; "bfloat16"; or "float16" on CUDA.
+        memory_format: order of the values in a backend: "contiguous" or "channels_last".
 
     Attributes:
         on_progress: called with (windows done, windows in all) after each forward pass.
         on_forecast: called with a `Forecast` after the first pass of each image.
 
     Raises:
-        RequestError: an unknown choice, or a preprocessing that cannot be undone (see `find_placement`).
+        RequestError: an unknown choice; precision or memory_format without a backend; or a preprocessing that cannot be
+            undone (see `find_placement`).
     """
 
     on_progress: Callable[[int, int], None] | None = None
@@ -101,9 +104,9 @@ class SlidingWindowInferer(monai.inferers.SlidingWindowInferer):  # type: ignore
         threshold: float = 0.5,
         max_memory: str | int = "",
         foreground: float | None = None,
+        backend: str | None = None,
         precision: str = "float32",
         memory_format: str = "contiguous",
-        backend: str = "torch",
     ) -> None:
         super().__init__(
             roi_size,
@@ -124,13 +127,15 @@ class SlidingWindowInferer(monai.inferers.SlidingWindowInferer):  # type: ignore
         )
         if foreground is not None and output == "logits":
             raise RequestError("'foreground' leaves voxels without logits: set output to 'labels'")
+        if backend is None and (precision, memory_format) != ("float32", "contiguous"):
+            raise RequestError("precision and memory_format are choices of a backend: set backend to 'torch'")
         self.output = output
         self.native = NativeResult(output, activation, threshold)
         self.max_memory = parse_memory(max_memory)
         self.foreground = foreground
+        self.backend = backend
         self.precision = precision
         self.memory_format = memory_format
-        self.backend = backend
         self._weights: dict[tuple[object, ...], torch.Tensor] = {}
 
     def __call__(self, inputs: torch.Tensor, network: Network, *args: Any, **kwargs: Any) -> Any:
@@ -190,11 +195,13 @@ class _Run:
 
     def result(self) -> Any:
         """Run all windows; where a GPU's memory does not hold the accumulators, once more with those on the CPU."""
+        if self.sw_device.type == "cpu":
+            with reuse_memory():
+                return self._result(None)
         try:
             return self._result(None)
         except torch.OutOfMemoryError:
-            if self.sw_device.type == "cpu":
-                raise
+            pass
         logger.warning("The GPU's memory is full: the accumulators move to the CPU, which takes longer.")
         torch.cuda.empty_cache()
         try:
@@ -284,14 +291,11 @@ class _Run:
         ]
 
     def _accelerated(self, network: Network) -> Network:
-        chosen = (self.inferer.backend, self.inferer.precision, self.inferer.memory_format)
-        if chosen == ("torch", "float32", "contiguous"):
+        if self.inferer.backend is None:
             return network
         if not isinstance(network, torch.nn.Module):
-            raise RequestError(f"backend, precision and memory_format need a network, not a {type(network).__name__}")
-        from medseg.inferers.backends import accelerate
-
-        return accelerate(
+            raise RequestError(f"a backend needs a network, and got a {type(network).__name__}: leave 'backend' out")
+        run: Network = accelerate(
             network,
             backend=self.inferer.backend,
             precision=self.inferer.precision,
@@ -299,6 +303,7 @@ class _Run:
             window_shape=(self.batch, self.images.shape[1], *self.windows.roi),
             device=self.sw_device,
         )
+        return run
 
     def _fit(self, source: TensorWindows) -> None:
         """Choose the windows per pass that keep to the limit, after a trial with one window."""
