@@ -114,7 +114,8 @@ def _long_table(header: Dataset, path: Path) -> list[int]:
 
 def _items(stream: BinaryIO, path: Path) -> set[int]:
     """Walk through the parts of compressed pixel data and return where they begin, from the first one on."""
-    begin, places = stream.tell(), set()
+    begin = stream.tell()
+    places: set[int] = set()
     size = path.stat().st_size
     while True:
         place = stream.tell()
