@@ -136,7 +136,7 @@ class _Packer:
         self._stream = stream
         self._deflater = isal_zlib.compressobj(_LEVEL)
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: memoryview) -> int:
         """Pack some bytes; return their number."""
         self._stream.write(self._deflater.compress(data))
         return len(data)

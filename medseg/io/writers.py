@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from medseg.errors import CaseError, GeometryError, OutputError, RequestError
 from medseg.files import replacing
 from medseg.io.geometry import Grid
-from medseg.io.names import WRITTEN, StrPath, absolute, file_kind, mask_name, split_suffix
+from medseg.io.names import OUTPUT_FORMATS, WRITTEN, StrPath, absolute, file_kind, mask_name, split_suffix
 from medseg.io.readers import read_grid
 from medseg.io.voxels import label_values, smallest_label_type
 
@@ -106,7 +106,7 @@ def write_label_files(
     """
     array = to_numpy(mask)
     stem, suffix = split_suffix(absolute(path).name)
-    suffix = suffix or split_suffix(mask_name(Path(like).name))[1]
+    suffix = suffix or split_suffix(mask_name(Path(like).name))[1] or OUTPUT_FORMATS["nifti"]
     values = {*label_values(array, absolute(like)), *(labels or {})} - {0}
     files = {
         value: absolute(path).with_name(f"{stem}_{name}{suffix}")

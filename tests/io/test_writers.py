@@ -11,7 +11,7 @@ from monai.data import MetaTensor
 from PIL import Image
 
 from medseg.errors import CaseError, GeometryError, MedsegError, OutputError, RequestError
-from medseg.io import load, nifti, streams, write_label_files, write_mask, write_probabilities
+from medseg.io import load, nifti, read_grid, streams, write_label_files, write_mask, write_probabilities
 
 AFFINE = np.array([[-1.6, 0, -0.9, 30], [1.2, 0, -1.2, -40], [0, 3, 0, 12], [0, 0, 0, 1]])
 # (first byte, length) of dim_info, pixdim, xyzt_units, and qform_code to the end of srow_z.
@@ -236,6 +236,14 @@ def test_label_files_of_pictures_are_pictures(tmp_path):
     files = write_label_files(np.eye(7, 5), tmp_path / "tile", like=tmp_path / "a.jpg")
     assert files == {1: tmp_path / "tile_label_1.png"}
     assert np.array_equal(load(files[1], label=True)[0].numpy(), np.eye(7, 5))
+
+
+def test_label_files_of_what_has_no_ending_are_nifti(tmp_path, mask, monkeypatch):
+    like = source(tmp_path / "a.nii.gz")
+    monkeypatch.setattr("medseg.io.writers.read_grid", lambda path, **options: read_grid(like))
+    files = write_label_files(mask > 0, tmp_path / "case", like=tmp_path / "folder")
+    assert files == {1: tmp_path / "case_label_1.nii.gz"}
+    assert np.array_equal(np.asarray(nib.load(files[1]).dataobj), mask > 0)
 
 
 @pytest.mark.parametrize(
