@@ -1,5 +1,7 @@
 """Inferers: from an image and a network to logits on the model grid."""
 
+from medseg.inferers.allocator import reuse_memory
+from medseg.inferers.backends import accelerate
 from medseg.inferers.ensemble import Ensemble, MirrorTTA
 from medseg.inferers.native import NativeInferer
 from medseg.inferers.overlap_tile import OverlapTileInferer
@@ -14,5 +16,7 @@ __all__ = [
     "OverlapTileInferer",
     "RotationTTAInferer",
     "SlidingWindowInferer",
+    "accelerate",
     "count_windows",
+    "reuse_memory",
 ]

@@ -1,0 +1,391 @@
+"""Run a network on windows of one shape: eagerly, compiled, or by another engine.
+
+What each back end does on a CPU, and why:
+
+- "torch" with float32 calls oneDNN for every 3D convolution (torch itself takes a slower one for single windows with
+  few voxels) and normalizes instances as groups of one channel: the same arithmetic in a faster kernel.
+- "compile" has torch inductor fuse norms and activations, with weights laid out for oneDNN. The first window takes up
+  to minutes; it needs a C++ compiler.
+- "openvino" and "onnxruntime" run an exported copy of the network.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import importlib
+import logging
+import math
+import os
+import tempfile
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+from weakref import WeakKeyDictionary
+
+import torch
+from monai.data import MetaTensor
+from torch import Tensor, nn
+
+from medseg.errors import MedsegError, RequestError, SizeError
+from medseg.inferers.allocator import reuse_memory
+from medseg.inferers.faster_layers import with_faster_layers
+
+__all__ = ["BACKENDS", "MEMORY_FORMATS", "PRECISIONS", "accelerate", "reuse_memory"]
+
+BACKENDS: Final = ("torch", "compile", "openvino", "onnxruntime")
+PRECISIONS: Final = ("float32", "bfloat16", "float16")
+MEMORY_FORMATS: Final = ("contiguous", "channels_last")
+
+logger = logging.getLogger(__name__)
+
+Runner = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What `accelerate` was asked for."""
+
+    backend: str
+    precision: str
+    memory_format: str
+    window_shape: tuple[int, ...]
+    device: torch.device
+    cache_dir: Path | None
+
+    @property
+    def static_shape(self) -> tuple[int, ...]:
+        """The shape of a pass, for engines that fix it: volumes alone on a CPU, where more at a time gain nothing."""
+        alone = self.device.type == "cpu" and math.prod(self.window_shape[2:]) >= _LARGE_WINDOW
+        return (1 if alone else self.window_shape[0], *self.window_shape[1:])
+
+    @property
+    def layout(self) -> torch.memory_format:
+        if self.memory_format == "contiguous":
+            return torch.contiguous_format
+        return torch.channels_last_3d if len(self.window_shape) == 5 else torch.channels_last
+
+    def autocast(self) -> torch.autocast:
+        dtype = {"float16": torch.float16}.get(self.precision, torch.bfloat16)
+        return torch.autocast(self.device.type, dtype, enabled=self.precision != "float32")
+
+
+_LARGE_WINDOW: Final = 2**16  # voxels
+_KEPT: Final = 4  # runners of one network, for windows of several shapes
+_Kept = dict[_Request, tuple[object, Runner]]
+_KEPT_RUNNERS: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()
+
+
+def accelerate(
+    network: nn.Module,
+    *,
+    backend: str = "torch",
+    precision: str = "float32",
+    memory_format: str = "contiguous",
+    window_shape: tuple[int, ...],
+    device: torch.device | str = "cpu",
+    cache_dir: Path | str | None = None,
+) -> Runner:
+    """Return a function from windows `(n, C, *roi)` to the network's float32 output, with n up to N.
+
+    The network itself is left as it is. What took time to build is kept as long as the network lives, and built anew
+    when its weights have changed.
+
+    Args:
+        network: in evaluation mode, on `device`.
+        backend: one of `BACKENDS`; "openvino" and "onnxruntime" for the CPU.
+        precision: one of `PRECISIONS`. "bfloat16" computes convolutions in bfloat16 and the rest as autocast decides;
+            "float16" is for CUDA. ONNX Runtime knows "float32" only.
+        memory_format: one of `MEMORY_FORMATS`, for "torch" and "compile"; the others choose their own.
+        window_shape: `(N, C, *roi)`.
+        device: where the network and the windows are.
+        cache_dir: folder where "compile" and "openvino" keep what they built for other processes.
+
+    Returns:
+        The function. It makes no gradients. "torch" passes further arguments on to the network.
+
+    Raises:
+        RequestError: an unknown or impossible choice, a missing package, or a network that cannot be exported.
+    """
+    request = _Request(
+        _chosen("backend", backend, BACKENDS),
+        _chosen("precision", precision, PRECISIONS),
+        _chosen("memory_format", memory_format, MEMORY_FORMATS),
+        tuple(int(n) for n in window_shape),
+        torch.device(device),
+        None if cache_dir is None else Path(cache_dir),
+    )
+    _check(network, request)
+    if request.backend == "torch" and request.memory_format == "contiguous":
+        return _torch(network, request)
+    kept = _KEPT_RUNNERS.setdefault(network, {})
+    state = _fingerprint(network)
+    if request not in kept or kept[request][0] != state:
+        runner = _BUILDERS[request.backend](network, request)
+        kept.pop(request, None)
+        while len(kept) >= _KEPT:
+            kept.pop(next(iter(kept)))
+        kept[request] = (state, runner)
+    return kept[request][1]
+
+
+# Requests
+
+
+def _chosen(option: str, value: str, choices: tuple[str, ...]) -> str:
+    if value in choices:
+        return value
+    close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.4)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    raise RequestError(f"{option}={value!r} is not known.{hint} Choose one of {', '.join(map(repr, choices))}.")
+
+
+def _check(network: nn.Module, request: _Request) -> None:
+    shape, cpu = request.window_shape, request.device.type == "cpu"
+    if len(shape) not in (4, 5) or min(shape) < 1:
+        raise RequestError(f"window_shape={shape} must be (N, C, *roi) with two or three axes, all from 1 up.")
+    engine = request.backend in ("openvino", "onnxruntime")
+    if engine and not cpu:
+        raise RequestError(
+            f"backend={request.backend!r} runs on the CPU, not on {request.device}. Choose 'torch' or 'compile' there."
+        )
+    if request.precision == "float16" and cpu:
+        raise RequestError("precision='float16' needs CUDA. Choose 'bfloat16' or 'float32' on the CPU.")
+    if request.backend == "onnxruntime" and request.precision != "float32":
+        raise RequestError(
+            f"backend='onnxruntime' computes in float32, not in {request.precision}. Choose 'openvino', 'compile' or "
+            "'torch' for that."
+        )
+    if network.training and request.backend != "torch":
+        raise RequestError(
+            f"{type(network).__name__} is in training mode, which backend={request.backend!r} would freeze. Call "
+            "network.eval() first."
+        )
+
+
+def _fingerprint(network: nn.Module) -> tuple[object, ...]:
+    """Return what changes with the weights (also when changed behind autograd's back) and with the threads."""
+    tensors = (*network.parameters(), *network.buffers())
+    return torch.get_num_threads(), *((t.data_ptr(), tuple(t.shape), t.dtype, _checksum(t)) for t in tensors)
+
+
+def _checksum(tensor: Tensor) -> int:
+    # As bytes, for NumPy knows no bfloat16
+    return zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+# torch
+
+
+def _torch(network: nn.Module, request: _Request) -> Runner:
+    if request.device.type == "cpu" and request.precision == "float32":
+        network = with_faster_layers(network, convolutions=True)
+    if request.memory_format != "contiguous":
+        network = _laid_out(network, request.layout)
+
+    def run(windows: Tensor, *args: Any, **kwargs: Any) -> Any:
+        # Not inference mode: what it returns cannot be changed in place outside of it
+        with torch.no_grad(), request.autocast():
+            return _as_float(network(_plain(windows).contiguous(memory_format=request.layout), *args, **kwargs))
+
+    return run
+
+
+def _laid_out(network: nn.Module, layout: torch.memory_format) -> nn.Module:
+    own = copy.deepcopy(network)
+    for parameter in own.parameters():
+        if parameter.dim() == (5 if layout == torch.channels_last_3d else 4):
+            parameter.data = parameter.data.contiguous(memory_format=layout)
+    return own
+
+
+# torch.compile
+
+
+def _compile(network: nn.Module, request: _Request) -> Runner:
+    """Compile, and run once to see that it works; without a working compiler the network runs eagerly."""
+    eager = _torch(network, request)
+    own = copy.deepcopy(network) if request.memory_format == "contiguous" else _laid_out(network, request.layout)
+    # Frozen weights are laid out for oneDNN once; on a GPU they would only take memory twice.
+    compiled = torch.compile(own, dynamic=False, options={"freezing": request.device.type == "cpu"})
+
+    def run(windows: Tensor) -> Any:
+        with torch.no_grad(), request.autocast():
+            return _as_float(compiled(windows.contiguous(memory_format=request.layout)))
+
+    try:
+        with _quiet(), _environment("TORCHINDUCTOR_CACHE_DIR", request.cache_dir):
+            run(torch.zeros(request.static_shape, device=request.device))
+    except (MedsegError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        logger.warning(
+            "%s runs without compilation, which failed: %s. It needs a C++ compiler (g++ or clang).",
+            type(network).__name__,
+            _reason(error),
+        )
+        return eager
+    return _static(run, request)
+
+
+# Other engines
+
+
+def _openvino(network: nn.Module, request: _Request) -> Runner:
+    openvino = _imported("openvino", "openvino")
+    config: dict[str, Any] = {
+        "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[request.precision],
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+        # Pinned threads of two processes would share cores while others idle.
+        "ENABLE_CPU_PINNING": False,
+    }
+    if request.cache_dir is not None:
+        config["CACHE_DIR"] = str(request.cache_dir)
+    # The converter reports its use to its makers unless it believes itself in continuous integration.
+    with _exporting(network, request), _environment("CI", "true"):
+        # Its own instance norm adds up with an error of 1e-4 and more; its group norm does not.
+        model = openvino.convert_model(_exported(with_faster_layers(network, convolutions=False), request))
+        model.reshape(list(request.static_shape))
+        compiled = openvino.Core().compile_model(model, "CPU", config)
+    infer = compiled.create_infer_request()
+    shape = tuple(compiled.output(0).shape)
+
+    def run(windows: Tensor) -> Tensor:
+        result = torch.empty(shape)
+        infer.set_input_tensor(openvino.Tensor(windows.contiguous().numpy(), shared_memory=True))
+        infer.set_output_tensor(openvino.Tensor(result.numpy(), shared_memory=True))
+        infer.infer()
+        return result
+
+    return _static(run, request)
+
+
+def _onnxruntime(network: nn.Module, request: _Request) -> Runner:
+    runtime = _imported("onnxruntime", "onnx")
+    for needed in ("onnx", "onnxscript"):
+        _imported(needed, "onnx")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = 3
+    with _exporting(network, request), tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "network.onnx"
+        program: Any = torch.onnx.export(_exported(network, request), dynamo=True, verbose=False)
+        program.save(path)
+        session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+
+    def run(windows: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {name: windows.contiguous().numpy()})[0])
+
+    return _static(run, request)
+
+
+_BUILDERS: Final[dict[str, Callable[[nn.Module, _Request], Runner]]] = {
+    "torch": _torch,
+    "compile": _compile,
+    "openvino": _openvino,
+    "onnxruntime": _onnxruntime,
+}
+
+
+def _exported(network: nn.Module, request: _Request) -> torch.export.ExportedProgram:
+    example = torch.zeros(request.static_shape)
+    with torch.no_grad():
+        return torch.export.export(network, (example,))
+
+
+@contextmanager
+def _exporting(network: nn.Module, request: _Request) -> Iterator[None]:
+    """Turn what exporters raise into one line, and keep them quiet."""
+    try:
+        with _quiet():
+            yield
+    except MedsegError:
+        raise
+    except Exception as error:
+        raise RequestError(
+            f"{type(network).__name__} cannot be exported for backend={request.backend!r}: {_reason(error)}. Choose "
+            "backend='torch'."
+        ) from error
+
+
+def _static(run: Callable[[Tensor], Any], request: _Request) -> Runner:
+    """Return a function for any number of windows, from one for a fixed shape."""
+    shape = request.static_shape
+
+    def runner(windows: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            raise RequestError(f"backend={request.backend!r} takes windows and no further arguments: choose 'torch'.")
+        windows = _plain(windows)
+        if tuple(windows.shape[1:]) != shape[1:]:
+            raise SizeError(f"Windows of {tuple(windows.shape[1:])} came to a network built for {shape[1:]}.")
+        parts = [run(_filled(part, shape[0])) for part in torch.split(windows.float(), shape[0])]
+        return parts[0][: len(windows)] if len(parts) == 1 else torch.cat(parts)[: len(windows)]
+
+    return runner
+
+
+def _filled(windows: Tensor, count: int) -> Tensor:
+    if len(windows) == count:
+        return windows
+    return torch.cat([windows, windows.new_zeros(count - len(windows), *windows.shape[1:])])
+
+
+# Small helpers
+
+
+def _plain(windows: Tensor) -> Tensor:
+    return windows.as_tensor() if isinstance(windows, MetaTensor) else windows
+
+
+def _as_float(output: Any) -> Any:
+    return output.float() if isinstance(output, Tensor) else output
+
+
+def _reason(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}".rstrip(":. ")
+
+
+def _imported(name: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise RequestError(f'This back end needs {name}: pip install "medseg[{extra}]".') from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the warnings and log lines of exporters and compilers: nothing in them is for a user."""
+    noisy = [logging.getLogger(name) for name in ("torch", "torch.onnx", "onnxscript", "onnx_ir", "openvino")]
+    levels = [log.level for log in noisy]
+    try:
+        for log in noisy:
+            log.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for log, level in zip(noisy, levels, strict=True):
+            log.setLevel(level)
+
+
+@contextmanager
+def _environment(name: str, value: Path | str | None) -> Iterator[None]:
+    """Set an environment variable for a while; None leaves it as it is."""
+    before = os.environ.get(name)
+    try:
+        if value is not None:
+            os.environ[name] = str(value)
+        yield
+    finally:
+        if value is not None:
+            os.environ.pop(name, None)
+            if before is not None:
+                os.environ[name] = before
