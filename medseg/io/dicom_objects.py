@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import uuid
 import warnings
@@ -24,6 +25,7 @@ import numpy as np
 import pydicom
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
+from pydicom.filereader import read_file_meta_info, read_partial
 
 from medseg.errors import CaseError, GeometryError, MedsegError, RequestError
 from medseg.io.geometry import Grid
@@ -51,12 +53,15 @@ __all__ = [
     "write_object",
 ]
 
+logger = logging.getLogger(__name__)
+
 SeriesLike: TypeAlias = "str | os.PathLike[str] | Series"
 LabelKeys: TypeAlias = Mapping[str, int] | Mapping[int, int] | Mapping[str | int, int]
 OnOverlap: TypeAlias = Literal["refuse", "later"]
 
 _NAMESPACE = uuid.UUID("6f0d1a4e-3b0f-5d52-9a55-0f6f0a5c7c1e")
 _NOT_READ = ("1.2.840.10008.1.2.2", "1.2.840.10008.1.2.1.99")
+_UNDEFINED_LENGTH = 0xFFFFFFFF
 _LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 # Modules Patient, Clinical Trial Subject and Study, General Study and Patient Study; these may be empty, not missing.
 _EMPTY_IF_MISSING = (
@@ -77,11 +82,16 @@ class SourceSeries:
 
     Attributes:
         series: its images and their places.
-        frame_of_reference: its UID; for a series without one, a UID derived from that of the series.
+        uid: Series Instance UID; this and the next two are derived from the UIDs of the images where these do not tell
+            them, as after some anonymization.
+        study_uid: Study Instance UID.
+        frame_of_reference: Frame of Reference UID.
         header: the elements of its first image, without the pixels.
     """
 
     series: Series
+    uid: str
+    study_uid: str
     frame_of_reference: str
     header: Dataset
 
@@ -109,16 +119,23 @@ def open_source(like: SeriesLike) -> SourceSeries:
     from medseg.io.dicom import open_series
 
     series = open_series(like) if isinstance(like, str | os.PathLike) else like
+    first = series.files[0]
     if not series.placed:
-        raise GeometryError(f"Series {series.uid} does not say where its images lie: expected positions and axes.")
-    uids = [series.uid, series.study_uid, *(item.header.sop_uid for item in series.slices)]
-    if not all(uids):
-        raise CaseError(f"{series.files[0]} belongs to a series with images without UIDs: nothing can refer to them.")
-    with reading(series.files[0]):
+        raise GeometryError(f"{first} does not say where it lies in space: expected a position and axes.")
+    images = [item.header.sop_uid for item in series.slices]
+    if not all(images):
+        raise CaseError(
+            f"{first} belongs to a series of which images have no SOPInstanceUID: nothing can refer to them."
+        )
+    with reading(first):
         header: Dataset = next(series.headers())
         header.decode()
-    frame = series.frame_of_reference or derived_uid("frame of reference", series.uid)
-    return SourceSeries(series, frame, header)
+    told = {"series": series.uid, "study": series.study_uid, "frame of reference": series.frame_of_reference}
+    missing = [name for name, uid in told.items() if not uid]
+    if missing:
+        logger.warning("%s has no UID of its %s: derived from those of the images.", first, " and ".join(missing))
+    uid, study_uid, frame = (uid or derived_uid(name, *sorted(images)) for name, uid in told.items())
+    return SourceSeries(series, uid, study_uid, frame, header)
 
 
 def derived_uid(*parts: object) -> str:
@@ -147,7 +164,7 @@ def check_mask(mask: NDArray[Any], labels: Mapping[int, Any], source: SourceSeri
         raise RequestError(f"Labels are given for {sorted(labels)}: expected one or more values from 1 to 65535.")
     if mask.shape != source.grid.shape:
         raise GeometryError(
-            f"The mask has the shape {mask.shape}, but series {source.series.uid} has {source.grid.describe()}: they "
+            f"The mask has the shape {mask.shape}, but series {source.uid} has {source.grid.describe()}: they "
             "must lie voxel on voxel."
         )
     found = np.unique(mask)
@@ -167,7 +184,7 @@ def add_patient_and_study(target: Dataset, source: SourceSeries) -> None:
                 target[keyword] = source.header[keyword]
             elif keyword in _EMPTY_IF_MISSING.split():
                 setattr(target, keyword, "")
-    target.StudyInstanceUID = source.series.study_uid
+    target.StudyInstanceUID = source.study_uid
     target.SpecificCharacterSet = "ISO_IR 192"
 
 
@@ -208,10 +225,10 @@ def read_object(file: Path, kinds: Collection[str], what: str) -> Dataset:
     """
     if not file.is_file():
         raise CaseError(f"{file} does not exist, or is no file: check the path.")
-    meta = pydicom.filereader.read_file_meta_info(file)
+    meta = read_file_meta_info(file)
     if str(meta.get("TransferSyntaxUID", "")) in _NOT_READ:
         raise CaseError(f"{file} is stored deflated or big-endian: convert it, for instance by dcmconv +te.")
-    dataset = pydicom.dcmread(file)
+    dataset = _read_whole(file)
     kind = str(dataset.get("SOPClassUID", ""))
     if kind not in kinds:
         raise CaseError(f"{file} is a DICOM object of the kind {kind or 'none'}: expected {what}, {min(kinds)}.")
@@ -242,7 +259,7 @@ def check_same_frame(found: str, source: SourceSeries, what: str) -> None:
     if found != source.frame_of_reference:
         own = source.series.frame_of_reference or "none"
         raise GeometryError(
-            f"{what} lies in frame of reference {found or 'none'}, series {source.series.uid} in {own}: their "
+            f"{what} lies in frame of reference {found or 'none'}, series {source.uid} in {own}: their "
             "coordinates have nothing to do with each other. Give the series that it was drawn on."
         )
 
@@ -337,6 +354,20 @@ def voxel_points(affine: NDArray[np.float64], points: NDArray[np.float64]) -> ND
 
 def _same(key: str | int, name: str) -> bool:
     return isinstance(key, str) and key.strip().casefold() == name.strip().casefold()
+
+
+def _read_whole(file: Path) -> Dataset:
+    """Parse a file; pydicom alone takes what there is of one that is cut short, and memory for what it claims."""
+    size = file.stat().st_size
+
+    def refuse_beyond_end(tag: int, _representation: str | None, length: int) -> bool:
+        missing = stream.tell() + length - size if length != _UNDEFINED_LENGTH else 0
+        if missing > 0:
+            raise CaseError(f"{file} is cut short: {missing:,} bytes of element {tag:08X} are missing. Copy it again.")
+        return False
+
+    with file.open("rb") as stream:
+        return read_partial(stream, stop_when=refuse_beyond_end)
 
 
 def _damage(error: Exception) -> str:

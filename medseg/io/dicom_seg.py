@@ -92,9 +92,7 @@ def write_seg(
     source = open_source(like)
     terms = {value: segment_term(labels[value]) for value in sorted(labels)}
     pixels = _fractions(mask, terms, source) if fractional else _numbers(mask, terms, source)
-    uid = derived_uid(
-        "seg", source.series.uid, *source.references(), *terms.items(), algorithm, version, digest(pixels)
-    )
+    uid = derived_uid("seg", source.uid, *source.references(), *terms.items(), algorithm, version, digest(pixels))
     dataset = _segmentation(pixels, source, terms, uid, (algorithm, version))
     _complete(dataset, source, uid, created or datetime.now())
     target = absolute(path)
@@ -170,7 +168,7 @@ def _fractions(mask: NDArray[Any], terms: Mapping[int, SegmentTerm], source: Sou
         raise RequestError(f"Labels are given for the channels {channels} of {mask.shape}: expected channels, x, y, z.")
     if mask.shape[1:] != source.grid.shape:
         raise GeometryError(
-            f"The probabilities have the shape {mask.shape[1:]}, but series {source.series.uid} has "
+            f"The probabilities have the shape {mask.shape[1:]}, but series {source.uid} has "
             f"{source.grid.describe()}: they must lie voxel on voxel."
         )
     pixels = mask[channels].transpose(3, 2, 1, 0).astype(np.float32)
@@ -191,7 +189,7 @@ def _segmentation(
     hd = _highdicom()
     images = _stand_ins(source)
     if pixels.shape[1] * pixels.shape[2] < 8:
-        raise CaseError(f"Series {source.series.uid} has images of fewer than 8 pixels, which highdicom packs wrongly.")
+        raise CaseError(f"Series {source.uid} has images of fewer than 8 pixels, which highdicom packs wrongly.")
     empty = not pixels.any()
     if empty:
         # Otherwise highdicom writes every frame of every segment.
@@ -218,7 +216,7 @@ def _segmentation(
             transfer_syntax_uid=_EXPLICIT_LITTLE_ENDIAN,
         )
     except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise CaseError(f"Series {source.series.uid} cannot be the source of a DICOM SEG: {error}.") from error
+        raise CaseError(f"Series {source.uid} cannot be the source of a DICOM SEG: {error}.") from error
     if empty:
         dataset.PixelData = bytes(len(dataset.PixelData))
     return dataset
@@ -276,7 +274,7 @@ def _stand_ins(source: SourceSeries) -> list[Dataset]:
 def _stand_in(source: SourceSeries, sop_class: str, sop_uid: str) -> Dataset:
     image = Dataset()
     image.SOPClassUID, image.SOPInstanceUID = sop_class, sop_uid
-    image.StudyInstanceUID, image.SeriesInstanceUID = source.series.study_uid, source.series.uid
+    image.StudyInstanceUID, image.SeriesInstanceUID = source.study_uid, source.uid
     image.FrameOfReferenceUID = source.frame_of_reference
     image.Modality = source.series.modality or "OT"
     image.Columns, image.Rows = source.grid.shape[:2]
@@ -320,10 +318,15 @@ def _complete(dataset: Dataset, source: SourceSeries, uid: str, created: datetim
 
 def _refer_toread_frames(dataset: Dataset, numbers: Sequence[int | None]) -> None:
     """Number the frames of a multi-frame source as they are in its file; highdicom was shown them slice by slice."""
-    for group in dataset.PerFrameFunctionalGroupsSequence:
-        for item in group.DerivationImageSequence[0].SourceImageSequence:
-            if "ReferencedFrameNumber" in item:
-                item.ReferencedFrameNumber = numbers[int(item.ReferencedFrameNumber) - 1]
+    # Frames of one slice share their item.
+    items = {
+        id(item): item
+        for group in dataset.PerFrameFunctionalGroupsSequence
+        for item in group.DerivationImageSequence[0].SourceImageSequence
+        if "ReferencedFrameNumber" in item
+    }
+    for item in items.values():
+        item.ReferencedFrameNumber = numbers[int(item.ReferencedFrameNumber) - 1]
 
 
 def _read(file: Path, max_voxels: int) -> Dataset:

@@ -110,7 +110,9 @@ def _partners(order: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def _parted(ring: NDArray[np.int64]) -> list[NDArray[np.int64]]:
     """Part a ring where it touches itself."""
-    parts, path, seen = [], [], {}
+    parts: list[NDArray[np.int64]] = []
+    path: list[tuple[int, ...]] = []
+    seen: dict[tuple[int, ...], int] = {}
     for point in map(tuple, ring.tolist()):
         if point in seen:
             loop = path[seen[point] :]

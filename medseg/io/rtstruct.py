@@ -107,7 +107,7 @@ def write_rtstruct(
     terms = {value: segment_term(labels[value]) for value in sorted(labels)}
     checked = check_mask(mask, terms, source)
     content = (*source.references(), *terms.items(), algorithm, version, digest(checked))
-    uid = derived_uid("rtstruct", source.series.uid, *content)
+    uid = derived_uid("rtstruct", source.uid, *content)
     dataset = _structure_set(source, uid, created or datetime.now(), f"{algorithm} {version}")
     dataset.StructureSetROISequence = [_region(*item, source, algorithm) for item in terms.items()]
     dataset.RTROIObservationsSequence = [_observation(value) for value in terms]
@@ -142,9 +142,9 @@ def read_rtstruct(
     canvas = Canvas(source.grid.shape, on_overlap)
     with reading(file):
         dataset = read_object(file, {_RTSTRUCT}, "a structure set")
-        regions = {int(item.ROINumber): item for item in dataset.get("StructureSetROISequence") or []}
+        regions = {int(item.ROINumber): item for item in dataset.StructureSetROISequence}
         names = {number: str(item.get("ROIName", ""))[:64] for number, item in regions.items()}
-        drawn = {int(item.ReferencedROINumber): item for item in dataset.get("ROIContourSequence") or []}
+        drawn = {int(item.ReferencedROINumber): item for item in dataset.ROIContourSequence}
         for number, value in choose_labels(names, labels, file, what="region"):
             what = f"Region '{names[number]}' of {file}"
             if number in drawn and drawn[number].get("ContourSequence"):
@@ -178,9 +178,9 @@ def _frame_of_reference(source: SourceSeries) -> Dataset:
     """Return the references to every image of the source."""
     frame, study, series = Dataset(), Dataset(), Dataset()
     images = dict.fromkeys((sop_class, sop_uid, None) for sop_class, sop_uid, _ in source.references())
-    series.SeriesInstanceUID = source.series.uid
+    series.SeriesInstanceUID = source.uid
     series.ContourImageSequence = [_image(*image) for image in images]
-    study.ReferencedSOPClassUID, study.ReferencedSOPInstanceUID = _STUDY_CLASS, source.series.study_uid
+    study.ReferencedSOPClassUID, study.ReferencedSOPInstanceUID = _STUDY_CLASS, source.study_uid
     study.RTReferencedSeriesSequence = [series]
     frame.FrameOfReferenceUID = source.frame_of_reference
     frame.RTReferencedStudySequence = [study]
