@@ -11,6 +11,7 @@ import SimpleITK
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from medseg.errors import CaseError
 from medseg.io import Grid, load, read_grid, write_mask, write_probabilities
 
 ITK_SUFFIXES = [".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd"]
@@ -238,3 +239,30 @@ def test_equal_masks_are_equal_bytes(tmp_path, suffix):
     for name in ("one", "other"):
         write_mask(mask, tmp_path / f"{name}{suffix}", like=tmp_path / "scan.mha")
     assert (tmp_path / f"one{suffix}").read_bytes() == (tmp_path / f"other{suffix}").read_bytes()
+
+
+def damaged(data, random):
+    """Return a file with a few bytes changed, lost, or put in, mostly in its header."""
+    pieces = [b"0", b"-1", b"9" * 20, b"nan", b"1e400", b"(", b"\n", b":", b"none", b"\0"]
+    result = bytearray(data)
+    for _ in range(random.integers(1, 4)):
+        at = int(random.integers(min(len(result), int(random.choice([400, 600, len(result)])))))
+        length = int(random.integers(0, 9))
+        result[at : at + length] = pieces[random.integers(len(pieces))] if random.random() < 0.6 else b""
+    return bytes(result or b"x")
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".nrrd", ".mha", ".mgh", ".mgz"])
+def test_damaged_files_are_refused_by_name_or_read_never_worse(tmp_path, suffix):
+    random = np.random.default_rng(0)
+    grid = Grid((5, 6, 7), np.diag([-1.0, -2, 3, 1]))
+    write_source(tmp_path / f"whole{suffix}", values(grid.shape, np.int16, 0), grid)
+    path, data, messages = tmp_path / f"a{suffix}", (tmp_path / f"whole{suffix}").read_bytes(), []
+    for _ in range(300):
+        path.write_bytes(damaged(data, random))
+        try:
+            assert np.isfinite(load(path).numpy()).all()
+        except CaseError as error:
+            messages.append(str(error))
+    assert 50 < len(messages) <= 300
+    assert all(str(path) in message for message in messages)
