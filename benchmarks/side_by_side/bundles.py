@@ -68,7 +68,7 @@ def _train(bundle: Bundle, data: Path) -> None:
     manifest = medseg.train(bundle.root, data)
     best = max(manifest.validations, key=lambda entry: entry["val_mean_dice"])
     scores = medseg.evaluate(bundle.root, data, output=bundle.root / "runs" / "evaluate")
-    cases = [record.metrics for record in scores.cases]
+    cases = [record.metrics for record in scores.cases.values()]
     means = {name: round(sum(case[name] for case in cases) / len(cases), 4) for name in cases[0]}
     (bundle.root / "training.json").write_text(json.dumps({"best": best, "dice": means}), encoding="utf-8")
 

@@ -26,7 +26,7 @@ def work(request: dict[str, Any], phases: Phases) -> None:
     """Predict one image."""
     knobs = FAST if request["contestant"] == "medseg-fast" else EXACT
     manifest = medseg.predict(request["bundle"], request["image"], request["output"], settings=knobs)
-    failed = [record.error for record in manifest.cases if record.status != "done"]
+    failed = [record.error for record in manifest.cases.values() if record.status != "done"]
     if failed or not manifest.cases:
         raise SystemExit(f"medseg: {failed}")
     phases.seconds.update(manifest.stages)
