@@ -34,6 +34,11 @@ def trace_rings(mask: NDArray[np.bool_]) -> list[Points]:
         holes clockwise. No ring crosses or touches itself; two rings may touch at a corner. The order is by y, then x,
         of the lowest corner.
     """
+    used = [np.nonzero(mask.any(axis=1 - axis))[0] for axis in (0, 1)]
+    if not len(used[0]):
+        return []
+    low = np.array([places[0] for places in used])
+    mask = mask[low[0] : used[0][-1] + 1, low[1] : used[1][-1] + 1]
     corners, along, across = _corners(mask)
     # Every corner starts one ring-wise step: `along` x to its partner, then `across` y to the next corner.
     following = across[along]
@@ -49,7 +54,7 @@ def trace_rings(mask: NDArray[np.bool_]) -> list[Points]:
             following[here] = -1
         # Both ends of an x-step lie on the ring: the way back is not another ring.
         following[along[steps[::2]]] = -1
-        rings += [_directed(ring, mask) for ring in _parted(corners[steps])]
+        rings += [_directed(ring, mask) + low for ring in _parted(corners[steps])]
     return sorted(rings, key=lambda ring: (ring[0, 1], ring[0, 0]))
 
 

@@ -111,7 +111,8 @@ def write_rtstruct(
     dataset = _structure_set(source, uid, created or datetime.now(), f"{algorithm} {version}")
     dataset.StructureSetROISequence = [_region(*item, source, algorithm) for item in terms.items()]
     dataset.RTROIObservationsSequence = [_observation(value) for value in terms]
-    dataset.ROIContourSequence = [_contours(checked, *item, source) for item in terms.items()]
+    planes = np.ascontiguousarray(checked.transpose(2, 0, 1))
+    dataset.ROIContourSequence = [_contours(planes, *item, source) for item in terms.items()]
     target = absolute(path)
     with replacing(target) as temporary:
         write_object(dataset, temporary)
@@ -211,18 +212,13 @@ def _observation(value: int) -> Dataset:
     return observation
 
 
-def _contours(mask: NDArray[np.uint16], value: int, term: SegmentTerm, source: SourceSeries) -> Dataset:
-    """Return the contours of a label, slice by slice."""
+def _contours(planes: NDArray[np.uint16], value: int, term: SegmentTerm, source: SourceSeries) -> Dataset:
+    """Return the contours of a label in planes `(z, x, y)`, slice by slice."""
     drawn = Dataset()
     drawn.ReferencedROINumber = value
     drawn.ROIDisplayColor = list(term.color or default_color(value))
     references = source.references()
-    inside = mask == value
-    rings = [
-        (index, ring)
-        for index in np.nonzero(inside.any(axis=(0, 1)))[0].tolist()
-        for ring in trace_rings(inside[:, :, index])
-    ]
+    rings = [(index, ring) for index, plane in enumerate(planes) for ring in trace_rings(plane == value)]
     if rings:
         drawn.ContourSequence = [_contour(ring, index, source.grid, references[index]) for index, ring in rings]
     return drawn
