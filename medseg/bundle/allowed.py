@@ -29,6 +29,7 @@ MEDSEG: Final[Mapping[str, str]] = {
     "medseg.inferers": "Ensemble MirrorTTA NativeInferer OverlapTileInferer RotationTTAInferer SlidingWindowInferer",
     "medseg.training": "Checkpoints ClipGradients SeedEpochs Tap TrainingOutputs WeightAverage seed_everything",
     "medseg.io": "find_cases find_dataset",
+    "medseg.bundle.slides": "SlidePredictor",
     "medseg.bundle.parts": "inside item load_weights on_device parameters run select_device start_from",
 }
 

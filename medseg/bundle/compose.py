@@ -3,7 +3,8 @@
 A template (`templates/*.json`) holds *knobs* (the values a user may change, each with a line of help), *blocks* (named
 parts) and *configs* (the files to write). `{"block": "name"}` stands for a block; where a block is a list and stands in
 a list, its items take its place. A template may extend another one: knobs and blocks of the same name replace the
-inherited ones. `bundle.json` does the same once more, and may only use names that the template knows.
+inherited ones, and the entries of its configs join theirs. `bundle.json` replaces knobs and blocks once more, and may
+only use names that the template knows.
 """
 
 from __future__ import annotations
@@ -90,6 +91,8 @@ def _template(name: str) -> Config:
     base = _template(own.pop("extends"))
     for part in ("knobs", "blocks"):
         base[part].update(own.pop(part, {}))
+    for config, entries in own.pop("configs", {}).items():
+        base["configs"][config].update(entries)
     return {**base, **own}
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from medseg.bundle.catalog import Bundle, merged
 from medseg.bundle.knobs import changed, knobs
+from medseg.bundle.slides import check_slides, is_slide, named_slides
 from medseg.bundle.trust import require_trust
 from medseg.errors import CaseError, MedsegError, RequestError, WeightsError
 from medseg.files import sha256_file
@@ -124,6 +125,8 @@ def predict(
 ) -> Manifest:
     """Write a mask for each case and `manifest.json` into `output`; a case that fails does not stop the others.
 
+    Slides come last, and become polygons (see `medseg.bundle.slides`).
+
     Args:
         job: from `prepare("predict", ...)`.
         cases: from `medseg.io.find_cases`.
@@ -132,8 +135,10 @@ def predict(
         report: told about each finished window.
         announce: told what a case will take in time and memory, after its first window.
     """
-    names = {case["name"]: mask_name(case["name"], job.config.get("output_format") or "") for case in cases}
+    cases = named_slides(cases, job.config)
+    names = _output_names(job, cases)
     _check_output(cases, names, output)
+    check_slides(cases, job.config, output)
     workflow = open_workflow(job, "infer")
     manifest = _manifest(job, output / "manifest.json")
     earlier = manifest.resume() if resume else set()
@@ -142,9 +147,11 @@ def predict(
             evaluator = build_evaluator(workflow)
             manifest.device = str(evaluator.state.device)
         todo = [case for case in cases if not (case["name"] in earlier and (output / names[case["name"]]).is_file())]
+        slides = [case for case in todo if is_slide(case["image"], job.config)]
+        pictures = [case for case in todo if case not in slides]
         # under a limit, the next image would take from what was promised to this one
-        prepared = _prepared(workflow, todo, ahead=not job.config.get("max_memory"))
-        for number, (case, data) in enumerate(zip(todo, prepared, strict=True), len(cases) - len(todo)):
+        prepared = _prepared(workflow, pictures, ahead=not job.config.get("max_memory"))
+        for number, (case, data) in enumerate(zip(pictures, prepared, strict=True), len(cases) - len(todo)):
             with manifest.case(case["name"]) as record:
                 record.output = names[case["name"]]
                 _tell_windows(workflow.inferer, number, len(cases), case["name"], report, announce)
@@ -153,6 +160,17 @@ def predict(
                     raise CaseError(f"{case['image']}: the bundle's postprocessing wrote no '{output / record.output}'")
             if record.status == "failed":
                 evaluator = build_evaluator(workflow)
+        predictor: Any = _guarded(lambda: workflow.parser.get_parsed_content("slides")) if slides else None
+        for number, case in enumerate(slides, len(cases) - len(slides)):
+            with manifest.case(case["name"]) as record:
+                record.output = names[case["name"]]
+                _tell_windows(predictor.inferer, number, len(cases), case["name"], report, announce)
+                predictor(
+                    case["image"],
+                    output / record.output,
+                    labels=job.bundle.label_names,
+                    output_format=job.config.get("output_format") or "",
+                )
     return manifest
 
 
@@ -271,6 +289,13 @@ def _manifest(job: Job, path: Path) -> Manifest:
     values = {name: value for name, value in knobs(dict(job.config)).items() if name not in ("bundle_root", *_PLACES)}
     seeds = {"seed": job.config["seed"]} if "seed" in job.config else {}
     return Manifest(job.command, bundle=record, knobs=values, overrides=list(job.settings), seeds=seeds, path=path)
+
+
+def _output_names(job: Job, cases: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """Return the file of each case: a mask of the wanted format, or the polygons of a slide."""
+    wanted = job.config.get("output_format") or ""
+    slides = {case["name"] for case in cases if is_slide(case["image"], job.config)}
+    return {case["name"]: case["name"] if case["name"] in slides else mask_name(case["name"], wanted) for case in cases}
 
 
 def _check_output(cases: Sequence[Mapping[str, str]], names: Mapping[str, str], output: Path) -> None:

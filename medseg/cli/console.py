@@ -34,9 +34,12 @@ Trust = Annotated[
 _SECONDS_BETWEEN_LINES = 20.0
 
 
-def with_options(settings: list[str] | None, **knobs: str | None) -> list[str]:
+def with_options(settings: list[str] | None, **knobs: str | float | None) -> list[str]:
     """Return the settings with the knobs among them that have options of their own, as far as those were given."""
-    return [*(settings or []), *(f"{name}={json.dumps(value)}" for name, value in knobs.items() if value)]
+    return [
+        *(settings or []),
+        *(f"{name}={json.dumps(value)}" for name, value in knobs.items() if value not in (None, "")),
+    ]
 
 
 @contextmanager

@@ -53,6 +53,8 @@ KINDS: Final[Mapping[str, Kind]] = MappingProxyType(
         "mgh": Kind(images=(".mgz", ".mgh"), masks=(".mgz", ".mgh")),
         "dicom": Kind(images=(".dcm",), masks=(".nii.gz", ".nii")),
         "picture": Kind(images=(".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"), masks=(".png",)),
+        # Read in pieces by medseg.io.slides, never whole.
+        "slide": Kind(images=(".svs", ".ndpi", ".scn", ".mrxs", ".bif", ".vms"), masks=(".geojson",)),
     }
 )
 IMAGE_SUFFIXES: Final = tuple(suffix for kind in KINDS.values() for suffix in kind.images)

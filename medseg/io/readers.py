@@ -146,6 +146,11 @@ def _door(path: StrPath) -> tuple[Path, Reader]:
         raise CaseError(f"{file} is in no format that medseg reads: expected {', '.join(IMAGE_SUFFIXES)}, or DICOM.")
     if source.is_file() and source.stat().st_size == 0:
         raise CaseError(f"{file} is empty (0 bytes): copy it again.")
+    if kind not in READERS:
+        raise CaseError(
+            f"{file} is a whole-slide image, too large to be read as one picture: `medseg predict` takes it with a "
+            "bundle for color pictures, and medseg.io.slides.open_slide reads it in pieces."
+        )
     return file, cast("Reader", importlib.import_module(READERS[kind]))
 
 

@@ -23,7 +23,7 @@ from PIL import Image
 from medseg.errors import CaseError, MedsegError
 from medseg.io import pictures
 from medseg.io.geometry import MAX_VOXELS
-from medseg.io.names import IMAGE_SUFFIXES
+from medseg.io.names import file_kind
 from medseg.io.slide_dicom import check_dicom_slide, find_dicom_slide
 
 __all__ = ["Levels", "open_levels"]
@@ -89,7 +89,7 @@ def _openers(file: Path) -> list[tuple[str, Callable[[Path], Levels]]]:
         openers.append(("OpenSlide", _OpenSlideLevels))
     if _installed("tiffslide"):
         openers.insert(0 if _is_ome(file) else len(openers), ("tiffslide", _TiffSlideLevels))
-    if file.name.lower().endswith(IMAGE_SUFFIXES):
+    if file_kind(file) not in (None, "slide"):
         openers.append(("Pillow", _PictureLevels))
     return openers
 

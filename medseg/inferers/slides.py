@@ -1,0 +1,280 @@
+"""The sliding window over an image that is read on demand: strips of labels, from top to bottom.
+
+The windows, their weights and their order are those of `SlidingWindowInferer` on the same image, so the strips put
+together are its labels. What is held is a row of windows: their pixels, read ahead by a thread, and the accumulators.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, Final, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import nn
+
+from medseg.errors import CaseError, RequestError
+from medseg.inferers.backends import accelerate
+from medseg.inferers.blend import Place, Slab, WindowSource, in_batches, stream
+from medseg.inferers.memory import Forecast, NetworkProbe, fitting_batch, resident_bytes
+from medseg.inferers.scores import activate, top_class
+from medseg.inferers.sliding_window import SlidingWindowInferer
+from medseg.inferers.windows import Windows, cut_windows, per_axis
+
+__all__ = ["PixelSource", "label_strips"]
+
+# Rows after rows: the axis of y.
+_AXIS: Final = 1
+_AHEAD_BYTES: Final = 64 << 20
+_EMPTY_ROWS: Final = 64
+
+Prepare = Callable[[torch.Tensor], torch.Tensor]
+# Tells whether the pixels from x0 to before x1 and y0 to before y1 are worth a look.
+Wanted = Callable[[int, int, int, int], bool]
+Labels = NDArray[np.integer[Any]]
+
+
+class PixelSource(Protocol):
+    """An image `(C, x, y)` that is read in pieces, such as a `medseg.io.slides.Slide`."""
+
+    shape: tuple[int, int, int]
+
+    def read(self, x0: int, x1: int, y0: int, y1: int) -> NDArray[np.uint8]:
+        """Return the pixels from column `x0` to before `x1`, and row `y0` to before `y1`, as `(C, x, y)`."""
+
+
+def label_strips(
+    slide: PixelSource,
+    network: nn.Module,
+    inferer: SlidingWindowInferer,
+    *,
+    prepare: Prepare | None = None,
+    wanted: Wanted | None = None,
+) -> Iterator[Labels]:
+    """Yield the labels of an image in strips `(x, rows)`, from the top to its last row, without gaps.
+
+    A pixel of which all windows are wanted has the label that it has when all windows of the image run. So if no window
+    with tissue is left out, tissue has the labels of the whole image; only at its rim may glass differ from them.
+
+    Args:
+        slide: the image.
+        network: in evaluation mode, where it is to run.
+        inferer: its windows, weights, back end, limit of memory and listeners are used.
+        prepare: from pixels `(C, x, y)`, uint8, to what the network takes, pixel by pixel; called by another thread.
+        wanted: says which windows are run; all by default. Where none was run is background.
+
+    Raises:
+        RequestError: an inferer that decides otherwise than by the highest class, or a `max_memory` that is too small.
+        CaseError: the network's output is no logits of the windows' size, or not finite; or the image is damaged.
+    """
+    if inferer.native.activation == "sigmoid" or inferer.foreground is not None:
+        raise RequestError(
+            "Slides get one label per pixel, and windows chosen by their tissue: leave the activation 'sigmoid' and "
+            "'foreground' to pictures."
+        )
+    run = _Run(slide, network, inferer, prepare or torch.Tensor.float, wanted or _everywhere)
+    return _without_gaps(run.slabs(), run.windows, inferer.native.activation)
+
+
+def _everywhere(x0: int, x1: int, y0: int, y1: int) -> bool:
+    return True
+
+
+def _without_gaps(slabs: Iterable[Slab], windows: Windows, activation: str) -> Iterator[Labels]:
+    """Yield the labels of slabs, and background where they leave rows out."""
+    width, height = windows.image_size
+    row = 0
+    for slab in slabs:
+        yield from _background(width, slab.start - row)
+        # copied, since a slab is valid until the next one only
+        labels: Labels = top_class(activate(slab.logits, slab.covered, activation)).cpu().numpy()
+        row = slab.start + len(labels)
+        yield labels.T
+    yield from _background(width, height - row)
+
+
+def _background(width: int, rows: int) -> Iterator[Labels]:
+    for first in range(0, rows, _EMPTY_ROWS):
+        yield np.zeros((width, min(_EMPTY_ROWS, rows - first)), np.uint8)
+
+
+class _Run:
+    """The windows of one image and the network's passes over them."""
+
+    def __init__(
+        self, slide: PixelSource, network: nn.Module, inferer: SlidingWindowInferer, prepare: Prepare, wanted: Wanted
+    ) -> None:
+        self.inferer = inferer
+        self.wanted = wanted
+        parameter = next(network.parameters(), None)
+        self.device = torch.device(inferer.sw_device or ("cpu" if parameter is None else parameter.device))
+        self.windows, self.columns, self.rows = _cut(slide.shape[1:], inferer)
+        self.source = _SlideWindows(slide, self.windows, prepare, inferer.padding_mode, inferer.cval)
+        self.batch = inferer.sw_batch_size
+        self.total = sum(1 for _ in self._places())
+        self.done = 0
+        self.network = self._accelerated(network, slide.shape[0])
+
+    def slabs(self) -> Iterator[Slab]:
+        """Run the windows and yield finished rows."""
+        if not self.total:
+            return
+        if self.inferer.max_memory:
+            self._fit()
+        weights = self.inferer.weights(self.windows.roi, torch.float32, self.device)
+        ahead = max(1, min(len(self.columns), _AHEAD_BYTES // (12 * math.prod(self.windows.roi))))
+        with _reading_ahead(self.source, self._places(), ahead) as source:
+            batches = in_batches(self._places(), self.batch)
+            yield from stream(source, self.windows, self._predict, weights=weights, batches=batches)
+
+    def _places(self) -> Iterator[Place]:
+        roi, size = self.windows.roi, self.windows.image_size
+        for y in self.rows:
+            for x in self.columns:
+                if self.wanted(x, min(x + roi[0], size[0]), y, min(y + roi[1], size[1])):
+                    yield 0, (x, y)
+
+    def _predict(self, windows: torch.Tensor) -> torch.Tensor:
+        probe = NetworkProbe() if self.done == 0 and self.inferer.on_forecast is not None else None
+        started = time.perf_counter()
+        logits = self._pass(windows.to(self.device))
+        self.done += len(windows)
+        if probe is not None and self.inferer.on_forecast is not None:
+            seconds = (time.perf_counter() - started) * math.ceil(self.total / self.batch)
+            peak = probe.before + probe.used() + self._slab_bytes(logits.shape[1])
+            known = probe.before and self.device.type == "cpu"
+            self.inferer.on_forecast(Forecast(self.total, self.batch, seconds, peak if known else 0))
+        if self.inferer.on_progress is not None:
+            self.inferer.on_progress(self.done, self.total)
+        return logits
+
+    def _pass(self, windows: torch.Tensor) -> torch.Tensor:
+        try:
+            with torch.no_grad():
+                logits = self.network(windows)
+        except torch.OutOfMemoryError as error:
+            if len(windows) > 1:
+                torch.cuda.empty_cache()
+                return torch.cat([self._pass(half) for half in torch.chunk(windows, 2)])
+            raise CaseError(
+                f"The GPU's memory does not hold one window of {self.windows.roi}: choose a smaller roi_size, "
+                "precision bfloat16, or the CPU."
+            ) from error
+        if not isinstance(logits, torch.Tensor) or logits.shape[2:] != windows.shape[2:]:
+            found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+            raise CaseError(f"The network returns {found} for windows {tuple(windows.shape)}: expected logits of them.")
+        return logits
+
+    def _accelerated(self, network: nn.Module, channels: int) -> Callable[[torch.Tensor], Any]:
+        if self.inferer.backend is None:
+            return network
+        return accelerate(
+            network,
+            backend=self.inferer.backend,
+            precision=self.inferer.precision,
+            memory_format=self.inferer.memory_format,
+            window_shape=(self.batch, channels, *self.windows.roi),
+            device=self.device,
+        )
+
+    def _fit(self) -> None:
+        """Choose the windows per pass that keep to the limit, after a trial with one window."""
+        probe = NetworkProbe()
+        logits = self._pass(self.source.read(*next(self._places())).to(self.device))
+        self.batch = fitting_batch(
+            self.inferer.max_memory,
+            self.inferer.sw_batch_size,
+            held=resident_bytes(),
+            slab=self._slab_bytes(logits.shape[1]),
+            result=_AHEAD_BYTES,
+            window=probe.used(),
+        )
+
+    def _slab_bytes(self, classes: int) -> int:
+        # a third more for the rows that are being decided
+        return self.windows.slab_values(classes) * 4 * 4 // 3
+
+
+def _cut(shape: Sequence[int], inferer: SlidingWindowInferer) -> tuple[Windows, list[int], list[int]]:
+    """Return where windows lie along x and along y; of a slide there are too many for a list of all."""
+    axes = [
+        cut_windows((size,), (int(roi or 0),), (float(overlap or 0.0),))
+        for size, roi, overlap in zip(shape, per_axis(inferer.roi_size, 2), per_axis(inferer.overlap, 2), strict=True)
+    ]
+    windows = Windows(
+        image_size=(axes[0].image_size[0], axes[1].image_size[0]),
+        size=(axes[0].size[0], axes[1].size[0]),
+        padding=(axes[0].padding[0], axes[1].padding[0]),
+        roi=(axes[0].roi[0], axes[1].roi[0]),
+        starts=(),
+        axis=_AXIS,
+    )
+    columns, rows = ([start for (start,) in axis.starts] for axis in axes)
+    return windows, columns, rows
+
+
+class _SlideWindows:
+    """Windows read from an image and prepared for the network; those of an axis shorter than a window are padded."""
+
+    def __init__(self, slide: PixelSource, windows: Windows, prepare: Prepare, padding_mode: str, cval: float) -> None:
+        self.slide = slide
+        self.windows = windows
+        self.prepare = prepare
+        self.padding_mode = padding_mode
+        self.cval = cval
+        # torch pads the last axis first
+        self.padding = [side for pair in reversed(windows.padding) for side in pair]
+
+    def read(self, image: int, start: Sequence[int]) -> torch.Tensor:
+        """Return one window `(1, C, *roi)`."""
+        (x0, x1), (y0, y1) = (
+            (first, first + min(roi, size))
+            for first, roi, size in zip(start, self.windows.roi, self.windows.image_size, strict=True)
+        )
+        window = self.prepare(torch.from_numpy(np.ascontiguousarray(self.slide.read(x0, x1, y0, y1))))[None]
+        if not any(self.padding):
+            return window
+        value = self.cval if self.padding_mode == "constant" else None
+        return F.pad(window, self.padding, mode=self.padding_mode, value=value)
+
+
+@contextmanager
+def _reading_ahead(source: WindowSource, places: Iterator[Place], ahead: int) -> Iterator[WindowSource]:
+    """Give a source whose windows, asked for in the order of `places`, a thread has read before they are due."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="windows")
+    try:
+        yield _ReadAhead(source, places, ahead, pool)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class _ReadAhead:
+    """The windows that are due next, being read."""
+
+    def __init__(self, source: WindowSource, places: Iterator[Place], ahead: int, pool: ThreadPoolExecutor) -> None:
+        self.source = source
+        self.places = places
+        self.pool = pool
+        self.waiting: deque[tuple[Place, Future[torch.Tensor]]] = deque()
+        for _ in range(ahead):
+            self._order()
+
+    def read(self, image: int, start: Sequence[int]) -> torch.Tensor:
+        """Return the next window `(1, C, *roi)`."""
+        place, window = self.waiting.popleft()
+        if place != (image, tuple(start)):
+            raise RuntimeError(f"windows are read in another order than they are ordered: {place}, not {start}")
+        self._order()
+        return window.result()
+
+    def _order(self) -> None:
+        place = next(self.places, None)
+        if place is not None:
+            self.waiting.append((place, self.pool.submit(self.source.read, *place)))
