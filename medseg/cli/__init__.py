@@ -9,7 +9,7 @@ import warnings
 import typer
 
 from medseg import __version__
-from medseg.cli import bundle, convert, demo, evaluate, predict, prune, train
+from medseg.cli import bundle, convert, demo, doctor, evaluate, predict, prune, train
 from medseg.cli.console import errors
 from medseg.errors import MedsegError
 
@@ -28,6 +28,7 @@ app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("convert")(convert.convert)
 app.command("prune")(prune.prune)
+app.command("doctor")(doctor.doctor)
 app.add_typer(bundle.app, name="bundle")
 app.command("phantoms")(demo.phantoms)
 app.command("demo")(demo.demo)

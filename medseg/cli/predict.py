@@ -11,13 +11,19 @@ from medseg.bundle import api
 from medseg.bundle.catalog import find_bundle
 from medseg.bundle.knobs import parse_settings
 from medseg.cli.console import BundleName, Device, Settings, Trust, errors, output, progress, with_options
+from medseg.errors import CaseError
 from medseg.io import list_cases
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from medseg.bundle.catalog import Bundle
+    from medseg.io import LeftOut
     from medseg.manifest import Manifest
 
 __all__ = ["predict"]
+
+_SHOWN = 3
 
 
 def predict(
@@ -34,13 +40,20 @@ def predict(
     output_format: Annotated[
         str | None, typer.Option("--format", help="Format of the masks; that of the input if not given.")
     ] = None,
+    mpp: Annotated[
+        float | None,
+        typer.Option("--mpp", help="Micrometers per pixel of the pictures that the model knows, for slides."),
+    ] = None,
     overlay: Annotated[bool, typer.Option("--overlay", help="Also write a picture of each mask.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Leave out what an earlier run has done.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="List every file that is left out.")] = False,
     trust: Trust = None,
 ) -> None:
     """Write a mask for every image, on the image's own grid and under its name."""
     listing = list_cases(inputs[0] if len(inputs) == 1 else inputs)
-    chosen = with_options(settings, device_name=device, max_memory=max_memory, output_format=output_format)
+    chosen = with_options(
+        settings, device_name=device, max_memory=max_memory, output_format=output_format, microns_per_pixel=mpp
+    )
     announce = _Announcement()
     with progress("images") as report:
         manifest = api.predict(
@@ -53,12 +66,27 @@ def predict(
             report=report,
             announce=announce,
         )
-    for item in listing.left_out:
-        errors.print(f"left out: {item.path} ({item.reason})", markup=False, soft_wrap=True)
+    _tell_left_out(listing.left_out, verbose=verbose)
     if overlay:
         _write_overlays(find_bundle(bundle), listing.cases, manifest, out)
     _summarize(manifest, out)
     raise typer.Exit(manifest.exit_code)
+
+
+def _tell_left_out(items: Sequence[LeftOut], *, verbose: bool) -> None:
+    """Say what is not predicted: by reason, with the first names, or everything."""
+    reasons: dict[str, list[str]] = {}
+    for item in items:
+        reasons.setdefault(item.reason, []).append(item.path)
+    for reason, paths in reasons.items():
+        if verbose:
+            lines = [f"left out: {path} ({reason})" for path in paths]
+        else:
+            more = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
+            names = ", ".join(Path(path).name for path in paths[:_SHOWN])
+            lines = [f"left out: {len(paths)} ({reason}): {names}{more}"]
+        for line in lines:
+            errors.print(line, markup=False, soft_wrap=True)
 
 
 class _Announcement:
@@ -79,9 +107,12 @@ def _write_overlays(bundle: Bundle, cases: list[dict[str, str]], manifest: Manif
 
     for case in cases:
         if manifest.is_done(case["name"]):
-            mask = out / case["name"]
+            mask = out / (manifest.cases[case["name"]].output or case["name"])
             picture = mask.with_name(f"{case_stem(mask.name)}_overlay.png")
-            write_overlay(Path(case["image"]), mask, picture, labels=bundle.label_names)
+            try:
+                write_overlay(case["image"], mask, picture, labels=bundle.label_names)
+            except CaseError as error:
+                errors.print(f"no picture of {mask.name}: {error}", markup=False, soft_wrap=True)
 
 
 def _summarize(manifest: Manifest, out: Path) -> None:

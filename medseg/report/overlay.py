@@ -12,14 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import nibabel
 import numpy as np
 from nibabel.orientations import apply_orientation, io_orientation
 from PIL import Image
 
 from medseg.errors import CaseError, GeometryError, OutputError, RequestError
 from medseg.files import replacing
+from medseg.io.dicom.headers import read_headers
+from medseg.io.dicom.marks import is_dicom, split_series
+from medseg.io.dicom.sources import file_source
 from medseg.io.geometry import Grid, grid_difference
+from medseg.io.readers import load
 from medseg.report.drawing import Panel, compose, legend_entries, volume_text
 
 if TYPE_CHECKING:
@@ -46,8 +49,10 @@ def write_overlay(
     Only the image's file name appears on the picture, no folder and nothing from its header.
 
     Args:
-        image_path: a volume that nibabel reads (the first channel of several is shown), or a picture.
-        mask_path: labels on the same grid, whole numbers from 0. In a picture 0 and 255 alone mean 0 and 1.
+        image_path: a volume that `medseg.io.load` reads, also a DICOM folder, archive or `folder::series` (the first
+            channel of several is shown), or a picture.
+        mask_path: labels on the same grid, whole numbers from 0; or DICOM SEG, or an RT-STRUCT of a DICOM image. In a
+            picture 0 and 255 alone mean 0 and 1.
         out_png: where to write, ending in `.png`; missing folders are made.
         truth_path: reference labels on the same grid, drawn as a thin dashed line.
         labels: names by value. Without them values are shown, or, if there are many, a count of objects.
@@ -64,17 +69,13 @@ def write_overlay(
     image_path, mask_path, target = Path(image_path), Path(mask_path), Path(out_png)
     truth_path = Path(truth_path) if truth_path else None
     _check_target(target, [image_path, mask_path, truth_path])
-    if image_path.suffix.lower() in PICTURE_SUFFIXES:
+    if image_path.suffix.lower() in PICTURE_SUFFIXES and not image_path.is_dir():
         picture = _read_picture(image_path)
         truth = _read_picture_mask(truth_path) if truth_path else None
         mask = _read_picture_mask(mask_path)
         drawing = draw_picture(picture, mask, title=image_path.name, truth=truth, labels=labels, window=window)
     else:
-        image, affine = _read_volume(image_path)
-        grid = Grid(image.shape, affine)
-        mask = _read_volume_mask(mask_path, image_path, grid)
-        truth = _read_volume_mask(truth_path, image_path, grid) if truth_path else None
-        drawing = draw_volume(image, mask, affine, title=image_path.name, truth=truth, labels=labels, window=window)
+        drawing = _draw_loaded(image_path, mask_path, truth_path, labels=labels, window=window)
     with replacing(target) as temporary:
         drawing.save(temporary, format="PNG")
     return target
@@ -262,31 +263,97 @@ def _to_gray(plane: NDArray[Any], low: float, high: float) -> NDArray[np.uint8]:
 # --- files ------------------------------------------------------------------------------------------------------
 
 
-def _read_volume(path: Path, *, label: bool = False) -> tuple[NDArray[Any], NDArray[np.float64]]:
-    """A volume `(X, Y, Z)` as stored, the first channel of several, and its affine."""
-    try:
-        nifti = nibabel.load(path)
-        shape, affine = tuple(nifti.shape), np.asarray(nifti.affine, dtype=np.float64)
-        array = np.asanyarray(nifti.dataobj[(slice(None),) * min(len(shape), 3) + (0,) * (len(shape) - 3)])
-    except Exception as error:  # damaged files raise many types
-        raise _unreadable(path, error, "a volume that nibabel reads, or a picture") from error
-    if array.dtype.kind not in "biuf" or array.ndim < 2 or array.size == 0 or (label and max(shape[3:], default=1) > 1):
-        raise CaseError(
-            f"{path.name} holds {array.dtype} of shape {shape}; expected numbers on a 2D or 3D grid, and of a mask one "
-            "per voxel. Convert it."
+def _draw_loaded(
+    image_path: Path,
+    mask_path: Path,
+    truth_path: Path | None,
+    *,
+    labels: Mapping[int, str] | None,
+    window: tuple[float, float] | None,
+) -> Image.Image:
+    """Draw what `medseg.io.load` reads: a volume, or a DICOM picture without a place in space."""
+    image, grid = _read_image(image_path)
+    mask = _read_mask(mask_path, image_path, grid, labels)
+    truth = _read_mask(truth_path, image_path, grid, labels) if truth_path else None
+    source, series = split_series(image_path)
+    title = f"{source.name} {series}".strip()
+    if len(grid.shape) == 2 and np.array_equal(grid.affine, np.eye(4)):
+        picture = image[0].T if len(image) != 3 else image.T.astype(np.uint8)
+        return draw_picture(
+            picture, mask.T, title=title, truth=None if truth is None else truth.T, labels=labels, window=window
         )
-    return (array[:, :, None] if array.ndim == 2 else array), affine
+    shape = (*grid.shape, 1)[:3]
+    truth = None if truth is None else truth.reshape(shape)
+    return draw_volume(
+        image[0].reshape(shape),
+        mask.reshape(shape),
+        grid.affine,
+        title=title,
+        truth=truth,
+        labels=labels,
+        window=window,
+    )
 
 
-def _read_volume_mask(path: Path, image_path: Path, image: Grid) -> NDArray[Any]:
-    """A label volume, after a check that it lies where the image lies."""
-    array, affine = _read_volume(path, label=True)
-    difference = grid_difference(Grid(array.shape, affine), image)
+def _read_image(path: Path) -> tuple[NDArray[Any], Grid]:
+    """Channels `(C, *spatial)` of an image, of a series the first volume, and their grid."""
+    _refuse_missing(path)
+    try:
+        loaded = load(path, index=0, dtype="stored")
+    except CaseError as error:
+        try:
+            loaded = load(path, channels=3, dtype="stored")  # slices in color
+        except CaseError:
+            raise error from None
+    return np.asarray(loaded), Grid(loaded.shape[1:], loaded.affine.numpy())
+
+
+def _read_mask(path: Path, image_path: Path, image: Grid, labels: Mapping[int, str] | None) -> NDArray[Any]:
+    """Labels `(*spatial)`, after a check that they lie where the image lies."""
+    _refuse_missing(path)
+    if is_dicom(path):
+        array, grid = _read_object(path, image_path, image, labels)
+    else:
+        loaded = load(path, label=True)
+        array, grid = np.asarray(loaded)[0], Grid(loaded.shape[1:], loaded.affine.numpy())
+    if (*grid.shape, 1) == image.shape:  # one slice, kept flat
+        array, grid = array[..., None], Grid(image.shape, grid.affine)
+    difference = grid_difference(grid, image)
     if difference:
         raise GeometryError(
             f"{path.name} does not lie on {image_path.name}: {difference}. Expected equal grids; resample the mask."
         )
     return array
+
+
+def _read_object(
+    path: Path, image_path: Path, image: Grid, labels: Mapping[int, str] | None
+) -> tuple[NDArray[np.int32], Grid]:
+    """Labels from a DICOM SEG or RT-STRUCT, by the names of the labels, or where those are others, by number."""
+    from medseg.io.dicom_seg import read_seg
+    from medseg.io.rtstruct import read_rtstruct
+
+    kind = read_headers([file_source(path)])[0].other
+    drawn = image_path if split_series(image_path)[1] or image_path.is_dir() or is_dicom(image_path) else None
+    if "Structure Set" in kind and drawn is None:
+        raise GeometryError(f"{path.name} is {kind}, drawn on DICOM slices: expected their series as the image.")
+    names = {name: value for value, name in (labels or {}).items()}
+    for keys in (names, None) if names else (None,):
+        try:
+            if "Structure Set" in kind:
+                return read_rtstruct(path, like=str(drawn), labels=keys, on_overlap="later")
+            return read_seg(path, like=image if drawn is None else drawn, labels=keys, on_overlap="later")
+        except GeometryError:
+            raise
+        except CaseError:
+            if keys is None:
+                raise
+    raise CaseError(f"{path.name} cannot be read: expected DICOM SEG or RT-STRUCT.")
+
+
+def _refuse_missing(path: Path) -> None:
+    if not split_series(path)[0].exists():
+        raise _unreadable(path, FileNotFoundError(), "an image and its mask")
 
 
 def _open_picture(path: Path, expected: str) -> Image.Image:

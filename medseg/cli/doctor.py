@@ -1,0 +1,189 @@
+"""`medseg doctor`: what images and labels would be read as, what is wrong with them, and repaired copies."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from medseg.bundle.catalog import find_bundle, merged
+from medseg.cli.console import errors, output, progress
+from medseg.errors import RequestError
+from medseg.files import replace_text
+from medseg.io.dicom.marks import split_series
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from medseg.io.survey import FileFacts
+    from medseg.report.doctor import Needs, Report
+    from medseg.report.repair import Change
+    from medseg.report.subjects import Finding
+
+__all__ = ["doctor"]
+
+_COLORS = {"error": "red", "warning": "yellow", "note": "cyan"}
+_MAX_ROWS = 40
+_FULL_ROWS = 10
+_SHOWN = 3
+_VALUES = 6
+
+
+def doctor(
+    path: Annotated[str, typer.Argument(help="An image, a folder, a data set, or its dataset.json.", metavar="PATH")],
+    fix: Annotated[
+        Path | None, typer.Option("--fix", metavar="OUT", help="Write a repaired copy into this new folder.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write the report to this file.")
+    ] = None,
+    bundle: Annotated[
+        str | None, typer.Option("--bundle", metavar="NAME", help="Also say whether this bundle can read them.")
+    ] = None,
+) -> None:
+    """Open everything, and say what would be read, what disagrees, and what cannot be used."""
+    if not split_series(path)[0].exists():
+        raise RequestError(f"'{path}' does not exist: check the path.")
+    needs = _bundle_needs(bundle) if bundle else None
+    if fix is not None:
+        _check_target(fix, split_series(path)[0])
+    from medseg.report.doctor import examine
+
+    with progress("cases") as report:
+        found = examine(path, needs=needs, report=report)
+    _print_cases(found)
+    _print_findings(found.findings)
+    changes: Sequence[Change] = ()
+    remaining = found
+    if fix is not None:
+        from medseg.report.repair import repair
+
+        with progress("cases") as report:
+            changes = repair(found, fix, report=report)
+            remaining = examine(fix / Path(path).name if path.endswith(".json") else fix, needs=needs, report=report)
+        _write_changes(fix, changes, remaining)
+        _print_changes(fix, changes, remaining)
+    if json_file is not None:
+        replace_text(json_file, json.dumps(found.to_json(), indent=1) + "\n")
+    raise typer.Exit(1 if remaining.errors else 0)
+
+
+def _check_target(target: Path, source: Path) -> None:
+    """Refuse a folder that holds something, and one within what is examined, or around it."""
+    out, root = target.resolve(), source.resolve()
+    root = root if root.is_dir() else root.parent
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise RequestError(f"'{target}' exists and is not empty: --fix writes into a new folder.")
+    if out.is_relative_to(root) or root.is_relative_to(out):
+        raise RequestError(f"'{target}' lies within the data, or around it: --fix needs a folder elsewhere.")
+
+
+def _bundle_needs(name: str) -> Needs:
+    """Read from its configs what a bundle asks of its data."""
+    bundle = find_bundle(name)
+    shape = bundle.metadata.get("network_data_format", {}).get("inputs", {}).get("image")
+    if not shape:
+        raise RequestError(f"bundle '{bundle.name}' does not describe its input: expected network_data_format.")
+    train = merged(bundle.load_configs("train")) if bundle.config_path("train").is_file() else {}
+    mapping = train.get("label_mapping")
+    labels = frozenset(int(key) for key in mapping) if isinstance(mapping, dict) and "other" not in mapping else None
+    from medseg.report.doctor import Needs
+
+    return Needs(
+        bundle.name, len(shape["spatial_shape"]), int(shape["num_channels"]), labels, str(shape.get("modality", ""))
+    )
+
+
+def _print_cases(found: Report) -> None:
+    """Print a line per case; of many cases without counts and percentiles, so that a line is one line."""
+    from rich.box import HEAVY_HEAD
+    from rich.table import Table
+
+    compact = len(found.cases) > _FULL_ROWS
+    table = Table(title=f"{len(found.cases)} cases", title_justify="left", box=None if compact else HEAVY_HEAD)
+    middle = "median" if compact else "1 / 50 / 99 %"
+    for column in ("case", "part", "format", "shape", "mm", "axes", "type", "min", middle, "max", "labels"):
+        table.add_column(column, overflow="ellipsis" if compact else "fold", no_wrap=compact)
+    for case in found.cases[:_MAX_ROWS]:
+        table.add_row(*_row(case.name, case.part, case.image, case.label, compact=compact))
+    output.print(table)
+    if len(found.cases) > _MAX_ROWS:
+        output.print(f"and {len(found.cases) - _MAX_ROWS} more; --json FILE has them all")
+
+
+def _row(name: str, part: str, image: FileFacts | None, label: FileFacts | None, *, compact: bool) -> list[str]:
+    from rich.markup import escape
+
+    values = _label_text(label, compact=compact)
+    if image is None:
+        return [escape(name), part, "[red]not read[/]", *[""] * 7, values]
+    shares = image.percentiles[1:2] if compact else image.percentiles
+    return [
+        escape(name),
+        part,
+        image.format,
+        "x".join(str(size) for size in image.shape) + (f" ({image.channels})" if image.channels > 1 else ""),
+        "x".join(f"{step:.3g}" for step in image.spacing),
+        image.orientation,
+        image.dtype,
+        f"{image.minimum:.5g}",
+        " / ".join(f"{value:.4g}" for value in shares),
+        f"{image.maximum:.5g}",
+        values,
+    ]
+
+
+def _label_text(label: FileFacts | None, *, compact: bool) -> str:
+    if label is None:
+        return ""
+    if len(label.labels) > _VALUES:
+        return f"{len(label.labels)} values, {min(label.labels)} to {max(label.labels)}"
+    return ", ".join(str(value) if compact else f"{value}: {count:,}" for value, count in label.labels.items())
+
+
+def _print_findings(findings: Sequence[Finding]) -> None:
+    """Print counts, then each kind once with the first messages."""
+    groups: dict[tuple[str, str], list[Finding]] = {}
+    for finding in findings:
+        groups.setdefault((finding.severity, finding.kind), []).append(finding)
+    counts = {severity: sum(item.severity == severity for item in findings) for severity in _COLORS}
+    output.print(", ".join(f"{count} {severity}s" for severity, count in counts.items()))
+    for (severity, kind), group in groups.items():
+        repairable = sum(bool(item.repair) for item in group)
+        note = f", {repairable} can be repaired with --fix" if repairable else ""
+        output.print(f"[bold {_COLORS[severity]}]{severity}[/] [bold]{kind}[/] ({len(group)}{note})")
+        for item in group[:_SHOWN]:
+            output.print(f"  {_named(item)}", markup=False, soft_wrap=True)
+        if len(group) > _SHOWN:
+            output.print(f"  and {len(group) - _SHOWN} more")
+
+
+def _named(finding: Finding) -> str:
+    known = not finding.cases or any(name in finding.message for name in finding.cases)
+    return finding.message if known else f"{finding.cases[0]}: {finding.message}"
+
+
+def _write_changes(folder: Path, changes: Sequence[Change], remaining: Report) -> None:
+    from dataclasses import asdict
+
+    from medseg import __version__
+
+    content: dict[str, Any] = {
+        "medseg": __version__,
+        "changes": [asdict(change) for change in changes],
+        "remaining": remaining.to_json()["findings"],
+    }
+    replace_text(folder / "changes.json", json.dumps(content, indent=1) + "\n")
+
+
+def _print_changes(folder: Path, changes: Sequence[Change], remaining: Report) -> None:
+    for change in changes[:_MAX_ROWS]:
+        output.print(f"changed {change.file}: {change.what}", markup=False, soft_wrap=True)
+    if len(changes) > _MAX_ROWS:
+        output.print(f"and {len(changes) - _MAX_ROWS} more")
+    output.print(f"{len(changes)} changes; {remaining.errors} errors remain; see {folder / 'changes.json'}")
+    for finding in remaining.findings:
+        if finding.severity == "error":
+            errors.print(f"remains: {finding.kind}: {_named(finding)}", markup=False, soft_wrap=True)
