@@ -321,7 +321,8 @@ def _digests(array: NDArray[Any], grid: Grid | None) -> tuple[str, tuple[bytes |
     slices: list[bytes | None] = []
     for number in range(views[0].shape[-1]):
         # Adding 0 makes -0 and 0 one value; as float32 an image is the same in whatever type it is stored.
-        plane = np.stack([view[..., number] for view in views]).astype("<f4") + np.float32(0)
+        stack = np.stack([view[..., number] for view in views])
+        plane = np.ascontiguousarray(stack, dtype="<f4") + np.float32(0)
         content = hashlib.blake2b(plane.data, digest_size=16).digest()
         whole.update(content)
         slices.append(content if plane.max() > plane.min() else None)
