@@ -1,8 +1,9 @@
-"""Layers of the same arithmetic as torch's own, which run faster on a CPU or with less rounding in other engines."""
+"""Layers of the same arithmetic as torch's own, that run faster on a CPU or round less in other engines."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any, Final
 
 import torch
@@ -10,22 +11,29 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-__all__ = ["with_faster_layers"]
+__all__ = ["with_exact_norms", "with_faster_layers"]
 
 
-def with_faster_layers(network: nn.Module, *, convolutions: bool) -> nn.Module:
-    """Return a copy that shares all weights, with faster layers; the network itself if it has none to replace.
+def with_faster_layers(network: nn.Module) -> nn.Module:
+    """Return a copy for float32 on the CPU that shares all weights; the network itself if it has nothing to replace.
 
-    Instances are normalized as groups of one channel. Results differ by rounding, about 1e-6.
-
-    Args:
-        network: without gradients; is left as it is.
-        convolutions: whether 3D convolutions call oneDNN, which torch does not do for single windows with few voxels.
-            Such a copy runs in float32 on the CPU and cannot be exported.
+    3D convolutions call oneDNN, which torch does not do for single windows with few voxels; instances are normalized as
+    groups of one channel. Results differ by rounding, about 1e-6. The copy makes no gradients and cannot be exported.
     """
-    found = [_faster_norm(module) for module in network.modules()]
-    if convolutions:
-        found = [kind or _faster_convolution(module) for kind, module in zip(found, network.modules(), strict=True)]
+    return _replaced(network, lambda module: _faster_convolution(module) or _norm(module, _GROUPED))
+
+
+def with_exact_norms(network: nn.Module) -> nn.Module:
+    """Return a copy to be exported that shares all weights; the network itself if it has no instance norm.
+
+    Some engines sum a window up voxel by voxel in float32, which leaves errors of 1e-4 and more. Here they sum planes,
+    then the sums of planes.
+    """
+    return _replaced(network, lambda module: _norm(module, _PLANEWISE))
+
+
+def _replaced(network: nn.Module, choose: Callable[[nn.Module], type[nn.Module] | None]) -> nn.Module:
+    found = [choose(module) for module in network.modules()]
     if not any(found):
         return network
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
@@ -60,15 +68,46 @@ class _GroupedInstanceNorm3d(_Grouped, nn.InstanceNorm3d):
     """For `(B, C, D, H, W)`."""
 
 
+class _Planewise(_InstanceNorm):
+    """Instance norm from the mean and variance of every plane (in 2D, of every row)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input[0, 0].numel() == 1:
+            return super().forward(input)
+        inner = tuple(range(3, input.dim()))
+        shape = (1, -1, *(1 for _ in range(2, input.dim())))
+        means = input.mean(inner, keepdim=True)
+        rest = input - means
+        offsets = means - means.mean(2, keepdim=True)
+        variance = ((rest * rest).mean(inner, keepdim=True) + offsets * offsets).mean(2, keepdim=True)
+        scale = torch.rsqrt(variance + self.eps)
+        if self.weight is None:
+            return rest * scale + offsets * scale
+        scale = scale * self.weight.view(shape)
+        return rest * scale + (offsets * scale + self.bias.view(shape))
+
+
+class _PlanewiseInstanceNorm2d(_Planewise, nn.InstanceNorm2d):
+    """For `(B, C, H, W)`."""
+
+
+class _PlanewiseInstanceNorm3d(_Planewise, nn.InstanceNorm3d):
+    """For `(B, C, D, H, W)`."""
+
+
 # Exact types: a subclass has reasons of its own.
-_NORMS: Final[dict[type[nn.Module], type[nn.Module]]] = {
+_GROUPED: Final[dict[type[nn.Module], type[nn.Module]]] = {
     nn.InstanceNorm2d: _GroupedInstanceNorm2d,
     nn.InstanceNorm3d: _GroupedInstanceNorm3d,
 }
+_PLANEWISE: Final[dict[type[nn.Module], type[nn.Module]]] = {
+    nn.InstanceNorm2d: _PlanewiseInstanceNorm2d,
+    nn.InstanceNorm3d: _PlanewiseInstanceNorm3d,
+}
 
 
-def _faster_norm(module: nn.Module) -> type[nn.Module] | None:
-    return None if getattr(module, "track_running_stats", False) else _NORMS.get(type(module))
+def _norm(module: nn.Module, kinds: dict[type[nn.Module], type[nn.Module]]) -> type[nn.Module] | None:
+    return None if getattr(module, "track_running_stats", False) else kinds.get(type(module))
 
 
 def _faster_convolution(module: nn.Module) -> type[nn.Module] | None:
