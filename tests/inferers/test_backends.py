@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import gc
 import importlib
 import logging
+import platform
 import sys
 import weakref
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from medseg.errors import RequestError, SizeError
 from medseg.inferers import accelerate, reuse_memory
 from medseg.inferers.backends import BACKENDS, MEMORY_FORMATS
+from medseg.inferers.memory import resident_bytes
 from medseg.networks import NETWORKS, small
 
 SIZES = {2: (96, 96), 3: (32, 32, 32)}
@@ -100,7 +101,7 @@ def test_openvino_sums_large_windows_with_little_error() -> None:
     exact = copy.deepcopy(subject).double()
     runner = accelerate(subject, backend="openvino", window_shape=windows.shape)
     with torch.no_grad():
-        assert deviation(runner(windows), exact(windows.double()).float()) < 2e-5
+        assert deviation(runner(windows), exact(windows.double()).float()) < 1e-4
 
 
 def test_openvino_in_bfloat16_stays_near_float32() -> None:
@@ -265,9 +266,9 @@ def test_windows_of_another_size_are_refused_by_an_engine() -> None:
         runner(noise(1, 1, 24, 16, 16))
 
 
-def test_reused_memory_costs_no_page_faults_and_ends_with_the_block(monkeypatch) -> None:
+def test_reused_memory_costs_no_page_faults_and_goes_back_at_the_end(monkeypatch) -> None:
     resource = pytest.importorskip("resource", reason="needs a Unix")
-    if sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"):
+    if platform.libc_ver()[0] != "glibc":
         pytest.skip("needs glibc")
     for name in ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD"):
         monkeypatch.delenv(name, raising=False)
@@ -278,9 +279,11 @@ def test_reused_memory_costs_no_page_faults_and_ends_with_the_block(monkeypatch)
             torch.ones(64 << 20, dtype=torch.uint8)
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-    fresh = faults()
-    with reuse_memory(), reuse_memory():
-        faults()
-        reused = faults()
-    assert reused < fresh / 10
-    assert faults() > fresh / 2
+    fresh, start = faults(), resident_bytes()
+    with reuse_memory():
+        with reuse_memory():
+            faults()
+        assert faults() < fresh / 10, "the end of an inner block ends the outer one"
+        held = resident_bytes()
+    assert held - start > 50 << 20
+    assert held - resident_bytes() > 50 << 20
