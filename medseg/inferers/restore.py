@@ -23,6 +23,10 @@ from medseg.inferers.scores import Decision, activate, background, decisions, em
 __all__ = ["NativeGrid", "Plane", "Restorer", "StraightGrid"]
 
 
+# Scores that are interpolated together; a few copies of them are held by each thread.
+_CHUNK = 1 << 20
+
+
 @dataclass(frozen=True)
 class Plane:
     """One plane of the model's grid: scores `(K, H, W)`, and the labels `(H, W)` that each decision gives there."""
@@ -186,13 +190,16 @@ class StraightGrid:
         tops = [low.labels[channel], *([high.labels[channel]] if deep else [])]
         sure = self._native(tops[0])
         mixed = self._native(self._mixed(tops)).flatten().nonzero()[:, 0]
-        corners = self._corners(mixed)
-        below = corners(low.scores[decision.classes])
-        above = corners(high.scores[decision.classes]) if deep else below
-        for index, fraction in wanted:
-            labels = sure.clone()
-            scores = below.lerp(above, fraction) if fraction else below
-            labels.view(-1)[mixed] = decision.decide(scores).to(labels.dtype)
+        results = [sure.clone() for _ in wanted]
+        below, above = low.scores[decision.classes], high.scores[decision.classes]
+        for part in torch.split(mixed, max(_CHUNK // len(below), 1)):
+            corners = _Corners(self.rows, self.columns, part)
+            at_low = corners(below)
+            at_high = corners(above) if deep else at_low
+            for labels, (_, fraction) in zip(results, wanted, strict=True):
+                scores = at_low.lerp(at_high, fraction) if fraction else at_low
+                labels.view(-1)[part] = decision.decide(scores).to(labels.dtype)
+        for labels, (index, _) in zip(results, wanted, strict=True):
             self._store(channel, index, labels)
 
     def _store(self, channel: int | slice, index: int, values: torch.Tensor) -> None:
@@ -220,9 +227,6 @@ class StraightGrid:
             if not (self.rows.exact or self.columns.exact):
                 mixed[:-1, :-1] |= top[1:, 1:] != first[:-1, :-1]
         return mixed
-
-    def _corners(self, where: torch.Tensor) -> _Corners:
-        return _Corners(self.rows, self.columns, where)
 
     def _probabilities(self, wanted: list[tuple[int, float]], low: Plane, high: Plane) -> None:
         below = self._enlarged(low.scores)
