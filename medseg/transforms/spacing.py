@@ -19,6 +19,8 @@ __all__ = ["SeparableResample", "SeparableSpacingd"]
 
 # Of a voxel, at the far end of an axis.
 _NEAR = 1e-4
+# Closer than this MONAI takes two affines for the same.
+_MONAI_NEAR = 1e-3
 
 
 class SeparableSpacingd(Spacingd):  # type: ignore[misc]  # MONAI publishes no types
@@ -58,7 +60,7 @@ class SeparableSpacingd(Spacingd):  # type: ignore[misc]  # MONAI publishes no t
 
 
 class SeparableResample(SpatialResample):  # type: ignore[misc]
-    """MONAI's `SpatialResample` that takes linear interpolation on unchanged axes apart, and leaves the rest to MONAI."""
+    """MONAI's `SpatialResample` that does linear interpolation axis by axis, and leaves other requests to MONAI."""
 
     def __call__(self, img: torch.Tensor, dst_affine: Any = None, spatial_size: Any = None, **options: Any) -> Any:
         """Return the image `(C, *spatial)` on another grid, float32; arguments as for `SpatialResample`."""
@@ -70,9 +72,8 @@ class SeparableResample(SpatialResample):  # type: ignore[misc]
         source = np.asarray(to_affine_nd(dims, img.affine.cpu().numpy()))
         matrix = np.linalg.solve(source, np.asarray(to_affine_nd(dims, torch.as_tensor(dst_affine).cpu().numpy())))
         size = tuple(int(each) for each in spatial_size)
-        if (size == tuple(img.shape[1:]) and np.allclose(matrix, np.eye(dims + 1), atol=1e-3)) or not _straight(
-            matrix, size
-        ):
+        unchanged = size == tuple(img.shape[1:]) and np.allclose(matrix, np.eye(dims + 1), atol=_MONAI_NEAR)
+        if unchanged or not _straight(matrix, size):
             return super().__call__(img, dst_affine, spatial_size, **options)
         noted = TraceableTransform.track_transform_meta(
             img,
