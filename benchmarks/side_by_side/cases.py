@@ -5,7 +5,8 @@
 
 The phantoms are drawn by `medseg.studies.phantoms` at half the resolution, brought to the full one by linear
 interpolation, and given noise there, so that they compress and resample as scans do. They lie like a CT that was
-converted from DICOM: axis-aligned, x and y running to the left and to the back. A fifth class is derived from the
+converted from DICOM: axis-aligned, x and y running to the left and to the back. The liver is 50 HU brighter than in the
+phantoms, as after contrast agent, so that a small network learns it in minutes. A fifth class is derived from the
 attenuation: unlabeled voxels above 200 HU are bone (muscle has 40, the spongiest bone 330, noise a deviation of 20).
 """
 
@@ -26,6 +27,7 @@ from medseg.studies.phantoms import Phantom, make_phantom
 from side_by_side.settings import DATA, image_path, truth_path
 
 SEED = 20
+LIVER, CONTRAST_HU = 2, 50
 BONE, BONE_HU = 4, 200
 NOISE_HU = 12.0
 # Case -> voxels, millimeters.
@@ -61,18 +63,20 @@ def write_training(folder: Path) -> None:
         (folder / part).mkdir(parents=True, exist_ok=True)
     names = [f"torso_{case:02d}" for case in range(TRAINING_CASES + VALIDATION_CASES)]
     for case, name in enumerate(names):
-        phantom = make_phantom(case, seed=SEED + 1, shape=(205, 205, 150), spacing=(2.0, 2.0, 2.0))
+        phantom = torso(case, seed=SEED + 1, shape=(205, 205, 150), spacing=(2.0, 2.0, 2.0))
         save(phantom.image, phantom.affine, folder / "images" / f"{name}.nii.gz")
-        save(with_bone(phantom), phantom.affine, folder / "labels" / f"{name}.nii.gz")
+        save(phantom.label, phantom.affine, folder / "labels" / f"{name}.nii.gz")
     split = {"train": names[:TRAINING_CASES], "val": names[TRAINING_CASES:]}
     (folder / "split.json").write_text(json.dumps(split), encoding="utf-8")
 
 
-def with_bone(phantom: Phantom) -> Any:
-    """Return the label with bone as a further class."""
-    label = phantom.label.copy()
-    label[(phantom.image > BONE_HU) & (label == 0)] = BONE
-    return label
+def torso(case: int, **options: Any) -> Phantom:
+    """Draw a phantom with contrast agent in its liver and with bone as a further class."""
+    phantom = make_phantom(case, **options)
+    image, label = phantom.image.copy(), phantom.label.copy()
+    label[(image > BONE_HU) & (label == 0)] = BONE
+    image[label == LIVER] += CONTRAST_HU
+    return Phantom(image, label, phantom.affine)
 
 
 def save(array: Any, affine: Any, path: Path) -> None:
@@ -84,10 +88,10 @@ def save(array: Any, affine: Any, path: Path) -> None:
 
 def _write_phantom(folder: Path, case: str, shape: tuple[int, int, int], spacing: tuple[float, ...]) -> None:
     half = [max(side // 2, 64) for side in shape]
-    phantom = make_phantom(0, seed=SEED, shape=half, spacing=[2 * step for step in spacing])
+    phantom = torso(0, seed=SEED, shape=half, spacing=[2 * step for step in spacing])
     # Into the order left, posterior, superior: the phantom's own axes run the other way unless mirrored.
     mirrored = [axis for axis in range(3) if (phantom.affine[axis, axis] > 0) == (axis < 2)]
-    image, label = (np.flip(array, mirrored) for array in (phantom.image, with_bone(phantom)))
+    image, label = (np.flip(array, mirrored) for array in (phantom.image, phantom.label))
     affine = np.diag([-spacing[0], -spacing[1], spacing[2], 1.0])
     affine[:3, 3] = np.array([1, 1, -1]) * (np.array(shape) - 1) * spacing / 2
     save(_enlarged(label, shape, mode="nearest-exact").to(torch.uint8).numpy(), affine, truth_path(folder, case))

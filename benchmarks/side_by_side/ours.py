@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import monai.bundle
@@ -17,16 +18,23 @@ LOADED_BY_MEDSEG = (monai.bundle.ConfigWorkflow, medseg.predict)
 
 
 def import_all(request: dict[str, Any]) -> None:
-    """Import what the bundle names."""
+    """Import what the bundle names, and what runs its network."""
     torch.set_num_threads(request["threads"])
+    backend = knobs(request).get("backend", "torch")
+    if backend in ("openvino", "onnxruntime"):
+        importlib.import_module(backend)
     import_targets(find_bundle(request["bundle"]).load_configs("inference"))
 
 
 def work(request: dict[str, Any], phases: Phases) -> None:
     """Predict one image."""
-    knobs = FAST if request["contestant"] == "medseg-fast" else EXACT
-    manifest = medseg.predict(request["bundle"], request["image"], request["output"], settings=knobs)
+    manifest = medseg.predict(request["bundle"], request["image"], request["output"], settings=knobs(request))
     failed = [record.error for record in manifest.cases.values() if record.status != "done"]
     if failed or not manifest.cases:
         raise SystemExit(f"medseg: {failed}")
     phases.seconds.update(manifest.stages)
+
+
+def knobs(request: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of the mode that is asked for."""
+    return FAST if request["contestant"] == "medseg-fast" else EXACT

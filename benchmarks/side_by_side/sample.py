@@ -78,7 +78,7 @@ def main() -> None:
         "peak_mib": status("VmHWM"),
         "children_cpu_s": os.times().children_user - children,
         "phases_s": phases.seconds,
-        "late_imports": sorted({name.partition(".")[0] for name in set(sys.modules) - known}),
+        "late_imports": sorted({".".join(name.split(".")[:2]) for name in set(sys.modules) - known}),
     }
     Path(sys.argv[2]).write_text(json.dumps(answer), encoding="utf-8")
 

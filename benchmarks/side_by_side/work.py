@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from medseg.bundle.build import build
+from medseg.bundle.catalog import Bundle
 from side_by_side.settings import (
     CONSTRAINTS,
     KINDS,
@@ -112,6 +114,8 @@ def prepare(setup: Setup, contestants: Sequence[str]) -> None:
         say("training the network on one thread; this takes some minutes" if setup.trains else "making the bundle")
         classes = [] if setup.classes is None else [str(setup.classes)]
         setup.call("bundles", folder, setup.case, setup.network, *classes, threads=1)
+    # The templates may have changed since; the weights stay.
+    build(Bundle(setup.bundle))
     if "nnunet" in contestants and not (setup.work / "nnunet" / "installed").is_file():
         install_nnunet(setup.work)
 
