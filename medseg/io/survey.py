@@ -54,12 +54,14 @@ class Header:
         shape: all axes, those of length 1 included.
         apart: mm between the corners of sform and qform where both are set; 0 where they agree.
         step: smallest distance of voxels, mm.
+        stretch: by which part pixdim differs from the voxel sizes of the sform, if that counts alone.
     """
 
     dtype: str
     shape: tuple[int, ...]
     apart: float
     step: float
+    stretch: float
 
 
 @dataclass(frozen=True)
@@ -171,8 +173,11 @@ def nifti_header(path: StrPath) -> Header | None:
         if header["sform_code"] and header["qform_code"]:
             space = shape[:3] if len(shape) > 2 else (*shape, 1)
             apart = corner_distance(Grid(space, header.get_sform()), Grid(space, header.get_qform()))
-        step = float(min(header.get_zooms()[: min(3, len(shape))]))
-        return Header(str(header.get_data_dtype()), shape, apart, step)
+        zooms = np.asarray(header.get_zooms()[: min(3, len(shape))], dtype=np.float64)
+        stretch = 0.0
+        if header["sform_code"] and not header["qform_code"]:
+            stretch = float(np.abs(zooms / np.linalg.norm(header.get_sform()[:3, : len(zooms)], axis=0) - 1).max())
+        return Header(str(header.get_data_dtype()), shape, apart, float(zooms.min()), stretch)
     except Exception:  # a damaged header raises many types; what is wrong with it is told by reading the file
         return None
 

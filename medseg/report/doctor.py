@@ -23,6 +23,7 @@ Progress: TypeAlias = Callable[[float, int, str], None]
 # In voxels: below the first, headers are equal but for rounding in the last place; below the second, for rounding.
 _EQUAL = 1e-3
 _ROUNDED = 0.1
+_STRETCHED = 0.01
 _THICK = 20.0
 _THIN = 0.05
 _UNEVEN = 20.0
@@ -192,7 +193,9 @@ def _examine_case(subject: Subject, collection: Collection, needs: Needs | None)
         findings += found
     if image is not None:
         modality = (needs.modality if needs else "") or image.facts.modality or collection.modality
-        findings += _image_findings(subject, image, modality, single=collection.channels is None and needs is None)
+        findings += _image_findings(subject, image, modality)
+        if needs is None:
+            findings += _channel_findings(subject, image.facts, collection.channels)
         findings += _bundle_findings(subject, collection, image.facts, needs)
     if label is not None:
         findings += _label_findings(subject, label.facts, collection, needs)
@@ -212,7 +215,19 @@ def _open(name: str, collection: Collection, opener: Callable[[], Opened]) -> tu
         return None, [Finding("error", "not read", collection.shortened(str(error)), (name,))]
 
 
-def _image_findings(subject: Subject, image: Opened, modality: str, *, single: bool) -> Iterator[Finding]:
+def _channel_findings(subject: Subject, facts: FileFacts, listed: int | None) -> Iterator[Finding]:
+    """Compare the values per voxel of a volume with what `dataset.json` says, or with one."""
+    if not facts.placed or facts.channels == (listed or 1):
+        return
+    text = f"{facts.file} has {facts.channels} values per voxel"
+    if listed is not None:
+        yield Finding("error", "channels", f"{text}, dataset.json names {listed}.", (subject.name,))
+    else:
+        text += "; only a bundle of as many channels reads it"
+        yield Finding("warning", "several channels", f"{text}.", (subject.name,))
+
+
+def _image_findings(subject: Subject, image: Opened, modality: str) -> Iterator[Finding]:
     facts, here = image.facts, (subject.name,)
     if facts.nonfinite:
         yield Finding(
@@ -224,13 +239,6 @@ def _image_findings(subject: Subject, image: Opened, modality: str, *, single: b
         )
     if facts.minimum == facts.maximum:
         yield Finding("warning", "constant image", f"Every voxel of {facts.file} is {facts.minimum:g}.", here)
-    if facts.channels > 1 and facts.placed and single:
-        yield Finding(
-            "warning",
-            "several channels",
-            f"{facts.file} has {facts.channels} values per voxel; only a bundle of as many channels reads it.",
-            here,
-        )
     yield from _header_findings(subject, facts)
     if facts.placed and len(facts.shape) == 3:
         yield from _spacing_findings(facts, here, modality)
@@ -250,6 +258,15 @@ def _header_findings(subject: Subject, facts: FileFacts) -> Iterator[Finding]:
             "programs may take the qform.",
             here,
             "qform",
+        )
+    if header.stretch > _STRETCHED:
+        yield Finding(
+            "warning",
+            "sform and pixdim",
+            f"The pixdim of {facts.file} differs from the voxel size of its sform by {header.stretch:.1%}; medseg "
+            "takes the sform, ITK and what is built on it take the pixdim.",
+            here,
+            "pixdim",
         )
     if len(header.shape) > 3 and all(size == 1 for size in header.shape[3:]):
         yield Finding("note", "extra axis", f"{facts.file} has axes of length 1: {header.shape}.", here, "squeeze")

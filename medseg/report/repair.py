@@ -7,6 +7,7 @@
 | label stored as floating point | whole numbers of the smallest type |
 | NaN and infinite values of an image | its lowest finite value |
 | sform and qform that disagree | the sform becomes the qform |
+| sform and pixdim that disagree, without a qform | the sform's voxel size becomes the pixdim |
 | axes of length 1 beyond space | taken off |
 | copies of one case with equal labels | one stays: that of validation or test before that of training |
 
@@ -48,6 +49,7 @@ __all__ = ["Change", "repair", "resample_nearest"]
 _KEPT_FIRST = ("test", "val", "", "train")
 _DATA_FILE = re.compile(r"^(?:data ?file:|ElementDataFile\s*=)\s*(\S.*?)\s*$", re.IGNORECASE | re.MULTILINE)
 _MAX_HEADER = 1 << 20
+_STRETCHED = 0.01
 _LABEL_REPAIRS = ("header", "resample", "integers")
 
 
@@ -127,11 +129,13 @@ def resample_nearest(label: NDArray[Any], grid: Grid, onto: Grid) -> NDArray[Any
 def _duplicates(found: Report) -> dict[str, str]:
     """Return the cases to leave out, each with the one that stays."""
     parts = {case.name: case.part for case in found.cases}
+    files = {case.name: case.subject.image for case in found.cases}
     dropped: dict[str, str] = {}
     for finding in found.findings:
         if finding.repair == "duplicate":
             kept = min(finding.cases, key=lambda name: _KEPT_FIRST.index(parts[name]))
-            dropped |= {name: kept for name in finding.cases if name != kept}
+            # One file that is listed twice is a fault of the listing, of which it could not be said what was meant.
+            dropped |= {name: kept for name in finding.cases if files[name] != files[kept]}
     return dropped
 
 
@@ -291,7 +295,7 @@ def _place(grid: Grid) -> str:
 def _fill_nonfinite(path: Path, value: float) -> tuple[str, str]:
     """Replace what is not finite in a copied NIfTI file."""
     image = cast("Any", nib.load(path))
-    array = np.array(image.dataobj)
+    array = np.array(np.asanyarray(image.dataobj))
     wrong = ~np.isfinite(array)
     array[wrong] = value
     header = image.header.copy()
@@ -309,7 +313,7 @@ def _fix_nifti(path: Path) -> list[tuple[str, str, str]]:
         content = gzip.decompress(packed) if zipped else packed
         kind = nib.Nifti2Header if content[:4] in (b"\x1c\x02\0\0", b"\0\0\x02\x1c") else nib.Nifti1Header
         header = kind.from_fileobj(io.BytesIO(content), check=False)
-        changes = [change for fix in (_squeeze, _copy_sform) for change in fix(header)]
+        changes = [change for fix in (_squeeze, _copy_sform, _copy_zooms) for change in fix(header)]
     except Exception:  # a damaged file raises many types; it is copied as it is, and its finding stays
         return []
     if changes:
@@ -342,3 +346,16 @@ def _copy_sform(header: Any) -> list[tuple[str, str, str]]:
     for field in ("pixdim", "qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"):
         header[field] = fixed[field]
     return [("sform copied to qform", f"{apart:.4g} mm apart", "equal")]
+
+
+def _copy_zooms(header: Any) -> list[tuple[str, str, str]]:
+    if header["qform_code"] or not header["sform_code"]:
+        return []
+    count = min(3, int(header["dim"][0]))
+    before = np.array(header["pixdim"][1 : count + 1], dtype=np.float64)
+    after = np.linalg.norm(header.get_sform()[:3, :count], axis=0)
+    if np.abs(before / after - 1).max() <= _STRETCHED:
+        return []
+    header["pixdim"][1 : count + 1] = after
+    shown = [" x ".join(f"{value:.6g}" for value in values) for values in (before, after)]
+    return [("voxel size of the sform copied to pixdim", shown[0], shown[1])]

@@ -147,7 +147,9 @@ def _listed(root: Path, listing: Path, content: Mapping[str, Any]) -> Collection
     base = common_folder(image for _, image, _ in entries)
     parts, listings = _parts_of(root, base, {image: part for part, image, _ in entries}, content, findings)
     findings += _refusals(listing)
-    subjects = _named([(parts[image], image, label) for _, image, label in entries], root)
+    # An image that is listed in two parts is in both.
+    decided = [(parts[image] if listings else part, image, label) for part, image, label in entries]
+    subjects = _named(decided, root)
     return _collection(root, subjects, findings, content, [listing, *listings])
 
 

@@ -1,0 +1,147 @@
+"""`medseg doctor` as a user meets it: tables, exit codes, records, refusals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+def write(path: Path, array: Any, shift: float = 0.0) -> Path:
+    image = nib.Nifti1Image(array, None)
+    affine = np.diag([2.0, 2.0, 2.0, 1.0])
+    affine[0, 3] = 5 + shift
+    image.header.set_zooms((2.0, 2.0, 2.0))
+    image.set_sform(affine, code=1)
+    image.set_qform(None, code=0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(image, path)
+    return path
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    root = tmp_path / "set"
+    entries = []
+    for number in range(3):
+        rng = np.random.default_rng(number)
+        write(root / "i" / f"c{number}.nii.gz", rng.integers(0, 900, (10, 12, 8)).astype(np.int16))
+        marks = np.zeros((10, 12, 8), np.uint8)
+        marks[2:5, 3:7, 1 : 4 + number] = 1
+        write(root / "l" / f"c{number}.nii.gz", marks)
+        entries.append({"image": f"i/c{number}.nii.gz", "label": f"l/c{number}.nii.gz"})
+    listing = {"labels": {"0": "background", "1": "ball"}, "training": entries[:2], "validation": entries[2:]}
+    (root / "dataset.json").write_text(json.dumps(listing))
+    return root
+
+
+@pytest.mark.parametrize("given", ["folder", "listing"])
+def test_a_faultless_set_ends_with_0(medseg: Run, data: Path, given: str) -> None:
+    code, out, _ = medseg("doctor", data if given == "folder" else data / "dataset.json")
+    assert code == 0
+    assert "3 cases" in out
+    assert "0 errors, 0 warnings, 0 notes" in out
+
+
+def test_errors_end_with_1_and_are_grouped(medseg: Run, data: Path, tmp_path: Path) -> None:
+    for number in range(3):
+        marks = np.zeros((10, 12, 8), np.uint8)
+        marks[2:5, 3:7, 1 : 4 + number] = 1
+        write(data / "l" / f"c{number}.nii.gz", marks, shift=4)
+    record = tmp_path / "report.json"
+    code, out, _ = medseg("doctor", data, "--json", record)
+    assert code == 1
+    assert "grids: shifted (3)" in out
+    assert "(2, 0, 0) voxels" in out
+    content = json.loads(record.read_text())
+    assert [case["image"]["shape"] for case in content["cases"]] == [[10, 12, 8]] * 3
+    assert {item["kind"] for item in content["findings"]} == {"grids: shifted"}
+
+
+def test_many_findings_of_a_kind_do_not_flood(medseg: Run, data: Path) -> None:
+    folder = data / "many"
+    for number in range(50):
+        write(folder / f"x{number:02}.nii.gz", np.full((4, 4, 4), number, np.int16))
+    code, out, _ = medseg("doctor", folder)
+    assert code == 0
+    assert "constant image (50)" in out
+    assert "and 47 more" in out
+    assert "and 10 more; --json FILE has them all" in out
+    assert len(out.splitlines()) < 60
+
+
+def test_fix_writes_a_copy_and_a_record(medseg: Run, data: Path, tmp_path: Path) -> None:
+    marks = np.asarray(nib.load(data / "l" / "c0.nii.gz").dataobj).astype(np.float32)
+    write(data / "l" / "c0.nii.gz", marks)
+    write(data / "l" / "c1.nii.gz", marks.astype(np.uint8)[::-1] * np.uint8(3), shift=4)
+    code, out, err = medseg("doctor", data, "--fix", tmp_path / "fixed")
+    assert code == 1
+    assert "1 changes; 2 errors remain" in out
+    assert "remains: grids: shifted" in err
+    record = json.loads((tmp_path / "fixed" / "changes.json").read_text())
+    assert record["changes"] == [
+        {"file": "l/c0.nii.gz", "what": "whole numbers", "before": "float32", "after": "uint8"}
+    ]
+    assert {item["kind"] for item in record["remaining"]} == {"grids: shifted", "unknown label"}
+    assert (tmp_path / "fixed" / "i" / "c0.nii.gz").read_bytes() == (data / "i" / "c0.nii.gz").read_bytes()
+
+
+def test_a_repaired_set_ends_with_0(medseg: Run, data: Path, tmp_path: Path) -> None:
+    array = np.asarray(nib.load(data / "i" / "c0.nii.gz").dataobj).astype(np.float32)
+    array[0, 0, 0] = np.nan
+    write(data / "i" / "c0.nii.gz", array)
+    code, out, _ = medseg("doctor", data / "dataset.json", "--fix", tmp_path / "fixed")
+    assert code == 0
+    assert "1 changes; 0 errors remain" in out
+
+
+def test_a_bundle_says_what_it_cannot_read(medseg: Run, data: Path) -> None:
+    assert medseg("doctor", data, "--bundle", "hippocampus_mri_unet")[0] == 0
+    code, out, _ = medseg("doctor", data, "--bundle", "gland_pathology_unet")
+    assert code == 1
+    assert "not for this bundle (3)" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing"], "does not exist"),
+        (["set", "--bundle", "no_such"], "no shipped bundle"),
+        (["set", "--fix", "set/out"], "lies within the data"),
+        (["set", "--fix", "."], "not empty"),
+        (["set/l", "--fix", "set/i"], "not empty"),
+        (["empty"], "Nothing to predict"),
+    ],
+)
+def test_bad_requests_end_with_2(
+    medseg: Run, data: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(data.parent)
+    Path("empty").mkdir()
+    before = sorted(Path().rglob("*"))
+    code, _, err = medseg("doctor", *arguments)
+    assert code == 2
+    assert message in err
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_what_predict_leaves_out_is_grouped(capsys: pytest.CaptureFixture[str]) -> None:
+    from medseg.cli.predict import _tell_left_out
+    from medseg.io import LeftOut
+
+    items = [*(LeftOut(f"/d/n{number}.txt", "no image") for number in range(400)), LeftOut("/d/.x", "hidden file")]
+    _tell_left_out(items, verbose=False)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "left out: 400 (no image): n0.txt, n1.txt, n2.txt and 397 more",
+        "left out: 1 (hidden file): .x",
+    ]
+    _tell_left_out(items, verbose=True)
+    assert len(capsys.readouterr().err.splitlines()) == 401
