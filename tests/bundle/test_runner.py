@@ -122,12 +122,20 @@ def _monai_run(elsewhere: Path, bundle: Bundle, configs: list[str], **options: o
     return done.stdout + done.stderr
 
 
-def test_monai_and_medseg_write_the_same_masks(trained: Bundle, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {},
+        {"max_memory": "8G", "sw_batch_size": 2, "inference_precision": "bfloat16", "memory_format": "channels_last"},
+        {"backend": "onnxruntime", "foreground": 0.5},
+    ],
+)
+def test_monai_and_medseg_write_the_same_masks(trained: Bundle, tmp_path: Path, knobs: dict[str, Any]) -> None:
     images = tmp_path / "in"
     _oblique(images, "a.nii.gz", False)
     _oblique(images / "sub", "b.nii.gz", True)
-    _predict(trained, images, tmp_path / "ours")
-    _monai_run(tmp_path / "x", trained, ["inference"], dataset_dir=images, output_dir=tmp_path / "theirs")
+    _predict(trained, images, tmp_path / "ours", **knobs)
+    _monai_run(tmp_path / "x", trained, ["inference"], dataset_dir=images, output_dir=tmp_path / "theirs", **knobs)
     for name in ("a.nii.gz", "sub/b.nii.gz"):
         assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
 
