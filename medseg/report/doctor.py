@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from medseg.errors import CaseError
+from medseg.errors import CaseError, MedsegError
 from medseg.io.geometry import Grid, corner_distance
 from medseg.io.names import StrPath
 from medseg.io.survey import FileFacts, Opened, foreground_inside, open_image, open_label, share_on_minimum
@@ -211,7 +211,7 @@ def _open_image(subject: Subject, collection: Collection) -> Opened:
 def _open(name: str, collection: Collection, opener: Callable[[], Opened]) -> tuple[Opened | None, list[Finding]]:
     try:
         return opener(), []
-    except CaseError as error:
+    except MedsegError as error:  # also a package that is not installed: the others may be read without it
         return None, [Finding("error", "not read", collection.shortened(str(error)), (name,))]
 
 
