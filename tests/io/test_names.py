@@ -37,6 +37,7 @@ def test_only_image_suffixes_are_taken_off(name, stem):
         ("sub/a.seg.nrrd", "sub/a.seg.nrrd", "nrrd"),
         ("a.mgh", "a.mgh", "mgh"),
         ("a.dcm", "a.nii.gz", "dicom"),
+        ("sub/a.SVS", "sub/a.geojson", "slide"),
         ("a.txt", "a.txt", None),
     ],
 )
