@@ -31,11 +31,11 @@ def main() -> None:
         table.render(RESULTS, options.table)
         return
     if options.case == "memory":
-        setup = Setup(options.work, "phantom800", "light", options.threads, not options.no_huge_pages)
+        setup = Setup(options.work, "phantom800", "light", options.threads, not options.plain_memory)
         record, name = memory.measure(setup), "inference_memory"
     else:
         network = options.network or CASES[options.case][0]
-        setup = Setup(options.work, options.case, network, options.threads, not options.no_huge_pages)
+        setup = Setup(options.work, options.case, network, options.threads, not options.plain_memory)
         prepare(setup, options.contestants)
         record, name = contest(setup, options.contestants, options.rounds), f"inference_{options.case}_{network}"
     _write(record, options.output or RESULTS / f"{name}.json")
@@ -48,7 +48,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--contestants", type=_names, default=list(CONTESTANTS), help=f"of {','.join(CONTESTANTS)}")
     parser.add_argument("--threads", type=int, default=threads_here(), help="of every process (default: all cores)")
-    parser.add_argument("--no-huge-pages", action="store_true", help="ask for no huge pages, for anybody")
+    parser.add_argument("--plain-memory", action="store_true", help="the C library's own settings, for everybody")
     parser.add_argument("--work", type=Path, default=default_work(), help="folder of images, bundles and masks")
     parser.add_argument("--output", type=Path, metavar="FILE", help="record (default: under benchmarks/results)")
     parser.add_argument(

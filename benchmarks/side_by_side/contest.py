@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from side_by_side.machine import describe
-from side_by_side.settings import EXACT, FAST, REFERENCES, nnunet_python, truth_path
+from side_by_side.settings import EXACT, FAST, FAST_CT, KINDS, REFERENCES, nnunet_python, truth_path
 from side_by_side.work import Setup, say, sha256
 
 MEASURES = ("work_s", "work_cpu_s", "process_s", "process_cpu_s", "peak_mib", "added_mib")
@@ -50,7 +50,7 @@ def sample(setup: Setup, name: str, folder: Path, **more: Any) -> dict[str, Any]
     python = {"python": str(nnunet_python(setup.work))} if name == "nnunet" else {}
     # The image is in the page cache for all, or for none.
     setup.image.read_bytes()
-    request = setup.request(contestant=name, output=str(folder), **more)
+    request = setup.request(contestant=name, case=setup.case, output=str(folder), **more)
     load = os.getloadavg()[0]
     found = setup.start("sample", request, **python)
     found |= {"load_before": load, "added_mib": found["peak_mib"] - found["imported_mib"]}
@@ -113,13 +113,13 @@ def _about(setup: Setup, about: dict[str, Any]) -> dict[str, Any]:
         "network": setup.network,
         "image_bytes": setup.image.stat().st_size,
         "settings": setup.settings(),
-        "knobs": {"medseg": EXACT, "medseg-fast": FAST},
+        "knobs": {"medseg": EXACT, "medseg-fast": FAST if setup.case in KINDS else FAST_CT},
         "weights": {
             "sha256": sha256(setup.weights),
             "trained": setup.network in ("light", "shipped"),
             **(json.loads(trained.read_text(encoding="utf-8")) if trained.is_file() else {}),
         },
         "threads": setup.threads,
-        "huge_pages": setup.huge_pages,
+        "tuned_memory": setup.tuned_memory,
         **about,
     }

@@ -28,7 +28,7 @@ def measure(setup: Setup) -> dict[str, Any]:
     return {
         "case": "memory",
         "threads": setup.threads,
-        "huge_pages": setup.huge_pages,
+        "tuned_memory": setup.tuned_memory,
         "knobs": {"medseg": EXACT},
         **about,
         "limited": _limited(setup, limit),
@@ -49,7 +49,8 @@ def _limited(setup: Setup, limit: float) -> dict[str, Any]:
         return {**row, "passed": True, **_row(setup, SLICES[-1], LIMITED_CLASSES, limit_mib=limit)}
     except SystemExit as error:
         say(str(error))
-        return {**row, "passed": False, "error": str(error).splitlines()[-1]}
+        said = str(error).splitlines()[-1].replace(str(setup.work), "WORK")
+        return {**row, "passed": False, "error": said}
 
 
 def _row(setup: Setup, slices: int, classes: int, **more: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 import medseg
 from medseg.bundle.catalog import find_bundle
 from side_by_side.sample import Phases, import_targets
-from side_by_side.settings import EXACT, FAST
+from side_by_side.settings import EXACT, FAST, FAST_CT, KINDS
 
 # These packages import their parts on first use.
 LOADED_BY_MEDSEG = (monai.bundle.ConfigWorkflow, medseg.predict)
@@ -37,4 +37,6 @@ def work(request: dict[str, Any], phases: Phases) -> None:
 
 def knobs(request: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of the mode that is asked for."""
-    return FAST if request["contestant"] == "medseg-fast" else EXACT
+    if request["contestant"] != "medseg-fast":
+        return EXACT
+    return FAST if request["case"] in KINDS else FAST_CT

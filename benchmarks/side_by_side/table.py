@@ -59,7 +59,7 @@ def section(record: dict[str, Any]) -> str:
         *_table(HEAD, [_row(record, name) for name in record["samples"]]),
         "",
         f"`{record['command']}`: {machine['processor']}, {record['threads']} threads, "
-        f"huge pages {'asked for' if record['huge_pages'] else 'not asked for'}; "
+        f"memory settings {'of `TUNED_MEMORY` for all' if record['tuned_memory'] else 'of the C library for all'}; "
         f"{', '.join(f'{k} {v}' for k, v in record['versions'].items())}; {_commit(record)}. Dense convolution "
         f"{rates['dense_gflop_per_s']:.0f} GFLOP/s, this network alone {rates['network_gflop_per_s']:.0f}.",
     ]

@@ -38,7 +38,7 @@ class Setup:
     case: str
     network: str
     threads: int
-    huge_pages: bool
+    tuned_memory: bool
     classes: int | None = None
 
     @property
@@ -93,7 +93,7 @@ class Setup:
         Raises:
             SystemExit: it failed; with the end of what it said.
         """
-        own = environment(threads or self.threads, huge_pages=self.huge_pages)
+        own = environment(threads or self.threads, tuned_memory=self.tuned_memory)
         command = [python, "-W", "ignore", "-m", f"side_by_side.{module}", *arguments]
         done = subprocess.run(command, env=own, cwd=self.work, capture_output=True, text=True, check=False)
         if done.returncode:
