@@ -17,10 +17,12 @@ __all__ = ["with_exact_norms", "with_faster_layers"]
 def with_faster_layers(network: nn.Module) -> nn.Module:
     """Return a copy for float32 on the CPU that shares all weights; the network itself if it has nothing to replace.
 
-    3D convolutions call oneDNN, which torch does not do for single windows with few voxels; instances are normalized as
-    groups of one channel. Results differ by rounding, about 1e-6. The copy makes no gradients and cannot be exported.
+    3D convolutions call oneDNN, which torch does not do for single windows with few voxels; those of one voxel, and
+    transposed ones that double the size, are matrix products; pooling by two is a maximum of strided views; instances
+    are normalized as groups of one channel. Results differ by rounding, about 1e-6. The copy makes no gradients and
+    cannot be exported.
     """
-    return _replaced(network, lambda module: _faster_convolution(module) or _norm(module, _GROUPED))
+    return _replaced(network, lambda module: _faster_layer(module) or _norm(module, _GROUPED))
 
 
 def with_exact_norms(network: nn.Module) -> nn.Module:
@@ -48,6 +50,44 @@ class _OneDnnConv3d(nn.Conv3d):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         options = (self.padding, self.stride, self.dilation, self.groups)
         return torch.mkldnn_convolution(input, weight, bias, *options)  # type: ignore[arg-type]
+
+
+class _PointwiseConv3d(nn.Conv3d):
+    """A convolution of one voxel."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return _product(weight.flatten(1), input, bias)
+
+
+class _DoublingConv3d(nn.ConvTranspose3d):
+    """A transposed convolution whose windows of 2 x 2 x 2 do not overlap."""
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        if output_size is not None:
+            return super().forward(input, output_size)
+        count, _, *size = input.shape
+        corners = _product(self.weight.flatten(1).t(), input, None).view(count, self.out_channels, 2, 2, 2, *size)
+        doubled = corners.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(count, self.out_channels, *(2 * n for n in size))
+        return doubled if self.bias is None else doubled.add_(self.bias.view(-1, 1, 1, 1))
+
+
+class _HalvingMaxPool3d(nn.MaxPool3d):
+    """A maximum over 2 x 2 x 2 voxels, axis by axis."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        for axis in (2, 3, 4):
+            even = input.narrow(axis, 0, input.shape[axis] // 2 * 2)
+            step = [slice(None)] * axis
+            input = torch.maximum(even[(*step, slice(0, None, 2))], even[(*step, slice(1, None, 2))])
+        return input
+
+
+def _product(matrix: Tensor, input: Tensor, bias: Tensor | None) -> Tensor:
+    """Return `matrix @ input` over the channels of `(B, C, *spatial)`."""
+    column = None if bias is None else bias[:, None]
+    each = [matrix @ one if column is None else torch.addmm(column, matrix, one) for one in input.flatten(2)]
+    result = each[0] if len(each) == 1 else torch.stack(each)
+    return result.view(len(input), len(matrix), *input.shape[2:])
 
 
 class _Grouped(_InstanceNorm):
@@ -95,6 +135,8 @@ class _PlanewiseInstanceNorm3d(_Planewise, nn.InstanceNorm3d):
     """For `(B, C, D, H, W)`."""
 
 
+# Up to this many output channels a product is faster than oneDNN's convolution of one voxel.
+_FEW: Final = 16
 # Exact types: a subclass has reasons of its own.
 _GROUPED: Final[dict[type[nn.Module], type[nn.Module]]] = {
     nn.InstanceNorm2d: _GroupedInstanceNorm2d,
@@ -110,8 +152,39 @@ def _norm(module: nn.Module, kinds: dict[type[nn.Module], type[nn.Module]]) -> t
     return None if getattr(module, "track_running_stats", False) else kinds.get(type(module))
 
 
-def _faster_convolution(module: nn.Module) -> type[nn.Module] | None:
-    if type(module) is not nn.Conv3d or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return None
+def _faster_layer(module: nn.Module) -> type[nn.Module] | None:
+    if type(module) is nn.MaxPool3d:
+        return _HalvingMaxPool3d if _halves(module) else None
+    if type(module) is nn.ConvTranspose3d:
+        return _DoublingConv3d if _doubles(module) and module.weight.dtype == torch.float32 else None
+    return _faster_convolution(module) if type(module) is nn.Conv3d else None
+
+
+def _faster_convolution(module: nn.Conv3d) -> type[nn.Module] | None:
     usual = module.padding_mode == "zeros" and not isinstance(module.padding, str)
-    return _OneDnnConv3d if usual and module.weight.dtype == torch.float32 else None
+    if not usual or module.weight.dtype != torch.float32:
+        return None
+    plain = {*module.kernel_size, *module.stride} == {1} and module.groups == 1 and not any(module.padding)
+    if plain and module.out_channels <= _FEW:
+        return _PointwiseConv3d
+    return _OneDnnConv3d if torch.backends.mkldnn.is_available() else None  # type: ignore[no-untyped-call]
+
+
+def _halves(module: nn.MaxPool3d) -> bool:
+    return (
+        _all(module.kernel_size, 2)
+        and _all(module.stride, 2)
+        and _all(module.padding, 0)
+        and _all(module.dilation, 1)
+        and not (module.ceil_mode or module.return_indices)
+    )
+
+
+def _doubles(module: nn.ConvTranspose3d) -> bool:
+    # weights are (in, out, 2, 2, 2): the product below is over the first axis
+    plain = not (any(module.padding) or any(module.output_padding)) and set(module.dilation) == {1}
+    return plain and set(module.kernel_size) == set(module.stride) == {2} and module.groups == 1
+
+
+def _all(value: int | tuple[int, ...], wanted: int) -> bool:
+    return set(value if isinstance(value, tuple) else (value,)) == {wanted}
