@@ -35,10 +35,16 @@ def main() -> None:
         record, name = memory.measure(setup), "inference_memory"
     else:
         network = options.network or CASES[options.case][0]
-        setup = Setup(options.work, options.case, network, options.threads, not options.plain_memory)
+        tuned = not options.plain_memory
+        setup = Setup(options.work, options.case, network, options.threads, tuned, overlap=options.overlap)
         prepare(setup, options.contestants)
-        record, name = contest(setup, options.contestants, options.rounds), f"inference_{options.case}_{network}"
+        record, name = contest(setup, options.contestants, options.rounds), _name(options, network)
     _write(record, options.output or RESULTS / f"{name}.json")
+
+
+def _name(options: argparse.Namespace, network: str) -> str:
+    overlap = f"_overlap{round(options.overlap * 100)}" if options.overlap is not None else ""
+    return f"inference_{options.case}_{network}{overlap}{'_plain' if options.plain_memory else ''}"
 
 
 def _arguments() -> argparse.Namespace:
@@ -48,6 +54,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--contestants", type=_names, default=list(CONTESTANTS), help=f"of {','.join(CONTESTANTS)}")
     parser.add_argument("--threads", type=int, default=threads_here(), help="of every process (default: all cores)")
+    parser.add_argument("--overlap", type=float, help="of windows (default: the bundle's)")
     parser.add_argument("--plain-memory", action="store_true", help="the C library's own settings, for everybody")
     parser.add_argument("--work", type=Path, default=default_work(), help="folder of images, bundles and masks")
     parser.add_argument("--output", type=Path, metavar="FILE", help="record (default: under benchmarks/results)")

@@ -37,6 +37,7 @@ def work(request: dict[str, Any], phases: Phases) -> None:
 
 def knobs(request: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of the mode that is asked for."""
+    overlap = {"overlap": request["settings"]["overlap"]}
     if request["contestant"] != "medseg-fast":
-        return EXACT
-    return FAST if request["case"] in KINDS else FAST_CT
+        return EXACT | overlap
+    return (FAST if request["case"] in KINDS else FAST_CT) | overlap

@@ -32,7 +32,10 @@ KNOBS = ("roi_size", "sw_batch_size", "overlap", "spacing", "intensity_range", "
 
 @dataclass(frozen=True)
 class Setup:
-    """One comparison: where, what, and on how many threads; `classes` for another number of them, untrained."""
+    """One comparison: where, what, and on how many threads.
+
+    `classes` is for another number of them, untrained; `overlap` for another one than the bundle's.
+    """
 
     work: Path
     case: str
@@ -40,6 +43,7 @@ class Setup:
     threads: int
     tuned_memory: bool
     classes: int | None = None
+    overlap: float | None = None
 
     @property
     def image(self) -> Path:
@@ -69,7 +73,8 @@ class Setup:
     def settings(self) -> dict[str, Any]:
         """Return what everybody is told of the bundle's config."""
         config = json.loads((self.bundle / "configs" / "inference.json").read_text(encoding="utf-8"))
-        return {name: config[name] for name in KNOBS if name in config}
+        told = {name: config[name] for name in KNOBS if name in config}
+        return told if self.overlap is None else {**told, "overlap": self.overlap}
 
     def request(self, **more: Any) -> dict[str, Any]:
         """Return what a process is asked."""
