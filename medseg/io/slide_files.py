@@ -40,6 +40,10 @@ _OME_SIZES: Final = ("PhysicalSizeX", "PhysicalSizeY")
 _OME_UNITS: Final = {"um": 1.0, "\u00b5m": 1.0, "\u03bcm": 1.0, "&#181;m": 1.0, "&#xB5;m": 1.0, "nm": 1e-3, "mm": 1e3}
 
 
+# Pixels of one tile; real ones have up to a few million.
+_MAX_TILE: Final = 1 << 26
+
+
 class Levels(Protocol):
     """The resolutions at which a file stores one slide, the finest first.
 
@@ -87,8 +91,9 @@ def _openers(file: Path) -> list[tuple[str, Callable[[Path], Levels]]]:
     openers: list[tuple[str, Callable[[Path], Levels]]] = []
     if _installed("openslide"):
         openers.append(("OpenSlide", _OpenSlideLevels))
-    if _installed("tiffslide"):
-        openers.insert(0 if _is_ome(file) else len(openers), ("tiffslide", _TiffSlideLevels))
+    # tiffslide parses damaged files for minutes, so it gets only what OpenSlide does not read right
+    if _installed("tiffslide") and (_is_ome(file) or not openers):
+        openers.insert(0, ("tiffslide", _TiffSlideLevels))
     if file_kind(file) not in (None, "slide"):
         openers.append(("Pillow", _PictureLevels))
     return openers
@@ -187,8 +192,17 @@ class _OpenSlideLevels:
             self._slide.close()
             raise CaseError(f"{file} has more than 8 bits per color, which OpenSlide would cut: convert it yourself.")
         self.sizes = _checked_sizes(self._slide.level_dimensions, file)
+        self._check_tiles(properties)
         self.mpp, self.note = _checked_mpp(properties.get("openslide.mpp-x"), properties.get("openslide.mpp-y"))
         self._background = _color(properties.get("openslide.background-color"))
+
+    def _check_tiles(self, properties: Mapping[str, str]) -> None:
+        """Refuse tiles that OpenSlide would end the process over when it has no memory for one."""
+        for level in range(len(self.sizes)):
+            sides = [int(properties.get(f"openslide.level[{level}].tile-{side}", 0)) for side in ("width", "height")]
+            if sides[0] * sides[1] > _MAX_TILE:
+                self._slide.close()
+                raise CaseError(f"{self._file} claims tiles of {sides[0]:,} x {sides[1]:,} pixels: it is damaged.")
 
     def read(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
         factor = self._slide.level_downsamples[level]
