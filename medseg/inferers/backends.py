@@ -32,10 +32,9 @@ from monai.data import MetaTensor
 from torch import Tensor, nn
 
 from medseg.errors import MedsegError, RequestError, SizeError
-from medseg.inferers.allocator import reuse_memory
 from medseg.inferers.faster_layers import with_exact_norms, with_faster_layers
 
-__all__ = ["BACKENDS", "MEMORY_FORMATS", "PRECISIONS", "accelerate", "reuse_memory"]
+__all__ = ["BACKENDS", "MEMORY_FORMATS", "PRECISIONS", "accelerate"]
 
 BACKENDS: Final = ("torch", "compile", "openvino", "onnxruntime")
 PRECISIONS: Final = ("float32", "bfloat16", "float16")

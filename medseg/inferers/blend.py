@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from medseg.errors import CaseError
 from medseg.inferers.windows import Windows
 
-__all__ = ["Place", "Slab", "TensorWindows", "WindowSource", "in_batches", "one_thread", "stream"]
+__all__ = ["Place", "Slab", "TensorWindows", "WindowSource", "in_batches", "one_thread", "padded", "stream"]
 
 # Planes that are handed on together: whoever takes them makes copies of this many.
 _PLANES = 16
@@ -63,8 +63,6 @@ class TensorWindows:
         self.windows = windows
         self.padding_mode = padding_mode
         self.cval = cval
-        # torch pads the last axis first
-        self.padding = [side for pair in reversed(windows.padding) for side in pair]
 
     def read(self, image: int, start: Sequence[int]) -> torch.Tensor:
         """Return one window `(1, C, *roi)`."""
@@ -73,10 +71,16 @@ class TensorWindows:
             for first, roi, size in zip(start, self.windows.roi, self.windows.image_size, strict=True)
         ]
         window = self.images[(slice(image, image + 1), slice(None), *where)]
-        if not any(self.padding):
-            return window
-        value = self.cval if self.padding_mode == "constant" else None
-        return F.pad(window, self.padding, mode=self.padding_mode, value=value)
+        return padded(window, self.windows, self.padding_mode, self.cval)
+
+
+def padded(window: torch.Tensor, windows: Windows, padding_mode: str, cval: float) -> torch.Tensor:
+    """Return a window `(1, C, *spatial)` with the padding of axes that are shorter than a window."""
+    # torch pads the last axis first
+    sides = [side for pair in reversed(windows.padding) for side in pair]
+    if not any(sides):
+        return window
+    return F.pad(window, sides, mode=padding_mode, value=cval if padding_mode == "constant" else None)
 
 
 def stream(

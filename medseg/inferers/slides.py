@@ -7,7 +7,6 @@ together are its labels. What is held is a row of windows: their pixels, read ah
 from __future__ import annotations
 
 import math
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,14 +15,12 @@ from typing import Any, Final, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import nn
 
 from medseg.errors import CaseError, RequestError
-from medseg.inferers.backends import accelerate
-from medseg.inferers.blend import Place, Slab, WindowSource, in_batches, stream
-from medseg.inferers.memory import Forecast, NetworkProbe, fitting_batch, resident_bytes
+from medseg.inferers.blend import Place, Slab, WindowSource, in_batches, padded, stream
+from medseg.inferers.passes import NotStreamableError, Passes, no_room_for_a_window
 from medseg.inferers.scores import activate, top_class
 from medseg.inferers.sliding_window import SlidingWindowInferer
 from medseg.inferers.windows import Windows, cut_windows, per_axis
@@ -117,22 +114,28 @@ class _Run:
         self.device = torch.device(inferer.sw_device or ("cpu" if parameter is None else parameter.device))
         self.windows, self.columns, self.rows = _cut(slide.shape[1:], inferer)
         self.source = _SlideWindows(slide, self.windows, prepare, inferer.padding_mode, inferer.cval)
-        self.batch = inferer.sw_batch_size
-        self.total = sum(1 for _ in self._places())
-        self.done = 0
-        self.network = self._accelerated(network, slide.shape[0])
+        self.passes = Passes(
+            inferer,
+            network,
+            self.windows,
+            channels=slide.shape[0],
+            total=sum(1 for _ in self._places()),
+            device=self.device,
+            result_bytes=lambda classes: 0,
+        )
 
     def slabs(self) -> Iterator[Slab]:
         """Run the windows and yield finished rows."""
-        if not self.total:
+        if not self.passes.total:
             return
         if self.inferer.max_memory:
-            self._fit()
+            with torch.no_grad():
+                self.passes.fit(self.source.read(*next(self._places())), read_ahead=_AHEAD_BYTES)
         weights = self.inferer.weights(self.windows.roi, torch.float32, self.device)
         ahead = max(1, min(len(self.columns), _AHEAD_BYTES // (12 * math.prod(self.windows.roi))))
         with _reading_ahead(self.source, self._places(), ahead) as source:
-            batches = in_batches(self._places(), self.batch)
-            yield from stream(source, self.windows, self._predict, weights=weights, batches=batches)
+            batches = in_batches(self._places(), self.passes.batch)
+            yield from stream(source, self.windows, self._pass, weights=weights, batches=batches)
 
     def _places(self) -> Iterator[Place]:
         roi, size = self.windows.roi, self.windows.image_size
@@ -141,65 +144,15 @@ class _Run:
                 if self.wanted(x, min(x + roi[0], size[0]), y, min(y + roi[1], size[1])):
                     yield 0, (x, y)
 
-    def _predict(self, windows: torch.Tensor) -> torch.Tensor:
-        probe = NetworkProbe() if self.done == 0 and self.inferer.on_forecast is not None else None
-        started = time.perf_counter()
-        logits = self._pass(windows.to(self.device))
-        self.done += len(windows)
-        if probe is not None and self.inferer.on_forecast is not None:
-            seconds = (time.perf_counter() - started) * math.ceil(self.total / self.batch)
-            peak = probe.before + probe.used() + self._slab_bytes(logits.shape[1])
-            known = probe.before and self.device.type == "cpu"
-            self.inferer.on_forecast(Forecast(self.total, self.batch, seconds, peak if known else 0))
-        if self.inferer.on_progress is not None:
-            self.inferer.on_progress(self.done, self.total)
-        return logits
-
     def _pass(self, windows: torch.Tensor) -> torch.Tensor:
         try:
             with torch.no_grad():
-                logits = self.network(windows)
+                return self.passes(windows)
         except torch.OutOfMemoryError as error:
-            if len(windows) > 1:
-                torch.cuda.empty_cache()
-                return torch.cat([self._pass(half) for half in torch.chunk(windows, 2)])
-            raise CaseError(
-                f"The GPU's memory does not hold one window of {self.windows.roi}: choose a smaller roi_size, "
-                "precision bfloat16, or the CPU."
-            ) from error
-        if not isinstance(logits, torch.Tensor) or logits.shape[2:] != windows.shape[2:]:
-            found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-            raise CaseError(f"The network returns {found} for windows {tuple(windows.shape)}: expected logits of them.")
-        return logits
-
-    def _accelerated(self, network: nn.Module, channels: int) -> Callable[[torch.Tensor], Any]:
-        if self.inferer.backend is None:
-            return network
-        return accelerate(
-            network,
-            backend=self.inferer.backend,
-            precision=self.inferer.precision,
-            memory_format=self.inferer.memory_format,
-            window_shape=(self.batch, channels, *self.windows.roi),
-            device=self.device,
-        )
-
-    def _fit(self) -> None:
-        """Choose the windows per pass that keep to the limit, after a trial with one window."""
-        probe = NetworkProbe()
-        logits = self._pass(self.source.read(*next(self._places())).to(self.device))
-        self.batch = fitting_batch(
-            self.inferer.max_memory,
-            self.inferer.sw_batch_size,
-            held=resident_bytes(),
-            slab=self._slab_bytes(logits.shape[1]),
-            result=_AHEAD_BYTES,
-            window=probe.used(),
-        )
-
-    def _slab_bytes(self, classes: int) -> int:
-        # a third more for the rows that are being decided
-        return self.windows.slab_values(classes) * 4 * 4 // 3
+            raise no_room_for_a_window(self.windows.roi) from error
+        except NotStreamableError as error:
+            said = str(error)
+            raise CaseError(f"{said[0].upper()}{said[1:]}: expected logits of them.") from None
 
 
 def _cut(shape: Sequence[int], inferer: SlidingWindowInferer) -> tuple[Windows, list[int], list[int]]:
@@ -229,8 +182,6 @@ class _SlideWindows:
         self.prepare = prepare
         self.padding_mode = padding_mode
         self.cval = cval
-        # torch pads the last axis first
-        self.padding = [side for pair in reversed(windows.padding) for side in pair]
 
     def read(self, image: int, start: Sequence[int]) -> torch.Tensor:
         """Return one window `(1, C, *roi)`."""
@@ -239,10 +190,7 @@ class _SlideWindows:
             for first, roi, size in zip(start, self.windows.roi, self.windows.image_size, strict=True)
         )
         window = self.prepare(torch.from_numpy(np.ascontiguousarray(self.slide.read(x0, x1, y0, y1))))[None]
-        if not any(self.padding):
-            return window
-        value = self.cval if self.padding_mode == "constant" else None
-        return F.pad(window, self.padding, mode=self.padding_mode, value=value)
+        return padded(window, self.windows, self.padding_mode, self.cval)
 
 
 @contextmanager

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,19 +12,18 @@ from monai.data import MetaTensor
 from monai.data.utils import compute_importance_map
 from monai.utils import convert_to_dst_type
 
-from medseg.errors import CaseError, RequestError
-from medseg.inferers.backends import accelerate, reuse_memory
+from medseg.errors import RequestError
+from medseg.inferers.allocator import reuse_memory
 from medseg.inferers.blend import Place, Slab, TensorWindows, in_batches, stream
 from medseg.inferers.foreground import windows_with_foreground
-from medseg.inferers.memory import Forecast, NetworkProbe, fitting_batch, parse_memory, resident_bytes
+from medseg.inferers.memory import Forecast, parse_memory
 from medseg.inferers.native import NativeResult
+from medseg.inferers.passes import Network, NotStreamableError, Passes, no_room_for_a_window
 from medseg.inferers.windows import cut_windows, per_axis
 
 __all__ = ["SlidingWindowInferer"]
 
 logger = logging.getLogger(__name__)
-
-Network = Callable[..., Any]
 
 
 class SlidingWindowInferer(monai.inferers.SlidingWindowInferer):  # type: ignore[misc]  # MONAI publishes no types
@@ -149,7 +146,7 @@ class SlidingWindowInferer(monai.inferers.SlidingWindowInferer):  # type: ignore
             return self._by_monai(inputs, network, args, kwargs)
         try:
             return _Run(self, inputs, network, args, kwargs).result()
-        except _NotStreamableError as error:
+        except NotStreamableError as error:
             if self.output != "logits":
                 raise RequestError(f"{error}; only output 'logits' can be had from it") from None
             return self._by_monai(inputs, network, args, kwargs)
@@ -167,10 +164,6 @@ class SlidingWindowInferer(monai.inferers.SlidingWindowInferer):  # type: ignore
         return self._weights[key]
 
 
-class _NotStreamableError(Exception):
-    """The network's output is no tensor of the windows' size."""
-
-
 class _Run:
     """One call of an inferer."""
 
@@ -184,14 +177,21 @@ class _Run:
         self.sw_device = torch.device(inferer.sw_device or self.images.device)
         for ignored in ("buffer_steps", "buffer_dim"):
             kwargs.pop(ignored, None)
-        self.args, self.kwargs = args, kwargs
         # logits must be MONAI's to the bit, which takes axis 0; labels do not depend on the order of additions
         axis = 0 if inferer.output == "logits" else None
         self.windows = cut_windows(self.images.shape[2:], inferer.roi_size, _overlap(inferer, self.images), axis=axis)
         self.places = self._places()
-        self.batch = inferer.sw_batch_size
-        self.done = 0
-        self.network = self._accelerated(network)
+        self.passes = Passes(
+            inferer,
+            network,
+            self.windows,
+            channels=self.images.shape[1],
+            total=len(self.places),
+            device=self.sw_device,
+            result_bytes=self._result_bytes,
+            args=args,
+            kwargs=kwargs,
+        )
 
     def result(self) -> Any:
         """Run all windows; where a GPU's memory does not hold the accumulators, once more with those on the CPU."""
@@ -207,10 +207,7 @@ class _Run:
         try:
             return self._result(torch.device("cpu"))
         except torch.OutOfMemoryError as error:
-            raise CaseError(
-                f"The GPU's memory does not hold one window of {self.windows.roi}: choose a smaller roi_size, "
-                "precision bfloat16, or the CPU."
-            ) from error
+            raise no_room_for_a_window(self.windows.roi) from error
 
     def _result(self, accumulators: torch.device | None) -> Any:
         slabs = self._slabs(accumulators)
@@ -219,51 +216,14 @@ class _Run:
         return self.inferer.native.of(slabs, self.inputs, self.windows.axis)
 
     def _slabs(self, accumulators: torch.device | None) -> Iterator[Slab]:
-        self.done = 0
+        self.passes.done = 0
         source = TensorWindows(self.images, self.windows, self.inferer.padding_mode, self.inferer.cval)
         dtype = self.images.dtype if self.images.dtype == torch.float64 else torch.float32
         weights = self.inferer.weights(self.windows.roi, dtype, self.sw_device)
         if self.inferer.max_memory:
-            self._fit(source)
-        batches = in_batches(iter(self.places), self.batch)
-        return stream(source, self.windows, self._predict, weights=weights, batches=batches, device=accumulators)
-
-    def _predict(self, windows: torch.Tensor) -> torch.Tensor:
-        probe = NetworkProbe() if self.done == 0 and self.inferer.on_forecast is not None else None
-        started = time.perf_counter()
-        logits = self._halving(windows.to(self.sw_device))
-        self.done += len(windows)
-        if probe is not None and self.inferer.on_forecast is not None:
-            self.inferer.on_forecast(self._forecast(logits, probe, time.perf_counter() - started))
-        if self.inferer.on_progress is not None:
-            self.inferer.on_progress(self.done, len(self.places))
-        return logits
-
-    def _halving(self, windows: torch.Tensor) -> torch.Tensor:
-        """Run the network; what does not fit into the GPU's memory runs in halves, now and from now on."""
-        parts = torch.split(windows, self.batch)
-        try:
-            results = [self._checked(self.network(part, *self.args, **self.kwargs), part) for part in parts]
-        except torch.OutOfMemoryError:
-            if self.batch == 1:
-                raise
-            self.batch = math.ceil(min(self.batch, len(windows)) / 2)
-            logger.warning("The GPU's memory is full: from here on %d windows at a time.", self.batch)
-            torch.cuda.empty_cache()
-            return self._halving(windows)
-        return results[0] if len(results) == 1 else torch.cat(results)
-
-    def _checked(self, logits: Any, windows: torch.Tensor) -> torch.Tensor:
-        if isinstance(logits, (list, tuple)) and len(logits) == 1:
-            logits = logits[0]
-        if not isinstance(logits, torch.Tensor):
-            raise _NotStreamableError(f"the network returns a {type(logits).__name__} instead of one tensor")
-        if logits.shape[2:] != windows.shape[2:]:
-            sizes = f"{tuple(logits.shape[2:])} for windows of {tuple(windows.shape[2:])}"
-            raise _NotStreamableError(f"the network's output has another size than its input ({sizes})")
-        if logits.requires_grad and self.inferer.output == "logits":
-            raise _NotStreamableError("gradients are wanted")
-        return (logits.as_tensor() if isinstance(logits, MetaTensor) else logits).detach()
+            self.passes.fit(source.read(*self.places[0]))
+        batches = in_batches(self.places, self.passes.batch)
+        return stream(source, self.windows, self.passes, weights=weights, batches=batches, device=accumulators)
 
     def _logits(self, slabs: Iterator[Slab]) -> Any:
         result: torch.Tensor | None = None
@@ -289,47 +249,6 @@ class _Run:
                 self.images[number], self.windows, _overlap(self.inferer, self.images), self.inferer.foreground
             )
         ]
-
-    def _accelerated(self, network: Network) -> Network:
-        if self.inferer.backend is None:
-            return network
-        if not isinstance(network, torch.nn.Module):
-            raise RequestError(f"a backend needs a network, and got a {type(network).__name__}: leave 'backend' out")
-        run: Network = accelerate(
-            network,
-            backend=self.inferer.backend,
-            precision=self.inferer.precision,
-            memory_format=self.inferer.memory_format,
-            window_shape=(self.batch, self.images.shape[1], *self.windows.roi),
-            device=self.sw_device,
-        )
-        return run
-
-    def _fit(self, source: TensorWindows) -> None:
-        """Choose the windows per pass that keep to the limit, after a trial with one window."""
-        probe = NetworkProbe()
-        window = source.read(*self.places[0]).to(self.sw_device)
-        logits = self._checked(self.network(window, *self.args, **self.kwargs), window)
-        classes = logits.shape[1]
-        self.batch = fitting_batch(
-            self.inferer.max_memory,
-            self.inferer.sw_batch_size,
-            held=resident_bytes(),
-            slab=self._slab_bytes(classes),
-            result=self._result_bytes(classes),
-            window=probe.used(),
-        )
-
-    def _forecast(self, logits: torch.Tensor, probe: NetworkProbe, seconds: float) -> Forecast:
-        classes = logits.shape[1]
-        rest = self._slab_bytes(classes) + self._result_bytes(classes)
-        peak = probe.before + probe.used() + rest if probe.before and self.sw_device.type == "cpu" else 0
-        passes = math.ceil(len(self.places) / self.batch)
-        return Forecast(len(self.places), self.batch, seconds * passes, peak)
-
-    def _slab_bytes(self, classes: int) -> int:
-        # a third more for the planes that are being restored
-        return self.windows.slab_values(classes) * 4 * 4 // 3
 
     def _result_bytes(self, classes: int) -> int:
         if self.inferer.output == "logits":
