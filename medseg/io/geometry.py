@@ -16,7 +16,16 @@ from numpy.typing import ArrayLike, NDArray
 
 from medseg.errors import CaseError, GeometryError
 
-__all__ = ["Grid", "check_size", "corner_distance", "grid_difference", "same_grid", "spatial_axes", "to_affine4"]
+__all__ = [
+    "Grid",
+    "check_size",
+    "corner_distance",
+    "grid_difference",
+    "same_grid",
+    "spatial_axes",
+    "spatial_grid",
+    "to_affine4",
+]
 
 # Light microscopy reaches 1e-4 mm; nothing in medicine has voxels of a meter. Values outside mean wrong units.
 MIN_SPACING = 1e-4
@@ -110,6 +119,14 @@ def spatial_axes(shape: tuple[int, ...], asked: int | None, source: object) -> i
     if asked == 2 and not flat and shape[2] != 1:
         raise CaseError(f"{source} is a volume {shape}: expected one slice or a picture with two axes.")
     return asked or (2 if flat else 3)
+
+
+def spatial_grid(
+    shape: tuple[int, ...], affine: ArrayLike, asked: int | None, source: object, max_voxels: int = MAX_VOXELS
+) -> Grid:
+    """Return the checked grid of the axes that lie in space; errors as in `spatial_axes` and `Grid.check`."""
+    dims = spatial_axes(shape, asked, source)
+    return Grid(shape[:dims], np.asarray(affine)).check(source, max_voxels=max_voxels)
 
 
 def same_grid(a: Grid, b: Grid, *, tolerance: float = GRID_TOLERANCE) -> bool:

@@ -23,9 +23,9 @@ from isal import isal_zlib
 from numpy.typing import NDArray
 
 from medseg.errors import CaseError, GeometryError
-from medseg.io.geometry import MAX_VOXELS, Grid, check_size, spatial_axes
+from medseg.io.geometry import MAX_VOXELS, Grid, check_size, spatial_grid
 from medseg.io.streams import Coding, Voxels, check_capacity, neighbor, read_voxels, unpacked, write_voxels
-from medseg.io.voxels import choose_channels
+from medseg.io.voxels import ReadOptions, choose_channels
 
 __all__ = ["read", "read_grid", "write"]
 
@@ -72,25 +72,17 @@ class _Header:
 
 def read_grid(path: Path, *, spatial_dims: int | None = None, max_voxels: int = MAX_VOXELS) -> Grid:
     """Return the checked grid of a file; only its header is read."""
-    return _grid(_read_header(path, max_voxels), path, spatial_dims, max_voxels)
-
-
-def read(
-    path: Path,
-    *,
-    spatial_dims: int | None,
-    channels: int | None,
-    index: int | None,
-    label: bool,
-    stored: bool,
-    max_voxels: int,
-) -> tuple[NDArray[Any], Grid]:
-    """Return the voxels `(C, x, y[, z])` and their grid; the arguments are those of `medseg.io.load`."""
     header = _read_header(path, max_voxels)
-    grid = _grid(header, path, spatial_dims, max_voxels)
-    choose_channels((header.voxels.vector, *header.voxels.series), channels, index, path)
+    return spatial_grid(header.voxels.shape, header.affine, spatial_dims, path, max_voxels)
+
+
+def read(path: Path, options: ReadOptions) -> tuple[NDArray[Any], Grid]:
+    """Return the voxels `(C, x, y[, z])` and their grid; the options are those of `medseg.io.load`."""
+    header = _read_header(path, options.max_voxels)
+    grid = spatial_grid(header.voxels.shape, header.affine, options.spatial_dims, path, options.max_voxels)
+    choose_channels((header.voxels.vector, *header.voxels.series), options.channels, options.index, path)
     with _data(header, path) as stream:
-        array = read_voxels(stream, header.voxels, path, channels=channels, index=index, label=label, stored=stored)
+        array = read_voxels(stream, header.voxels, path, options)
     return array.reshape(len(array), *grid.shape), grid
 
 
@@ -144,12 +136,6 @@ class _Packer:
     def finish(self) -> None:
         """Write the end of the stream."""
         self._stream.write(self._deflater.flush())
-
-
-def _grid(header: _Header, path: Path, spatial_dims: int | None, max_voxels: int) -> Grid:
-    shape = header.voxels.shape
-    dims = spatial_axes(shape, spatial_dims, path)
-    return Grid(shape[:dims], header.affine).check(path, max_voxels=max_voxels)
 
 
 def _read_header(path: Path, max_voxels: int) -> _Header:

@@ -16,9 +16,9 @@ from nibabel.freesurfer import mghformat
 from numpy.typing import NDArray
 
 from medseg.errors import CaseError, GeometryError
-from medseg.io.geometry import MAX_VOXELS, Grid, check_size, spatial_axes
+from medseg.io.geometry import MAX_VOXELS, Grid, check_size, spatial_grid
 from medseg.io.streams import Voxels, check_capacity, coding_of, gzip_writer, opened, read_voxels, write_voxels
-from medseg.io.voxels import choose_channels
+from medseg.io.voxels import ReadOptions, choose_channels
 
 __all__ = ["read", "read_grid", "write"]
 
@@ -52,27 +52,18 @@ def read_grid(path: Path, *, spatial_dims: int | None = None, max_voxels: int = 
     """Return the checked grid of a file; only its header is read."""
     with opened(path) as stream:
         header = _read_header(stream, path, max_voxels)
-    return _grid(header, path, spatial_dims, max_voxels)
+    return spatial_grid(header.voxels.shape, header.affine, spatial_dims, path, max_voxels)
 
 
-def read(
-    path: Path,
-    *,
-    spatial_dims: int | None,
-    channels: int | None,
-    index: int | None,
-    label: bool,
-    stored: bool,
-    max_voxels: int,
-) -> tuple[NDArray[Any], Grid]:
-    """Return the voxels `(C, x, y[, z])` and their grid; the arguments are those of `medseg.io.load`."""
+def read(path: Path, options: ReadOptions) -> tuple[NDArray[Any], Grid]:
+    """Return the voxels `(C, x, y[, z])` and their grid; the options are those of `medseg.io.load`."""
     with opened(path) as stream:
-        header = _read_header(stream, path, max_voxels)
-        grid = _grid(header, path, spatial_dims, max_voxels)
-        choose_channels(header.voxels.series, channels, index, path)
+        header = _read_header(stream, path, options.max_voxels)
+        grid = spatial_grid(header.voxels.shape, header.affine, options.spatial_dims, path, options.max_voxels)
+        choose_channels(header.voxels.series, options.channels, options.index, path)
         check_capacity(path, coding_of(path), _OFFSET + header.voxels.nbytes)
         stream.seek(_OFFSET)
-        array = read_voxels(stream, header.voxels, path, channels=channels, index=index, label=label, stored=stored)
+        array = read_voxels(stream, header.voxels, path, options)
     return array.reshape(len(array), *grid.shape), grid
 
 
@@ -103,12 +94,6 @@ def write(stream: BinaryIO, array: NDArray[Any], path: Path, *, grid: Grid, like
         return
     with gzip_writer(stream) as packed:
         _write_plain(packed, start, array, dtype)
-
-
-def _grid(header: _Header, path: Path, spatial_dims: int | None, max_voxels: int) -> Grid:
-    shape = header.voxels.shape
-    dims = spatial_axes(shape, spatial_dims, path)
-    return Grid(shape[:dims], header.affine).check(path, max_voxels=max_voxels)
 
 
 def _read_header(stream: BinaryIO, path: Path, max_voxels: int) -> _Header:

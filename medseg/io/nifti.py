@@ -18,9 +18,9 @@ from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
 from medseg.errors import CaseError, GeometryError
-from medseg.io.geometry import GRID_TOLERANCE, MAX_VOXELS, Grid, check_size, corner_distance, spatial_axes
+from medseg.io.geometry import GRID_TOLERANCE, MAX_VOXELS, Grid, check_size, corner_distance, spatial_grid
 from medseg.io.streams import Voxels, check_capacity, coding_of, gzip_writer, opened, read_voxels, write_voxels
-from medseg.io.voxels import choose_channels
+from medseg.io.voxels import ReadOptions, choose_channels
 
 __all__ = ["read", "read_grid", "write"]
 
@@ -71,33 +71,24 @@ def read_grid(path: Path, *, spatial_dims: int | None = None, max_voxels: int = 
     """Return the checked grid of a file; only its header is read."""
     with opened(path) as stream:
         header = _read_header(stream, path, max_voxels)
-    return _grid(header, path, spatial_dims, max_voxels)
+    return spatial_grid(header.shape, header.affine, spatial_dims, path, max_voxels)
 
 
-def read(
-    path: Path,
-    *,
-    spatial_dims: int | None,
-    channels: int | None,
-    index: int | None,
-    label: bool,
-    stored: bool,
-    max_voxels: int,
-) -> tuple[NDArray[Any], Grid]:
-    """Return the voxels `(C, x, y[, z])` and their grid; the arguments are those of `medseg.io.load`.
+def read(path: Path, options: ReadOptions) -> tuple[NDArray[Any], Grid]:
+    """Return the voxels `(C, x, y[, z])` and their grid; the options are those of `medseg.io.load`.
 
     A fourth axis, or the fifth axis of a NIfTI vector image, counts as channels only if `channels` asks for as many,
     and as a series only if `index` picks a volume of it.
     """
     with opened(path) as stream:
-        header = _read_header(stream, path, max_voxels)
-        grid = _grid(header, path, spatial_dims, max_voxels)
+        header = _read_header(stream, path, options.max_voxels)
+        grid = spatial_grid(header.shape, header.affine, options.spatial_dims, path, options.max_voxels)
         rest = header.shape[len(grid.shape) :]
         voxels = Voxels(grid.shape, header.dtype, series=rest, slope=header.slope, inter=header.inter)
-        choose_channels(rest, channels, index, path)
+        choose_channels(rest, options.channels, options.index, path)
         check_capacity(path, coding_of(path), header.offset + voxels.nbytes)
         stream.seek(header.offset)
-        array = read_voxels(stream, voxels, path, channels=channels, index=index, label=label, stored=stored)
+        array = read_voxels(stream, voxels, path, options)
     return array, grid
 
 
@@ -122,11 +113,6 @@ def write(stream: BinaryIO, array: NDArray[Any], path: Path, *, grid: Grid, like
         return
     with gzip_writer(stream) as packed:
         _write_plain(packed, header, array, grid)
-
-
-def _grid(header: _Header, path: Path, spatial_dims: int | None, max_voxels: int) -> Grid:
-    dims = spatial_axes(header.shape, spatial_dims, path)
-    return Grid(header.shape[:dims], header.affine).check(path, max_voxels=max_voxels)
 
 
 def _read_header(stream: BinaryIO, path: Path, max_voxels: int) -> _Header:

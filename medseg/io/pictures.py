@@ -32,7 +32,7 @@ from PIL import Image
 
 from medseg.errors import CaseError, MedsegError
 from medseg.io.geometry import MAX_VOXELS, Grid, check_size
-from medseg.io.voxels import fill_image, fill_labels, image_type
+from medseg.io.voxels import ReadOptions, fill_image, fill_labels, image_type
 
 __all__ = ["read", "read_grid", "write"]
 
@@ -58,28 +58,19 @@ def read_grid(path: Path, *, spatial_dims: int | None = None, max_voxels: int = 
         return _grid(picture, path, max_voxels)
 
 
-def read(
-    path: Path,
-    *,
-    spatial_dims: int | None,
-    channels: int | None,
-    index: int | None,
-    label: bool,
-    stored: bool,
-    max_voxels: int,
-) -> tuple[NDArray[Any], Grid]:
-    """Return the pixels `(C, x, y)` and their grid; the arguments are those of `medseg.io.load`."""
-    _refuse_volume(path, spatial_dims)
-    if index:
-        raise CaseError(f"{path} is one picture: there is no picture {index} in it.")
+def read(path: Path, options: ReadOptions) -> tuple[NDArray[Any], Grid]:
+    """Return the pixels `(C, x, y)` and their grid; the options are those of `medseg.io.load`."""
+    _refuse_volume(path, options.spatial_dims)
+    if options.index:
+        raise CaseError(f"{path} is one picture: there is no picture {options.index} in it.")
     with _opened(path) as picture:
-        grid = _grid(picture, path, max_voxels)
-        _refuse_unsuited(picture, path, label)
-        pixels = _label_pixels(picture, path) if label else _image_pixels(picture, path)
+        grid = _grid(picture, path, options.max_voxels)
+        _refuse_unsuited(picture, path, options.label)
+        pixels = _label_pixels(picture, path) if options.label else _image_pixels(picture, path)
     first = pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0)
-    planes = _to_channels(first.transpose(0, 2, 1), channels, path)
-    array = np.empty(planes.shape, dtype=np.int32 if label else image_type(planes.dtype, stored=stored))
-    if label:
+    planes = _to_channels(first.transpose(0, 2, 1), options.channels, path)
+    array = np.empty(planes.shape, dtype=np.int32 if options.label else image_type(planes.dtype, stored=options.stored))
+    if options.label:
         fill_labels(array, planes, 1.0, 0.0, path)
     else:
         fill_image(array, planes, 1.0, 0.0)

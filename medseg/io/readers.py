@@ -24,7 +24,7 @@ from medseg.errors import CaseError, RequestError
 from medseg.io.dicom.marks import image_kind, split_series
 from medseg.io.geometry import MAX_VOXELS, Grid
 from medseg.io.names import IMAGE_SUFFIXES, StrPath, absolute
-from medseg.io.voxels import refuse_nonfinite
+from medseg.io.voxels import ReadOptions, refuse_nonfinite
 
 __all__ = ["READERS", "Reader", "load", "read_grid"]
 
@@ -32,20 +32,10 @@ __all__ = ["READERS", "Reader", "load", "read_grid"]
 class Reader(Protocol):
     """What a module that reads a format offers."""
 
-    def read(
-        self,
-        path: Path,
-        *,
-        spatial_dims: int | None,
-        channels: int | None,
-        index: int | None,
-        label: bool,
-        stored: bool,
-        max_voxels: int,
-    ) -> tuple[NDArray[Any], Grid]:
+    def read(self, path: Path, options: ReadOptions) -> tuple[NDArray[Any], Grid]:
         """Return the voxels `(C, *spatial)` and their grid.
 
-        The arguments are those of `load`. The voxels are float32, or of a label int32, or with `stored` the file's own
+        The options are those of `load`. The voxels are float32, or of a label int32, or with `stored` the file's own
         uint8, int16 or int32 where `medseg.io.voxels.image_type` says so.
         """
 
@@ -105,16 +95,16 @@ def load(
     if dtype not in ("float32", "stored"):
         raise RequestError(f"An image is read as 'float32' or as 'stored', got {dtype!r}.")
     file, reader = _door(path)
+    options = ReadOptions(
+        spatial_dims=spatial_dims,
+        channels=1 if label and channels is None else channels,
+        index=index,
+        label=label,
+        stored=dtype == "stored",
+        max_voxels=max_voxels,
+    )
     with _decoding(file):
-        array, grid = reader.read(
-            file,
-            spatial_dims=spatial_dims,
-            channels=1 if label and channels is None else channels,
-            index=index,
-            label=label,
-            stored=dtype == "stored",
-            max_voxels=max_voxels,
-        )
+        array, grid = reader.read(file, options)
     if array.dtype.kind == "f":
         refuse_nonfinite(array, file)
     meta = {

@@ -22,9 +22,9 @@ from PIL import Image
 
 from medseg.errors import CaseError, MedsegError
 from medseg.io import pictures
-from medseg.io.geometry import MAX_VOXELS
 from medseg.io.names import file_kind
 from medseg.io.slide_dicom import check_dicom_slide, find_dicom_slide
+from medseg.io.voxels import ReadOptions
 
 __all__ = ["Levels", "open_levels"]
 
@@ -253,9 +253,7 @@ class _PictureLevels:
     note = "is a plain picture, which says nothing of micrometers"
 
     def __init__(self, file: Path) -> None:
-        pixels, _ = pictures.read(
-            file, spatial_dims=2, channels=None, index=None, label=False, stored=True, max_voxels=MAX_VOXELS
-        )
+        pixels, _ = pictures.read(file, ReadOptions(spatial_dims=2, stored=True))
         self._pixels = _as_rgb(pixels.transpose(2, 1, 0), file)
         self.sizes: tuple[tuple[int, int], ...] = ((pixels.shape[1], pixels.shape[2]),)
 

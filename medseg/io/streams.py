@@ -22,7 +22,7 @@ from isal import igzip, isal_zlib
 from numpy.typing import NDArray
 
 from medseg.errors import CaseError
-from medseg.io.voxels import choose_channels, fill_image, fill_labels, image_type
+from medseg.io.voxels import ReadOptions, choose_channels, fill_image, fill_labels, image_type
 
 __all__ = [
     "Coding",
@@ -182,23 +182,19 @@ def read_voxels(
     stream: BinaryIO,
     voxels: Voxels,
     source: Path,
-    *,
-    channels: int | None,
-    index: int | None,
-    label: bool,
-    stored: bool,
+    options: ReadOptions,
 ) -> NDArray[Any]:
-    """Return the voxels `(C, *spatial)` that follow in a stream; the arguments are those of `medseg.io.load`."""
-    chosen = choose_channels((voxels.vector, *voxels.series), channels, index, source)
-    dtype = image_type(voxels.dtype, slope=voxels.slope, inter=voxels.inter, stored=stored)
-    array = np.empty((len(chosen), *voxels.shape), dtype=np.int32 if label else dtype)
+    """Return the voxels `(C, *spatial)` that follow in a stream; the options are those of `medseg.io.load`."""
+    chosen = choose_channels((voxels.vector, *voxels.series), options.channels, options.index, source)
+    dtype = image_type(voxels.dtype, slope=voxels.slope, inter=voxels.inter, stored=options.stored)
+    array = np.empty((len(chosen), *voxels.shape), dtype=np.int32 if options.label else dtype)
     interleaved = voxels.vector > 1
     if not interleaved:
         _skip(stream, chosen.start * math.prod(voxels.shape) * voxels.dtype.itemsize)
     parts = _vector_slabs if interleaved else _planar_slabs
     with closing(_ahead(parts(stream, voxels, array, chosen, source))) as slabs:
         for out, raw in slabs:
-            if label:
+            if options.label:
                 fill_labels(out, raw, voxels.slope, voxels.inter, source)
             else:
                 fill_image(out, raw, voxels.slope, voxels.inter)

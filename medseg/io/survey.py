@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 
 from medseg.errors import CaseError
 from medseg.io.dicom.marks import image_kind
-from medseg.io.geometry import MAX_VOXELS, Grid, corner_distance
+from medseg.io.geometry import Grid, corner_distance
 from medseg.io.names import StrPath, absolute
 from medseg.io.readers import READERS, Reader, load
+from medseg.io.voxels import ReadOptions
 
 __all__ = [
     "FileFacts",
@@ -254,15 +255,7 @@ def _read_nonfinite(path: StrPath, spatial_dims: int | None, channels: int | Non
     """Read a file that `load` refuses for its values alone."""
     file = absolute(path)
     reader = cast("Reader", importlib.import_module(READERS[str(image_kind(file))]))
-    array, grid = reader.read(
-        file,
-        spatial_dims=spatial_dims,
-        channels=channels,
-        index=None,
-        label=False,
-        stored=True,
-        max_voxels=MAX_VOXELS,
-    )
+    array, grid = reader.read(file, ReadOptions(spatial_dims=spatial_dims, channels=channels, stored=True))
     return array, grid, sum(int((~np.isfinite(slab)).sum()) for slab in _slabs(array))
 
 

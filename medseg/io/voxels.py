@@ -6,14 +6,17 @@ Arrays are converted slab by slab, so that no second copy of a large volume is m
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medseg.errors import CaseError
+from medseg.io.geometry import MAX_VOXELS
 
 __all__ = [
+    "ReadOptions",
     "choose_channels",
     "fill_image",
     "fill_labels",
@@ -26,6 +29,27 @@ __all__ = [
 # Labels stored through a float32 slope come back within a few units of the last place.
 _LABEL_TOLERANCE = 1e-4
 _SLAB_VALUES = 1 << 22
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """What `medseg.io.load` asks of the module of a format.
+
+    Attributes:
+        spatial_dims: 2 or 3 to refuse everything else; None for what the file is.
+        channels: values per voxel that are due; None for the usual number.
+        index: which volume of a series; None to refuse a series.
+        label: whether whole numbers are read instead of intensities.
+        stored: whether an image may keep the file's own whole numbers.
+        max_voxels: the largest number of voxels that a header may claim.
+    """
+
+    spatial_dims: int | None = None
+    channels: int | None = None
+    index: int | None = None
+    label: bool = False
+    stored: bool = False
+    max_voxels: int = MAX_VOXELS
 
 
 def choose_channels(rest: tuple[int, ...], channels: int | None, index: int | None, source: object) -> range:

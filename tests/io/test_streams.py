@@ -6,11 +6,11 @@ import pytest
 
 from medseg.io import load, streams, write_mask
 from medseg.io.streams import Voxels, gzip_writer, read_voxels, write_voxels
+from medseg.io.voxels import ReadOptions
 
 
 def read(data, voxels, **options):
-    defaults = {"channels": None, "index": None, "label": False, "stored": False}
-    return read_voxels(io.BytesIO(data), voxels, "a.raw", **(defaults | options))
+    return read_voxels(io.BytesIO(data), voxels, "a.raw", ReadOptions(**options))
 
 
 @pytest.mark.parametrize("slab", [1, 600, 1 << 20])

@@ -16,7 +16,7 @@ from medseg.io.dicom.pixels import read_slices
 from medseg.io.dicom.series import Series, open_series
 from medseg.io.dicom.stacks import Slice
 from medseg.io.geometry import MAX_VOXELS, Grid
-from medseg.io.voxels import fill_image, fill_labels
+from medseg.io.voxels import ReadOptions, fill_image, fill_labels
 
 __all__ = ["read", "read_grid"]
 
@@ -32,31 +32,22 @@ def read_grid(path: Path, *, spatial_dims: int | None = None, max_voxels: int = 
     return _grid(series, spatial_dims, path)
 
 
-def read(
-    path: Path,
-    *,
-    spatial_dims: int | None,
-    channels: int | None,
-    index: int | None,
-    label: bool,
-    stored: bool,
-    max_voxels: int,
-) -> tuple[NDArray[Any], Grid]:
-    """Return the voxels `(C, x, y[, z])` and their grid; the arguments are those of `medseg.io.load`.
+def read(path: Path, options: ReadOptions) -> tuple[NDArray[Any], Grid]:
+    """Return the voxels `(C, x, y[, z])` and their grid; the options are those of `medseg.io.load`.
 
     The axes are columns, rows and slices. A single slice is a volume of one slice, and with `spatial_dims=2` a picture;
     an image without a position is always a picture. `index` picks one of several volumes of a series.
     """
-    series = open_series(path, index=index, max_voxels=max_voxels)
-    grid = _grid(series, spatial_dims, path)
-    count = _channel_count(series, channels, len(grid.shape), path)
+    series = open_series(path, index=options.index, max_voxels=options.max_voxels)
+    grid = _grid(series, options.spatial_dims, path)
+    count = _channel_count(series, options.channels, len(grid.shape), path)
     columns, rows = grid.shape[:2]
-    dtype = np.dtype(np.int32) if label else _image_type(series.slices, stored=stored)
+    dtype = np.dtype(np.int32) if options.label else _image_type(series.slices, stored=options.stored)
     # Slice after slice in memory, as it is filled; the axes are put in order by the view that is returned.
     planes = np.empty((len(series.slices), count, rows, columns), dtype=dtype)
     for number, values, slope, inter in read_slices(series.slices):
         layers = np.moveaxis(values, -1, 0) if values.ndim == 3 else values[None]
-        if label:
+        if options.label:
             fill_labels(planes[number], layers, slope, inter, path)
             continue
         if dtype.kind in "iu" and not _fits(layers, inter, planes.dtype):
