@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -72,8 +73,8 @@ def mask_in(folder: Path) -> Path:
 
 def margin(setup: Setup, name: str) -> str:
     """Return the file of the lead of a reference's best class at each voxel, made by a run that is not timed."""
-    key = sha256(setup.weights)[:8]
-    path = setup.runs / f"lead_{name}_{key}.npy"
+    told = json.dumps([sha256(setup.weights), setup.settings()], sort_keys=True)
+    path = setup.runs / f"lead_{name}_{hashlib.sha256(told.encode()).hexdigest()[:8]}.npy"
     if not path.is_file():
         partial = path.with_name(f".partial-{path.name}")
         sample(setup, name, setup.runs / "lead", margin=str(partial))
