@@ -1,39 +1,24 @@
 """What is wrong with a set as a whole: copies, patients on both sides of the split, cases unlike the others.
 
 Copies are told by their voxels, turned to RAS, so storing them otherwise does not hide them; parts of a volume by
-axial slices that are equal bit for bit. A patient is told by DICOM PatientID, and carefully by names:
-
-* `sub-XX` of BIDS, `TCGA-XX-XXXX`, `LIDC-IDRI-XXXX`;
-* `patient` or `subject` followed by a number;
-* what stands before `_slice`, `_frame`, `_visit`, `_scan`, `_crop`, `_patch`, `_tile`, `_part` and a number at the end;
-* what stands before `L`, `R`, `_left` or `_right` at the end of a number (two eyes, two knees).
+axial slices that are equal bit for bit; a patient by DICOM PatientID and by names (see `medseg.io.patients`).
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Final
 
 import numpy as np
 
+from medseg.io.patients import patient_of
 from medseg.io.survey import FileFacts
 from medseg.report.subjects import Collection, Finding, Subject
 
-__all__ = ["Examined", "check_set", "patient_of"]
+__all__ = ["Examined", "check_set"]
 
-_PATIENTS: Final = (
-    r"(?i)(?:^|/)(sub-[a-z0-9]+)(?=[_/.]|$)",
-    r"(?i)(tcga-[a-z0-9]{2}-[a-z0-9]{4})",
-    r"(?i)(lidc-idri-\d{4})",
-    r"(?i)((?:patient|subject)[_-]?\d+)",
-    r"(?i)^(.*[a-z0-9])[_-](?:slice|frame|visit|scan|crop|patch|tile|part)[_-]?\d+$",
-    r"(?i)^(.*\d)[_-]?(?:left|right)$",
-    r"^(.*\d)[LR]$",
-)
 _MIN_CASES = 5
 _COMMON_SLICE = 20
 _MIN_SLICES = 3
@@ -74,15 +59,6 @@ def check_set(cases: Sequence[Examined], collection: Collection) -> Iterator[Fin
     yield from _patients(cases)
     yield from _outliers(cases)
     yield from _unused_labels(cases, collection)
-
-
-def patient_of(name: str) -> str:
-    """Return the patient that a case's name tells, in lower case; empty where it tells none."""
-    for pattern in _PATIENTS:
-        match = re.search(pattern, name)
-        if match:
-            return match[1].lower()
-    return ""
 
 
 def _duplicates(cases: Sequence[Examined]) -> Iterator[Finding]:

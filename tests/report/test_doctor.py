@@ -16,8 +16,8 @@ import SimpleITK as sitk
 from PIL import Image
 
 from medseg.errors import RequestError
+from medseg.io.patients import patient_of
 from medseg.report.doctor import Needs, examine
-from medseg.report.set_checks import patient_of
 from tests.report.conftest import AFFINE, SHAPE, ball, noise, write_nifti
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"

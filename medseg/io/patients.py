@@ -1,0 +1,113 @@
+"""Which cases of a data set are of one patient.
+
+A patient is told, in this order, by
+
+1. the data set: an entry `"patient"` of a case in `dataset.json`, or `"patients": {case: patient}` in `split.json`;
+2. the PatientID of a DICOM image;
+3. the case's name, carefully:
+
+   * `sub-XX` of BIDS, `TCGA-XX-XXXX`, `LIDC-IDRI-XXXX`;
+   * `patient` or `subject` followed by a number;
+   * what stands before `_slice`, `_frame`, `_visit`, `_scan`, `_crop`, `_patch`, `_tile`, `_part` and a number at the end;
+   * what stands before `L`, `R`, `_left` or `_right` at the end of a number (two eyes, two knees).
+
+Else the case is taken for a patient of its own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from medseg.errors import RequestError
+from medseg.io.datasets import DATASET_FILE, SPLIT_FILE, Dataset, read_dataset, read_json
+from medseg.io.names import StrPath, absolute, file_kind
+
+__all__ = ["find_patients", "patient_of"]
+
+_PATTERNS: Final = (
+    r"(?i)(?:^|/)(sub-[a-z0-9]+)(?=[_/.]|$)",
+    r"(?i)(tcga-[a-z0-9]{2}-[a-z0-9]{4})",
+    r"(?i)(lidc-idri-\d{4})",
+    r"(?i)((?:patient|subject)[_-]?\d+)",
+    r"(?i)^(.*[a-z0-9])[_-](?:slice|frame|visit|scan|crop|patch|tile|part)[_-]?\d+$",
+    r"(?i)^(.*\d)[_-]?(?:left|right)$",
+    r"^(.*\d)[LR]$",
+)
+
+
+def patient_of(name: str) -> str:
+    """Return the patient that a case's name tells, in lower case; empty where it tells none."""
+    for pattern in _PATTERNS:
+        match = re.search(pattern, name)
+        if match:
+            return match[1].lower()
+    return ""
+
+
+def find_patients(path: StrPath) -> dict[str, str]:
+    """Return for each labeled case of a data set its patient: the name of the first of the patient's cases.
+
+    The name of a case stands for the patient so that nothing of a DICOM header is told.
+
+    Args:
+        path: data set as `medseg.io.find_dataset` takes it.
+
+    Raises:
+        RequestError: there is no data set, or an entry about patients cannot be understood.
+        CaseError: a DICOM image cannot be read.
+    """
+    dataset = read_dataset(path)
+    listed = dict(_listed(absolute(path), dataset))
+    groups: dict[tuple[str, str], list[str]] = {}
+    for stem in sorted(dataset.images):
+        groups.setdefault(_key(stem, dataset.images[stem], listed), []).append(stem)
+    return {stem: stems[0] for stems in groups.values() for stem in stems}
+
+
+def _key(stem: str, image: Path, listed: Mapping[str, str]) -> tuple[str, str]:
+    if stem in listed:
+        return "listed", listed[stem]
+    number = _patient_id(image)
+    if number:
+        return "dicom", number
+    told = patient_of(stem)
+    return ("name", told) if told else ("case", stem)
+
+
+def _listed(given: Path, dataset: Dataset) -> Iterator[tuple[str, str]]:
+    """Yield case and patient as the data set's own files say."""
+    stems = {image: stem for stem, image in dataset.images.items()}
+    listing = given if given.is_file() else dataset.root / DATASET_FILE
+    content = read_json(listing) if listing.is_file() else {}
+    for section in ("training", "validation"):
+        for entry in content.get(section) or []:
+            if isinstance(entry, Mapping) and "patient" in entry:
+                image = absolute(dataset.root / str(entry.get("image")))
+                if image in stems:
+                    yield stems[image], _text(entry["patient"], listing)
+    split = dataset.root / SPLIT_FILE
+    told = read_json(split).get("patients", {}) if split.is_file() else {}
+    if not isinstance(told, Mapping):
+        raise RequestError(f"{split}: 'patients' is {told!r}: expected an object of case names and their patients.")
+    for stem, patient in told.items():
+        if stem not in dataset.images:
+            raise RequestError(f"{split}: 'patients' names the case {stem!r}, which has no image in {dataset.base}.")
+        yield stem, _text(patient, split)
+
+
+def _text(patient: Any, source: Path) -> str:
+    if isinstance(patient, bool) or not isinstance(patient, str | int) or patient == "":
+        raise RequestError(f"{source}: the patient {patient!r} is neither text nor a whole number.")
+    return str(patient)
+
+
+def _patient_id(image: Path) -> str:
+    if not (image.is_dir() or file_kind(image) == "dicom"):
+        return ""
+    from medseg.io.dicom import open_series
+
+    header = next(iter(open_series(image).headers()))
+    return str(header.get("PatientID") or "").strip()
