@@ -27,10 +27,10 @@ from typing import IO, TYPE_CHECKING, Any, Final
 
 from medseg.bundle import runner
 from medseg.bundle.catalog import Bundle, merged
-from medseg.bundle.deaths import Note, describe_exit, memory_kills, note_of
+from medseg.bundle.deaths import Note, describe_exit, explain, memory_kills, note_of
 from medseg.bundle.trust import require_trust
 from medseg.errors import MedsegError, RequestError
-from medseg.files import check_folder
+from medseg.files import check_folder, replace_text
 from medseg.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -109,10 +109,10 @@ def run_folder(job: Job) -> Path:
 
 
 def train(job: Job, processes: int, *, report: Report | None = None) -> Manifest:
-    """Train with several processes; they leave what `medseg.bundle.runner.train` leaves.
+    """Train in this process, or with several; either leaves what `medseg.bundle.runner.train` leaves.
 
     Args:
-        job: from `prepare`.
+        job: from `prepare`; for one process from `medseg.bundle.runner.prepare`.
         processes: how many; on CUDA each has a device of its own, on the CPU they share the cores.
         report: told about each finished step.
 
@@ -120,8 +120,10 @@ def train(job: Job, processes: int, *, report: Report | None = None) -> Manifest
         The record of the run.
 
     Raises:
-        MedsegError: a process died; an error of ours in it is raised as it was.
+        MedsegError: training failed or a process died; an error of ours is raised as it was.
     """
+    if processes == 1:
+        return _train_here(job, report)
     folder = run_folder(job)
     logs = folder / "logs"
     check_folder(logs)
@@ -140,6 +142,17 @@ def train(job: Job, processes: int, *, report: Report | None = None) -> Manifest
             _record(folder / "manifest.json", error)
             raise error
     return Manifest.read(folder / "manifest.json")
+
+
+def _train_here(job: Job, report: Report | None) -> Manifest:
+    try:
+        return runner.train(job, report=report)
+    except MedsegError:
+        raise
+    except Exception as error:
+        log = run_folder(job) / "logs" / "process_0.log"
+        replace_text(log, "".join(traceback.format_exception(error)))
+        raise explain(error, log) from error
 
 
 def work_from_stdin() -> None:
