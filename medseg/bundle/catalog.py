@@ -98,6 +98,11 @@ def find_bundle(name: str | Path) -> Bundle:
     folder = Path(name)
     if folder.is_dir():
         if not ((folder / "configs").is_dir() or (folder / "bundle.json").is_file()):
+            if (folder / "folds.json").is_file():
+                raise BundleError(
+                    f"'{name}' holds the folds of a cross-validation, of which some are still to be trained; "
+                    "`medseg train --folds ... --resume` does so, then their mean is a bundle here"
+                )
             raise BundleError(f"'{name}' is no bundle: it holds neither configs/ nor bundle.json")
         return Bundle(folder.resolve())
     shipped = {bundle.name: bundle for bundle in shipped_bundles()}

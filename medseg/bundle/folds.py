@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from medseg.bundle.runner import Report
 
-__all__ = ["FOLDS_FILE", "Folds", "cross_validate", "fold_bundles", "make_folds"]
+__all__ = ["FOLDS_FILE", "Folds", "cross_validate", "fold_bundles", "is_scored", "make_folds"]
 
 FOLDS_FILE: Final = "folds.json"
 _PARTS: Final = ("train", "val")
@@ -196,7 +196,7 @@ class _FoldRun:
                 overwrite=True,
                 report=self._told("fold"),
             )
-        if not (trained and _is_scored(self.target)):
+        if not (trained and is_scored(self.target)):
             scored = {name: value for name, value in self.values.items() if name != "recipe"}
             api.evaluate(self.target.root, self.data, settings=scored, report=self._told("scoring fold"))
 
@@ -237,7 +237,7 @@ class _FoldRun:
         return tell
 
 
-def _is_scored(bundle: Bundle) -> bool:
+def is_scored(bundle: Bundle) -> bool:
     """Tell whether the present weights of a fold were evaluated."""
     path = bundle.root / "runs" / "evaluate" / "manifest.json"
     if not (path.is_file() and bundle.weights.is_file()):
@@ -265,7 +265,7 @@ def _write_folds(dealt: Folds, out: Path) -> None:
 def _summarize(source: Bundle, out: Path, data: Path, dealt: Folds) -> Scores | None:
     """Write the table and the ensemble, once all folds are there."""
     members = fold_bundles(out)
-    if not all(_is_scored(member) for member in members):
+    if not all(is_scored(member) for member in members):
         return None
     failed: list[str] = []
     rows: list[dict[str, Any]] = []

@@ -54,20 +54,23 @@ class Scores:
         """Return for each label mean and standard deviation over the cases, and the mean of each fold."""
         return {label: self._of(label) for label in self.labels}
 
-    def to_text(self) -> str:
-        """Return tables for people: labels, then cases, worst first."""
+    def table(self) -> str:
+        """Return a table of the labels for people."""
         folds = [f"fold {number}" for number in range(self.folds)] if self.folds > 1 else []
         rows = [
             [label, _shown(of["mean"]), _shown(of["sd"]), *map(_shown, of["folds"] if folds else ()), str(of["cases"])]
             for label, of in self.summary().items()
         ]
-        lines = [f"{self.name}: Dice, {len(self.rows)} cases", ""]
-        lines += _aligned([["label", "mean", "SD", *folds, "cases"], *rows])
+        title = f"{self.name}: Dice, {len(self.rows)} cases"
+        return "\n".join([title, "", *_aligned([["label", "mean", "SD", *folds, "cases"], *rows])])
+
+    def to_text(self) -> str:
+        """Return tables for people: labels, then cases, worst first."""
         cases = sorted(self.rows, key=lambda row: (_sortable(row["metrics"].get(MEAN)), row["case"]))
         table = [
             [row["case"], str(row["fold"]), *(_shown(row["metrics"].get(label)) for label in self.labels)] for row in cases
         ]
-        lines += ["", *_aligned([["case", "fold", *self.labels], *table])]
+        lines = [self.table(), "", *_aligned([["case", "fold", *self.labels], *table])]
         lines += ["", *(f"failed: {name}" for name in self.failed)] if self.failed else []
         return "\n".join(lines) + "\n"
 

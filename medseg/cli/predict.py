@@ -32,6 +32,10 @@ def predict(
         list[Path], typer.Argument(help="Images, a folder of images, or a dataset.json.", metavar="INPUT...")
     ],
     out: Annotated[Path, typer.Option("--output", "-o", help="Folder for the masks and manifest.json.")],
+    also: Annotated[
+        list[str] | None,
+        typer.Option("--with", metavar="BUNDLE", help="Take the mean with the predictions of this bundle. Repeatable."),
+    ] = None,
     settings: Settings = None,
     device: Device = None,
     max_memory: Annotated[
@@ -57,7 +61,7 @@ def predict(
     announce = _Announcement()
     with progress("images") as report:
         manifest = api.predict(
-            bundle,
+            [bundle, *also] if also else bundle,
             inputs,
             out,
             settings=parse_settings(chosen),
