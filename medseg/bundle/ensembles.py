@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import tempfile
@@ -36,7 +37,7 @@ def write_ensemble(members: Sequence[Bundle], root: Path) -> Bundle:
         BundleError: the members do not fit together, or one is not declarative.
         WeightsError: one is not trained.
     """
-    configs = [member.load_configs(*(f"{name}" for name in _CONFIGS)) for member in members]
+    configs = [member.load_configs(*_CONFIGS) for member in members]
     for member, found in zip(members, configs, strict=True):
         require_trust(member.root, found)
         if not member.weights.is_file():
@@ -94,10 +95,20 @@ def _write_weights(members: Sequence[Bundle], path: Path) -> None:
     merged: dict[str, Any] = {}
     for number, member in enumerate(members):
         content = member.weights.read_bytes()
+        _check_hash(member, content)
         state = read_state(content, str(member.weights))
         merged.update({f"networks.{number}.{name}": tensor for name, tensor in state.items()})
     path.parent.mkdir(parents=True, exist_ok=True)
     save_tensors(merged, path)
+
+
+def _check_hash(member: Bundle, content: bytes) -> None:
+    expected = member.metadata.get("weights", {}).get(_WEIGHTS, {}).get("sha256")
+    if expected is not None and hashlib.sha256(content).hexdigest() != expected:
+        raise WeightsError(
+            f"'{member.weights}' is not what the metadata of its bundle expects: it was altered or replaced. If you "
+            f"replaced it, run `medseg bundle build {member.root}`"
+        )
 
 
 def _metadata(members: Sequence[Bundle], root: Path) -> dict[str, Any]:
