@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any, Final
 from medseg.bundle import api
 from medseg.bundle.catalog import Bundle, find_bundle, merged
 from medseg.bundle.ensembles import write_ensemble
+from medseg.bundle.knobs import changed
+from medseg.bundle.launch import check_processes
 from medseg.bundle.scores import CROSS_VALIDATION, Scores, write_scores
 from medseg.errors import RequestError
 from medseg.files import check_folder, replace_text, sha256_file
@@ -141,7 +143,11 @@ def cross_validate(
     source, root, out = find_bundle(bundle), absolute(data), absolute(output)
     if fold is not None and not 0 <= fold < folds:
         raise RequestError(f"--fold {fold}: there are folds 0 to {folds - 1}")
-    config = {**merged(source.load_configs("train")), **(settings or {})}
+    known, values = merged(source.load_configs("train")), dict(settings or {})
+    if "recipe" not in values:
+        changed(known, {**values, "split_file": SPLIT_FILE})
+    config = {**known, **values}
+    check_processes(devices, config)
     dealt = make_folds(root, folds, int(config.get("seed", 0)))
     chosen = list(range(folds)) if fold is None else [fold]
     targets = {number: Bundle(out / f"fold_{number}") for number in chosen}
@@ -154,7 +160,7 @@ def cross_validate(
     _write_folds(dealt, out)
     for number, target in targets.items():
         replace_text(target.root / SPLIT_FILE, json.dumps(dealt.split(number), indent=2, ensure_ascii=False) + "\n")
-        run = _FoldRun(source, target, root, number, folds, dict(settings or {}), report)
+        run = _FoldRun(source, target, root, number, folds, values, report)
         run.complete(devices, resume=resume)
     return _summarize(source, out, root, dealt)
 
