@@ -1,0 +1,45 @@
+"""From a labeled data set to a bundle that can be trained: fingerprint, plan, preflight.
+
+Nothing heavy is loaded before the first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from medseg.planning.request import PlanRequest, parse_duration, parse_network, parse_size
+
+if TYPE_CHECKING:
+    from medseg.planning.facts import Fingerprint
+    from medseg.planning.fingerprint import take_fingerprint
+    from medseg.planning.plan import Plan, make_plan
+    from medseg.planning.probe import Measurement, measure
+
+__all__ = [
+    "Fingerprint",
+    "Measurement",
+    "Plan",
+    "PlanRequest",
+    "make_plan",
+    "measure",
+    "parse_duration",
+    "parse_network",
+    "parse_size",
+    "take_fingerprint",
+]
+
+_LATER = {
+    "Fingerprint": "facts",
+    "Measurement": "probe",
+    "Plan": "plan",
+    "make_plan": "plan",
+    "measure": "probe",
+    "take_fingerprint": "fingerprint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)

@@ -1,0 +1,210 @@
+"""What follows from the data alone: template, intensities, sampling, names. No torch."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from medseg.errors import RequestError
+from medseg.planning.facts import quantile
+from medseg.planning.geometry import target_spacing
+from medseg.planning.labels import Classes, classes_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from medseg.planning.facts import Fingerprint
+    from medseg.planning.request import PlanRequest
+
+__all__ = ["Look", "bundle_name", "look_at"]
+
+_HOUNSFIELD_LOW = -100.0
+_HOUNSFIELD_HIGH = 35_000.0
+_MOST = 0.9
+# A tenth of the window on each side, so that the border of what is marked is not clipped away.
+_MARGIN = 0.1
+_NARROWEST = 100.0
+# Between pictures of one scanner the brightest percentile varies by less than this factor.
+_COMPARABLE = 1.5
+_NAME = re.compile(r"[a-z0-9]+(_[a-z0-9]+){2,}")
+_SHORT: Final = {"ct_volume": "ct", "mr_volume": "mri", "rgb_image": "rgb", "grey_image": "grey"}
+
+
+@dataclass
+class Look:
+    """What the data decide.
+
+    Attributes:
+        template: of the bundle.
+        channels: index -> name.
+        classes: of the model.
+        spacing: of the grid in mm; empty for pictures.
+        shape: median image on that grid, voxels.
+        knobs: planned so far.
+        blocks: parts of the template that the bundle replaces.
+        reasons: knob or part -> why.
+    """
+
+    template: str
+    channels: dict[str, str]
+    classes: Classes
+    spacing: tuple[float, ...]
+    shape: tuple[int, ...]
+    knobs: dict[str, Any] = field(default_factory=dict)
+    blocks: dict[str, Any] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def spatial_dims(self) -> int:
+        """2 or 3."""
+        return len(self.shape)
+
+
+def look_at(fingerprint: Fingerprint, request: PlanRequest) -> Look:
+    """Decide what the data decide.
+
+    Raises:
+        RequestError: labels that cannot be classes, or other dimensions than were asked for.
+    """
+    dims = fingerprint.spatial_dims
+    if request.dims not in (None, dims):
+        raise RequestError(
+            f"--dims {request.dims} does not fit: the images have {dims} axes, such as "
+            f"{' x '.join(map(str, fingerprint.cases[0].shape))} of {fingerprint.cases[0].name}. Leave --dims out."
+        )
+    template, why = _template(fingerprint)
+    spacing, reason = _spacing(fingerprint, request.settings)
+    look = Look(
+        template,
+        _channel_names(fingerprint, template),
+        classes_of(fingerprint),
+        spacing,
+        fingerprint.median_shape(spacing),
+    )
+    look.reasons["template"] = why
+    look.reasons["labels"] = look.classes.reason
+    if spacing:
+        look.knobs["spacing"] = list(spacing)
+        look.reasons["spacing"] = reason
+    _set_intensities(look, fingerprint)
+    _set_microns(look, fingerprint)
+    return look
+
+
+def bundle_name(request: PlanRequest, folder: str, look: Look, fingerprint: Fingerprint) -> str:
+    """Return the bundle's name: the given one, that of its folder if it will do, or data set, modality and network."""
+    if request.name:
+        return request.name
+    if _NAME.fullmatch(folder):
+        return folder
+    plain = re.sub(r"[^a-z0-9]+", "_", fingerprint.dataset.lower()).strip("_") or "dataset"
+    return f"{plain}_{_SHORT[look.template]}_{request.network_name}"
+
+
+def _template(fingerprint: Fingerprint) -> tuple[str, str]:
+    cases = fingerprint.cases
+    if fingerprint.spatial_dims == 2:
+        colored = sum(case.color for case in cases)
+        if fingerprint.channels == 3:
+            grey = len(cases) - colored
+            note = f"; the {grey} grey ones are read with their channel three times" if grey else ""
+            return "rgb_image", f"{colored} of {len(cases)} training pictures are in color{note}"
+        return "grey_image", f"all {len(cases)} training pictures have {fingerprint.channels} channel(s) and no color"
+    units = sum(case.low < _HOUNSFIELD_LOW and case.high <= _HOUNSFIELD_HIGH for case in cases)
+    said = _said_ct(fingerprint)
+    share = f"{units} of {len(cases)} training volumes hold values below {_HOUNSFIELD_LOW:g}"
+    if units >= _MOST * len(cases) and (said or (not fingerprint.channel_names and _whole_numbers(fingerprint))):
+        source = "the data set says CT" if said else "whole numbers, nobody says another modality"
+        return "ct_volume", f"{share}, as Hounsfield units do, and {source}"
+    if said:
+        return "mr_volume", f"the data set says CT, but only {share}: values are standardized per volume"
+    return "mr_volume", f"no CT ({share}): the scale of values is not the same in every volume"
+
+
+def _said_ct(fingerprint: Fingerprint) -> bool:
+    named = [name.strip().upper() for name in fingerprint.channel_names] or [c.modality for c in fingerprint.cases]
+    return bool(named) and all(name == "CT" for name in named)
+
+
+def _whole_numbers(fingerprint: Fingerprint) -> bool:
+    return all("int" in case.dtype for case in fingerprint.cases)
+
+
+def _channel_names(fingerprint: Fingerprint, template: str) -> dict[str, str]:
+    count = fingerprint.channels
+    if template == "rgb_image":
+        return {"0": "red", "1": "green", "2": "blue"}
+    if len(fingerprint.channel_names) == count:
+        return {str(index): name for index, name in enumerate(fingerprint.channel_names)}
+    first = {"ct_volume": "CT", "mr_volume": "MRI"}.get(template, "grey")
+    return {str(index): first if count == 1 else f"channel {index}" for index in range(count)}
+
+
+def _spacing(fingerprint: Fingerprint, settings: Mapping[str, Any]) -> tuple[tuple[float, ...], str]:
+    if fingerprint.spatial_dims == 2:
+        return (), ""
+    given = settings.get("spacing")
+    if given is None:
+        return target_spacing(fingerprint)
+    if not isinstance(given, list) or len(given) != 3 or not all(isinstance(v, int | float) and v > 0 for v in given):
+        raise RequestError(f"spacing={given!r} must be three numbers of mm above 0, such as [1, 1, 2.5].")
+    return tuple(float(value) for value in given), "set by the user"
+
+
+def _set_intensities(look: Look, fingerprint: Fingerprint) -> None:
+    if look.template == "ct_volume":
+        _set_window(look, fingerprint)
+    elif look.template == "rgb_image":
+        _set_color(look, fingerprint)
+    else:
+        tops = [case.percentiles[-1] for case in fingerprint.cases if case.percentiles]
+        look.reasons["normalization"] = (
+            f"each image to mean 0 and standard deviation 1: the 99th percentile of the training images runs from "
+            f"{min(tops):.4g} to {max(tops):.4g}, and no scale is the same everywhere"
+        )
+
+
+def _set_window(look: Look, fingerprint: Fingerprint) -> None:
+    low = min(channel.low for channel in fingerprint.intensities)
+    high = max(channel.high for channel in fingerprint.intensities)
+    width = max(high - low, _NARROWEST)
+    middle = (low + high) / 2
+    window = [
+        10.0 * math.floor((middle - width * (0.5 + _MARGIN)) / 10),
+        10.0 * math.ceil((middle + width * (0.5 + _MARGIN)) / 10),
+    ]
+    look.knobs["intensity_range"] = window
+    first = fingerprint.intensities[0]
+    look.reasons["intensity_range"] = (
+        f"what is marked lies between {low:.4g} and {high:.4g} HU (0.5th and 99.5th percentile of {first.samples:,} "
+        f"voxels, mean {first.mean:.4g}, standard deviation {first.std:.4g}); a tenth more on each side, so that its "
+        "border is not clipped"
+    )
+
+
+def _set_color(look: Look, fingerprint: Fingerprint) -> None:
+    tops = [case.percentiles[-1] for case in fingerprint.cases if case.percentiles]
+    dark, bright = quantile(tops, 0.1), quantile(tops, 0.9)
+    if bright > _COMPARABLE * max(dark, 1e-6):
+        look.blocks["intensity"] = [{"_target_": "monai.transforms.NormalizeIntensityd", "keys": "image"}]
+        look.reasons["normalization"] = (
+            f"each picture to mean 0 and standard deviation 1 over its three channels: the 99th percentile runs from "
+            f"{dark:.4g} to {bright:.4g} (10th and 90th percentile of the pictures), so one scale does not fit all"
+        )
+        return
+    highest = max(case.high for case in fingerprint.cases)
+    top = 255.0 if highest <= 255 else float(math.ceil(highest))
+    look.knobs["intensity_range"] = [0.0, top]
+    look.reasons["intensity_range"] = (
+        f"pixel values reach {highest:.4g}, and the 99th percentile is alike in all pictures ({dark:.4g} to "
+        f"{bright:.4g}): one scale keeps the colors of a stain"
+    )
+
+
+def _set_microns(look: Look, fingerprint: Fingerprint) -> None:
+    known = {case.microns for case in fingerprint.cases}
+    if look.template == "rgb_image" and len(known) == 1 and known != {0.0}:
+        look.knobs["microns_per_pixel"] = known.pop()
+        look.reasons["microns_per_pixel"] = f"all {len(fingerprint.cases)} training pictures say so in their files"

@@ -1,0 +1,403 @@
+"""From a fingerprint to a `bundle.json`, with a sentence of reason for every choice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from medseg.inferers.memory import shown_bytes
+from medseg.planning.choices import bundle_name, look_at
+from medseg.planning.facts import shown
+from medseg.planning.schedule import Schedule, epoch_steps, fixed_schedule, schedule_for, schedule_without_limit
+from medseg.planning.search import Candidate, Found, candidates, find, overlap_for, pace_of
+from medseg.planning.widths import strides_note
+
+if TYPE_CHECKING:
+    from medseg.planning.choices import Look
+    from medseg.planning.facts import Fingerprint
+    from medseg.planning.probe import Measurement
+    from medseg.planning.request import PlanRequest
+    from medseg.planning.schedule import Pace
+
+__all__ = ["Forecast", "Plan", "make_plan"]
+
+# From the content of a bundle.json to its configs by name, such as medseg.bundle.compose.compose.
+Compose: TypeAlias = Callable[[dict[str, Any]], Mapping[str, Mapping[str, Any]]]
+# Measures a train config, such as medseg.planning.probe.measure on one case.
+Probe: TypeAlias = Callable[[Mapping[str, Any]], "Measurement"]
+
+_AVERAGES = (0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999)
+_WARMUP_SHARE = 30
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What training will take.
+
+    Attributes:
+        memory: predicted bytes on the device, from counting.
+        measured_memory: the same from the probe; 0 where nothing was measured.
+        step: seconds of a training step with its data; 0 where nothing was measured, as below.
+        epoch: seconds of an epoch.
+        validation: seconds of a validation.
+        total: seconds of everything.
+        device: where it was measured.
+    """
+
+    memory: int
+    measured_memory: int = 0
+    step: float = 0.0
+    epoch: float = 0.0
+    validation: float = 0.0
+    total: float = 0.0
+    device: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A planned bundle.
+
+    Attributes:
+        bundle: content of its `bundle.json`.
+        forecast: what training it will take.
+        measured: the probe's figures; None where nothing was measured.
+    """
+
+    bundle: dict[str, Any]
+    forecast: Forecast
+    measured: Measurement | None
+
+    def to_json(self, fingerprint: Fingerprint) -> dict[str, Any]:
+        """Return the record of the plan for `plan.json`: what was seen, measured and forecast."""
+        return {
+            "forecast": asdict(self.forecast),
+            "measured": asdict(self.measured) if self.measured else None,
+            "fingerprint": fingerprint.to_json(),
+        }
+
+
+def make_plan(
+    fingerprint: Fingerprint,
+    request: PlanRequest,
+    *,
+    compose: Compose,
+    probe: Probe | None,
+    folder: str = "",
+    gpu: bool = False,
+) -> Plan:
+    """Plan a bundle.
+
+    Without a budget the plan depends on the data and the request alone, but for `precision`, which is measured. With
+    one, time is measured and rounded coarsely.
+
+    Args:
+        fingerprint: of the data.
+        request: network, memory, budget, settings.
+        compose: turns the content of a `bundle.json` into configs, and refuses what is wrong with it.
+        probe: measures a train config; None measures nothing and trains in float32.
+        folder: name of the bundle's folder, which is the bundle's name if it will do.
+        gpu: whether training will run on a GPU.
+
+    Raises:
+        RequestError: the data, the memory or the time do not allow a plan.
+        BundleError: a setting that the template does not know.
+    """
+    look = look_at(fingerprint, request)
+    name = bundle_name(request, folder, look, fingerprint)
+    trial = Schedule(1, 1, 0.0, "")
+
+    every = list(candidates(look, fingerprint, request))
+
+    def config(candidate: Candidate) -> Mapping[str, Any]:
+        return compose(_bundle(name, look, fingerprint, request, Found(candidate, None, 0, 0), trial))["train"]
+
+    config(every[-1])  # names and values are checked before anything is measured
+    measure = None if probe is None else _measuring(probe, config, request)
+    found = find(every, look, fingerprint, request, measure, gpu=gpu)
+    pace = None
+    if found.measured is not None:
+        pace = pace_of(found.candidate, found.candidate, found.measured, look, fingerprint, request)
+    schedule = _schedule(request, fingerprint, found.candidate, pace)
+    bundle = _bundle(name, look, fingerprint, request, found, schedule)
+    compose(bundle)
+    return Plan(bundle, _forecast(found, pace, schedule, gpu=gpu), found.measured)
+
+
+def _measuring(
+    probe: Probe, config: Callable[[Candidate], Mapping[str, Any]], request: PlanRequest
+) -> Callable[[Candidate], Measurement]:
+    return lambda item: _chosen_precision(probe(config(item)), request)
+
+
+def _chosen_precision(measured: Measurement, request: PlanRequest) -> Measurement:
+    """Leave only the precision that the user set, where one is set."""
+    wanted = {name: time for name, time in measured.step_seconds.items() if name == request.settings.get("precision")}
+    return replace(measured, step_seconds=wanted or measured.step_seconds)
+
+
+def _schedule(request: PlanRequest, fingerprint: Fingerprint, candidate: Candidate, pace: Pace | None) -> Schedule:
+    epochs = request.settings.get("max_epochs")
+    interval = request.settings.get("val_interval")
+    if isinstance(epochs, int) and epochs > 0:
+        return fixed_schedule(epochs, interval if isinstance(interval, int) and interval > 0 else None, pace)
+    if request.budget is not None and pace is not None:
+        return schedule_for(request.budget, pace)
+    return schedule_without_limit(_steps(request, fingerprint, candidate), pace)
+
+
+def _steps(request: PlanRequest, fingerprint: Fingerprint, candidate: Candidate) -> int:
+    return epoch_steps(len(fingerprint.cases), candidate.batch_size, request.settings.get("steps_per_epoch"))
+
+
+def _forecast(found: Found, pace: Pace | None, schedule: Schedule, *, gpu: bool) -> Forecast:
+    memory = found.candidate.memory(gpu=gpu)
+    if pace is None or found.measured is None:
+        return Forecast(memory)
+    held = 0 if gpu else found.measured.program_bytes + found.candidate.cache_bytes
+    return Forecast(
+        memory=memory,
+        measured_memory=held + found.measured.step_bytes,
+        step=pace.step,
+        epoch=pace.epoch,
+        validation=pace.validation,
+        total=schedule.seconds,
+        device=found.measured.device,
+    )
+
+
+def _bundle(
+    name: str,
+    look: Look,
+    fingerprint: Fingerprint,
+    request: PlanRequest,
+    found: Found,
+    schedule: Schedule,
+) -> dict[str, Any]:
+    """Return the content of the `bundle.json`."""
+    candidate = found.candidate
+    knobs, reasons = _knobs(look, fingerprint, request, found, schedule)
+    blocks, block_reasons = _blocks(look, request, candidate)
+    reasons |= block_reasons
+    for knob in request.settings:
+        reasons[knob] = "set by the user"
+    labels = ", ".join(list(look.classes.labels.values())[1:])
+    sizes = f"{len(fingerprint.cases)} training and {fingerprint.validation_cases} validation cases"
+    bundle: dict[str, Any] = {
+        "name": name,
+        "template": look.template,
+        "version": "0.1.0",
+        "changelog": {"0.1.0": "planned from its data set"},
+        "description": f"Segments {labels} with a {request.network}. Planned by medseg for the data set "
+        f"{fingerprint.dataset} ({sizes}).",
+        "authors": "not stated",
+        "data_source": fingerprint.dataset,
+        "intended_use": "Research. Not for diagnosis or treatment decisions",
+        "channels": look.channels,
+        "labels": look.classes.labels,
+    }
+    if not look.classes.is_plain:
+        bundle["label_mapping"] = look.classes.mapping
+    bundle["network_def"] = dict(candidate.definition)
+    if blocks:
+        bundle["blocks"] = blocks
+    return {**bundle, "knobs": {**knobs, **request.settings}, "plan": reasons}
+
+
+def _knobs(
+    look: Look, fingerprint: Fingerprint, request: PlanRequest, found: Found, schedule: Schedule
+) -> tuple[dict[str, Any], dict[str, str]]:
+    item = found.candidate
+    layout = item.layout
+    steps = _steps(request, fingerprint, item) * schedule.epochs
+    knobs: dict[str, Any] = {
+        **look.knobs,
+        "patch_size": list(layout.patch),
+        "roi_size": list(layout.patch),
+        "sw_batch_size": 2
+        if look.spatial_dims == 3 and layout.voxels <= 100_000
+        else 1
+        if look.spatial_dims == 3
+        else 4,
+        "overlap": overlap_for(look, item),
+        "batch_size": item.batch_size,
+        "max_epochs": schedule.epochs,
+        "val_interval": schedule.interval,
+        "warmup_epochs": max(1, schedule.epochs // _WARMUP_SHARE),
+        "learning_rate": _learning_rate(request, look),
+        "ema_decay": _average(steps),
+        "precision": found.measured.precision if found.measured else "float32",
+    }
+    if look.template == "ct_volume":
+        knobs["patches_per_case"] = item.patches_per_case
+    reasons = {
+        **look.reasons,
+        "network_def": _network_reason(look, request, found),
+        "patch_size": _patch_reason(look, item),
+        "roi_size": f"the size that the network is trained at, {shown(layout.patch)}",
+        "sw_batch_size": f"windows of {layout.voxels:,} voxels in a pass",
+        "overlap": _overlap_reason(look, item),
+        "batch_size": _batch_reason(look, fingerprint, item),
+        "max_epochs": schedule.reason,
+        "val_interval": f"{schedule.validations} validations, of which the last epoch is one, so that the best weights "
+        "are among those kept and a tenth of the time is not exceeded by much",
+        "warmup_epochs": f"the first {_WARMUP_SHARE}th of {schedule.epochs} epochs, one at least",
+        "learning_rate": _rate_reason(request, look),
+        "ema_decay": f"the average reaches over {1 / (1 - _average(steps)):.0f} of {steps:,} steps: about the last "
+        "fortieth, over which the learning rate is almost 0",
+        "precision": _precision_reason(found.measured),
+    }
+    passed = -(-len(fingerprint.cases) // item.batch_size)
+    if steps != passed * schedule.epochs and "steps_per_epoch" not in request.settings:
+        knobs["steps_per_epoch"] = steps // schedule.epochs
+        reasons["steps_per_epoch"] = (
+            f"one pass over the {len(fingerprint.cases)} training cases is {passed} steps; an epoch is longer, so that "
+            "less time goes into what is done once an epoch"
+        )
+    if not item.cache_all:
+        knobs["cache_memory"] = f"{item.cache_bytes >> 20}M"
+        reasons["cache_memory"] = (
+            f"prepared cases may take two fifths of {shown_bytes(request.memory)}; others are prepared anew each time"
+        )
+    return knobs, reasons
+
+
+def _blocks(look: Look, request: PlanRequest, item: Candidate) -> tuple[dict[str, Any], dict[str, str]]:
+    blocks = dict(look.blocks)
+    reasons = _sampling(look, item, blocks)
+    loss: dict[str, Any] = {"_target_": "medseg.losses.TrainingLoss", "loss": {"block": "loss"}}
+    shares = (
+        "Dice and cross-entropy in equal parts: Dice does not care how rare a class is, cross-entropy gives every voxel"
+    )
+    why = f"{shares} a gradient from the start"
+    if request.network == "UNetPlusPlus":
+        loss = {"_target_": "medseg.losses.DeepSupervision", "loss": {"block": "loss"}}
+        why += "; taken at every head of the UNet++, as its paper trains it"
+    elif request.network == "BANet":
+        loss = {
+            "_target_": "medseg.losses.BoundaryMultiTaskLoss",
+            "preset": "paper",
+            "main_loss": {"block": "loss"},
+            "seg_loss": {"block": "loss"},
+        }
+        why += "; for the stages' maps too, with binary cross-entropy for their edges"
+    if request.selfreg:
+        loss = {"_target_": "medseg.losses.SelfRegularizedLoss", "loss": loss}
+        why += "; SelfReg is added, because it was asked for"
+    if request.network in ("UNetPlusPlus", "BANet") or request.selfreg:
+        blocks["training_loss"] = loss
+    return blocks, {**reasons, "loss": why}
+
+
+def _sampling(look: Look, item: Candidate, blocks: dict[str, Any]) -> dict[str, str]:
+    """Say how patches are drawn, and have volumes that are larger than a patch sampled by class."""
+    classes = len(look.classes.labels)
+    if look.template == "ct_volume":
+        return {
+            "patches_per_case": f"{item.patches_per_case} from each of {item.batch_size} cases: centers fall on each "
+            f"of {classes} classes equally often, so {classes - 1} of {classes} hold foreground"
+        }
+    if look.template != "mr_volume" or item.layout.whole:
+        holds = "holds" if item.layout.whole else "is cut anywhere from"
+        sizes = f"a patch of {shown(item.layout.patch)} {holds} a median image of {shown(look.shape)}"
+        return {"sampling": f"{sizes}: foreground needs no preference"}
+    keys = ["image", "label"]
+    blocks["augmentation"] = [
+        {"_target_": "monai.transforms.SpatialPadd", "keys": keys, "spatial_size": "@patch_size"},
+        {
+            "_target_": "monai.transforms.RandCropByLabelClassesd",
+            "keys": keys,
+            "label_key": "label",
+            "spatial_size": "@patch_size",
+            "num_classes": "@out_channels",
+            "num_samples": 1,
+            "warn": False,
+        },
+        {"block": "warp"},
+        {"block": "appearance"},
+        {
+            "_target_": "monai.transforms.RandAdjustContrastd",
+            "keys": "image",
+            "prob": 0.3,
+            "gamma": [0.7, 1.5],
+            "retain_stats": True,
+        },
+    ]
+    return {
+        "sampling": f"a patch of {shown(item.layout.patch)} is smaller than the median image, {shown(look.shape)}: its "
+        f"center falls on each of {classes} classes equally often"
+    }
+
+
+def _learning_rate(request: PlanRequest, look: Look) -> float:
+    return 0.002 if look.spatial_dims == 3 and request.network in ("UNet", "UNetPlusPlus") else 0.001
+
+
+def _rate_reason(request: PlanRequest, look: Look) -> str:
+    kind = "instance norm in 3D" if look.spatial_dims == 3 else "batch norm in 2D"
+    return f"AdamW with warm-up and cosine; for a {request.network} with {kind} in networks of this size"
+
+
+def _average(steps: int) -> float:
+    return max((decay for decay in _AVERAGES if 1 / (1 - decay) <= steps / 40), default=_AVERAGES[0])
+
+
+def _network_reason(look: Look, request: PlanRequest, found: Found) -> str:
+    item = found.candidate
+    layout = item.layout
+    step = " x ".join(map(str, layout.step))
+    text = (
+        f"{request.network} of width {item.width}, {item.cost.parameters:,} weights, {len(layout.strides)} poolings: "
+        f"{shown(layout.bottom)} voxels at the bottom (total stride {step}; {strides_note(request.network)})"
+    )
+    if look.spatial_dims == 3 and len(set(layout.step)) > 1:
+        text += ", and axes of coarse voxels are pooled later than fine ones"
+    if found.slower:
+        text += f"; {found.slower} larger choices would not leave time for enough steps"
+    if found.larger:
+        text += f"; {found.larger} larger choices do not fit into {shown_bytes(request.memory)}"
+    elif request.budget is None and item.width <= 16:
+        text += "; without a GPU and without --budget, the size that two processor cores train in hours"
+    return text
+
+
+def _patch_reason(look: Look, item: Candidate) -> str:
+    layout = item.layout
+    grid = f" on the grid of {shown(look.spacing)} mm" if look.spacing else ""
+    if layout.whole:
+        return (
+            f"holds the median image, {shown(look.shape)}{grid}, rounded up to multiples of the strides "
+            f"{shown(layout.step)}"
+        )
+    side = [n * mm for n, mm in zip(layout.patch, look.spacing or (1.0,) * len(layout.patch), strict=True)]
+    unit = "mm" if look.spacing else "pixels"
+    return (
+        f"{shown(side, 3)} {unit} of a median image of {shown(look.shape)}{grid}: near to a cube, in multiples of the "
+        f"strides {shown(layout.step)}, as large as memory and time allow"
+    )
+
+
+def _overlap_reason(look: Look, item: Candidate) -> str:
+    if item.layout.whole:
+        return "one window holds the median image; larger ones get windows that overlap by half"
+    share = overlap_for(look, item)
+    return f"{share:g} of a window, so that its uncertain border counts little; 64 windows for the median image at most"
+
+
+def _batch_reason(look: Look, fingerprint: Fingerprint, item: Candidate) -> str:
+    cases = len(fingerprint.cases)
+    text = f"{item.batch} patches of {item.layout.voxels:,} voxels a step"
+    if item.patches_per_case > 1:
+        text += f", {item.patches_per_case} from each of {item.batch_size} cases"
+    if item.batch_size >= cases:
+        text += f"; there are {cases} training cases"
+    norm = "batch norm needs several" if look.spatial_dims == 2 else "instance norm does not need more"
+    return f"{text}: {norm}"
+
+
+def _precision_reason(measured: Measurement | None) -> str:
+    if measured is None:
+        return "nothing was measured"
+    times = ", ".join(f"{name} {seconds:.2g} s" for name, seconds in measured.step_seconds.items())
+    threads = f"{measured.threads} threads" if measured.device == "cpu" else measured.device
+    return f"one training step measured on {threads}: {times}; bfloat16 has to save a fifth of the time"

@@ -1,0 +1,250 @@
+"""Preflight: a few training steps and one window of validation of a planned bundle, in a process of their own.
+
+Everything measured is built from the bundle's own train config, so that what was timed is what will be trained. A
+process of its own gives a clean memory and may die: a plan that does not fit is told, not suffered.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from medseg.errors import MedsegError, RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+__all__ = ["Measurement", "measure"]
+
+_WARM = 1
+_TIMED = 3
+_DRAWS = 12
+_LIMIT_SECONDS = 1800
+_KILLED = 137
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a probe measured.
+
+    Attributes:
+        device: "cpu" or the name of the GPU.
+        threads: of torch.
+        step_seconds: precision -> seconds of one training step, without its data.
+        draw_seconds: to draw and augment one training patch from a cached case.
+        load_seconds: to load and prepare one case.
+        window_seconds: of one window of validation.
+        step_bytes: by how much the steps raised the memory of the device.
+        program_bytes: memory of the process before the first step: programs, one case.
+        workers: processes that make the data while the network computes.
+        fits: whether the process survived; the other figures are 0 where it was killed.
+    """
+
+    device: str
+    threads: int
+    step_seconds: dict[str, float]
+    draw_seconds: float
+    load_seconds: float
+    window_seconds: float
+    step_bytes: int
+    program_bytes: int
+    workers: int = 0
+    fits: bool = True
+
+    @property
+    def precision(self) -> str:
+        """The arithmetic to train in: bfloat16 where it saves a fifth of the time or more."""
+        plain = self.step_seconds.get("float32", math.inf)
+        half = self.step_seconds.get("bfloat16", math.inf)
+        return "bfloat16" if half < 0.8 * plain else "float32"
+
+
+def measure(config: Mapping[str, Any], case: Mapping[str, str]) -> Measurement:
+    """Measure a train config on one case.
+
+    Args:
+        config: content of a `configs/train.json`.
+        case: image, label and name of the case, which stands for all.
+
+    Raises:
+        RequestError: the config does not run; the message says why.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        task, answer = Path(folder, "task.json"), Path(folder, "answer.json")
+        task.write_text(json.dumps({"config": config, "case": case, "folder": folder}), encoding="utf-8")
+        try:
+            done = subprocess.run(  # noqa: S603 - our own module, by the interpreter that runs this
+                [sys.executable, "-m", "medseg.planning.probe", str(task), str(answer)],
+                capture_output=True,
+                text=True,
+                timeout=_LIMIT_SECONDS,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise RequestError(
+                f"One training step of the planned network takes more than {_LIMIT_SECONDS // 60} minutes here: give a "
+                "smaller --memory, or a --budget."
+            ) from error
+        if answer.is_file():
+            content = json.loads(answer.read_text(encoding="utf-8"))
+            if "error" in content:
+                raise RequestError(f"The planned bundle does not run: {content['error']}")
+            return Measurement(**content)
+    if done.returncode in (-9, _KILLED):
+        return Measurement("", 0, {}, 0.0, 0.0, 0.0, 0, 0, fits=False)
+    last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+    raise RequestError(f"The probe of the planned bundle ended with code {done.returncode}: {last}")
+
+
+def _probe(task: Mapping[str, Any]) -> Measurement:
+    """Run in the process of its own."""
+    import torch
+    from monai.bundle import ConfigParser
+
+    from medseg.inferers.memory import resident_bytes
+
+    def parsed(**changes: Any) -> Any:
+        config = json.loads(json.dumps(task["config"]))
+        config["train"]["dataset"]["data"] = [dict(task["case"])]
+        config |= {
+            "bundle_root": task["folder"],
+            "output_dir": task["folder"],
+            "cache_memory": "auto",
+            "num_workers": 0,
+        }
+        parser = ConfigParser({**config, **changes})
+        parser.parse()
+        return parser
+
+    torch.manual_seed(0)
+    parser = parsed()
+    start = time.perf_counter()
+    dataset = parser.get_parsed_content("train::dataset")
+    load = time.perf_counter() - start
+    samples = _drawn(dataset, 0)
+    start = time.perf_counter()
+    draws = max(2, math.ceil(_DRAWS / len(samples)))
+    drawn = [sample for lap in range(draws) for sample in _drawn(dataset, lap)]
+    draw = (time.perf_counter() - start) / len(drawn)
+    batch = _collated(drawn, int(task["config"]["batch_size"]) * len(samples))
+    device = parser.get_parsed_content("device")
+    program = resident_bytes()
+    steps, peak = {}, 0
+    for precision in _precisions(device):
+        steps[precision], used = _time_steps(parsed(precision=precision), batch, device)
+        peak = max(peak, used)
+    window = _time_window(parser, batch, device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    workers = int(task["config"].get("num_workers", 0))
+    return Measurement(name, torch.get_num_threads(), steps, draw, load, window, peak, program, workers)
+
+
+def _drawn(dataset: Any, lap: int) -> list[Any]:
+    """Return the patches of the case in one pass over the cases; each pass draws others."""
+    from medseg.training.dataset import SeededDataset
+
+    sample = dataset[(lap, 0) if isinstance(dataset, SeededDataset) else 0]
+    return list(sample) if isinstance(sample, list) else [sample]
+
+
+def _collated(drawn: Sequence[Any], count: int) -> Any:
+    from monai.data import list_data_collate
+
+    return list_data_collate([drawn[number % len(drawn)] for number in range(count)])
+
+
+def _precisions(device: Any) -> tuple[str, ...]:
+    import torch
+
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        return ("float32",)
+    return ("float32", "bfloat16")
+
+
+def _time_steps(parser: Any, batch: Any, device: Any) -> tuple[float, int]:
+    """Return the seconds of a training step, and the bytes by which steps raise the memory."""
+    import torch
+
+    from medseg.inferers.memory import NetworkProbe
+
+    watch = NetworkProbe()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    network = parser.get_parsed_content("training_network").train()
+    loss_function, optimizer = parser.get_parsed_content("loss"), parser.get_parsed_content("optimizer")
+    image, label = batch["image"].to(device), batch["label"].to(device)
+    seconds = []
+    for _ in range(_WARM + _TIMED):
+        start = _now(device)
+        optimizer.zero_grad()
+        loss = loss_function(network(image), label)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 12.0)
+        optimizer.step()
+        seconds.append(_now(device) - start)
+    if not bool(torch.isfinite(loss)):
+        raise RequestError(f"the loss of the first steps is {float(loss)}; look at the intensities with medseg doctor")
+    used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else watch.used()
+    return min(seconds[_WARM:]), int(used)
+
+
+def _time_window(parser: Any, batch: Any, device: Any) -> float:
+    """Return the seconds of one window, by the config's own inferer on an image of that size."""
+    import torch
+
+    size = [int(n) for n in parser.get_parsed_content("roi_size")]
+    network = parser.get_parsed_content("network").eval()
+    inferer = parser.get_parsed_content("validate::inferer")
+    image = torch.zeros(1, batch["image"].shape[1], *size, device=device)
+    seconds = []
+    with torch.no_grad():
+        for _ in range(1 + _WARM):
+            start = _now(device)
+            inferer(image, network)
+            seconds.append(_now(device) - start)
+    return min(seconds)
+
+
+def _now(device: Any) -> float:
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _own_error(error: BaseException | None) -> str:
+    """Return what to tell of an error: our own message, which MONAI may have wrapped, or its last line."""
+    first = error
+    while error is not None:
+        if isinstance(error, MedsegError):
+            return str(error)
+        error = error.__cause__ or error.__context__
+    lines = str(first).strip().splitlines() or [""]
+    return f"{type(first).__name__}: {lines[0]}"
+
+
+def _main() -> int:
+    task_file, answer_file = map(Path, sys.argv[1:3])
+    task = json.loads(task_file.read_text(encoding="utf-8"))
+    try:
+        content = asdict(_probe(task))
+    except MemoryError:
+        return _KILLED
+    except Exception as error:  # whatever it is, the parent tells it in one line
+        if "not enough memory" in str(error) or "out of memory" in str(error):
+            return _KILLED
+        content = {"error": _own_error(error)}
+    answer_file.write_text(json.dumps(content), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main())

@@ -1,0 +1,307 @@
+"""The largest network and patch that memory and time allow.
+
+Memory is counted (`estimate.count`), the same on every machine; time is measured on one candidate and scaled to the
+others by their multiplications. What is chosen is measured itself before it is written down.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+from medseg.errors import RequestError
+from medseg.inferers.memory import shown_bytes
+from medseg.inferers.windows import count_windows
+from medseg.planning.estimate import Cost, count
+from medseg.planning.facts import shown
+from medseg.planning.geometry import Layout, lay_out
+from medseg.planning.probe import Measurement
+from medseg.planning.schedule import Pace, epoch_steps, needed_steps, steps_within
+from medseg.planning.widths import RUNGS, max_poolings, network_def
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from medseg.planning.choices import Look
+    from medseg.planning.facts import Fingerprint
+    from medseg.planning.request import PlanRequest
+
+__all__ = ["Candidate", "Found", "Measure", "candidates", "find", "pace_of"]
+
+# Given a candidate, measures a bundle planned around it.
+Measure: TypeAlias = Callable[["Candidate"], Measurement]
+
+# Programs and libraries of a training process, measured once: torch, MONAI and what they load.
+PROGRAM_BYTES: Final = 900 << 20
+# Without a GPU and without a budget, the first rung whose width two cores train in hours.
+_CPU_RUNG: Final = {3: (16, 96**3 // 4), 2: (16, 320**2)}
+# Voxels of all patches of a step: enough to average over, few enough to leave memory to the network.
+_STEP_VOXELS = {3: 200_000, 2: 400_000}
+_BATCHES = {3: (2, 8), 2: (4, 16)}
+_CACHE_SHARE = 0.4
+_OVERHEAD = 1.05
+_PROBES = 4
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One network with its patch.
+
+    Attributes:
+        width: see `medseg.planning.widths`.
+        layout: patch and strides.
+        batch: patches per step.
+        batch_size: cases per step.
+        definition: the `network_def`.
+        cost: of a training step.
+        cache_bytes: prepared cases that are kept in memory.
+        cache_all: whether these are all of them.
+    """
+
+    width: int
+    layout: Layout
+    batch: int
+    batch_size: int
+    definition: Mapping[str, Any]
+    cost: Cost
+    cache_bytes: int
+    cache_all: bool
+
+    @property
+    def patches_per_case(self) -> int:
+        """Patches cut from each case in one step."""
+        return self.batch // self.batch_size
+
+    def memory(self, *, gpu: bool) -> int:
+        """Bytes that training takes on its device."""
+        return self.cost.memory if gpu else PROGRAM_BYTES + self.cache_bytes + self.cost.memory
+
+
+@dataclass(frozen=True)
+class Found:
+    """The outcome of a search.
+
+    Attributes:
+        candidate: what was chosen.
+        measured: its measurement; None where nothing was measured.
+        larger: how many larger candidates were left out for memory.
+        slower: how many were left out for time.
+    """
+
+    candidate: Candidate
+    measured: Measurement | None
+    larger: int
+    slower: int
+
+
+def candidates(look: Look, fingerprint: Fingerprint, request: PlanRequest) -> Iterator[Candidate]:
+    """Yield networks and patches from the most expensive down, each once."""
+    seen = set()
+    for width, limit in RUNGS[look.spatial_dims]:
+        layout = _layout(look, request, limit)
+        if (width, layout.patch) not in seen:
+            seen.add((width, layout.patch))
+            yield _candidate(look, fingerprint, request, width, layout)
+    if look.spatial_dims == 3 and "batch_size" not in request.settings:
+        yield _candidate(look, fingerprint, request, width, layout, batch=1)
+
+
+def find(
+    every: Sequence[Candidate],
+    look: Look,
+    fingerprint: Fingerprint,
+    request: PlanRequest,
+    measure: Measure | None,
+    *,
+    gpu: bool,
+) -> Found:
+    """Choose a candidate.
+
+    Args:
+        every: from `candidates`.
+        look: what the data decided.
+        fingerprint: of the data.
+        request: with memory and budget.
+        measure: measures a candidate; None measures nothing.
+        gpu: whether training will run on a GPU.
+
+    Raises:
+        RequestError: nothing fits the memory.
+    """
+    fitting = [item for item in every if item.memory(gpu=gpu) <= request.memory]
+    if not fitting:
+        raise _too_large(every[-1], request, gpu=gpu)
+    larger = len(every) - len(fitting)
+    if request.budget is None and not gpu:
+        fitting = _from_cpu_rung(fitting, look.spatial_dims)
+    if measure is None:
+        return Found(fitting[0], None, larger, 0)
+    if request.budget is None:
+        return _first_that_runs(fitting, request, measure, larger, gpu=gpu)
+    return _within_budget(fitting, look, fingerprint, request, measure, larger, gpu=gpu)
+
+
+def pace_of(
+    candidate: Candidate,
+    at: Candidate,
+    measured: Measurement,
+    look: Look,
+    fingerprint: Fingerprint,
+    request: PlanRequest,
+) -> Pace:
+    """Return how fast a candidate trains, from the measurement of another one (or of itself).
+
+    Args:
+        candidate: whose pace.
+        at: what was measured.
+        measured: the measurement.
+        look: shape of the median image.
+        fingerprint: numbers of cases.
+        request: what the user set.
+    """
+    scale = candidate.cost.macs / at.cost.macs
+    compute = measured.step_seconds[measured.precision] * scale * _OVERHEAD
+    data = candidate.batch * measured.draw_seconds
+    windows = count_windows(look.shape, candidate.layout.patch, overlap_for(look, candidate))
+    share = candidate.layout.voxels / at.layout.voxels * (candidate.width / at.width) ** 2
+    window = measured.window_seconds * (1 if candidate is at else share)
+    cases = len(fingerprint.cases)
+    return Pace(
+        step=_together(compute, data, measured),
+        validation=fingerprint.validation_cases * (measured.load_seconds + windows * window),
+        load=cases * measured.load_seconds,
+        steps=epoch_steps(cases, candidate.batch_size, request.settings.get("steps_per_epoch")),
+    )
+
+
+def _together(compute: float, data: float, measured: Measurement) -> float:
+    """Return the seconds of a step with its data, which workers make meanwhile: on a CPU they take time from it."""
+    if not measured.workers:
+        return compute + data
+    if measured.device != "cpu":
+        return max(compute, data / measured.workers)
+    return compute + data / max(measured.threads, 1)
+
+
+def overlap_for(look: Look, candidate: Candidate) -> float:
+    """Return the overlap of windows: half, or a quarter where that would be more than 64 of them."""
+    return 0.5 if count_windows(look.shape, candidate.layout.patch, 0.5) <= 64 else 0.25
+
+
+def _layout(look: Look, request: PlanRequest, limit: int) -> Layout:
+    poolings = max_poolings(request.network, look.spatial_dims)
+    spacing = look.spacing or (1.0,) * look.spatial_dims
+    given = request.settings.get("patch_size")
+    if given is None:
+        return lay_out(look.shape, spacing, limit, poolings)
+    if not isinstance(given, list) or len(given) != look.spatial_dims or not all(isinstance(n, int) for n in given):
+        raise RequestError(f"patch_size={given!r} must be {look.spatial_dims} whole numbers of voxels.")
+    strides = lay_out(given, spacing, math.prod(given), poolings).strides
+    whole = all(p >= n for p, n in zip(given, look.shape, strict=True))
+    return Layout(tuple(given), strides, whole)
+
+
+def _candidate(
+    look: Look, fingerprint: Fingerprint, request: PlanRequest, width: int, layout: Layout, batch: int | None = None
+) -> Candidate:
+    wanted = batch or _batch(look.spatial_dims, layout)
+    several = look.template == "ct_volume"
+    patches = _whole(request, "patches_per_case", 2 if wanted > 1 else 1) if several else 1
+    size = _whole(request, "batch_size", max(1, wanted // patches))
+    wanted = size * patches
+    definition = network_def(
+        request.network, look.spatial_dims, len(look.channels), len(look.classes.labels), width, layout
+    )
+    total = _cached(look, fingerprint)
+    room = int(_CACHE_SHARE * request.memory)
+    cost = count(definition, layout.patch, wanted)
+    return Candidate(width, layout, wanted, size, definition, cost, min(total, room), total <= room)
+
+
+def _whole(request: PlanRequest, knob: str, planned: int) -> int:
+    """Return what the user set a knob to, or else what is planned."""
+    value = request.settings.get(knob, planned)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise RequestError(f"{knob}={value!r} must be a whole number from 1 up.")
+    return value
+
+
+def _batch(dims: int, layout: Layout) -> int:
+    least, most = _BATCHES[dims]
+    room = max(1, _STEP_VOXELS[dims] // layout.voxels)
+    return min(max(2 ** int(math.log2(room)), least), most)
+
+
+def _cached(look: Look, fingerprint: Fingerprint) -> int:
+    """Bytes of all prepared cases: float32 for each channel, and labels of four bytes."""
+    voxels = sum(math.prod(shape) for shape in fingerprint.shapes(look.spacing))
+    return voxels * 4 * (len(look.channels) + 1)
+
+
+def _from_cpu_rung(fitting: Sequence[Candidate], dims: int) -> list[Candidate]:
+    width, voxels = _CPU_RUNG[dims]
+    able = [item for item in fitting if item.width <= width and item.layout.voxels <= 1.2 * voxels]
+    return able or list(fitting[-1:])
+
+
+def _first_that_runs(
+    fitting: Sequence[Candidate], request: PlanRequest, measure: Measure, larger: int, *, gpu: bool
+) -> Found:
+    for number, item in enumerate(fitting[:_PROBES]):
+        measured = measure(item)
+        if _runs(item, measured, request, gpu=gpu):
+            return Found(item, measured, larger + number, 0)
+    raise _too_large(fitting[min(_PROBES, len(fitting)) - 1], request, gpu=gpu)
+
+
+def _runs(item: Candidate, measured: Measurement, request: PlanRequest, *, gpu: bool) -> bool:
+    held = 0 if gpu else measured.program_bytes + item.cache_bytes
+    return measured.fits and held + measured.step_bytes <= request.memory
+
+
+def _within_budget(
+    fitting: Sequence[Candidate],
+    look: Look,
+    fingerprint: Fingerprint,
+    request: PlanRequest,
+    measure: Measure,
+    larger: int,
+    *,
+    gpu: bool,
+) -> Found:
+    """Measure a middle candidate, go to the largest that has time for its steps, and from there only down."""
+    budget = request.budget or math.inf
+    place = len(fitting) // 2
+    first = True
+    for _ in range(_PROBES):
+        item = fitting[place]
+        measured = measure(item)
+        if not _runs(item, measured, request, gpu=gpu):
+            if place + 1 == len(fitting):
+                raise _too_large(item, request, gpu=gpu)
+            place, first = place + 1, False
+            continue
+        paces = [pace_of(other, item, measured, look, fingerprint, request) for other in fitting]
+        enough = [steps_within(budget, pace) >= needed_steps(pace.steps) for pace in paces]
+        wanted = next((number for number, yes in enumerate(enough) if yes), len(fitting) - 1)
+        wanted = wanted if first else max(wanted, place)
+        if wanted == place:
+            return Found(item, measured, larger, place)
+        place, first = wanted, False
+    return Found(fitting[place], measure(fitting[place]), larger, place)
+
+
+def _too_large(item: Candidate, request: PlanRequest, *, gpu: bool) -> RequestError:
+    needed = item.memory(gpu=gpu)
+    return RequestError(
+        f"No plan fits into {shown_bytes(request.memory)}: the smallest, of width {item.width} on patches of "
+        f"{shown(item.layout.patch)}, takes about {shown_bytes(needed)}"
+        + (
+            ""
+            if gpu
+            else f", of which {shown_bytes(PROGRAM_BYTES)} are programs and {shown_bytes(item.cache_bytes)} cases"
+        )
+        + f". Give --memory {math.ceil(needed / 2**30 * 10) / 10:g}G or more, or a smaller network."
+    )

@@ -1,0 +1,66 @@
+"""Epochs that fill a budget."""
+
+from __future__ import annotations
+
+import pytest
+
+from medseg.errors import RequestError
+from medseg.planning.schedule import (
+    Pace,
+    fixed_schedule,
+    needed_steps,
+    schedule_for,
+    schedule_without_limit,
+    shown_time,
+)
+
+
+@pytest.mark.parametrize("budget", [300.0, 1800.0, 7200.0, 86400.0])
+@pytest.mark.parametrize("step", [0.01, 0.3, 2.0])
+@pytest.mark.parametrize("validation", [0.5, 12.0, 60.0])
+@pytest.mark.parametrize("steps", [1, 80, 300])
+def test_a_schedule_stays_within_its_budget_and_uses_it(
+    budget: float, step: float, validation: float, steps: int
+) -> None:
+    pace = Pace(step=step, validation=validation, load=5.0, steps=steps)
+    if pace.epoch + validation + 25 > 0.9 * budget:
+        pytest.skip("one epoch does not fit")
+    schedule = schedule_for(budget, pace)
+    assert schedule.seconds <= budget
+    assert schedule.epochs % schedule.interval == 0
+    assert schedule.validations >= 1
+    if schedule.epochs > 20:
+        assert schedule.seconds > 0.6 * budget
+
+
+def test_the_noise_of_a_measurement_rarely_shows() -> None:
+    epochs = {schedule_for(1800.0, Pace(0.3 * (1 + error), 10.0, 5.0, 80)).epochs for error in (-0.01, 0.0, 0.01)}
+    assert len(epochs) <= 2
+
+
+def test_a_budget_without_room_for_one_epoch_is_refused_with_what_it_takes() -> None:
+    with pytest.raises(RequestError, match=r"budget of 60 s does not hold one epoch .* at least \d+ (min|s)"):
+        schedule_for(60.0, Pace(1.0, 30.0, 5.0, 100))
+
+
+def test_without_a_budget_the_steps_are_given() -> None:
+    assert schedule_without_limit(80, None).epochs == 75
+    assert schedule_without_limit(1, None).epochs == 1000
+    assert schedule_without_limit(5000, None).epochs == 40
+    assert schedule_without_limit(80, None).seconds == 0
+
+
+def test_a_user_sets_epochs() -> None:
+    schedule = fixed_schedule(7, None, None)
+    assert (schedule.epochs, schedule.interval) == (7, 1)
+
+
+def test_needed_steps_are_bounded() -> None:
+    assert needed_steps(1) == 2000
+    assert needed_steps(80) == 3200
+    assert needed_steps(1000) == 5000
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.25, "0.25 s"), (45, "45 s"), (1800, "30 min"), (7200 * 2, "4.0 h")])
+def test_times_for_people(seconds: float, text: str) -> None:
+    assert shown_time(seconds) == text
