@@ -1,4 +1,4 @@
-"""Several trained bundles as one that averages their predictions: an ordinary bundle, for medseg and for MONAI alike."""
+"""Several trained bundles as one that averages their predictions: an ordinary bundle, also for MONAI."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def write_ensemble(members: Sequence[Bundle], root: Path) -> Bundle:
     All else is that of the first member. Equal members give equal bytes.
 
     Args:
-        members: declarative, trained bundles that prepare images alike and know the same labels; the networks may differ.
+        members: declarative, trained bundles with the same labels and preparation of images; networks may differ.
         root: folder of the new bundle, made if missing.
 
     Raises:
@@ -73,9 +73,7 @@ def ensemble_of(names: Sequence[str | Path]) -> Iterator[Bundle]:
 
 
 def _check_alike(first: Bundle, wanted: dict[str, Any], member: Bundle, found: dict[str, Any]) -> None:
-    differing = sorted(
-        name for name in {*wanted, *found} - {"network_def"} if wanted.get(name) != found.get(name)
-    )
+    differing = sorted(name for name in {*wanted, *found} - {"network_def"} if wanted.get(name) != found.get(name))
     if differing:
         raise BundleError(
             f"'{first.name}' and '{member.name}' cannot be averaged: they differ in {', '.join(differing)} of "

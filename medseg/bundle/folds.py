@@ -154,8 +154,8 @@ def cross_validate(
     begun = [target.root.name for target in targets.values() if target.weights.is_file() or _has_state(target)]
     if begun and not (resume or overwrite):
         raise RequestError(
-            f"'{out}' holds {', '.join(begun)} already: give --resume to keep what is finished and go on, --overwrite to "
-            "train anew, or another --output"
+            f"'{out}' holds {', '.join(begun)} already: give --resume to keep what is finished and go on, --overwrite "
+            "to train anew, or another --output"
         )
     _write_folds(dealt, out)
     for number, target in targets.items():
@@ -193,7 +193,7 @@ class _FoldRun:
         trained = resume and self.is_trained()
         if not trained:
             api.train(
-                self.source,
+                self.source.root,
                 self.data,
                 output=self.target.root,
                 settings=self.values,
@@ -250,8 +250,10 @@ def is_scored(bundle: Bundle) -> bool:
         return False
     manifest = Manifest.read(path)
     record = manifest.bundle
-    return manifest.status in ("done", "partial") and record is not None and (
-        record.weights_sha256 == sha256_file(bundle.weights)
+    return (
+        manifest.status in ("done", "partial")
+        and record is not None
+        and (record.weights_sha256 == sha256_file(bundle.weights))
     )
 
 
@@ -263,8 +265,8 @@ def _write_folds(dealt: Folds, out: Path) -> None:
         replace_text(path, text)
     elif path.read_text(encoding="utf-8") != text:
         raise RequestError(
-            f"'{path}' deals the cases in another way than this data set, number of folds and seed do: give those it was "
-            "made with, or another --output"
+            f"'{path}' deals the cases in another way than this data set, number of folds and seed do: give those it "
+            "was made with, or another --output"
         )
 
 

@@ -1,9 +1,9 @@
-"""Train a bundle with several processes of this machine: start them, pass on what the first one says, stop them together.
+"""Train a bundle with several processes of this machine: start them, pass on what the first says, stop them together.
 
 Each process runs `configs/train.json` with `configs/multi_gpu_train.json` laid over it, as
 `torchrun --nproc_per_node=N -m monai.bundle run` would, and ends with the same weights. What it prints goes to
-`logs/process_<n>.log` in the run's folder. When one dies, the others are stopped and the error says which one, why as far
-as that can be known (see `medseg.bundle.deaths`), and what to change.
+`logs/process_<n>.log` in the run's folder. When one dies, the others are stopped and the error says which one, why as
+far as that can be known (see `medseg.bundle.deaths`), and what to change.
 
 The processes hear of their job through standard input and end when it is closed, so none outlives this one.
 """
@@ -240,7 +240,7 @@ def _start(job: Job, processes: int, logs: Path, notes: Path) -> list[_Process]:
         for rank in range(processes):
             log, note = logs / f"process_{rank}.log", notes / f"{rank}.json"
             with log.open("w", encoding="utf-8") as file:
-                handle = subprocess.Popen(
+                handle = subprocess.Popen(  # noqa: S603  (this Python)
                     [sys.executable, "-c", _WORKER],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE if rank == 0 else file,

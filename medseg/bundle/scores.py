@@ -68,7 +68,8 @@ class Scores:
         """Return tables for people: labels, then cases, worst first."""
         cases = sorted(self.rows, key=lambda row: (_sortable(row["metrics"].get(MEAN)), row["case"]))
         table = [
-            [row["case"], str(row["fold"]), *(_shown(row["metrics"].get(label)) for label in self.labels)] for row in cases
+            [row["case"], str(row["fold"]), *(_shown(row["metrics"].get(label)) for label in self.labels)]
+            for row in cases
         ]
         lines = [self.table(), "", *_aligned([["case", "fold", *self.labels], *table])]
         lines += ["", *(f"failed: {name}" for name in self.failed)] if self.failed else []
@@ -106,8 +107,8 @@ def read_scores(place: Path) -> Scores:
     """Read the scores of a run.
 
     Args:
-        place: folder of a cross-validation or of an evaluated bundle, a folder that `medseg evaluate` wrote to, or one of
-            the files in these: `cross_validation.json`, `manifest.json`.
+        place: folder of a cross-validation or of an evaluated bundle, a folder that `medseg evaluate` wrote to, or one
+            of the files in these: `cross_validation.json`, `manifest.json`.
 
     Raises:
         RequestError: there are none.
@@ -116,8 +117,8 @@ def read_scores(place: Path) -> Scores:
     path = place if place.is_file() else next((file for file in candidates if file.is_file()), None)
     if path is None:
         raise RequestError(
-            f"'{place}' holds no scores: give the folder of a cross-validation (`medseg train --folds`), or of a bundle "
-            "or output of `medseg evaluate`"
+            f"'{place}' holds no scores: give the folder of a cross-validation (`medseg train --folds`), or of a "
+            "bundle or output of `medseg evaluate`"
         )
     return _from_table(place, path) if path.name == CROSS_VALIDATION else _from_manifest(place, path)
 
@@ -128,7 +129,9 @@ def _from_table(place: Path, path: Path) -> Scores:
         rows = tuple({key: row[key] for key in ("case", "patient", "fold", "metrics")} for row in content["cases"])
         return Scores(_title(place), int(content["folds"]), rows, tuple(content["failed"]))
     except (KeyError, TypeError, ValueError) as error:
-        raise RequestError(f"{path} is no table of a cross-validation ({error!r}); let `medseg train` write it") from error
+        raise RequestError(
+            f"{path} is no table of a cross-validation ({error!r}); let `medseg train` write it"
+        ) from error
 
 
 def _from_manifest(place: Path, path: Path) -> Scores:

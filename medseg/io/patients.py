@@ -8,7 +8,7 @@ A patient is told, in this order, by
 
    * `sub-XX` of BIDS, `TCGA-XX-XXXX`, `LIDC-IDRI-XXXX`;
    * `patient` or `subject` followed by a number;
-   * what stands before `_slice`, `_frame`, `_visit`, `_scan`, `_crop`, `_patch`, `_tile`, `_part` and a number at the end;
+   * what stands before `_slice`, `_frame`, `_visit`, `_scan`, `_crop`, `_patch`, `_tile`, `_part` and a final number;
    * what stands before `L`, `R`, `_left` or `_right` at the end of a number (two eyes, two knees).
 
 Else the case is taken for a patient of its own.

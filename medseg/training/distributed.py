@@ -115,7 +115,7 @@ def distributed_network(network: nn.Module, optimizer: Optimizer | None = None) 
         return network
     on_cuda = any(parameter.is_cuda for parameter in network.parameters())
     if on_cuda:
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
     average = _AverageBuffers(network)
     if average.buffers and optimizer is not None:
         optimizer.register_step_post_hook(average)

@@ -67,11 +67,12 @@ def test_a_table_has_mean_deviation_and_folds_of_each_label(tmp_path: Path) -> N
 
 
 def test_the_best_run_is_named_with_paired_intervals(tmp_path: Path) -> None:
-    places = [_run(tmp_path / name, _cases(seed, shift)) for seed, (name, shift) in enumerate(
-        {"small": 0.0, "large": 0.03, "same": 0.0}.items(), start=1
-    )]
+    places = [
+        _run(tmp_path / name, _cases(seed, shift))
+        for seed, (name, shift) in enumerate({"small": 0.0, "large": 0.03, "same": 0.0}.items(), start=1)
+    ]
     found = compare(places)
-    assert [each.name for each in found.standings][0] == "large"
+    assert found.standings[0].name == "large"
     by_name = {each.name: each for each in found.differences}
     values = np.array(list(_cases(2, 0.03).values())) - np.array(list(_cases(1, 0.0).values()))
     small = by_name["small"]

@@ -209,9 +209,7 @@ def test_a_cross_validation_trains_scores_and_averages(
     assert by_list.exit_code == 0
     mask = np.asarray(nibabel.load(tmp_path / "masks" / case["name"]).dataobj)
     assert (mask == np.asarray(nibabel.load(tmp_path / "listed" / case["name"]).dataobj)).all()
-    single = [
-        api.predict(out / f"fold_{n}", case["image"], tmp_path / f"single_{n}").exit_code for n in range(2)
-    ]
+    single = [api.predict(out / f"fold_{n}", case["image"], tmp_path / f"single_{n}").exit_code for n in range(2)]
     assert single == [0, 0]
     manifest = api.evaluate(out, data, output=tmp_path / "scores")
     assert list(manifest.cases) == [case["name"]]

@@ -66,7 +66,16 @@ def test_a_killed_process_is_named_with_its_signal_and_the_others_are_stopped(
     error = _died(job)
     assert error.exit_code == 1
     text = str(error)
-    for part in ("process 1 of 2 was ended by", name, cause, advice, "last words", "--resume", "others", "process_1.log"):
+    for part in (
+        "process 1 of 2 was ended by",
+        name,
+        cause,
+        advice,
+        "last words",
+        "--resume",
+        "others",
+        "process_1.log",
+    ):
         assert part in text.replace("other processes", "others"), (part, text)
 
 
@@ -234,5 +243,5 @@ def test_a_failure_in_this_process_is_explained_and_its_traceback_kept(
 def test_a_bundle_without_the_config_is_refused(make_bundle: Any, tiny_source: dict[str, Any]) -> None:
     bundle = make_bundle(tiny_source)
     bundle.config_path("multi_gpu_train").unlink()
-    with pytest.raises(BundleError, match="no configs/multi_gpu_train.json; run `medseg bundle build"):
+    with pytest.raises(BundleError, match=r"no configs/multi_gpu_train\.json; run `medseg bundle build"):
         launch.prepare(bundle, {}, paths={"dataset_dir": "x", "resume": False})

@@ -187,9 +187,7 @@ def test_two_processes_end_where_one_does_and_torchrun_ends_there_too(
     one, two, third = (make_bundle(plain_source) for _ in range(3))
     single = runner.train(runner.prepare("train", one, {}, paths=paths))
     told: list[tuple[float, int, str]] = []
-    double = launch.train(
-        launch.prepare(two, {}, paths=paths), 2, report=lambda *progress: told.append(progress)
-    )
+    double = launch.train(launch.prepare(two, {}, paths=paths), 2, report=lambda *progress: told.append(progress))
     alone, shared = _last(one), _last(two)
     assert alone["progress"]["iteration"] == shared["progress"]["iteration"] >= 9
     for name, tensor in alone["network"].items():
