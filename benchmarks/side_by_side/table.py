@@ -33,8 +33,10 @@ def render(results: Path, page: Path) -> None:
     Raises:
         SystemExit: the page does not have both marks.
     """
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("inference_*.json"))]
-    text = "\n\n".join(memory_section(r) if r["case"] == "memory" else section(r) for r in records)
+    paths = [*sorted(results.glob("inference_*.json")), *sorted(results.glob("fast_mode_*.json"))]
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    sections = {"memory": memory_section, "fast mode": fast_mode_section}
+    text = "\n\n".join(sections.get(record["case"], section)(record) for record in records)
     if str(page) == "-":
         print(text)
         return
@@ -84,6 +86,29 @@ def memory_section(record: dict[str, Any]) -> str:
             *_table(head, rows),
             "",
             f"`{record['command']}`: {record['machine']['processor']}, {record['threads']} threads; {_commit(record)}.",
+        ]
+    )
+
+
+def fast_mode_section(record: dict[str, Any]) -> str:
+    """Return heading, table and small print of the masks of a data set in both modes."""
+    agreement, truth = record["agreement"], record["truth"]
+    names = list(truth)
+    head = ("class", "Dice with exact", "the lowest of a case", *(f"{name}: Dice with truth" for name in names))
+    rows = []
+    for label in agreement["dice"]:
+        values = [agreement["dice"], agreement["lowest_of_a_case"], *(truth[name] for name in names)]
+        rows.append([label, *(f"{value[label]:.4f}" for value in values)])
+    return "\n".join(
+        [
+            f"### Fast mode, {record['bundle']}",
+            "",
+            f"{record['cases']} validation cases, {agreement['differing']:,} of {agreement['voxels']:,} voxels differ. "
+            f"Knobs of the fast mode: {', '.join(f'`{k}={v}`' for k, v in record['knobs'][names[1]].items())}.",
+            "",
+            *_table(head, rows),
+            "",
+            f"`{record['command']}`: {record['machine']['processor']}; {_commit(record)}.",
         ]
     )
 
