@@ -24,10 +24,21 @@ __all__ = ["ALLOWED", "ARGUMENTS", "MEDSEG"]
 # Room -> the names it exports for use in configs. A new part is added here; a test looks every name up.
 MEDSEG: Final[Mapping[str, str]] = {
     "medseg.networks": "BANet UCTransNet UNet UNetPlusPlus",
-    "medseg.losses": "BCEDiceLoss BoundaryMultiTaskLoss DeepSupervision SelfRegLoss SelfRegularizedLoss TrainingLoss",
-    "medseg.transforms": "EdgeTruthd LoadCased MapLabelsd SaveMaskd SeparableSpacingd",
+    "medseg.losses": """
+        BCEDiceLoss BoundaryMultiTaskLoss DeepSupervision SelfRegLoss SelfRegularizedLoss SoftDiceCELoss TrainingLoss
+        WeightedCrossEntropyLoss
+    """,
+    "medseg.transforms": """
+        BorderWeightMapd ClassPlacesd EdgeTruthd LoadCased MapLabelsd RandElasticd RandWarpd SaveMaskd
+        SeparableSpacingd
+    """,
     "medseg.inferers": "Ensemble MirrorTTA NativeInferer OverlapTileInferer RotationTTAInferer SlidingWindowInferer",
-    "medseg.training": "Checkpoints ClipGradients SeedEpochs Tap TrainingOutputs WeightAverage seed_everything",
+    "medseg.training": """
+        Checkpoints ClipGradients EarlyStop EndlessBatches RunLog SeedEpochs SeedSteps SeededDataset Tap TrainingLoader
+        TrainingOutputs Validation WeightAverage deterministic_kernels needs_scaler seed_everything
+    """,
+    "medseg.training.distributed": "ValidationShare distributed_network process_device start_processes stop_processes",
+    "medseg.report.training_pictures": "PredictionPictures",
     "medseg.io": "find_cases find_dataset",
     "medseg.bundle.slides": "SlidePredictor",
     "medseg.bundle.parts": "inside item load_weights on_device parameters run select_device start_from",

@@ -75,6 +75,7 @@ class Job:
 
 
 _CONFIGS = {"train": ("train",), "evaluate": ("train", "evaluate"), "predict": ("inference",)}
+_STEPS_BETWEEN_READINGS = 10
 _PLACES = ("dataset_dir", "output_dir", "resume")
 
 
@@ -222,26 +223,50 @@ def train(job: Job, *, report: Report | None = None) -> Manifest:
     with manifest:
         with manifest.stage("load"):
             trainer = _guarded(lambda: workflow.trainer)
-        validator = workflow.evaluator
         manifest.device = str(trainer.state.device)
-        note = ""
-
-        def step() -> None:
-            if report is not None:
-                done = trainer.state.iteration / trainer.state.epoch_length
-                report(done, trainer.state.max_epochs, f"loss {float(trainer.state.output['loss'].detach()):.3f}{note}")
-
-        def validated() -> None:
-            nonlocal note
-            values = {name: float(value) for name, value in validator.state.metrics.items()}
-            manifest.add_validation(trainer.state.epoch, values)
-            note = "".join(f", {name} {value:.4f}" for name, value in values.items())
-
-        trainer.add_event_handler(Events.ITERATION_COMPLETED, step)
-        validator.add_event_handler(Events.EPOCH_COMPLETED, validated)
+        _follow(trainer, workflow.evaluator, manifest, report)
+        if isinstance(job.config.get("run_log"), dict):
+            log = workflow.parser.get_parsed_content("run_log")
+            # of a resumed run: what was found before
+            trainer.add_event_handler(Events.STARTED, lambda: _take_validations(log.history, manifest))
         with manifest.stage("train"):
             _guarded(workflow.run)
     return manifest
+
+
+def _follow(trainer: Any, validator: Any, manifest: Manifest, report: Report | None) -> None:
+    """Tell of each step, and enter each validation into the manifest."""
+    from ignite.engine import Events
+
+    state = trainer.state
+    found: dict[str, float] = {}
+
+    def step() -> None:
+        # on CUDA, to read the loss is to wait for it
+        if report is not None and (state.device.type == "cpu" or state.iteration % _STEPS_BETWEEN_READINGS == 0):
+            report(state.iteration / state.epoch_length, state.max_epochs, _live_line(state, found))
+
+    def validated() -> None:
+        found.update({name: float(value) for name, value in validator.state.metrics.items()})
+        manifest.add_validation(state.epoch, getattr(state, "last_metrics", found))
+
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, step)
+    validator.add_event_handler(Events.EPOCH_COMPLETED, validated)
+
+
+def _live_line(state: Any, found: Mapping[str, float]) -> str:
+    """Loss, latest metrics and speed of a training, in a few words."""
+    words = [f"loss {float(state.output['loss'].detach()):.3f}"]
+    words += [f"{name.removeprefix('val_').replace('_', ' ')} {value:.4f}" for name, value in found.items()]
+    speed = getattr(state, "patches_per_second", None)
+    return ", ".join([*words, *([f"{speed:.1f} patches/s"] if speed else [])])
+
+
+def _take_validations(history: Sequence[Mapping[str, float]], manifest: Manifest) -> None:
+    for entry in history:
+        values = {name: value for name, value in entry.items() if name != "epoch"}
+        if "loss" not in values:
+            manifest.add_validation(int(entry["epoch"]), values)
 
 
 def _check_start(config: Mapping[str, Any]) -> None:

@@ -1,9 +1,12 @@
-"""The two files that training leaves: the best weights and the state to resume from."""
+"""The files that training leaves: the best weights, and the state to go on from."""
 
 from __future__ import annotations
 
 import json
+import logging
 import pickle
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,40 +15,58 @@ from ignite.engine import Events
 
 from medseg.errors import WeightsError
 from medseg.files import replace_text, replacing, sha256_file
+from medseg.training.distributed import is_first_process
+from medseg.training.handlers import completes_step
+from medseg.training.randomness import generator_states, restore_generators
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from ignite.engine import Engine
     from torch import nn
 
+__all__ = ["Checkpoints", "RunFiles", "save_tensors"]
 
-__all__ = ["Checkpoints", "save_tensors"]
+logger = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """Save the best weights to `models/model.pt` and the whole state to `<output_dir>/last.pt` each epoch.
+    """Save the best weights to `models/model.pt` and the whole state to `<output_dir>/last.pt`.
 
     `model.pt` is the plain state dict of the network as it was validated; its SHA-256 is entered in
-    `configs/metadata.json`. Both files are replaced whole. Attach it after all handlers whose state it saves.
+    `configs/metadata.json`. The whole state is saved after each epoch, and within long ones every few minutes, always
+    between two steps of the optimizer (see `RunFiles` for how). Of several processes the first one writes. Attach it
+    after all handlers whose state it saves.
 
     Args:
         bundle_root: the bundle that is trained.
         output_dir: folder of this run.
         validator: engine whose key metric decides what is best.
         state: objects with `state_dict` and `load_state_dict`, by name; must hold the `network`.
-        resume: go on from `last.pt` in `output_dir`.
+        resume: go on from the files in `output_dir`.
+        save_minutes: minutes of an epoch after which its state is saved too; 0 for never.
 
     Raises:
-        WeightsError: on resuming, when `last.pt` is missing, unreadable or of another run.
+        WeightsError: on resuming, when there is nothing to resume from, or it is damaged or of another run.
     """
 
     def __init__(
-        self, bundle_root: str, output_dir: str, validator: Engine, state: dict[str, Any], *, resume: bool = False
+        self,
+        bundle_root: str,
+        output_dir: str,
+        validator: Engine,
+        state: dict[str, Any],
+        *,
+        resume: bool = False,
+        save_minutes: float = 0.0,
     ) -> None:
         self.bundle_root = Path(bundle_root)
-        self.last = Path(output_dir) / "last.pt"
+        self.files = RunFiles(Path(output_dir))
         self.validator = validator
         self.state = state
         self.resume = resume
+        self.save_minutes = save_minutes
+        self._saved = time.monotonic()
 
     @property
     def network(self) -> nn.Module:
@@ -54,47 +75,72 @@ class Checkpoints:
         return network
 
     def attach(self, engine: Engine) -> None:
-        """Listen to the trainer's epochs and to the validator's results."""
+        """Listen to the trainer's steps and epochs and to the validator's results."""
         self.trainer = engine
-        if self.resume:
-            engine.add_event_handler(Events.STARTED, self.load)
+        engine.add_event_handler(Events.STARTED, self.load if self.resume else self.begin)
+        if self.save_minutes > 0:
+            engine.add_event_handler(Events.ITERATION_COMPLETED, self.save_if_due)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.save_last)
         self.validator.add_event_handler(Events.EPOCH_COMPLETED, self.save_if_best)
 
+    def begin(self) -> None:
+        """Put the state of a new run in place of what an earlier one left, so that it can be resumed from its start."""
+        if is_first_process():
+            self.files.clear()
+        self.save_last()
+
     def save_if_best(self, validator: Engine) -> None:
         """Save the network's present weights if this validation is the best so far."""
-        if validator.state.best_metric_epoch != validator.state.epoch:
+        if validator.state.best_metric_epoch != validator.state.epoch or not is_first_process():
             return
         weights = self.bundle_root / "models" / "model.pt"
         save_tensors(self.network.state_dict(), weights)
         self._enter_hash(weights)
 
+    def save_if_due(self, engine: Engine) -> None:
+        """Save the state within an epoch; at its last step it is saved anyway."""
+        last = engine.state.iteration % engine.state.epoch_length == 0
+        if not last and completes_step(engine) and time.monotonic() - self._saved >= 60 * self.save_minutes:
+            self.save_last()
+
     def save_last(self) -> None:
         """Save everything that a resumed run needs."""
-        state = {name: item.state_dict() for name, item in self.state.items()}
+        self._saved = time.monotonic()
+        if not is_first_process():
+            return
+        scaler = getattr(self.trainer, "scaler", None)
         progress = {
-            "epoch": self.trainer.state.epoch,
             "iteration": self.trainer.state.iteration,
+            "epoch_length": self.trainer.state.epoch_length,
             "best_metric": float(self.validator.state.best_metric),
             "best_metric_epoch": self.validator.state.best_metric_epoch,
         }
-        save_tensors({**state, "progress": progress}, self.last)
+        content = {name: item.state_dict() for name, item in self.state.items()}
+        content |= {"progress": progress, "generators": generator_states()}
+        content |= {"scaler": scaler.state_dict()} if scaler is not None else {}
+        self.files.save(content)
 
     def load(self) -> None:
-        """Restore the state of `last.pt`."""
-        if not self.last.is_file():
-            raise WeightsError(f"nothing to resume: '{self.last}' does not exist; start without resume")
+        """Restore the state of the latest file that is whole."""
+        saved, path = self.files.load()
+        scaler = getattr(self.trainer, "scaler", None)
         try:
-            saved = torch.load(self.last, map_location="cpu", weights_only=True)
             for name, item in self.state.items():
                 item.load_state_dict(saved[name])
-            progress = saved["progress"]
-        except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
-            raise WeightsError(
-                f"cannot resume from '{self.last}': it is damaged or of another run ({error})"
-            ) from error
-        self.trainer.state.epoch = progress["epoch"]
-        self.trainer.state.iteration = progress["iteration"]
+            self._take_up(saved["progress"])
+            if scaler is not None and "scaler" in saved:
+                scaler.load_state_dict(saved["scaler"])
+            restore_generators(saved["generators"])
+        except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise WeightsError(f"cannot resume from '{path}': it is of another run ({error})") from error
+
+    def _take_up(self, progress: Mapping[str, Any]) -> None:
+        state = self.trainer.state
+        if progress["epoch_length"] != state.epoch_length:
+            raise ValueError(f"its epochs had {progress['epoch_length']} steps, now they have {state.epoch_length}")
+        state.iteration = progress["iteration"]
+        # the engine begins by counting the epoch that it is in
+        state.epoch = progress["iteration"] // progress["epoch_length"]
         self.validator.state.best_metric = progress["best_metric"]
         self.validator.state.best_metric_epoch = progress["best_metric_epoch"]
 
@@ -106,6 +152,93 @@ class Checkpoints:
         entry = metadata.setdefault("weights", {}).setdefault("models/model.pt", {})
         entry["sha256"] = sha256_file(weights)
         replace_text(path, json.dumps(metadata, indent=2) + "\n")
+
+
+class RunFiles:
+    """The state of a run on disk: `last.pt`, the one before it, and a list of their SHA-256.
+
+    At any moment at least one of the two files is whole and on the list. The new state is written under another name;
+    its hash joins the list; the old file becomes `previous.pt`; the new one takes its place. A file whose hash is not
+    on the list is torn or altered, and is not read.
+
+    Args:
+        folder: of the run.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.last = folder / "last.pt"
+        self.previous = folder / "previous.pt"
+        self.list = folder / "last.json"
+        self._written: str | None = None
+
+    def clear(self) -> None:
+        """Remove the states of an earlier run."""
+        self._written = None
+        for path in (self.list, self.last, self.previous):
+            path.unlink(missing_ok=True)
+
+    def save(self, content: Mapping[str, Any]) -> None:
+        """Write a state, and keep the one before.
+
+        Raises:
+            OutputError: it cannot be written; the earlier states are left as they were.
+        """
+        self._remove_remains()
+        before, path = (self._written, self.last) if self._written else self._latest()
+        with replacing(self.last) as temporary:
+            with temporary.open("wb") as file:
+                torch.save(dict(content), file)
+            written = sha256_file(temporary)
+            replace_text(self.list, json.dumps({"sha256": [written, *([before] if before else [])]}) + "\n")
+            if path == self.last:
+                self.last.replace(self.previous)
+        self._written = written
+
+    def load(self) -> tuple[dict[str, Any], Path]:
+        """Return the latest state that is whole, and its file.
+
+        Raises:
+            WeightsError: there is none.
+        """
+        if not (self.last.is_file() or self.previous.is_file()):
+            raise WeightsError(f"nothing to resume: '{self.last}' does not exist; start without resume")
+        _, path = self._latest()
+        if path is None:
+            raise WeightsError(
+                f"cannot resume from '{self.last}': it is torn or was altered, since its SHA-256 is not the one in "
+                f"'{self.list.name}', and there is no whole one before it. Start anew without resume"
+            )
+        return _read(path), path
+
+    def _latest(self) -> tuple[str | None, Path | None]:
+        """Hash and path of the latest file that is whole."""
+        known = self._known()
+        for path in (self.last, self.previous):
+            found = sha256_file(path) if path.is_file() else None
+            if found in known:
+                return found, path
+            if found:
+                logger.warning(f"'{path}' is damaged: its SHA-256 is not the one that was noted when it was written")
+        return None, None
+
+    def _known(self) -> list[str]:
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            return [str(value) for value in json.loads(self.list.read_text(encoding="utf-8"))["sha256"]]
+        return []
+
+    def _remove_remains(self) -> None:
+        """Remove what a killed process left half-written."""
+        for path in self.last.parent.glob(".partial-*"):
+            if path.name.endswith(("-last.pt", "-last.json")):
+                path.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        raise WeightsError(f"cannot resume from '{path}': it cannot be read ({error})") from error
+    return content
 
 
 def save_tensors(content: Any, path: Path) -> Path:

@@ -1,34 +1,65 @@
-"""Ignite handlers for what MONAI's trainer leaves open: seeds, gradient clipping, averaged weights."""
+"""Ignite handlers for what MONAI's trainer leaves open: seeds, clipping, averaged weights, stopping early."""
 
 from __future__ import annotations
 
-import random
+import logging
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from ignite.engine import Events
 from monai.engines.utils import IterationEvents
+from monai.handlers import ValidationHandler
+
+from medseg.errors import RequestError
+from medseg.training.distributed import process_rank
+from medseg.training.randomness import seed_everything, seed_from
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from ignite.engine import Engine
     from torch import nn
 
-__all__ = ["ClipGradients", "SeedEpochs", "WeightAverage", "seed_everything"]
+__all__ = [
+    "ClipGradients",
+    "EarlyStop",
+    "SeedEpochs",
+    "SeedSteps",
+    "Validation",
+    "WeightAverage",
+    "completes_step",
+    "needs_scaler",
+]
+
+logger = logging.getLogger(__name__)
 
 
-def seed_everything(seed: int) -> None:
-    """Seed Python's, NumPy's and torch's global random generators."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+def completes_step(engine: Engine) -> bool:
+    """Tell whether the optimizer moves the weights at the present iteration of a trainer that accumulates gradients."""
+    accumulated = getattr(engine, "accumulation_steps", 1)
+    length = engine.state.epoch_length or accumulated
+    done = (engine.state.iteration - 1) % length + 1
+    return bool(done % accumulated == 0 or done == length)
+
+
+def needs_scaler(precision: str, device: torch.device | str) -> bool:
+    """Tell whether gradients have to be scaled so that they stay within the range of the arithmetic.
+
+    Raises:
+        RequestError: float16 without a CUDA device.
+    """
+    if precision != "float16":
+        return False
+    if torch.device(device).type != "cuda":
+        raise RequestError("precision=float16 needs a CUDA device to train on: use bfloat16, or float32")
+    return True
 
 
 class SeedEpochs:
-    """Seed sampling and augmentation anew at the start of each epoch.
+    """Seed sampling and augmentation of one of MONAI's data sets anew at the start of each epoch.
 
-    An epoch's random numbers then depend on the seed and the epoch's number alone, so a resumed run draws what the
-    uninterrupted one would have drawn.
+    An epoch's random numbers then depend on the seed and the epoch's number alone, so a run that is resumed between two
+    epochs draws what the uninterrupted one would have drawn. `SeededDataset` needs `SeedSteps` instead.
 
     Args:
         seed: the run's seed.
@@ -45,9 +76,30 @@ class SeedEpochs:
 
     def __call__(self, engine: Engine) -> None:
         """Seed the epoch that begins."""
-        seed = int(np.random.SeedSequence((self.seed, engine.state.epoch)).generate_state(1)[0])
+        seed = seed_from(self.seed, engine.state.epoch)
         seed_everything(seed)
         self.dataset.transform.set_random_state(seed=seed)
+
+
+class SeedSteps:
+    """Seed the global random generators, from which dropout and some losses draw, anew at each step.
+
+    What a step draws then depends on the seed, its number and the process alone, wherever a run was interrupted.
+
+    Args:
+        seed: the run's seed.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def attach(self, engine: Engine) -> None:
+        """Listen to the trainer's steps."""
+        engine.add_event_handler(Events.ITERATION_STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Seed the step that begins."""
+        seed_everything(seed_from(self.seed, engine.state.iteration, process_rank()))
 
 
 class ClipGradients:
@@ -68,7 +120,12 @@ class ClipGradients:
             engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
-        """Clip the gradient of the step that is about to be taken."""
+        """Clip the gradient of the step that is about to be taken, the sum of those that were accumulated."""
+        if not completes_step(engine):
+            return
+        scaler = getattr(engine, "scaler", None)
+        if scaler is not None:
+            scaler.unscale_(engine.optimizer)
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.max_norm)
 
 
@@ -82,7 +139,7 @@ class WeightAverage:
     Args:
         network: the network that is trained.
         validator: engine that validates it.
-        decay: share of the average that one step keeps, 0 (no averaging) to below 1.
+        decay: share of the average that one step of the optimizer keeps, 0 (no averaging) to below 1.
     """
 
     def __init__(self, network: nn.Module, validator: Engine, decay: float) -> None:
@@ -95,9 +152,13 @@ class WeightAverage:
     def attach(self, engine: Engine) -> None:
         """Listen to the trainer's steps and to the validator's runs."""
         if self.decay > 0:
-            engine.add_event_handler(Events.ITERATION_COMPLETED, self.update)
+            engine.add_event_handler(Events.ITERATION_COMPLETED, self._stepped)
             self.validator.add_event_handler(Events.STARTED, self.swap)
             self.validator.add_event_handler(Events.COMPLETED, self.swap)
+
+    def _stepped(self, engine: Engine) -> None:
+        if completes_step(engine):
+            self.update()
 
     @torch.no_grad()
     def update(self) -> None:
@@ -125,5 +186,74 @@ class WeightAverage:
         for name, tensor in state["average"].items():
             self.average[name].copy_(tensor)
 
-    def _tensors(self) -> list[tuple[str, torch.Tensor]]:
-        return [(name, tensor) for name, tensor in self.network.state_dict().items() if tensor.is_floating_point()]
+    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in self.network.state_dict().items():
+            if tensor.is_floating_point():
+                yield name, tensor
+
+
+class Validation(ValidationHandler):  # type: ignore[misc]  # MONAI publishes no types
+    """Validate every few epochs, and after the last one, without which a short training would leave no weights.
+
+    Args:
+        interval: epochs between two validations.
+        validator: engine that validates.
+
+    Raises:
+        RequestError: the interval is below 1.
+    """
+
+    def __init__(self, interval: int, validator: Engine) -> None:
+        if interval < 1:
+            raise RequestError(f"val_interval={interval}: expected a number of epochs from 1")
+        super().__init__(interval, validator)
+
+    def attach(self, engine: Engine) -> None:
+        """Listen to the trainer's epochs."""
+        engine.add_event_handler(Events.EPOCH_COMPLETED(event_filter=self._is_due), self)
+
+    def _is_due(self, engine: Engine, epoch: int) -> bool:
+        return bool(epoch % self.interval == 0 or epoch == engine.state.max_epochs)
+
+
+class EarlyStop:
+    """End the training when a number of validations in a row brought no better key metric.
+
+    Args:
+        validator: engine with the key metric.
+        patience: how many validations; 0 never ends the training.
+    """
+
+    def __init__(self, validator: Engine, patience: int) -> None:
+        if patience < 0:
+            raise RequestError(f"patience={patience}: expected a number of validations, or 0 for no early stop")
+        self.validator = validator
+        self.patience = patience
+        self.waited = 0
+
+    def attach(self, engine: Engine) -> None:
+        """Listen to the validator's results, and to the trainer's start: a run that has stopped does not go on."""
+        self.trainer = engine
+        if self.patience > 0:
+            self.validator.add_event_handler(Events.EPOCH_COMPLETED, self.count)
+            engine.add_event_handler(Events.EPOCH_STARTED, self.stop_if_due)
+
+    def count(self, validator: Engine) -> None:
+        """Count this validation, unless it was the best so far."""
+        best = validator.state.best_metric_epoch == validator.state.epoch
+        self.waited = 0 if best else self.waited + 1
+        self.stop_if_due()
+
+    def stop_if_due(self) -> None:
+        """End the training if nothing improved for too long."""
+        if self.waited >= self.patience:
+            logger.info(f"stopped early: {self.waited} validations without a better result")
+            self.trainer.terminate()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs."""
+        return {"waited": self.waited}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the state of an earlier run."""
+        self.waited = int(state["waited"])

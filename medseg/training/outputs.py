@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TrainingOutputs"]
 
-_PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
+_PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class TrainingOutputs(nn.Module):
@@ -33,11 +33,13 @@ class TrainingOutputs(nn.Module):
 
     Args:
         network: the network to train.
-        precision: `float32`, or `bfloat16` for autocast on the network's device (weights stay float32).
+        precision: `float32`, or `bfloat16` or `float16` for autocast on the network's device (weights stay float32);
+            the last needs a scaler (see `medseg.training.needs_scaler`).
         taps: where `features` come from. None: from `forward_train`. "auto": from there or, for networks without
             it, from the modules of `medseg.training.preset_taps`. Else tap names with paths of modules, from the image
             down and up again. Hooks are on the network only during a forward pass of this wrapper.
         taps_per_block: 1, or 2 with "auto" for the first and the last layer of each block of a MONAI network.
+        compile: run the network through `torch.compile`, which takes a minute at the start; not with taps.
 
     Raises:
         RequestError: an unknown precision, or taps that do not fit the network.
@@ -50,6 +52,7 @@ class TrainingOutputs(nn.Module):
         precision: str = "float32",
         taps: Mapping[str, str | Tap] | str | None = None,
         taps_per_block: int = 1,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         if precision not in _PRECISIONS:
@@ -58,6 +61,9 @@ class TrainingOutputs(nn.Module):
         self.precision = precision
         own = taps is None or (taps == "auto" and hasattr(network, "forward_train") and taps_per_block == 1)
         self.taps = None if own else FeatureTaps(network, taps or "auto", taps_per_block=taps_per_block)
+        if compile and self.taps is not None:
+            raise RequestError("compile=true does not work with taps, since hooks are not compiled: set compile=false")
+        self._call = torch.compile(self._output) if compile else self._output
 
     def forward(self, x: Tensor) -> TrainingOutput:
         """Return the training output for an image `(B, in_channels, *spatial)`."""
@@ -65,7 +71,7 @@ class TrainingOutputs(nn.Module):
         image = x.as_tensor() if isinstance(x, MetaTensor) else x
         with self._autocast(image.device.type):
             if self.taps is None:
-                return self._output(image)
+                return self._call(image)
             with self.taps as taps:
                 output = self._output(image)
                 output["features"] = taps.features

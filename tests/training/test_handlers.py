@@ -8,12 +8,23 @@ import numpy as np
 import pytest
 import torch
 from ignite.engine import Engine, Events
+from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from monai.engines.utils import IterationEvents
 from torch import nn
 
 from medseg.errors import RequestError
 from medseg.networks import UNet
-from medseg.training import ClipGradients, SeedEpochs, TrainingOutputs, WeightAverage
+from medseg.training import (
+    ClipGradients,
+    EarlyStop,
+    SeedEpochs,
+    SeedSteps,
+    TrainingOutputs,
+    Validation,
+    WeightAverage,
+    needs_scaler,
+)
+from medseg.training.handlers import completes_step
 
 
 class _Transform:
@@ -133,3 +144,155 @@ def test_bfloat16_is_used_in_the_network_and_gradients_stay_float32() -> None:
 def test_an_unknown_precision_is_refused() -> None:
     with pytest.raises(RequestError, match="unknown precision 'half'"):
         TrainingOutputs(nn.Conv2d(1, 1, 1), precision="half")
+
+
+def _train(batch: int, accumulate: int, steps: int, *, clip: float = 0.0, epochs: int = 1) -> nn.Module:
+    """Train on the same 12 samples in batches of different sizes."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.InstanceNorm2d(4, affine=True), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    images, labels = torch.randn(12, 1, 8, 8), torch.randint(0, 2, (12, 6, 6))
+    data = [{"image": images[i : i + batch], "label": labels[i : i + batch]} for i in range(0, batch * steps, batch)]
+    trainer = SupervisedTrainer(
+        torch.device("cpu"),
+        epochs,
+        data,
+        network,
+        torch.optim.SGD(network.parameters(), 0.1, momentum=0.9),
+        nn.CrossEntropyLoss(),
+        train_handlers=[ClipGradients(network, clip)],
+        accumulation_steps=accumulate,
+        decollate=False,
+    )
+    trainer.run()
+    return network
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.05])
+def test_accumulated_gradients_equal_those_of_a_larger_batch(clip: float) -> None:
+    large = _train(batch=4, accumulate=1, steps=3, clip=clip, epochs=2)
+    small = _train(batch=2, accumulate=2, steps=6, clip=clip, epochs=2)
+    other = _train(batch=2, accumulate=1, steps=6, clip=clip, epochs=2)
+    for name, weight in large.state_dict().items():
+        torch.testing.assert_close(small.state_dict()[name], weight, rtol=1e-4, atol=1e-6)
+    assert any(not torch.allclose(other.state_dict()[name], w, atol=1e-4) for name, w in large.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "length", "due"), [(1, 3, [1, 2, 3, 4, 5, 6]), (2, 4, [2, 4, 6, 8]), (2, 3, [2, 3, 5, 6])]
+)
+def test_the_optimizer_moves_after_each_group_and_at_the_end_of_an_epoch(
+    accumulate: int, length: int, due: list[int]
+) -> None:
+    moved = []
+    trainer = Engine(lambda engine, batch: moved.append(engine.state.iteration) if completes_step(engine) else None)
+    trainer.accumulation_steps = accumulate
+    trainer.run([0] * length, max_epochs=2)
+    assert moved == due
+
+
+def test_the_average_counts_steps_of_the_optimizer() -> None:
+    network = nn.Linear(1, 1)
+    average = WeightAverage(network, Engine(lambda e, b: None), 0.9)
+    trainer = Engine(lambda engine, batch: None)
+    trainer.accumulation_steps = 2
+    average.attach(trainer)
+    trainer.run([0] * 4, max_epochs=2)
+    assert average.steps == 4
+
+
+def test_what_a_step_draws_depends_on_seed_and_step_alone() -> None:
+    def draws(seed: int, start: int = 0) -> list[tuple[float, float]]:
+        found = []
+        trainer = Engine(lambda engine, batch: found.append((float(torch.rand(())), float(np.random.rand()))))
+        SeedSteps(seed).attach(trainer)
+        trainer.state.max_epochs, trainer.state.epoch_length = 3, 3
+        trainer.state.epoch, trainer.state.iteration = start // 3, start
+        trainer.run([0] * 3)
+        return found
+
+    whole = draws(1)
+    assert len(set(whole)) == 9
+    assert draws(1, 4) == whole[4:]
+    assert not set(draws(2)) & set(whole)
+
+
+def _stopping(scores: list[float], patience: int, waited: int = 0) -> int:
+    """Train with validations that give these scores; return the epochs that were trained."""
+    given = iter(scores)
+    validator = Engine(lambda engine, batch: None)
+    validator.state.best_metric = -1.0
+    validator.state.best_metric_epoch = -1
+
+    @validator.on(Events.EPOCH_COMPLETED)
+    def _compare(engine: Engine) -> None:
+        score = next(given)
+        if score > engine.state.best_metric:
+            engine.state.best_metric, engine.state.best_metric_epoch = score, engine.state.epoch
+
+    ended: list[int] = []
+    trainer = Engine(lambda engine, batch: None)
+    stop = EarlyStop(validator, patience)
+    stop.load_state_dict({"waited": waited})
+    stop.attach(trainer)
+
+    @trainer.on(Events.EPOCH_COMPLETED)
+    def _validate(engine: Engine) -> None:
+        validator.state.epoch = engine.state.epoch
+        validator.fire_event(Events.EPOCH_COMPLETED)
+        ended.append(engine.state.epoch)
+
+    trainer.run([0], max_epochs=len(scores))
+    return len(ended)
+
+
+@pytest.mark.parametrize(
+    ("scores", "patience", "epochs"),
+    [
+        ([0.5, 0.4, 0.4, 0.6, 0.1, 0.1, 0.1], 3, 7),
+        ([0.5, 0.4, 0.4, 0.4, 0.9], 3, 4),
+        ([0.5, 0.4, 0.4, 0.4, 0.9], 0, 5),
+        ([0.5, 0.5, 0.9], 1, 2),
+    ],
+)
+def test_training_ends_when_nothing_improves_for_too_long(scores: list[float], patience: int, epochs: int) -> None:
+    assert _stopping(scores, patience) == epochs
+
+
+def test_a_run_that_had_stopped_does_not_go_on() -> None:
+    assert _stopping([0.5, 0.9], patience=2, waited=2) == 0
+    assert _stopping([0.5, 0.9], patience=3, waited=2) == 2
+
+
+@pytest.mark.parametrize(("interval", "epochs", "expected"), [(2, 5, [2, 4, 5]), (2, 4, [2, 4]), (9, 1, [1])])
+def test_the_last_epoch_is_always_validated(interval: int, epochs: int, expected: list[int]) -> None:
+    seen: list[int] = []
+    validator = SupervisedEvaluator(
+        torch.device("cpu"), [{"image": torch.zeros(1), "label": torch.zeros(1)}], nn.Identity()
+    )
+    trainer = Engine(lambda engine, batch: None)
+    validator.add_event_handler(Events.COMPLETED, lambda: seen.append(trainer.state.epoch))
+    Validation(interval, validator).attach(trainer)
+    trainer.run([0], max_epochs=epochs)
+    assert seen == expected
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Validation(0, None), "val_interval=0"),
+        (lambda: EarlyStop(Engine(lambda e, b: None), -1), "patience=-1"),
+        (lambda: needs_scaler("float16", "cpu"), "precision=float16 needs a CUDA device"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(make: Any, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        make()
+
+
+def test_only_float16_is_scaled() -> None:
+    assert [needs_scaler(each, "cuda") for each in ("float32", "bfloat16", "float16")] == [False, False, True]
+
+
+def test_a_compiled_network_is_refused_with_taps() -> None:
+    with pytest.raises(RequestError, match="compile=true does not work with taps"):
+        TrainingOutputs(nn.Sequential(nn.Conv2d(1, 1, 1)), taps={"E1": "0"}, compile=True)

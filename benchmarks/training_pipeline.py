@@ -1,0 +1,108 @@
+"""How long the steps of a training wait for data: a profile of some epochs of the shipped bundles on real data.
+
+    python benchmarks/training_pipeline.py --data ../shared/data --steps 60
+
+For each bundle and number of workers: the share of an epoch's time that its steps wait for their batch (target: below
+5 %), milliseconds per step, and the processor time that the pipeline takes of a step, measured by making the same
+batches without a network. The bundles are trained in a temporary copy with their own recipes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import platform
+import shutil
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+from medseg.bundle import runner
+from medseg.bundle.catalog import Bundle, find_bundle
+
+BUNDLES = {"hippocampus_mri_unet": "msd_hippocampus", "gland_pathology_unet": "glas"}
+TARGET = 0.05
+
+
+def main() -> None:
+    """Print the table, and write it as JSON if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the data sets")
+    parser.add_argument("--steps", type=int, default=60, help="steps of an epoch; a second one is measured")
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1], help="numbers of loading processes to try")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    rows = [
+        profile(name, arguments.data / folder, workers, arguments.steps)
+        for name, folder in BUNDLES.items()
+        for workers in arguments.workers
+    ]
+    print(f"{'bundle':24} workers  waiting  ms/step  ms of pipeline  patches/s")
+    for row in rows:
+        print(
+            f"{row['bundle']:24} {row['workers']:7}  {row['waiting']:7.1%}  {row['step_ms']:7.0f}  "
+            f"{row['pipeline_ms']:14.0f}  {row['patches_per_second']:9.1f}"
+        )
+    if arguments.output:
+        record = {"machine": machine(), "steps": arguments.steps, "target": TARGET, "rows": rows}
+        arguments.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def profile(name: str, data: Path, workers: int, steps: int) -> dict[str, Any]:
+    """Train two short epochs of a copy and measure the second."""
+    from ignite.engine import Events
+
+    # the last epoch would be validated, so the run ends before it
+    settings = {"num_workers": workers, "steps_per_epoch": steps, "max_epochs": 3, "val_interval": 1000}
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = Bundle(Path(folder) / name)
+        shutil.copytree(find_bundle(name).root / "configs", bundle.root / "configs")
+        job = runner.prepare("train", bundle, settings, paths={"dataset_dir": str(data.absolute()), "resume": False})
+        workflow = runner.open_workflow(job, "train")
+        workflow.initialize()
+        trainer = workflow.trainer
+        found: dict[str, Any] = {}
+
+        def note() -> None:
+            state = trainer.state
+            found.update(waiting=state.waiting, patches_per_second=state.patches_per_second)
+            found["step_ms"] = 1000 * state.times["EPOCH_COMPLETED"] / steps
+            if state.epoch == 2:
+                trainer.terminate()
+
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, note)
+        trainer.run()
+        return {"bundle": name, "workers": workers, **found, "pipeline_ms": pipeline_ms(trainer.data_loader, steps)}
+
+
+def pipeline_ms(loader: Any, steps: int) -> float:
+    """Processor time to make one batch, alone."""
+    keys = [key for _, key in zip(range(steps), loader.batches, strict=False)]
+    start = time.process_time()
+    for batch in keys:
+        loader.collate_fn(loader.dataset.__getitems__(batch))
+    return 1000 * (time.process_time() - start) / steps
+
+
+def machine() -> dict[str, Any]:
+    """Return what the figures depend on."""
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "platform": platform.platform(),
+        "cores": cores,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "load": os.getloadavg() if hasattr(os, "getloadavg") else None,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""Prepared cases that are kept, in memory up to a bound and on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import pickle
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from monai.data import MetaTensor
+from monai.data.utils import pickle_hashing
+
+from medseg import __version__
+from medseg.errors import OutputError
+from medseg.files import replacing
+from medseg.inferers.memory import parse_memory
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+__all__ = ["DiskCache", "bare", "memory_bound", "size_of"]
+
+logger = logging.getLogger(__name__)
+
+Case = dict[str, Any]
+
+
+def bare(case: Mapping[str, Any]) -> Case:
+    """Return a prepared case with no more than training needs: contiguous tensors, with their affine and nothing else.
+
+    The record of transforms and the header would be copied with every sample, and would keep large arrays alive.
+    """
+    return {key: _bare_value(value) for key, value in case.items()}
+
+
+def _bare_value(value: Any) -> Any:
+    if isinstance(value, MetaTensor):
+        return MetaTensor(value.as_tensor().contiguous(), affine=value.affine.clone())
+    return value.contiguous() if isinstance(value, torch.Tensor) else value
+
+
+def size_of(value: Any) -> int:
+    """Return the bytes of the tensors in a case."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, dict):
+        return sum(size_of(each) for each in value.values())
+    return sum(size_of(each) for each in value) if isinstance(value, list) else 0
+
+
+def memory_bound(text: str) -> int:
+    """Return the bytes that cached cases may take in this process.
+
+    Args:
+        text: "auto" for half of what is free now, shared by the processes of this machine; an amount such as "4G"; "0"
+            for none.
+
+    Raises:
+        RequestError: anything else.
+    """
+    if text == "auto":
+        return _free_bytes() // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return 0 if text.strip() == "0" else parse_memory(text)
+
+
+def _free_bytes() -> int:
+    """Memory that this process may still take: of the machine, or of the container where that is less."""
+    known = [_meminfo(), *(_container(*files) for files in _CONTAINER_FILES)]
+    found = [value for value in known if value is not None]
+    return min(found) if found else 1 << 62
+
+
+# Limit and use, of control groups version 2 and 1.
+_CONTAINER_FILES = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+
+def _meminfo() -> int | None:
+    with suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    with suppress(AttributeError, ValueError, OSError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return None
+
+
+def _container(limit: str, used: str) -> int | None:
+    with suppress(OSError, ValueError):  # "max" is no number: there is no limit
+        return max(int(Path(limit).read_text()) - int(Path(used).read_text()), 0)
+    return None
+
+
+class DiskCache:
+    """Prepared cases as files, one each, named by what they were made from.
+
+    A changed image, another preprocessing or another version of medseg gives another name, so nothing stale is read. A
+    file that cannot be read is made anew.
+
+    Args:
+        folder: made when the first case is written.
+        steps: the transforms that prepared the cases.
+    """
+
+    def __init__(self, folder: Path, steps: Sequence[Any]) -> None:
+        self.folder = folder
+        self.recipe = _digest_of(steps)
+
+    def load(self, case: Mapping[str, Any]) -> Case | None:
+        """Return the prepared case; None if it is not there."""
+        path = self._path(case)
+        if not path.is_file():
+            return None
+        try:
+            stored = torch.load(path, map_location="cpu", weights_only=True)
+            return {key: _from_stored(value) for key, value in stored.items()}
+        except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, pickle.UnpicklingError) as error:
+            logger.warning(f"'{path}' is damaged and is made anew ({type(error).__name__})")
+            return None
+
+    def save(self, case: Mapping[str, Any], prepared: Case) -> None:
+        """Keep a prepared case, from `bare`; a full disk costs speed, not the run."""
+        path = self._path(case)
+        try:
+            with replacing(path) as temporary, temporary.open("wb") as file:
+                torch.save({key: _to_stored(value) for key, value in prepared.items()}, file)
+        except (OutputError, RuntimeError) as error:
+            logger.warning(f"a prepared case was not kept: {error}")
+
+    def _path(self, case: Mapping[str, Any]) -> Path:
+        content = [self.recipe, sorted((key, str(value), _mark(value)) for key, value in case.items())]
+        return self.folder / f"{hashlib.sha256(json.dumps(content).encode()).hexdigest()}.pt"
+
+
+def _digest_of(steps: Sequence[Any]) -> str:
+    try:
+        return f"{__version__}-{pickle_hashing(list(steps)).decode()}"
+    except (pickle.PicklingError, TypeError, AttributeError):
+        # a transform that cannot be pickled cannot be told from another one of its class: never shared
+        return f"{__version__}-{os.getpid()}-{os.urandom(8).hex()}"
+
+
+def _mark(value: Any) -> str:
+    """Size and time of the files that an entry of a case leads to."""
+    path = Path(str(value).split("::")[0])
+    try:
+        files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
+        marks = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    except OSError:
+        return ""
+    return hashlib.sha256(json.dumps(marks).encode()).hexdigest()
+
+
+def _to_stored(value: Any) -> Any:
+    if isinstance(value, MetaTensor):
+        return {"tensor": value.as_tensor(), "affine": value.affine}
+    return value
+
+
+def _from_stored(value: Any) -> Any:
+    if isinstance(value, dict) and set(value) == {"tensor", "affine"}:
+        return MetaTensor(value["tensor"], affine=value["affine"])
+    return value

@@ -1,0 +1,219 @@
+"""Training cases whose random transforms depend on the seed, the pass and the case alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from monai.data import Dataset, MetaTensor, list_data_collate
+from monai.transforms import (
+    Compose,
+    RandCropByLabelClassesd,
+    RandCropByPosNegLabeld,
+    RandomizableTrait,
+    RandSpatialCropd,
+    RandSpatialCropSamplesd,
+    RandWeightedCropd,
+    Transform,
+)
+from torch.utils.data import get_worker_info
+
+from medseg.errors import CaseError, MedsegError
+from medseg.inferers.memory import shown_bytes
+from medseg.training.cache import DiskCache, bare, memory_bound, size_of
+from medseg.training.randomness import isolated_seed, one_thread, seed_from
+from medseg.transforms.warp import RandWarpd
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, MutableSequence, Sequence
+
+__all__ = ["SeededDataset", "collate"]
+
+logger = logging.getLogger(__name__)
+
+# They only cut, so they need no copy of the whole case to work on.
+_CUTS = (
+    RandCropByLabelClassesd,
+    RandCropByPosNegLabeld,
+    RandSpatialCropSamplesd,
+    RandSpatialCropd,
+    RandWarpd,
+    RandWeightedCropd,
+)
+
+
+class SeededDataset(Dataset):  # type: ignore[misc]  # MONAI publishes no types
+    """Cases for training: prepared once, kept where there is room, and varied by chance that can be repeated.
+
+    The transforms up to the first random one prepare a case; the result is kept in memory up to a bound, and on disk if
+    that is asked for. The others are seeded anew for each sample from (seed, lap, index), where `lap` counts the passes
+    over the cases. So a sample does not depend on which process makes it, on how many there are, nor on what was
+    made before. Torch uses one thread throughout, so that sums are rounded alike everywhere.
+
+    Args:
+        data: cases: paths by key, and a `name`.
+        transform: of MONAI, for one case.
+        seed: of the random transforms.
+        cache_memory: "auto" for half of the free memory, an amount such as "4G", or "0". The first cases are kept, as
+            many as fit; the others are loaded whenever they are due.
+        disk_cache: keep prepared cases on disk too, for later runs and for cases that memory has no room for.
+        cache_dir: folder for them.
+
+    Raises:
+        CaseError: a case cannot be prepared; the message names it.
+    """
+
+    def __init__(
+        self,
+        data: Sequence[Mapping[str, Any]],
+        transform: Callable[..., Any],
+        *,
+        seed: int = 0,
+        cache_memory: str = "auto",
+        disk_cache: bool = False,
+        cache_dir: str = "",
+    ) -> None:
+        super().__init__(list(data), transform if isinstance(transform, Compose) else Compose(transform))
+        self.seed = seed
+        first = self.transform.get_index_of_first(_is_random)
+        self.first_random = len(self.transform.transforms) if first is None else first
+        steps = self.transform.transforms[: self.first_random]
+        self.disk = DiskCache(Path(cache_dir), steps) if disk_cache else None
+        self.working: MutableSequence[int] | None = None
+        self._kept: list[dict[str, Any]] = []
+        self._keep(memory_bound(cache_memory))
+
+    @property
+    def kept(self) -> int:
+        """How many cases are in memory."""
+        return len(self._kept)
+
+    def fingerprint(self) -> str:
+        """Return what tells these cases, in this order, from others: a digest of their names."""
+        return hashlib.sha256(json.dumps([self.name(index) for index in range(len(self))]).encode()).hexdigest()
+
+    def name(self, index: int) -> str:
+        """Return what a case is called."""
+        case = self.data[index]
+        return str(case.get("name") or Path(str(case.get("image", index))).name)
+
+    def __getitem__(self, key: Any) -> Any:
+        """Return the sample of a case; `key` is (lap, index), or an index for the first pass.
+
+        Raises:
+            CaseError: the case cannot be used; the message names it.
+        """
+        if isinstance(key, (slice, list)):
+            return super().__getitem__(key)
+        lap, index = key if isinstance(key, tuple) else (0, int(key) % len(self))
+        worker = get_worker_info()
+        if self.working is not None and worker is not None:
+            self.working[worker.id] = index
+        try:
+            with one_thread():
+                return self._sample(lap, index)
+        except Exception as error:
+            raise self._explained(index, error) from error
+        finally:
+            if self.working is not None and worker is not None:
+                self.working[worker.id] = -1
+
+    def __getitems__(self, keys: Sequence[Any]) -> list[Any]:
+        """Return the samples of a batch, or alone the error that occurred, which would lose its class in a worker."""
+        try:
+            return [self[key] for key in keys]
+        except MedsegError as error:
+            logger.debug("a sample failed", exc_info=True)
+            return [error]
+
+    def describe(self, index: int) -> str:
+        """Return how messages name a case."""
+        name, image = self.name(index), str(self.data[index].get("image", ""))
+        return f"training case '{name}'" + (f" ({image})" if image and Path(image).name != name else "")
+
+    def _sample(self, lap: int, index: int) -> Any:
+        case = self._kept[index] if index < len(self._kept) else self._prepared(index)
+        seed = seed_from(self.seed, lap, index)
+        self.transform.set_random_state(seed=seed)
+        steps, start = self.transform.transforms, self.first_random
+        with isolated_seed(seed):
+            if start < len(steps) and isinstance(steps[start], _CUTS):
+                cut = self.transform(_shared(case), start=start, end=start + 1)
+                return self.transform(_copied(cut), start=start + 1)
+            return self.transform(_copied(_shared(case)), start=start)
+
+    def _prepared(self, index: int) -> dict[str, Any]:
+        """Return a case as it is before chance comes in; from disk if it is there."""
+        found = self.disk.load(self.data[index]) if self.disk else None
+        if found is None:
+            found = bare(self.transform(dict(self.data[index]), end=self.first_random, threading=True))
+            if self.disk:
+                self.disk.save(self.data[index], found)
+        return found
+
+    def _keep(self, bound: int) -> None:
+        """Prepare the first cases, as many as fit into `bound` bytes."""
+        used = largest = 0
+        threads = min(4, os.cpu_count() or 1)
+        with one_thread(), ThreadPoolExecutor(threads) as pool:
+            while len(self._kept) < len(self) and used + largest < bound:
+                group = range(len(self._kept), min(len(self._kept) + threads, len(self)))
+                for case in pool.map(self._prepared_or_explained, group):
+                    used += size_of(case)
+                    largest = max(largest, size_of(case))
+                    if used <= bound:
+                        self._kept.append(case)
+        if bound:
+            logger.info(f"{len(self._kept)} of {len(self)} training cases kept in memory")
+        if bound and len(self._kept) < len(self):
+            logger.info(f"the others are loaded when they are due: about {shown_bytes(largest)} each")
+
+    def _prepared_or_explained(self, index: int) -> dict[str, Any]:
+        try:
+            return self._prepared(index)
+        except Exception as error:
+            raise self._explained(index, error) from error
+
+    def _explained(self, index: int, error: Exception) -> MedsegError:
+        """Name the case, and the error that MONAI has wrapped."""
+        link: BaseException = error
+        while not isinstance(link, MedsegError) and (link.__cause__ or link.__context__):
+            link = link.__cause__ or link.__context__ or link
+        said = str(link) if isinstance(link, MedsegError) else f"{type(link).__name__}: {link}"
+        if isinstance(link, MemoryError) or "can't allocate memory" in said:
+            said += ". There is not enough memory: lower num_workers, cache_memory or patch_size"
+        return CaseError(f"{self.describe(index)} cannot be used: {said}")
+
+
+def collate(samples: Sequence[Any]) -> Any:
+    """Return samples as a batch, as MONAI does; an error among them is returned in place of it."""
+    errors = [sample for sample in samples if isinstance(sample, MedsegError)]
+    return errors[0] if errors else list_data_collate(samples)
+
+
+def _is_random(transform: Any) -> bool:
+    return isinstance(transform, RandomizableTrait) or not isinstance(transform, Transform)
+
+
+def _shared(case: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a case with metadata of its own and the same voxels."""
+    return {
+        key: MetaTensor(value.as_tensor(), affine=value.affine.clone()) if isinstance(value, MetaTensor) else value
+        for key, value in case.items()
+    }
+
+
+def _copied(case: Any) -> Any:
+    """Return a case, or several, with voxels of its own, which transforms may change in place."""
+    if isinstance(case, list):
+        return [_copied(each) for each in case]
+    return {
+        key: value.clone(memory_format=torch.contiguous_format) if isinstance(value, torch.Tensor) else value
+        for key, value in case.items()
+    }

@@ -1,0 +1,113 @@
+"""Random numbers that belong to what they are drawn for: a sample, a step, a weight.
+
+A number drawn for sample `index` of pass `lap` depends on (seed, lap, index) alone, one drawn in step `n` on (seed, n).
+So it does not matter which process draws it, in what order, or how often a run was interrupted before.
+"""
+
+from __future__ import annotations
+
+import random
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.random import RandomState
+
+__all__ = [
+    "deterministic_kernels",
+    "generator_states",
+    "isolated_seed",
+    "one_thread",
+    "random_state",
+    "restore_generators",
+    "seed_everything",
+    "seed_from",
+]
+
+
+def seed_from(*numbers: int) -> int:
+    """Return a seed below 2**32 that depends on all the numbers, and on their order."""
+    return int(_sequence(numbers).generate_state(1)[0])
+
+
+def random_state(*numbers: int) -> RandomState:
+    """Return a generator of the kind whose numbers NumPy keeps the same in all versions."""
+    return np.random.RandomState(np.random.MT19937(_sequence(numbers)))
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's global random generators."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+@contextmanager
+def isolated_seed(seed: int) -> Iterator[None]:
+    """Seed the global generators of the CPU, and leave them afterwards as they were before."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch use one thread: sums over several are rounded in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def deterministic_kernels(enabled: bool = True) -> None:
+    """Let torch choose kernels whose result is the same each time, where it has them.
+
+    Args:
+        enabled: False lets cuDNN try which kernels are fastest.
+    """
+    # of CUDA kernels torch would complain wherever it has no such one
+    torch.use_deterministic_algorithms(enabled and not torch.cuda.is_available(), warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.backends.cudnn.deterministic = enabled
+    torch.backends.cudnn.benchmark = not enabled
+
+
+def generator_states() -> dict[str, Any]:
+    """Return the states of the global generators as tensors and plain numbers."""
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return {
+        "python": [version, list(words), gauss],
+        "numpy": [str(name), torch.from_numpy(np.asarray(keys, dtype=np.int64)), int(position), int(has_gauss), cached],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_generators(states: dict[str, Any]) -> None:
+    """Set the global generators to what `generator_states` returned; those of other CUDA devices are left alone."""
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(states["torch"])
+    if len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def _sequence(numbers: tuple[int, ...]) -> np.random.SeedSequence:
+    return np.random.SeedSequence([number % 2**64 for number in numbers])

@@ -1,0 +1,262 @@
+"""What a training run tells while it goes on: scalars for TensorBoard and MLflow, and how long it waits for data."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from ignite.engine import Events
+
+from medseg.errors import MedsegError, RequestError
+from medseg.training.distributed import is_first_process, process_count
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ignite.engine import Engine
+    from numpy.typing import NDArray
+    from torch.optim import Optimizer
+
+__all__ = ["RunLog"]
+
+logger = logging.getLogger(__name__)
+
+_STEPS_BETWEEN_READINGS = 10
+
+
+class _Writer(Protocol):
+    """Where the scalars and pictures of a run go."""
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None: ...
+
+    def add_picture(self, tag: str, picture: NDArray[np.uint8], step: int) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class RunLog:
+    """Log a run to TensorBoard, and if asked to MLflow, as files in its folder; nothing goes over a network.
+
+    For each step: the loss. For each epoch: its mean loss, the learning rate, patches per second and the share of the
+    time that its steps waited for data. For each validation: its metrics, those of each label among them. Pictures come
+    from others, through `picture`.
+
+    The engine's state gets `patches_per_second` and `waiting` (a share of 1) of the present epoch, and `last_metrics`.
+
+    Args:
+        output_dir: folder of the run; logs go to `tensorboard/` and `mlflow.db` in it.
+        validator: engine whose metrics are logged.
+        optimizer: whose learning rate is logged.
+        bundle_root: the bundle that is trained, whose metadata name the labels; without it they are numbered.
+        mlflow: keep the scalars in MLflow's form too (extra `mlflow`).
+
+    Attributes:
+        history: an entry for each epoch and each validation: its epoch and values.
+    """
+
+    def __init__(
+        self,
+        output_dir: str,
+        validator: Engine,
+        optimizer: Optimizer,
+        *,
+        bundle_root: str = "",
+        mlflow: bool = False,
+    ) -> None:
+        self.folder = Path(output_dir)
+        self.validator = validator
+        self.optimizer = optimizer
+        self.labels = _label_names(Path(bundle_root) / "configs" / "metadata.json")
+        self.mlflow = mlflow
+        self.history: list[dict[str, float]] = []
+        self._writers: list[_Writer] = []
+        self._loss = torch.zeros(2, dtype=torch.float64)  # their sum over the steps of this epoch, and their number
+        self._restart_clocks()
+
+    def attach(self, engine: Engine) -> None:
+        """Listen to the trainer's batches, steps and epochs, and to the validator's results."""
+        self.trainer = engine
+        engine.add_event_handler(Events.EPOCH_STARTED, self._restart_clocks)
+        engine.add_event_handler(Events.GET_BATCH_STARTED, self._wait)
+        engine.add_event_handler(Events.GET_BATCH_COMPLETED, self._go_on)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._step)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch)
+        engine.add_event_handler(Events.COMPLETED, self.close)
+        self.validator.add_event_handler(Events.EPOCH_COMPLETED, self._validated)
+
+    def scalar(self, tag: str, value: float, step: int) -> None:
+        """Log a number."""
+        for writer in self._open():
+            writer.add_scalar(tag, value, step)
+
+    def picture(self, tag: str, picture: NDArray[np.uint8], epoch: int) -> None:
+        """Log a picture `(rows, columns, 3)`, 0 to 255."""
+        for writer in self._open():
+            writer.add_picture(tag, picture, epoch)
+
+    def close(self) -> None:
+        """Write out what is pending; logging more opens new files."""
+        for writer in self._writers:
+            writer.close()
+        self._writers = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs: nothing that depends on the clock."""
+        return {"loss": self._loss.cpu(), "history": self.history}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the state of an earlier run."""
+        self._loss = state["loss"].clone()
+        self.history = [dict(entry) for entry in state["history"]]
+
+    def _open(self) -> list[_Writer]:
+        if not self._writers and is_first_process():
+            self._writers = [_TensorBoard(self.folder / "tensorboard", self.trainer.state.iteration)]
+            if self.mlflow:
+                self._writers.append(_MLflow(self.folder))
+        return self._writers
+
+    def _restart_clocks(self) -> None:
+        self._asked = self._began = time.perf_counter()
+        self._waited = 0.0
+        self._patches = 0
+
+    def _wait(self) -> None:
+        self._asked = time.perf_counter()
+
+    def _go_on(self) -> None:
+        self._waited += time.perf_counter() - self._asked
+
+    def _step(self, engine: Engine) -> None:
+        state = engine.state
+        loss = state.output["loss"].detach().double()
+        self._loss = self._loss.to(loss.device) + torch.stack([loss, torch.ones_like(loss)])
+        self._patches += len(state.output["image"]) * process_count()
+        past = max(time.perf_counter() - self._began, 1e-9)
+        state.patches_per_second = self._patches / past
+        state.waiting = self._waited / past
+        # reading a value makes the processor wait for the graphics card
+        if loss.device.type == "cpu" or state.iteration % _STEPS_BETWEEN_READINGS == 0:
+            self.scalar("loss/step", float(loss), state.iteration)
+
+    def _epoch(self, engine: Engine) -> None:
+        """Log the epoch, before its validation.
+
+        Raises:
+            MedsegError: the loss is no number any more.
+        """
+        epoch, (total, count) = engine.state.epoch, self._loss.tolist()
+        loss = total / max(count, 1)
+        self._loss = torch.zeros(2, dtype=torch.float64)
+        if not math.isfinite(loss) and getattr(engine, "scaler", None) is None:
+            raise MedsegError(
+                f"training diverged: the loss of epoch {epoch} is {loss}. Lower learning_rate, set gradient_clip, or "
+                "use precision=float32; the last good state is that of the epoch before"
+            )
+        rate = float(self.optimizer.param_groups[0]["lr"])
+        self.history.append({"epoch": epoch, "loss": loss, "learning_rate": rate})
+        for tag, value in (
+            ("loss/epoch", loss),
+            ("learning_rate", rate),
+            ("speed/patches_per_second", engine.state.patches_per_second),
+            ("speed/share_of_time_waiting_for_data", engine.state.waiting),
+        ):
+            self.scalar(tag, value, epoch)
+        self._flush()
+
+    def _validated(self, validator: Engine) -> None:
+        state, epoch = validator.state, self.trainer.state.epoch
+        found = {name: float(value) for name, value in state.metrics.items() if np.ndim(value) == 0}
+        details = state.metric_details.get(state.key_metric_name)
+        for number, value in enumerate(_column_means(details)):
+            label = self.labels.get(number + 1, f"label {number + 1}")
+            found[f"{state.key_metric_name}/{label}"] = value
+        self.trainer.state.last_metrics = found
+        self.history.append({"epoch": epoch, **found})
+        for name, value in found.items():
+            self.scalar(f"validation/{name}", value, epoch)
+        self._flush()
+
+    def _flush(self) -> None:
+        for writer in self._writers:
+            writer.flush()
+
+
+def _label_names(metadata: Path) -> dict[int, str]:
+    with suppress(OSError, ValueError, KeyError, AttributeError):
+        content = json.loads(metadata.read_text(encoding="utf-8"))
+        names = content["network_data_format"]["outputs"]["pred"]["channel_def"]
+        return {int(value): str(name) for value, name in names.items()}
+    return {}
+
+
+def _column_means(details: Any) -> list[float]:
+    """The mean of each class over the cases in which it is defined; NaN where it is in none."""
+    if not isinstance(details, torch.Tensor) or details.ndim != 2:
+        return []
+    return [float(column[~column.isnan()].mean()) for column in details.detach().double().T]
+
+
+class _TensorBoard:
+    """Event files. Steps from `first` on that an interrupted run has logged already are dropped."""
+
+    def __init__(self, folder: Path, first: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise RequestError("a training logs to TensorBoard: pip install tensorboard") from error
+        self._writer = SummaryWriter(str(folder), purge_step=first or None)
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        self._writer.add_scalar(tag, value, step)
+
+    def add_picture(self, tag: str, picture: NDArray[np.uint8], step: int) -> None:
+        self._writer.add_image(tag, picture, step, dataformats="HWC")
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _MLflow:
+    """A run in an SQLite file; a resumed run goes on in the same one."""
+
+    def __init__(self, folder: Path) -> None:
+        # set before the import: MLflow would report its use over the network
+        os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+        try:
+            mlflow = import_module("mlflow")
+        except ImportError as error:
+            raise RequestError('mlflow=true needs MLflow: pip install "medseg[mlflow]"') from error
+        self._client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{folder.resolve() / 'mlflow.db'}")
+        found = self._client.get_experiment_by_name("medseg")
+        location = (folder.resolve() / "mlflow").as_uri()
+        experiment = found.experiment_id if found else self._client.create_experiment("medseg", location)
+        runs = self._client.search_runs([experiment], max_results=1)
+        self._run = (runs[0] if runs else self._client.create_run(experiment)).info.run_id
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        if math.isfinite(value):
+            self._client.log_metric(self._run, tag.replace(" ", "_"), value, step=step)
+
+    def add_picture(self, tag: str, picture: NDArray[np.uint8], step: int) -> None:
+        self._client.log_image(self._run, picture, key=tag.replace("/", "_"), step=step)
+
+    def flush(self) -> None:
+        pass  # each value is written at once
+
+    def close(self) -> None:
+        self._client.set_terminated(self._run)
