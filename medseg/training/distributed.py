@@ -8,6 +8,7 @@ from the environment variables that `torchrun` and `medseg train --devices` set 
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 from collections.abc import Sized
@@ -15,14 +16,14 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Sampler
 
 from medseg.errors import RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from torch.optim import Optimizer
 
@@ -40,6 +41,12 @@ __all__ = [
 # A process waits as long as the slowest validation takes; one that died is noticed by its closed connections.
 _PATIENCE: Final = timedelta(days=30)
 _LOGGERS: Final = ("monai.handlers.StatsHandler", "monai.handlers.LrScheduleHandler")
+# Torch 2.13 renamed the option.
+_SYNC_BUFFERS: Final = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in inspect.signature(DistributedDataParallel.__init__).parameters
+)
 
 
 def process_count() -> int:
@@ -119,7 +126,65 @@ def distributed_network(network: nn.Module, optimizer: Optimizer | None = None) 
     average = _AverageBuffers(network)
     if average.buffers and optimizer is not None:
         optimizer.register_step_post_hook(average)
-    return DistributedDataParallel(network, broadcast_buffers=False, static_graph=True)
+    options: dict[str, Any] = {_SYNC_BUFFERS: False}
+    return DistributedDataParallel(_Tied(network), static_graph=True, **options)
+
+
+class _Tied(nn.Module):
+    """A network all of whose outputs take part in the backward pass, also those that the loss leaves out.
+
+    Otherwise `DistributedDataParallel` would wait for the gradients of what leads to those. Features lie on the way to
+    the other outputs and are left alone.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, *inputs: Any) -> Any:
+        output = self.network(*inputs)
+        if not isinstance(output, dict):
+            return output
+        parts = {name: value for name, value in output.items() if name != "features"}
+        tensors = [tensor for tensor in _tensors(parts) if tensor.requires_grad]
+        if len(tensors) < 2:
+            return output
+        replaced = _Tie.apply(*tensors)  # type: ignore[no-untyped-call]
+        tied = dict(zip(map(id, tensors), replaced, strict=True))
+        return {**output, **_replaced(parts, tied)}
+
+
+class _Tie(torch.autograd.Function):
+    """Give tensors back as they are; if one of them gets a gradient, the others get zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return gradients
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yield each tensor of nested dictionaries and sequences once."""
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    if isinstance(value, Tensor):
+        yield value
+    known: set[int] = set()
+    for item in items:
+        for tensor in _tensors(item):
+            if id(tensor) not in known:
+                known.add(id(tensor))
+                yield tensor
+
+
+def _replaced(value: Any, by: Mapping[int, Tensor]) -> Any:
+    if isinstance(value, dict):
+        return {name: _replaced(item, by) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_replaced(item, by) for item in value)
+    return by.get(id(value), value)
 
 
 class _AverageBuffers:
