@@ -1,7 +1,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
+LABEL := .venv-label/bin
 
-.PHONY: demo test lint
+.PHONY: demo test lint label-environment label-server label-check
 
 # The whole circle on generated phantoms, offline: train, predict, score, picture.
 demo: .venv/installed
@@ -20,4 +21,23 @@ lint: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+# MONAI Label with medseg's bundles, for 3D Slicer and OHIF: make label-server STUDIES=folder [OPTIONS="--port 8010"]
+label-server: .venv-label/installed
+	$(LABEL)/python -m medseg.label.serve --studies "$(STUDIES)" $(OPTIONS)
+
+# The server over HTTP as viewers use it, step by step, against the masks of `medseg predict`.
+label-check: .venv/installed .venv-label/installed
+	OMP_NUM_THREADS=1 $(LABEL)/python tests/label/server_check.py
+
+label-environment: .venv-label/installed
+
+# An environment of its own: MONAI Label needs older versions than medseg's own environment has. The list is complete,
+# so nothing is resolved but what torch's own build asks for.
+.venv-label/installed: constraints-label.txt
+	test -x $(LABEL)/python || $(PYTHON) -m venv .venv-label
+	$(LABEL)/pip install --quiet --constraint constraints-label.txt torch
+	$(LABEL)/pip install --quiet --no-deps --requirement constraints-label.txt
+	$(LABEL)/pip install --quiet --no-deps --editable .
 	touch $@

@@ -1,0 +1,220 @@
+"""Inference and training of one bundle, as MONAI Label asks for them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
+from monailabel.interfaces.tasks.train import TrainTask
+
+from medseg.bundle.knobs import knobs
+from medseg.errors import RequestError
+from medseg.files import replace_text
+from medseg.label.annotations import Annotation
+from medseg.label.plain_nrrd import as_viewers_read
+from medseg.label.tuning import Tuned, TuningRequest, tune
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from medseg.label.offers import Offer
+    from medseg.label.predictor import Predictor
+    from medseg.label.privacy import Pseudonyms
+
+__all__ = ["BundleInfer", "BundleTrain", "annotations_of", "device_setting"]
+
+logger = logging.getLogger("medseg.label")
+
+_SECONDS_BETWEEN_LINES = 5.0
+_STATS = "tuning.json"
+
+
+class BundleInfer(InferTask):  # type: ignore[misc]  # MONAI Label publishes no types
+    """Masks of one bundle.
+
+    Args:
+        predictor: the bundle, loaded when it is first needed.
+    """
+
+    def __init__(self, predictor: Predictor) -> None:
+        offer = predictor.offer
+        super().__init__(
+            type=InferType.SEGMENTATION,
+            labels=offer.labels,
+            dimension=offer.spatial_dims,
+            description=offer.description,
+            config={"device": _devices()},
+        )
+        self.predictor = predictor
+
+    def is_valid(self) -> bool:
+        """Whether the bundle has weights."""
+        return self.predictor.offer.ready
+
+    def info(self) -> dict[str, Any]:
+        """Return what viewers show of the bundle."""
+        metadata = self.predictor.offer.current.metadata
+        return {
+            **super().info(),
+            "version": metadata.get("version"),
+            "weights": self.predictor.weights_sha256(),
+            "trained_here": self.predictor.offer.current is self.predictor.offer.tuned,
+        }
+
+    def __call__(self, request: dict[str, Any], callbacks: Any = None) -> tuple[str, dict[str, Any]]:
+        """Return the file of a mask, and what there is to say of it."""
+        start = time.perf_counter()
+        image = request.get("image")
+        if image == "":
+            raise RequestError("there is no image of that id among the studies")
+        if not isinstance(image, str):
+            raise RequestError("this bundle reads images from files, not regions of a slide that a viewer sends")
+        source = _dicom_folder(Path(image))
+        mask = self.predictor.predict(
+            source, ending=request.get("result_extension") or "", settings=device_setting(request)
+        )
+        as_viewers_read(mask, dtype=request.get("result_dtype"), compress=request.get("result_compress"))
+        seconds = round(time.perf_counter() - start, 2)
+        logger.info("%s predicted an image in %.2f s", self.predictor.offer.name, seconds)
+        return str(mask), {"label_names": self.labels, "latencies": {"total": seconds}, "centroids": {}}
+
+
+class BundleTrain(TrainTask):  # type: ignore[misc]
+    """Training of one bundle on the saved labels.
+
+    Args:
+        offer: the bundle.
+        work: folder of running trainings.
+        pseudonyms: names of cases in records.
+    """
+
+    def __init__(self, offer: Offer, work: Path, pseudonyms: Pseudonyms) -> None:
+        super().__init__(f"Train {offer.name} on the saved labels: {offer.description}")
+        self.offer = offer
+        self.work = work
+        self.pseudonyms = pseudonyms
+
+    def config(self) -> dict[str, Any]:
+        """Return what a user may change, with its default."""
+        known = knobs(self.offer.source.load_configs("train")["train.json"])
+        chosen: dict[str, Any] = {name: known[name] for name in ("learning_rate", "batch_size") if name in known}
+        fields = TuningRequest()
+        return {
+            "device": _devices(),
+            "max_epochs": fields.max_epochs,
+            "val_split": fields.val_split,
+            "pretrained": fields.pretrained,
+            "publish": ["better", "always"],
+            **chosen,
+        }
+
+    def info(self) -> dict[str, Any]:
+        """Return what viewers show of the training."""
+        return {**super().info(), "version": self.offer.source.metadata.get("version")}
+
+    def stats(self) -> dict[str, Any]:
+        """Return what came of the last training; empty before the first."""
+        path = self.offer.tuned.root.parent / f"{self.offer.name}.{_STATS}"
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return found
+
+    def __call__(self, request: dict[str, Any], datastore: Any) -> dict[str, Any]:
+        """Train, and put the weights into use where they are not worse; return what came of it."""
+        tuned = tune(
+            self.offer,
+            annotations_of(datastore.datalist()),
+            self._request(request),
+            work=self.work,
+            pseudonym=self.pseudonyms.of,
+            report=_Lines(self.offer.name),
+        )
+        stats = _plain(tuned)
+        replace_text(self.offer.tuned.root.parent / f"{self.offer.name}.{_STATS}", json.dumps(stats, indent=2) + "\n")
+        _line(f"{self.offer.name}: {json.dumps(stats)}")
+        return stats
+
+    def _request(self, request: dict[str, Any]) -> TuningRequest:
+        publish = request.get("publish", "better")
+        known = knobs(self.offer.source.load_configs("train")["train.json"])
+        own = ("device_name", "max_epochs", "pretrained", "val_interval", "label_mapping")
+        settings = {name: value for name, value in request.items() if name in known and name not in own}
+        return TuningRequest(
+            max_epochs=request.get("max_epochs", TuningRequest.max_epochs),
+            val_split=request.get("val_split", TuningRequest.val_split),
+            pretrained=bool(request.get("pretrained", True)),
+            publish=publish[0] if isinstance(publish, list) and publish else publish,
+            settings=settings | device_setting(request),
+        )
+
+
+def annotations_of(records: Iterable[dict[str, Any]]) -> list[Annotation]:
+    """Return MONAI Label's list of saved labels in our terms."""
+    found = []
+    for record in records:
+        image, info = Path(record["image"]), record.get("meta", {}).get("label", {})
+        label = Path(record["label"])
+        given = info.get("label_info") or _names_in_store(label, info.get("SeriesInstanceUID", ""))
+        entries = [entry for entry in given if isinstance(entry, dict)]
+        found.append(Annotation(image.name, image, label, entries))
+    return found
+
+
+def _names_in_store(label: Path, series: str) -> list[dict[str, Any]]:
+    """Return names and values of a label that came from a DICOMweb store, which keeps the object beside the label."""
+    folder = label.parent / series
+    if not series or not folder.is_dir():
+        return []
+    import pydicom
+
+    header = pydicom.dcmread(next(folder.iterdir()), stop_before_pixels=True)
+    segments = header.get("SegmentSequence", [])
+    return [{"name": str(each.SegmentLabel), "idx": int(each.SegmentNumber)} for each in segments]
+
+
+def device_setting(request: dict[str, Any]) -> dict[str, str]:
+    """Return the knob that chooses the device; what a viewer asks for and the machine lacks becomes "auto"."""
+    asked = request.get("device")
+    first = asked[0] if isinstance(asked, list) and asked else asked
+    return {"device_name": first} if isinstance(first, str) and first in _devices() else {}
+
+
+def _devices() -> list[str]:
+    import torch
+
+    return [*(f"cuda:{number}" for number in range(torch.cuda.device_count())), "cpu"]
+
+
+def _dicom_folder(image: Path) -> Path:
+    """Return the series that a DICOMweb store's copy was converted from, where it lies beside the copy."""
+    folder = image.with_name(image.name.removesuffix(".gz").removesuffix(".nii"))
+    return folder if image.name.endswith(".nii.gz") and folder.is_dir() and any(folder.iterdir()) else image
+
+
+def _plain(tuned: Tuned) -> dict[str, Any]:
+    stats = asdict(tuned)
+    # NaN is no JSON.
+    return {name: None if value != value else value for name, value in stats.items()}
+
+
+class _Lines:
+    """Says now and then how far a training is, in lines that the server logs."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.last = 0.0
+
+    def __call__(self, done: float, total: int, words: str) -> None:
+        if time.monotonic() - self.last > _SECONDS_BETWEEN_LINES or done == total:
+            self.last = time.monotonic()
+            _line(f"{self.name}: epoch {done:.2f} of {total}, {words}")
+
+
+def _line(text: str) -> None:
+    sys.stdout.write(f"medseg: {text}\n")
+    sys.stdout.flush()

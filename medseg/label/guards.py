@@ -1,0 +1,51 @@
+"""What requests may name. MONAI Label joins ids to paths as they come; here they are looked at first."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Final
+
+from medseg.errors import RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
+
+__all__ = ["check_query", "check_tag", "image_inside"]
+
+_TAG: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+
+
+def check_query(query: Iterable[tuple[str, str]]) -> None:
+    """Refuse a query whose values lead out of a folder, such as `image=../../secret` or `logfile=/etc/passwd`.
+
+    Raises:
+        RequestError: names the parameter.
+    """
+    for name, value in query:
+        parts = value.replace("\\", "/").split("/")
+        if ".." in parts or value.startswith(("/", "\\", "~")) or "\0" in value or value[1:2] == ":":
+            raise RequestError(f"'{name}' must be the id of an image or a label, not a path")
+
+
+def check_tag(tag: object) -> str:
+    """Return the tag under which a label is saved, which names a folder.
+
+    Raises:
+        RequestError: it is no plain word.
+    """
+    if not isinstance(tag, str) or not _TAG.fullmatch(tag):
+        raise RequestError(f"a label's tag is a word such as 'final' or 'original', not {tag!r}")
+    return tag
+
+
+def image_inside(image: Path, folders: Sequence[Path]) -> Path:
+    """Return an image's path if the image lies in one of the folders, links followed.
+
+    Raises:
+        RequestError: it lies elsewhere: no request may read any other file of this machine.
+    """
+    found = image.resolve()
+    if not any(found.is_relative_to(folder.resolve()) for folder in folders):
+        raise RequestError("this image is none of the studies and was not sent along: name an image by its id")
+    return found

@@ -1,0 +1,129 @@
+"""A bundle that stays loaded: masks exactly as `medseg predict` writes them, and how sure the network is."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from medseg.bundle import runner
+from medseg.errors import RequestError
+from medseg.files import sha256_file
+from medseg.io import find_cases
+from medseg.io.names import OUTPUT_FORMATS, mask_name, split_suffix
+from medseg.label.uncertainty import uncertainty
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from medseg.label.offers import Offer
+
+__all__ = ["Predictor"]
+
+# What viewers ask a result to end in, where that is not the ending of a format of ours.
+_ENDINGS = {".nii": "nifti", ".seg.nrrd": "nrrd"}
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A bundle with weights in memory; another key means that it has to be loaded again."""
+
+    key: tuple[object, ...]
+    workflow: Any
+    evaluator: Any
+
+
+class Predictor:
+    """Runs one bundle on one image after the other.
+
+    The config is checked, and the network built, when the first image comes and again when the weights have changed,
+    as they do when a training on the server is finished. One image runs at a time.
+
+    Args:
+        offer: the bundle.
+        results: folder for masks; made if missing.
+    """
+
+    def __init__(self, offer: Offer, results: Path) -> None:
+        self.offer = offer
+        self.results = results
+        self._lock = threading.Lock()
+        self._loaded: _Loaded | None = None
+        self._hashed: tuple[tuple[object, ...], str] | None = None
+
+    def predict(self, image: Path, *, ending: str = "", settings: Mapping[str, Any] | None = None) -> Path:
+        """Return a new file with the mask of an image, on the image's grid.
+
+        Args:
+            image: file or DICOM folder.
+            ending: of the result, such as ".nrrd"; by default the format of the image.
+            settings: knobs of the bundle to change.
+
+        Raises:
+            RequestError: an ending that no format has, an unknown knob, or no weights.
+            CaseError: the image cannot be used.
+        """
+        case = self._case(image, ending)
+        with self._lock:
+            loaded = self._ready(case["image"], settings or {})
+            try:
+                runner.run_case(loaded.evaluator, partial(loaded.workflow.preprocessing, dict(case)), case)
+            except BaseException:
+                self._loaded = None  # an engine that an error has stopped would finish its old run first
+                raise
+        return self.results / case["name"]
+
+    def uncertainty(self, image: Path, *, settings: Mapping[str, Any] | None = None) -> float:
+        """Return how unsure the network is of an image, 0 to 1 (see `medseg.label.uncertainty`)."""
+        case = self._case(image, "")
+        with self._lock:
+            loaded = self._ready(case["image"], settings or {})
+            return uncertainty(loaded.workflow, case)
+
+    def weights_sha256(self) -> str:
+        """Return the hash of the weights that count now; empty where there are none."""
+        state = _state(self.offer.current.weights)
+        if self._hashed is None or self._hashed[0] != state:
+            weights = self.offer.current.weights
+            self._hashed = (state, sha256_file(weights) if weights.is_file() else "")
+        return self._hashed[1]
+
+    def _case(self, image: Path, ending: str) -> dict[str, str]:
+        cases = find_cases(image)
+        if len(cases) != 1:
+            raise RequestError(f"'{image}' holds {len(cases)} images: expected one")
+        # The name of the result must not be that of the image, which may name the patient.
+        known = mask_name(cases[0]["name"])
+        name = uuid.uuid4().hex + split_suffix(known)[1]
+        return {"image": cases[0]["image"], "name": mask_name(name, _format(ending)) if ending else name}
+
+    def _ready(self, image: str, settings: Mapping[str, Any]) -> _Loaded:
+        bundle = self.offer.current
+        key = (*_state(bundle.weights), *_state(bundle.config_path("inference")), repr(sorted(settings.items())))
+        if self._loaded is None or self._loaded.key != key:
+            self._loaded = None
+            self.results.mkdir(parents=True, exist_ok=True)
+            paths = {"dataset_dir": image, "output_dir": str(self.results)}
+            job = runner.prepare("predict", bundle, settings, paths=paths)
+            workflow = runner.open_workflow(job, "infer")
+            self._loaded = _Loaded(key, workflow, runner.build_evaluator(workflow))
+        return self._loaded
+
+
+def _state(path: Path) -> tuple[object, ...]:
+    if not path.is_file():
+        return (str(path), None)
+    status = path.stat()
+    return (str(path), status.st_ino, status.st_mtime_ns, status.st_size)
+
+
+def _format(ending: str) -> str:
+    wanted = ending.lower() if ending.startswith(".") else f".{ending.lower()}"
+    formats = {suffix: name for name, suffix in OUTPUT_FORMATS.items() if name not in ("dicom-seg", "rtstruct")}
+    formats |= _ENDINGS
+    if wanted not in formats:
+        raise RequestError(f"no result can end in '{ending}': use one of {', '.join(formats)}")
+    return formats[wanted]

@@ -1,0 +1,86 @@
+"""How unsure a network is of an image, to ask people for the labels that teach it most.
+
+The network sees the image and its mirror images, whose mean probabilities also tell how much the predictions disagree:
+the entropy of the mean is the expected entropy of one prediction plus their mutual information.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from medseg.inferers import MirrorTTA, NativeInferer
+from medseg.inferers.results import plain, probabilities
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+__all__ = ["mean_entropy", "uncertainty"]
+
+# Voxels that are surely background would only dilute the mean, the more the larger the image.
+_FOREGROUND = 0.1
+
+
+def uncertainty(workflow: Any, case: Mapping[str, str]) -> float:
+    """Return the mean entropy of a network's predictions of an image, 0 (sure) to 1.
+
+    Args:
+        workflow: MONAI's workflow of a bundle's `inference.json`, initialized, with its weights loaded.
+        case: `{"image": path, "name": ...}`.
+
+    Raises:
+        CaseError: the image cannot be used.
+    """
+    inferer, activation = _logits_inferer(workflow.inferer)
+    network = workflow.parser.get_parsed_content("network")
+    image = workflow.preprocessing(dict(case))["image"]
+    was_training = network.training
+    network.eval()
+    mirrored = MirrorTTA(network, average="probabilities", activation=activation)
+    with torch.no_grad():
+        logits = plain(inferer(plain(image)[None].to(workflow.device), mirrored))
+    network.train(was_training)
+    return mean_entropy(probabilities(logits, activation), activation)
+
+
+def mean_entropy(probability: Tensor, activation: str) -> float:
+    """Return the mean entropy of the voxels that may be foreground, as a share of the largest possible.
+
+    Args:
+        probability: `(B, K, *spatial)`; of K classes with the background first ("softmax"), or of K labels that do not
+            exclude each other ("sigmoid").
+        activation: "softmax" or "sigmoid".
+
+    Returns:
+        0 to 1; over all voxels where none may be foreground.
+    """
+    if activation == "sigmoid":
+        both = torch.stack([probability, 1 - probability], dim=1)
+        foreground = probability.amax(1) > _FOREGROUND
+        entropy = (-torch.special.xlogy(both, both).sum(1) / math.log(2)).mean(1)
+    else:
+        foreground = 1 - probability[:, 0] > _FOREGROUND
+        entropy = -torch.special.xlogy(probability, probability).sum(1) / math.log(probability.shape[1])
+    return float((entropy[foreground] if bool(foreground.any()) else entropy).mean())
+
+
+def _logits_inferer(inferer: Any) -> tuple[Any, str]:
+    """Return an inferer that gives logits on the model's grid, and what makes probabilities of them."""
+    if isinstance(inferer, NativeInferer):
+        return inferer.inferer, _known(inferer.result.activation)
+    if hasattr(inferer, "native") and hasattr(inferer, "output"):
+        plainer = copy.copy(inferer)
+        plainer.output, plainer.foreground = "logits", None
+        # A backend rebuilds the network; several passes through one window are not what it expects.
+        plainer.backend, plainer.precision, plainer.memory_format = None, "float32", "contiguous"
+        return plainer, _known(inferer.native.activation)
+    return inferer, "softmax"
+
+
+def _known(activation: str) -> str:
+    return activation if activation in ("softmax", "sigmoid") else "softmax"

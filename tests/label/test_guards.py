@@ -1,0 +1,43 @@
+"""Ids are no paths."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from medseg.errors import RequestError
+from medseg.label.guards import check_query, check_tag, image_inside
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["../secret", "a/../../b", "/etc/passwd", "..\\secret", "~/x", "C:\\x", "a\0b", "sub/..", "\\\\host\\share"],
+)
+def test_values_that_lead_out_are_refused(value: str) -> None:
+    with pytest.raises(RequestError, match="'image'"):
+        check_query([("output", "all"), ("image", value)])
+
+
+@pytest.mark.parametrize("value", ["case_1", "sub/case.1", "1.2.840.10008", "a..b", "MUELLER HANS", ""])
+def test_ids_pass(value: str) -> None:
+    check_query([("image", value)])
+
+
+@pytest.mark.parametrize("tag", ["../x", "a/b", "", "a b", None, 3, "-x", "x" * 65])
+def test_tags_are_words(tag: object) -> None:
+    assert check_tag("final") == "final"
+    with pytest.raises(RequestError, match="tag"):
+        check_tag(tag)
+
+
+def test_only_files_in_the_allowed_folders_are_read(tmp_path: Path) -> None:
+    studies = tmp_path / "studies"
+    studies.mkdir()
+    (studies / "a.nii").touch()
+    (tmp_path / "secret.nii").touch()
+    (studies / "link.nii").symlink_to(tmp_path / "secret.nii")
+    assert image_inside(studies / "a.nii", [studies]) == studies / "a.nii"
+    for path in (tmp_path / "secret.nii", studies / ".." / "secret.nii", studies / "link.nii"):
+        with pytest.raises(RequestError, match="none of the studies"):
+            image_inside(path, [studies])

@@ -1,0 +1,96 @@
+"""The masks of a label server are those of `medseg predict`, and follow the weights."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+
+from medseg.bundle import api
+from medseg.bundle.build import build
+from medseg.bundle.catalog import Bundle
+from medseg.errors import CaseError, RequestError, UntrustedBundleError
+from medseg.label.offers import Offer, find_offers
+from medseg.label.predictor import Predictor
+
+
+@pytest.fixture
+def image(tiny_data: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copy(sorted((tiny_data / "imagesTr").iterdir())[0], tmp_path / "MUELLER.nii.gz"))
+
+
+@pytest.fixture
+def offer(trained_copy: Bundle, tmp_path: Path) -> Offer:
+    return find_offers(tmp_path / "tuned", folders=[trained_copy.root]).offered[trained_copy.name]
+
+
+def test_the_mask_is_the_bundle_commands_byte_for_byte(offer: Offer, image: Path, tmp_path: Path) -> None:
+    mask = Predictor(offer, tmp_path / "results").predict(image)
+    api.predict(offer.source.root, image, tmp_path / "cli")
+    assert mask.read_bytes() == (tmp_path / "cli" / "MUELLER.nii.gz").read_bytes()
+    assert "MUELLER" not in mask.name
+
+
+@pytest.mark.parametrize("ending", [".nrrd", ".nii", "mha", ".seg.nrrd"])
+def test_other_endings_hold_the_same_voxels_in_the_same_place(offer, image: Path, ending: str, tmp_path: Path) -> None:
+    predictor = Predictor(offer, tmp_path / "results")
+    own, other = (sitk.ReadImage(str(predictor.predict(image, ending=e))) for e in ("", ending))
+    assert (sitk.GetArrayFromImage(own) == sitk.GetArrayFromImage(other)).all()
+    assert sitk.GetArrayFromImage(own).any()
+    assert np.allclose(own.GetOrigin(), other.GetOrigin(), atol=1e-5)
+    assert np.allclose(own.GetDirection(), other.GetDirection(), atol=1e-5)
+
+
+def test_new_weights_are_taken_up_without_a_restart(offer: Offer, image: Path, tmp_path: Path) -> None:
+    predictor = Predictor(offer, tmp_path / "results")
+    before = predictor.predict(image).read_bytes()
+    old = predictor.weights_sha256()
+    shutil.copytree(offer.source.root, offer.tuned.root)
+    state = torch.load(offer.tuned.weights, weights_only=True)
+    torch.save({name: value * 0 for name, value in state.items()}, offer.tuned.weights)
+    build(offer.tuned)  # enters the new hash
+    assert predictor.predict(image).read_bytes() != before
+    assert predictor.weights_sha256() != old
+
+
+def test_an_image_that_fails_does_not_spoil_the_next(offer: Offer, image: Path, tmp_path: Path) -> None:
+    predictor = Predictor(offer, tmp_path / "results")
+    broken = tmp_path / "broken.nii.gz"
+    broken.write_bytes(image.read_bytes()[:2000])
+    before = predictor.predict(image).read_bytes()
+    with pytest.raises(CaseError, match=r"broken\.nii\.gz"):
+        predictor.predict(broken)
+    assert predictor.predict(image).read_bytes() == before
+
+
+@pytest.mark.parametrize("ending", [".exe", ".seg.dcm", "nii/../../x"])
+def test_endings_of_no_format_are_refused(offer: Offer, image: Path, ending: str, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="no result can end in"):
+        Predictor(offer, tmp_path / "results").predict(image, ending=ending)
+
+
+def test_unknown_knobs_are_refused(offer: Offer, image: Path, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="no knob 'overlop'"):
+        Predictor(offer, tmp_path / "results").predict(image, settings={"overlop": 0.5})
+
+
+def test_a_bundle_that_turns_hostile_while_the_server_runs_is_refused(
+    offer: Offer, image: Path, tmp_path: Path
+) -> None:
+    predictor = Predictor(offer, tmp_path / "results")
+    predictor.predict(image)
+    config = offer.source.config_path("inference")
+    config.write_text(config.read_text().replace('"device_name": "auto"', '"device_name": "$exit()"'))
+    with pytest.raises(UntrustedBundleError):
+        predictor.predict(image)
+
+
+def test_weights_that_could_run_code_are_refused(offer: Offer, image: Path, tmp_path: Path) -> None:
+    torch.save({"weight": Predictor}, offer.source.weights)
+    build(offer.source)
+    with pytest.raises(RequestError, match="could run code"):
+        Predictor(offer, tmp_path / "results").predict(image)

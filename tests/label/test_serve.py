@@ -1,0 +1,100 @@
+"""Starting the label server: what is refused before anything is loaded, and what is safe by default."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+
+from medseg.errors import RequestError
+from medseg.label import serve
+from medseg.label.accounts import Accounts
+from medseg.label.options import LabelOptions, default_state, is_loopback
+
+
+def test_it_listens_on_this_machine_and_asks_for_a_login_by_default(tmp_path: Path) -> None:
+    options = LabelOptions(str(tmp_path), tmp_path)
+    options.check()
+    assert is_loopback(options.host)
+    assert options.login
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [("127.0.0.1", True), ("localhost", True), ("::1", True), ("0.0.0.0", False), ("10.0.0.1", False), ("pacs", False)],
+)
+def test_addresses_of_this_machine_are_told_from_others(host: str, loopback: bool) -> None:
+    assert is_loopback(host) is loopback
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"studies": "missing"}, "no folder of studies"),
+        ({"port": 0}, "port 0"),
+        ({"host": "0.0.0.0", "login": False, "encrypted": True}, "without login"),
+        ({"host": "0.0.0.0"}, "in the clear"),
+    ],
+)
+def test_what_is_not_safe_or_cannot_be_is_refused(changes: dict[str, object], message: str, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=message):
+        LabelOptions(**({"studies": str(tmp_path), "state": tmp_path} | changes)).check()  # type: ignore[arg-type]
+
+
+def test_options_reach_another_process_through_its_environment(tmp_path: Path) -> None:
+    options = LabelOptions("http://pacs/dicom-web", tmp_path, (tmp_path / "a", tmp_path / "b"), ("x_y_z",))
+    assert LabelOptions.from_environment(options.studies, options.environment()) == options
+    assert LabelOptions.from_environment("s", {}).state == default_state()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--studies is needed"),
+        (["--studies", "missing"], "no folder of studies"),
+        (["--studies", ".", "--tls-key", "x"], "belong together"),
+        (["--studies", ".", "--models", "spleen"], "no bundle 'spleen'"),
+        (["--studies", ".", "--host", "0.0.0.0"], "in the clear"),
+    ],
+)
+def test_a_wrong_command_says_what_is_wrong(arguments: list[str], message: str, tmp_path: Path, capsys) -> None:
+    assert serve.main([*arguments, "--state", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_first_start_makes_an_account_and_shows_its_password_once(tmp_path: Path, capsys, monkeypatch) -> None:
+    started = []
+
+    class Server:
+        @staticmethod
+        def run(options: LabelOptions, **_: object) -> None:
+            started.append(options)
+
+    monkeypatch.setattr(serve, "_server", lambda: Server)
+    command = ["--studies", str(tmp_path), "--state", str(tmp_path / "state"), "--models", "hippocampus_mri_unet"]
+    assert serve.main(command) == 0
+    said = capsys.readouterr().err
+    password = said.split("password: ")[1].split()[0]
+    assert Accounts(started[0].accounts).check("annotator", password)
+    assert "offered: hippocampus_mri_unet" in said
+    assert serve.main(command) == 0
+    assert "password" not in capsys.readouterr().err
+
+
+def test_an_account_is_added_from_standard_input(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("correct horse battery\n"))
+    assert serve.main(["--state", str(tmp_path), "--add-account", "bob"]) == 0
+    assert Accounts(tmp_path / "accounts.json").check("bob", "correct horse battery")
+
+
+def test_without_its_environment_the_error_names_the_command_that_makes_one(
+    tmp_path: Path, capsys, monkeypatch
+) -> None:
+    def absent(name: str) -> object:
+        raise ModuleNotFoundError("No module named 'monailabel'", name="monailabel")
+
+    monkeypatch.setattr("importlib.import_module", absent)
+    assert serve.main(["--studies", str(tmp_path), "--state", str(tmp_path / "state")]) == 2
+    assert "make label-server" in capsys.readouterr().err
