@@ -7,11 +7,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medseg.bundle import runner
-from medseg.bundle.catalog import Bundle, find_bundle
+from medseg.bundle import launch, runner
+from medseg.bundle.build import build, stale_files
+from medseg.bundle.catalog import Bundle, find_bundle, merged
+from medseg.bundle.compose import compose, spatial_dims
+from medseg.bundle.ensembles import ensemble_of
+from medseg.bundle.knobs import changed
+from medseg.bundle.recipes import with_recipe
 from medseg.bundle.trust import load_json
 from medseg.errors import RequestError
 from medseg.files import check_folder, replace_text
@@ -27,7 +33,7 @@ __all__ = ["evaluate", "predict", "train"]
 
 
 def predict(
-    bundle: str | Path,
+    bundle: str | Path | Sequence[str | Path],
     inputs: str | Path | Sequence[str | Path],
     output: str | Path,
     *,
@@ -40,7 +46,7 @@ def predict(
     """Write a mask for every image, on the image's own grid and under its name, and `manifest.json`.
 
     Args:
-        bundle: folder, or name of a shipped bundle.
+        bundle: folder, or name of a shipped bundle; of several, the mean of their predictions is taken.
         inputs: an image, several, a folder of images, or a `dataset.json`.
         output: folder for the results, made if missing.
         settings: knobs to change, by name.
@@ -55,6 +61,18 @@ def predict(
     Raises:
         RequestError: anything about the request that cannot be; nothing was written.
     """
+    if not isinstance(bundle, (str, Path)):
+        with ensemble_of(bundle) as together:
+            return predict(
+                together.root,
+                inputs,
+                output,
+                settings=settings,
+                resume=resume,
+                trust=trust,
+                report=report,
+                announce=announce,
+            )
     found, folder = find_bundle(bundle), Path(output).absolute()
     given = [inputs] if isinstance(inputs, (str, Path)) else list(inputs)
     places = [str(Path(place).absolute()) for place in given]
@@ -94,10 +112,10 @@ def evaluate(
         RequestError: anything about the request that cannot be.
     """
     found, root = find_bundle(bundle), Path(data).absolute()
-    cases = find_dataset(root, split)
     folder = found.root / "runs" / "evaluate" if output is None else Path(output).absolute()
     paths = {"dataset_dir": str(root), "split": split, "output_dir": str(folder)}
     job = runner.prepare("evaluate", found, settings or {}, paths=paths, trust=trust)
+    cases = find_dataset(root, split, split_file=_split_file(job.config, split))
     check_folder(folder)
     return runner.evaluate(job, cases, folder, report=report)
 
@@ -108,6 +126,7 @@ def train(
     *,
     output: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
+    devices: int = 1,
     resume: bool = False,
     overwrite: bool = False,
     trust: str | None = None,
@@ -119,7 +138,9 @@ def train(
         bundle: folder, or name of a shipped bundle.
         data: data set as `medseg.io.find_dataset` takes it.
         output: new folder for a copy to train; the bundle itself is trained if not given.
-        settings: knobs to change, by name.
+        settings: knobs to change, by name; `recipe` names one of `medseg.bundle.recipes`, which changes the bundle's
+            `bundle.json` and configs ("" goes back to those of its template).
+        devices: processes that train together, on CUDA each with a device of its own.
         resume: go on from the last finished epoch.
         overwrite: replace the weights that the bundle has.
         trust: fingerprint by which you vouch for a bundle that is not declarative.
@@ -135,9 +156,16 @@ def train(
     source, root = find_bundle(bundle), Path(data).absolute()
     target = source if output is None else Bundle(Path(output).absolute())
     paths = {"dataset_dir": str(root), "resume": resume}
-    runner.prepare("train", source, settings or {}, paths=paths, trust=trust)
+    values = dict(settings or {})
+    recipe = values.pop("recipe", None)
+    if recipe is None:
+        runner.prepare("train", source, values, paths=paths, trust=trust)
+    else:
+        changed(compose(_by_recipe(source, recipe))["train"], values)
+    config = {**merged(source.load_configs("train")), **values}
+    launch.check_processes(devices, config)
     for split in ("train", "val"):
-        find_dataset(root, split)
+        find_dataset(root, split, split_file=_split_file(config, split))
     if target.weights.is_file() and not (resume or overwrite):
         raise RequestError(
             f"'{target.weights}' exists and training would replace it: give --output NEW_FOLDER to train a copy, "
@@ -145,8 +173,34 @@ def train(
         )
     check_folder(target.root)
     _copy(source, target)
-    job = runner.prepare("train", target, settings or {}, paths=paths, trust=trust)
-    return runner.train(job, report=report)
+    if recipe is not None:
+        replace_text(target.root / "bundle.json", json.dumps(_by_recipe(target, recipe), indent=2) + "\n")
+        build(target)
+    prepare = partial(runner.prepare, "train") if devices == 1 else launch.prepare
+    job = prepare(target, values, paths=paths, trust=trust)
+    return launch.train(job, devices, report=report)
+
+
+def _split_file(config: Mapping[str, Any], split: str) -> str | None:
+    """The file that divides the cases of a run otherwise than the data set itself does."""
+    given = config.get("split_file")
+    return given if isinstance(given, str) and given and split != "test" else None
+
+
+def _by_recipe(bundle: Bundle, recipe: Any) -> dict[str, Any]:
+    """Return what `bundle.json` has to say for the bundle to be trained by a recipe.
+
+    Raises:
+        RequestError: an unknown recipe, or a bundle whose configs do not come from its `bundle.json`.
+    """
+    stale = [name for name in stale_files(bundle) if name != "configs/metadata.json"]
+    if stale:
+        raise RequestError(
+            f"{', '.join(stale)} of '{bundle.root}' differ from its bundle.json, so a recipe would undo what was "
+            f"changed there; run `medseg bundle build {bundle.root}` first"
+        )
+    description = load_json(bundle.root / "bundle.json")
+    return with_recipe(description, str(recipe), spatial_dims(description))
 
 
 def _copy(source: Bundle, target: Bundle) -> None:

@@ -15,7 +15,7 @@ from medseg.files import replace_text, sha256_file
 if TYPE_CHECKING:
     from medseg.bundle.catalog import Bundle
 
-__all__ = ["build", "built_files", "metadata"]
+__all__ = ["build", "built_files", "metadata", "stale_files"]
 
 _SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
 # The versions of constraints.txt that a reader of the metadata should know.
@@ -48,6 +48,19 @@ def built_files(bundle: Bundle) -> dict[str, str]:
     configs = compose(source)
     configs = {"metadata": metadata(source, configs["inference"], bundle.weights), **configs}
     return {f"configs/{name}.json": json.dumps(config, indent=2) + "\n" for name, config in configs.items()}
+
+
+def stale_files(bundle: Bundle) -> list[str]:
+    """Return the files of the bundle that are not what `build` would write, as paths relative to it.
+
+    Raises:
+        BundleError: `bundle.json` is missing or wrong.
+    """
+    return [
+        name
+        for name, text in built_files(bundle).items()
+        if not (bundle.root / name).is_file() or (bundle.root / name).read_text(encoding="utf-8") != text
+    ]
 
 
 def metadata(source: Config, inference: Config, weights: Path) -> Config:

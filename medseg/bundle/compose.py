@@ -3,8 +3,8 @@
 A template (`templates/*.json`) holds *knobs* (the values a user may change, each with a line of help), *blocks* (named
 parts) and *configs* (the files to write). `{"block": "name"}` stands for a block; where a block is a list and stands in
 a list, its items take its place. A template may extend another one: knobs and blocks of the same name replace the
-inherited ones, and the entries of its configs join theirs. `bundle.json` replaces knobs and blocks once more, and may
-only use names that the template knows.
+inherited ones, and the entries of its configs join theirs. A recipe (`medseg.bundle.recipes`) replaces knobs and blocks
+in turn, and `bundle.json` once more; both may only use names that the template knows.
 """
 
 from __future__ import annotations
@@ -15,17 +15,20 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from medseg.bundle.recipes import read_recipe
 from medseg.bundle.trust import load_json
 from medseg.errors import BundleError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-__all__ = ["CONFIG_NAMES", "Config", "checked_value", "compose", "nearest", "template_names"]
+__all__ = ["CONFIG_NAMES", "Config", "checked_value", "compose", "nearest", "spatial_dims", "template_names"]
 
 Config = dict[str, Any]
 
-CONFIG_NAMES = ("train", "evaluate", "inference")
+CONFIG_NAMES = ("train", "evaluate", "inference", "multi_gpu_train")
+# These are laid over train.json, whose knobs they leave as they are.
+_OVERLAYS = ("evaluate", "multi_gpu_train")
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _REQUIRED = ("name", "template", "version", "description", "authors", "channels", "labels", "network_def")
@@ -41,7 +44,9 @@ _OPTIONAL = (
     "knobs",
     "label_classes",
     "label_mapping",
+    "plan",
     "pred_classes",
+    "recipe",
     "references",
     "weights_license",
 )
@@ -63,6 +68,17 @@ def template_names() -> tuple[str, ...]:
     return tuple(sorted(name for name in (p.stem for p in _TEMPLATES.glob("*.json")) if "modality" in _template(name)))
 
 
+def spatial_dims(bundle: Config) -> int:
+    """Return 2 or 3, for the content of a `bundle.json`.
+
+    Raises:
+        BundleError: its template is unknown.
+    """
+    _check_template(bundle)
+    dims: int = _template(bundle["template"])["spatial_dims"]
+    return dims
+
+
 def compose(bundle: Config) -> dict[str, Config]:
     """Return the complete configs of a bundle, by name (`CONFIG_NAMES`).
 
@@ -75,10 +91,12 @@ def compose(bundle: Config) -> dict[str, Config]:
     """
     _check_keys(bundle)
     template = _template(bundle["template"])
-    knobs = _merged_knobs(template, bundle)
-    blocks = _merged_blocks(template, bundle)
+    recipe = read_recipe(bundle["recipe"], template["spatial_dims"]) if bundle.get("recipe") else {}
+    knobs = _merged_knobs(template, recipe, bundle)
+    blocks = _merged_blocks(template, recipe, bundle)
     constants = _constants(template, bundle)
-    return {name: _config(template["configs"][name], blocks, knobs | constants) for name in CONFIG_NAMES}
+    values = {name: {} if name in _OVERLAYS else knobs | constants for name in CONFIG_NAMES}
+    return {name: _config(template["configs"][name], blocks, values[name]) for name in CONFIG_NAMES}
 
 
 def _template(name: str) -> Config:
@@ -103,10 +121,7 @@ def _check_keys(bundle: Config) -> None:
     missing = [key for key in _REQUIRED if key not in bundle]
     if missing:
         raise BundleError(f"bundle.json: missing {', '.join(missing)}")
-    if bundle["template"] not in template_names():
-        raise BundleError(
-            f"bundle.json: no template '{bundle['template']}'{nearest(bundle['template'], template_names())}"
-        )
+    _check_template(bundle)
     name = bundle["name"]
     if not _NAME.fullmatch(name) or any(word in name for word in _MISLEADING_WORDS):
         raise BundleError(
@@ -114,6 +129,12 @@ def _check_keys(bundle: Config) -> None:
             f"without {', '.join(_MISLEADING_WORDS)}"
         )
     _check_network(bundle)
+
+
+def _check_template(bundle: Config) -> None:
+    name = str(bundle.get("template"))
+    if name not in template_names():
+        raise BundleError(f"bundle.json: no template '{name}'{nearest(name, template_names())}")
 
 
 def _check_network(bundle: Config) -> None:
@@ -131,12 +152,13 @@ def _check_network(bundle: Config) -> None:
             )
 
 
-def _merged_knobs(template: Config, bundle: Config) -> Config:
+def _merged_knobs(template: Config, *layers: Config) -> Config:
     knobs = {name: knob["value"] for name, knob in template["knobs"].items()}
-    for name, value in bundle.get("knobs", {}).items():
-        if name not in knobs:
-            raise BundleError(f"bundle.json: unknown knob '{name}'{nearest(name, knobs)}")
-        knobs[name] = checked_value(name, value, knobs[name])
+    for layer in layers:
+        for name, value in layer.get("knobs", {}).items():
+            if name not in knobs:
+                raise BundleError(f"bundle.json: unknown knob '{name}'{nearest(name, knobs)}")
+            knobs[name] = checked_value(name, value, knobs[name])
     return knobs
 
 
@@ -153,12 +175,13 @@ def checked_value(name: str, value: Any, default: Any) -> Any:
     raise BundleError(f"'{name}' must be {wanted} (for example {default!r}), found {value!r}")
 
 
-def _merged_blocks(template: Config, bundle: Config) -> Config:
+def _merged_blocks(template: Config, recipe: Config, bundle: Config) -> Config:
     blocks = dict(template["blocks"])
-    for name, block in bundle.get("blocks", {}).items():
-        if name not in blocks:
-            raise BundleError(f"bundle.json: unknown block '{name}'{nearest(name, blocks)}")
-        blocks[name] = block
+    for layer in (recipe, bundle):
+        for name, block in layer.get("blocks", {}).items():
+            if name not in blocks:
+                raise BundleError(f"bundle.json: unknown block '{name}'{nearest(name, blocks)}")
+            blocks[name] = block
     return {**blocks, "network_def": bundle["network_def"]}
 
 

@@ -1,0 +1,61 @@
+"""The training recipes of the papers, and how a bundle takes one.
+
+A recipe (`recipes/*.json`) replaces knobs and blocks of the template: optimizer, schedule, loss, augmentation and
+stopping. What belongs to the data (spacing, patch size, intensity range) stays with the bundle. `source` says where its
+figures come from, `choices` what we chose where the paper says nothing, `2d` and `3d` hold what differs by dimension.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from medseg.bundle.trust import load_json
+from medseg.errors import RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["read_recipe", "recipe_names", "with_recipe"]
+
+_RECIPES = Path(__file__).parent / "recipes"
+_PARTS = ("knobs", "blocks")
+
+
+def recipe_names() -> tuple[str, ...]:
+    """Return the recipes there are, sorted."""
+    return tuple(sorted(path.stem for path in _RECIPES.glob("*.json")))
+
+
+def read_recipe(name: str, spatial_dims: int) -> dict[str, Any]:
+    """Return the recipe: `source` and `choices` for people, and the `knobs` and `blocks` for 2 or 3 dimensions.
+
+    Raises:
+        RequestError: there is none of that name; the message lists those there are.
+    """
+    if name not in recipe_names():
+        raise RequestError(f"no recipe '{name}'; known are: {', '.join(recipe_names())}")
+    found: dict[str, Any] = load_json(_RECIPES / f"{name}.json")
+    own = found.pop(f"{spatial_dims}d", {})
+    found.pop(f"{5 - spatial_dims}d", None)
+    return {**found, **{part: {**found.get(part, {}), **own.get(part, {})} for part in _PARTS}}
+
+
+def with_recipe(bundle: Mapping[str, Any], name: str, spatial_dims: int) -> dict[str, Any]:
+    """Return the content of a `bundle.json` that trains by a recipe, or by its template alone if `name` is empty.
+
+    The bundle's own values of the knobs and blocks that the recipe sets are dropped; the others stay.
+
+    Raises:
+        RequestError: there is no such recipe.
+    """
+    changed = {key: value for key, value in bundle.items() if key != "recipe"}
+    if not name:
+        return changed
+    recipe = read_recipe(name, spatial_dims)
+    for part in _PARTS:
+        kept = {key: value for key, value in bundle.get(part, {}).items() if key not in recipe[part]}
+        changed.pop(part, None)
+        if kept:
+            changed[part] = kept
+    return {**changed, "recipe": name}
