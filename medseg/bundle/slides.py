@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medseg.errors import CaseError, MedsegError, RequestError
+from medseg.io.dicom.marks import is_dicom
 from medseg.io.names import file_kind, mask_name, split_suffix
 
 if TYPE_CHECKING:
@@ -29,12 +30,16 @@ _OUTPUTS = ("", "tiff")
 
 
 def is_slide(image: str, config: Mapping[str, Any]) -> bool:
-    """Tell whether an image is to be taken as a slide: by its name, and for TIFF by the knob `tiff_slides`.
+    """Tell whether an image is to be taken as a slide: by its name, TIFF by the knob `tiff_slides`, DICOM by its kind.
 
     Only bundles whose inference config has a part `slides` take any.
     """
     if "slides" not in config:
         return False
+    if file_kind(image) in (None, "dicom") and is_dicom(Path(image)):
+        from medseg.io.slide_dicom import is_dicom_slide
+
+        return is_dicom_slide(Path(image))
     return file_kind(image) == "slide" or (bool(config.get("tiff_slides")) and image.lower().endswith(_TIFF))
 
 

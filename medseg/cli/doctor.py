@@ -92,7 +92,12 @@ def _bundle_needs(name: str) -> Needs:
     from medseg.report.doctor import Needs
 
     return Needs(
-        bundle.name, len(shape["spatial_shape"]), int(shape["num_channels"]), labels, str(shape.get("modality", ""))
+        bundle.name,
+        len(shape["spatial_shape"]),
+        int(shape["num_channels"]),
+        labels,
+        str(shape.get("modality", "")),
+        dict(train.get("label_names") or {}),
     )
 
 

@@ -14,6 +14,7 @@ from medseg.io.names import case_stem, output_path
 
 if TYPE_CHECKING:
     from medseg.io.geometry import Grid, grid_difference, same_grid
+    from medseg.io.labels import load_label
     from medseg.io.readers import load, read_grid
     from medseg.io.writers import write_label_files, write_mask, write_probabilities
 
@@ -27,6 +28,7 @@ __all__ = [
     "grid_difference",
     "list_cases",
     "load",
+    "load_label",
     "output_path",
     "read_grid",
     "same_grid",
@@ -40,6 +42,7 @@ _HEAVY = {
     "grid_difference": "geometry",
     "same_grid": "geometry",
     "load": "readers",
+    "load_label": "labels",
     "read_grid": "readers",
     "write_label_files": "writers",
     "write_mask": "writers",

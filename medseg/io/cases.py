@@ -7,7 +7,6 @@ where files are DICOM by their first bytes, their headers are read, to tell whic
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,12 +21,14 @@ from medseg.io.datasets import (
     common_folder,
     prediction_entries,
     read_dataset,
+    read_json,
     split_stems,
 )
-from medseg.io.dicom.marks import DIRECTORY_FILE, is_dicom, split_series
-from medseg.io.names import IMAGE_SUFFIXES, StrPath, absolute, file_kind, mask_name
+from medseg.io.dicom.marks import DIRECTORY_FILE, is_dicom, named_file, split_series
+from medseg.io.names import IMAGE_SUFFIXES, StrPath, absolute, file_kind, mask_name, split_suffix
 
 if TYPE_CHECKING:
+    from medseg.io.dicom.headers import Header
     from medseg.io.dicom.series import Group
 
 __all__ = ["CaseList", "LeftOut", "find_cases", "list_cases"]
@@ -66,10 +67,12 @@ class _Image:
     Attributes:
         image: its path, or that of a folder or archive, perhaps with the series in it.
         label: what it is named by, as if it were one file: below the folder that names are relative to.
+        slide: whether it is a DICOM slide, of which the result is polygons.
     """
 
     image: str
     label: Path
+    slide: bool = False
 
 
 def find_cases(
@@ -82,7 +85,8 @@ def find_cases(
             following links to folders) or a `dataset.json`, of which the "test" list counts, else "validation". A
             folder that is a data set, with `dataset.json` or `split.json`, is taken as that data set; for all its
             images name the folder `images/` itself. DICOM files count by their content: each series of a folder, of a
-            DICOMDIR or of a zip archive is one case, and `folder::series` names one (see `open_series`).
+            DICOMDIR or of a zip archive is one case, and `folder::series` names one (see `open_series`). The files of a
+            DICOM slide in a folder are one case as well, without those of its label, an overview or a thumbnail.
         pattern: take only files whose name matches, such as `"*_t1.nii.gz"`; with a `/` in it, files whose path below
             the folder matches.
         output_format: a key of `medseg.io.names.OUTPUT_FORMATS` that all masks are to have, by default each the one of
@@ -92,7 +96,8 @@ def find_cases(
         One `{"image": ..., "name": ...}` per case, sorted by name: an absolute path, and the name of the mask relative
         to the folder that all images share, such as `sub/case1.nii.gz`. Masks of pictures are called `.png`. The mask
         of a DICOM series is called like its folder, or where that holds several, in the folder by the number of the
-        series and the ending of its UID, such as `sub/3_12345678.nii.gz`.
+        series and the ending of its UID, such as `sub/3_12345678.nii.gz`. Of a DICOM slide the path is that of one of
+        its files, and the result is called like its folder, or where that holds several, like the file.
 
     Raises:
         RequestError: nothing was found, something does not exist, two images would share one mask name, or there is no
@@ -119,7 +124,8 @@ def _list_cases(path: StrPath | Sequence[StrPath], pattern: str | None) -> CaseL
         return _listing([_file_image(file) for file in files], [], pattern, "the list of files")
     given, series = split_series(path)
     if series:
-        return _listing([_series_image(_existing(given), series)], [], pattern, str(path))
+        _existing(given)
+        return _listing([_file_image(absolute(path))], [], pattern, str(path))
     if given.is_dir():
         images, left_out = _folder_images(given)
         base = None if _is_dataset(given) else given
@@ -151,28 +157,40 @@ def _existing_file(path: Path) -> Path:
 
 
 def _file_image(path: Path) -> _Image:
-    """Name a file by itself; DICOM files, which may be called anything, as if they ended in `.dcm`."""
-    folder, series = split_series(path)
-    if series:
-        return _series_image(folder, series)
-    known = file_kind(path) is not None
-    return _Image(str(path), path if known else path.with_name(f"{path.name}.dcm"))
+    """Name a file by itself; DICOM, which may be called anything, as if it ended in `.dcm`."""
+    part = _slide_part(path)
+    if part:
+        raise RequestError(f"{path} is {part}: give a file of the slide itself, or its folder.")
+    return _Image(str(path), named_file(path), slide=part == "")
 
 
-def _series_image(folder: Path, series: str) -> _Image:
-    name = re.sub(r"[^\w.-]+", "_", f"{folder.name}_{series}")
-    return _Image(f"{folder}::{series}", folder.parent / f"{name}.dcm")
+def _slide_part(path: Path) -> str | None:
+    """Say what a file of a DICOM slide shows (see `slide_part`); None for any other file."""
+    if file_kind(path) not in (None, "dicom") or not is_dicom(path):
+        return None
+    from medseg.io.dicom.headers import read_headers
+    from medseg.io.dicom.sources import file_source
+    from medseg.io.slide_dicom import slide_part
+
+    return slide_part(read_headers([file_source(path)])[0])
 
 
 def _refuse_slices(files: Sequence[Path]) -> None:
-    """Refuse a list of files that are slices of one volume: each of them would become a case."""
+    """Refuse a list of files that are slices of one volume, or parts of one slide: each of them would become a case."""
     slices = [path for path in files if file_kind(path) in (None, "dicom") and is_dicom(path)]
     if len(slices) < 2:
         return
     from medseg.io.dicom.series import group_files
     from medseg.io.dicom.sources import file_source
 
-    for group in group_files([file_source(path) for path in slices])[0]:
+    groups, others = group_files([file_source(path) for path in slices])
+    for parts in _slides(others).values():
+        if len(parts) > 1:
+            raise RequestError(
+                f"{len(parts)} of the files, such as {parts[0].source}, are levels of one slide: give one of them, or "
+                "their folder instead."
+            )
+    for group in groups:
         if group.placed and len(group.headers) > 1:
             first = min(str(header.source) for header in group.headers)
             raise RequestError(
@@ -210,20 +228,29 @@ def _is_dataset(folder: Path) -> bool:
 
 def _folder_images(folder: Path) -> tuple[list[_Image], list[LeftOut]]:
     """Return the images of a folder, or of the data set that the folder is, and what was left out."""
-    if (folder / DATASET_FILE).is_file():
-        images = prediction_entries(folder / DATASET_FILE)
-    elif (folder / SPLIT_FILE).is_file():
-        dataset = read_dataset(folder)
-        images = [dataset.images[stem] for stem in split_stems(dataset)["val"]]
-    else:
+    if not _is_dataset(folder):
         found = list(_walk(folder))
         left_out = [LeftOut(str(path), reason) for path, reason in found if reason]
-        plain = [path for path, reason in found if not reason and file_kind(path) not in (None, "dicom")]
-        series, others = _series_images([p for p, reason in found if not reason and p not in set(plain)], folder)
-        return [*map(_file_image, plain), *series], left_out + others
-    chosen = set(images)
-    rest = [(p, reason or "not among the data set's cases to predict") for p, reason in _walk(folder)]
-    return [_file_image(path) for path in images], [LeftOut(str(p), reason) for p, reason in rest if p not in chosen]
+        kept = [path for path, reason in found if not reason]
+        series, others = _series_images([path for path in kept if file_kind(path) in (None, "dicom")], folder)
+        plain = [_file_image(path) for path in kept if file_kind(path) not in (None, "dicom")]
+        return plain + series, left_out + others
+    images = _dataset_images(folder)
+    # An image may be a folder, or a series in one.
+    chosen = {split_series(path)[0] for path in images}
+    rest = [(path, reason) for path, reason in _walk(folder) if chosen.isdisjoint((path, *path.parents))]
+    left_out = [LeftOut(str(path), reason or "not among the data set's cases to predict") for path, reason in rest]
+    return [_file_image(path) for path in images], left_out
+
+
+def _dataset_images(folder: Path) -> list[Path]:
+    """Return the images of a data set to predict; its `dataset.json` may also hold nothing but the names of labels."""
+    listing, split = folder / DATASET_FILE, folder / SPLIT_FILE
+    sections = ("training", "validation", "test")
+    if listing.is_file() and (not split.is_file() or any(name in read_json(listing) for name in sections)):
+        return prediction_entries(listing)
+    dataset = read_dataset(folder)
+    return [dataset.images[stem] for stem in split_stems(dataset)["val"]]
 
 
 def _series_images(files: Sequence[Path], base: Path) -> tuple[list[_Image], list[LeftOut]]:
@@ -234,8 +261,8 @@ def _series_images(files: Sequence[Path], base: Path) -> tuple[list[_Image], lis
     from medseg.io.dicom.sources import file_source
 
     groups, others = group_files([file_source(path) for path in files])
-    left_out = [LeftOut(str(header.source), header.other) for header in others]
-    images: list[_Image] = []
+    left_out = [_left_out(header) for header in others if not _is_slide(header)]
+    images = _slide_images(others, base)
     for group in groups:
         paths = [header.source.path for header in group.headers]
         if group.localizer:
@@ -245,6 +272,41 @@ def _series_images(files: Sequence[Path], base: Path) -> tuple[list[_Image], lis
         else:
             images += [_file_image(path) for path in paths]
     return images, left_out
+
+
+def _left_out(header: Header) -> LeftOut:
+    from medseg.io.slide_dicom import slide_part
+
+    part = "a slide, which is read from its folder alone" if _is_slide(header) else slide_part(header)
+    return LeftOut(str(header.source), part or header.other)
+
+
+def _is_slide(header: Header) -> bool:
+    from medseg.io.slide_dicom import slide_part
+
+    return slide_part(header) == ""
+
+
+def _slides(headers: Sequence[Header]) -> dict[tuple[Path, str], list[Header]]:
+    """Return the files of each DICOM slide, by folder and series: a slide does not reach beyond its folder."""
+    slides: dict[tuple[Path, str], list[Header]] = {}
+    for header in headers:
+        if _is_slide(header):
+            slides.setdefault((header.source.folder, header.series_uid), []).append(header)
+    return slides
+
+
+def _slide_images(headers: Sequence[Header], base: Path) -> list[_Image]:
+    """Name slides by the folder that holds them, and by a file if the folder holds others."""
+    slides = _slides(headers)
+    counts = Counter(folder for folder, _ in slides)
+    images = []
+    for (folder, _), parts in slides.items():
+        path = min(part.source.path for part in parts)
+        where = base if folder == base else folder.parent
+        label = where / f"{folder.name}.dcm" if counts[folder] == 1 else named_file(path)
+        images.append(_Image(str(path), label, slide=True))
+    return images
 
 
 def _folder_image(group: Group, groups: Sequence[Group], base: Path) -> _Image:
@@ -264,7 +326,7 @@ def _packed_images(path: Path) -> tuple[list[_Image], list[LeftOut]]:
     except CaseError as error:
         raise RequestError(str(error)) from error
     stem = path.parent.name if path.name.upper() == DIRECTORY_FILE else path.stem
-    left_out = [LeftOut(str(header.source), header.other) for header in others]
+    left_out = [_left_out(header) for header in others]
     if len(groups) == 1:
         return [_Image(str(path), path.with_name(f"{stem}.dcm"))], left_out
     return [_Image(f"{path}::{group.name}", path.parent / stem / f"{group.name}.dcm") for group in groups], left_out
@@ -319,7 +381,8 @@ def _seen(left_out: Sequence[LeftOut]) -> str:
 def _named(images: Sequence[_Image], base: Path) -> dict[str, str]:
     named: dict[str, str] = {}
     for image in images:
-        _add_name(named, mask_name(image.label.relative_to(base).as_posix()), image.image)
+        name = image.label.relative_to(base).as_posix()
+        _add_name(named, f"{split_suffix(name)[0]}.geojson" if image.slide else mask_name(name), image.image)
     return named
 
 

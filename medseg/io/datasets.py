@@ -6,6 +6,9 @@ Three layouts are understood:
 * an nnU-Net raw folder: `imagesTr/case_0000.nii.gz`, `labelsTr/case.nii.gz`;
 * `images/` and `labels/` with equal stems, of any suffix that medseg reads.
 
+An image may be a folder of DICOM files, `images/case1/`, and a label a DICOM SEG or RT-STRUCT: `labels/case1.dcm`, or a
+folder that holds one. What their segments or regions are called, `dataset.json` says under "labels" (`label_options`).
+
 Where the split is not in `dataset.json`, a file `split.json` beside it holds `{"train": [...], "val": [...]}` with the
 stems of the cases. Nothing beyond the standard library is imported, and no image is opened.
 """
@@ -14,12 +17,14 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from medseg.errors import RequestError
+from medseg.io.dicom.marks import is_dicom, named_file, split_series
 from medseg.io.names import IMAGE_SUFFIXES, StrPath, absolute, file_kind, mask_name, split_suffix
 
 __all__ = [
@@ -28,6 +33,7 @@ __all__ = [
     "Dataset",
     "common_folder",
     "find_dataset",
+    "label_options",
     "prediction_entries",
     "read_dataset",
     "read_json",
@@ -49,6 +55,7 @@ class Dataset:
         images: stem of every labeled case, and its image.
         labels: stem and label file, for those cases that have one.
         sections: the stems that `dataset.json` lists for "train" and "val"; empty where it lists none.
+        label_options: how those labels are read that are DICOM objects (see `label_options`).
     """
 
     root: Path
@@ -56,25 +63,25 @@ class Dataset:
     images: Mapping[str, Path]
     labels: Mapping[str, Path]
     sections: Mapping[str, Sequence[str]]
+    label_options: Mapping[str, Any] = field(default_factory=dict)
 
-    def case(self, stem: str) -> dict[str, str]:
-        """Return image, label and name of one case."""
+    def case(self, stem: str) -> dict[str, Any]:
+        """Return image, label and name of one case, and of a DICOM label how it is read."""
         image = self.images[stem]
         if stem not in self.labels:
             raise RequestError(
                 f"{image} has no label: expected a file '{stem}' with an image suffix beside the other labels of "
                 f"{self.root}. Add it, or take the case out of the split."
             )
-        return {
-            "image": str(image),
-            "label": str(self.labels[stem]),
-            "name": mask_name(image.relative_to(self.base).as_posix()),
-        }
+        label = self.labels[stem]
+        name = mask_name(named_file(image).relative_to(self.base).as_posix())
+        case: dict[str, Any] = {"image": str(image), "label": str(label), "name": name}
+        return {**case, "label_options": dict(self.label_options)} if _may_be_object(label) else case
 
 
 def find_dataset(
     path: StrPath, split: str, *, labels: str = "labels", split_file: StrPath | None = None
-) -> list[dict[str, str]]:
+) -> list[dict[str, Any]]:
     """List the cases of one part of a labeled data set, in the order of the split.
 
     Args:
@@ -85,7 +92,8 @@ def find_dataset(
             `dataset.json` count, and where it lacks one of them, `split.json`.
 
     Returns:
-        One `{"image": ..., "label": ..., "name": ...}` per case: two absolute paths and the name of a result.
+        One `{"image": ..., "label": ..., "name": ...}` per case: two absolute paths and the name of a result. With a
+        DICOM label "label_options" as well, for `medseg.transforms.LoadCased`.
 
     Raises:
         RequestError: the set, a file of it or the split is missing, incomplete or contradictory.
@@ -108,14 +116,37 @@ def read_dataset(path: StrPath, *, labels: str = "labels", sections: Mapping[str
     listing = given if given.is_file() else root / DATASET_FILE
     content = read_json(listing) if listing.is_file() else {}
     if "training" in content:
-        return _listed_dataset(root, listing, content, sections)
-    for image_folder, label_folder in (("imagesTr", "labelsTr"), ("images", labels)):
-        if (root / image_folder).is_dir():
-            return _folder_dataset(root, image_folder, label_folder)
-    raise RequestError(
-        f"{given} is no data set that medseg knows: expected a {DATASET_FILE} with a 'training' list, or folders "
-        f"images/ and {labels}/, or imagesTr/ and labelsTr/."
-    )
+        dataset = _listed_dataset(root, listing, content, sections)
+    else:
+        dataset = _folder_dataset(root, *_find_folders(root, labels))
+    if any(map(_may_be_object, dataset.labels.values())):
+        return replace(dataset, label_options=label_options(content, listing))
+    return dataset
+
+
+def label_options(content: Mapping[str, Any], listing: Path) -> dict[str, Any]:
+    """Return what a `dataset.json` says of labels that are DICOM objects, as arguments of `load_label`.
+
+    Args:
+        content: of the file: "labels" gives values and names, as Decathlon writes them (`{"1": "liver"}`, or of several
+            names that one thing goes by `{"1": ["liver", "Leber"]}`) or nnU-Net (`{"liver": 1}`). "optional_labels"
+            lists the names that a file may lack, and "on_overlap" may be "later", to let of two segments that overlap
+            the one count that comes later in "labels".
+        listing: the file, for messages.
+
+    Raises:
+        RequestError: one of them is wrongly written.
+    """
+    options: dict[str, Any] = {}
+    if content.get("labels"):
+        options["names"] = _named_values(content["labels"], listing)
+    optional = content.get("optional_labels", [])
+    if not isinstance(optional, list) or not all(isinstance(name, str) for name in optional):
+        raise RequestError(f"{listing}: 'optional_labels' is {optional!r}: expected a list of names.")
+    rule = content.get("on_overlap", "refuse")
+    if rule not in ("refuse", "later"):
+        raise RequestError(f"{listing}: 'on_overlap' is {rule!r}: expected 'refuse' or 'later'.")
+    return {**options, "optional": optional, "on_overlap": rule}
 
 
 def split_stems(
@@ -191,7 +222,10 @@ def _pair(listing: Path, section: str, entry: Any) -> dict[str, Path]:
 
 
 def _entry_path(listing: Path, section: str, entry: Any, key: str) -> Path:
-    """Return the file of an entry, which is a path or an object of paths, all relative to the listing."""
+    """Return what an entry names, which is a path or an object of paths, all relative to the listing.
+
+    It may be a file, a folder of DICOM files, or `folder::series`.
+    """
     text = entry.get(key) if isinstance(entry, dict) else entry
     if not isinstance(text, str) or not text:
         raise RequestError(f"{listing}: entry {entry!r} of '{section}' names no {key}: expected one path as text.")
@@ -199,34 +233,99 @@ def _entry_path(listing: Path, section: str, entry: Any, key: str) -> Path:
     path = absolute(root / text)
     if Path(text).is_absolute() or not path.is_relative_to(root):
         raise RequestError(f"{listing}: {text!r} in '{section}' leads out of {root}: use paths below that folder.")
-    if not path.is_file():
+    source = split_series(path)[0]
+    if not source.exists():
         raise RequestError(f"{listing}: {text!r} in '{section}' does not exist: {path} is no file.")
+    if source.is_dir() and not any(map(is_dicom, (file for *_, files in _walk(source) for file in files))):
+        raise RequestError(f"{listing}: {text!r} in '{section}' is a folder without DICOM files: name a file.")
     return path
+
+
+def _named_values(labels: Any, listing: Path) -> dict[str, int]:
+    """Return name -> value of the labels that a `dataset.json` lists, without the background."""
+    if not isinstance(labels, dict):
+        raise RequestError(f"{listing}: 'labels' is {labels!r}: expected values and names.")
+    values: dict[str, int] = {}
+    known: set[str] = set()
+    for key, item in labels.items():
+        turned = key.isdigit() and not isinstance(item, int)
+        value, names = (int(key), item if isinstance(item, list) else [item]) if turned else (item, [key])
+        if type(value) is not int or not all(isinstance(name, str) for name in names):
+            raise RequestError(
+                f"{listing}: 'labels' has {key!r}: {item!r}, and the labels are DICOM objects: expected a value and "
+                'its name, such as "1": "liver".'
+            )
+        for name in names if value else ():
+            if name.strip().casefold() in known:
+                raise RequestError(f"{listing}: 'labels' has the name {name!r} twice, in whatever case.")
+            known.add(name.strip().casefold())
+            values[name] = value
+    return values
+
+
+def _may_be_object(label: Path) -> bool:
+    """Tell whether a label is DICOM, and so perhaps an object of named segments or regions."""
+    return label.is_dir() or (file_kind(label) in (None, "dicom") and is_dicom(label))
+
+
+def _find_folders(root: Path, labels: str) -> tuple[str, str]:
+    for image_folder, label_folder in (("imagesTr", "labelsTr"), ("images", labels)):
+        if (root / image_folder).is_dir():
+            return image_folder, label_folder
+    raise RequestError(
+        f"{root} is no data set that medseg knows: expected a {DATASET_FILE} with a 'training' list, or folders "
+        f"images/ and {labels}/, or imagesTr/ and labelsTr/."
+    )
 
 
 def _folder_dataset(root: Path, image_folder: str, label_folder: str) -> Dataset:
     base, label_base = root / image_folder, root / label_folder
     if not label_base.is_dir():
         raise RequestError(f"{root} holds {image_folder}/ but no folder {label_folder}/ with the labels.")
-    images = _by_stem(base)
+    images = _by_stem(base, _file_stems(label_base))
     if image_folder == "imagesTr":
         images = _single_channel(images, base)
     if not images:
         raise RequestError(f"{base} holds no images: expected files ending in {', '.join(IMAGE_SUFFIXES)}.")
-    return Dataset(root, base, images, _by_stem(label_base), {})
+    return Dataset(root, base, images, _by_stem(label_base, _file_stems(base)), {})
 
 
-def _by_stem(folder: Path) -> dict[str, Path]:
+def _by_stem(folder: Path, partners: Collection[str]) -> dict[str, Path]:
+    """Return the images below a folder by their stems.
+
+    A folder of DICOM files is one image, unless there are `partners` of its files, which makes these images themselves.
+    """
     found: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if hidden or not path.is_file() or file_kind(path) is None:
-            continue
-        stem = _stem(path, folder)
-        if stem in found:
-            raise RequestError(f"{found[stem]} and {path} have the same stem: keep one of them.")
-        found[stem] = path
-    return found
+    for where, subfolders, files in _walk(folder):
+        entries = [path for path in files if file_kind(path) is not None and path.is_file()]
+        if where != folder and _are_dicom(files) and not any(_stem(path, folder) in partners for path in entries):
+            entries = [where]
+            subfolders.clear()
+        for path in entries:
+            stem = _stem(path, folder)
+            if stem in found:
+                raise RequestError(f"{found[stem]} and {path} have the same stem: keep one of them.")
+            found[stem] = path
+    return dict(sorted(found.items(), key=lambda item: item[1]))
+
+
+def _are_dicom(files: Sequence[Path]) -> bool:
+    """Tell whether some files of a folder are DICOM, and none is another image."""
+    kinds = {path: file_kind(path) for path in files}
+    if not set(kinds.values()) <= {None, "dicom"}:
+        return False
+    return "dicom" in kinds.values() or any(map(is_dicom, files))
+
+
+def _file_stems(folder: Path) -> set[str]:
+    return {_stem(path, folder) for *_, files in _walk(folder) for path in files if file_kind(path) is not None}
+
+
+def _walk(folder: Path) -> Iterator[tuple[Path, list[str], list[Path]]]:
+    """Yield each folder with the names of its subfolders, which may be cut, and its files, without what is hidden."""
+    for where, subfolders, names in os.walk(folder):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        yield Path(where), subfolders, [Path(where, name) for name in sorted(names) if not name.startswith(".")]
 
 
 def _single_channel(images: Mapping[str, Path], base: Path) -> dict[str, Path]:

@@ -265,34 +265,41 @@ def check_same_frame(found: str, source: SourceSeries, what: str) -> None:
 
 
 def choose_labels(
-    names: Mapping[int, str], labels: LabelKeys | None, source: object, *, what: str
+    names: Mapping[int, str], labels: LabelKeys | None, source: object, *, what: str, optional: Collection[str] = ()
 ) -> list[tuple[int, int]]:
     """Choose which numbered things become which values.
 
     Args:
         names: number -> name of what the file holds.
         labels: name (in any case) or number -> value, in the order of painting; None takes all, each with its number.
+            A name that no thing has may be its number as text; of several names of one value, one must be there.
         source: the file, for messages.
         what: what the things are called, such as "segment".
+        optional: names of `labels` that may be missing.
 
     Returns:
         Pairs of number and value.
 
     Raises:
-        CaseError: a name or number is not in the file.
+        CaseError: a name or number is not in the file, or `labels` are empty.
         RequestError: a value is not in 1 to 2**31 - 1.
     """
     if labels is None:
         return [(number, number) for number in names if number > 0]
+    listed = ", ".join(f"{number} '{name}'" for number, name in names.items()) or "none"
+    if not labels:
+        raise CaseError(
+            f"{source}: nothing says which value each {what} is to become. It has {listed}. Name those that count; in "
+            "a data set under 'labels' of its dataset.json."
+        )
     chosen: dict[int, int] = {}
     for key, value in labels.items():
         if not isinstance(value, int) or not 0 < value < 2**31:
             raise RequestError(f"{what.capitalize()} {key!r} is to become {value!r}: expected 1 to {2**31 - 1}.")
-        found = [number for number, name in names.items() if key in (number,) or _same(key, name)]
-        if not found:
-            listed = ", ".join(f"{number} '{name}'" for number, name in names.items()) or "none"
+        chosen.update(dict.fromkeys(_numbers(key, names), value))
+    for key, value in labels.items():
+        if value not in chosen.values() and key not in optional:
             raise CaseError(f"{source} has no {what} {key!r}: it has {listed}.")
-        chosen.update(dict.fromkeys(found, value))
     return list(chosen.items())
 
 
@@ -352,8 +359,11 @@ def voxel_points(affine: NDArray[np.float64], points: NDArray[np.float64]) -> ND
     return placed
 
 
-def _same(key: str | int, name: str) -> bool:
-    return isinstance(key, str) and key.strip().casefold() == name.strip().casefold()
+def _numbers(key: str | int, names: Mapping[int, str]) -> list[int]:
+    """Return the numbers of the things that a key means: by name, and only if no name is equal, by number."""
+    text = str(key).strip().casefold()
+    named = [number for number, name in names.items() if isinstance(key, str) and name.strip().casefold() == text]
+    return named or [number for number in names if str(number) == text]
 
 
 def _read_whole(file: Path) -> Dataset:

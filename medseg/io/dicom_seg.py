@@ -11,7 +11,7 @@ the voxels in which its value is at least half of the largest.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import ModuleType
@@ -47,10 +47,11 @@ from medseg.io.geometry import MAX_VOXELS, Grid, check_size
 from medseg.io.names import StrPath, absolute
 from medseg.io.seg_frames import Frame, Pixels, find_region, read_frames, span_grid
 
-__all__ = ["read_seg", "write_seg"]
+__all__ = ["SEG_CLASSES", "read_seg", "write_seg"]
 
 _SEG = "1.2.840.10008.5.1.4.1.1.66.4"
-_LABEL_MAP_SEG = "1.2.840.10008.5.1.4.1.1.66.7"
+# The SOP classes that are read: of segments one by one, and of label maps.
+SEG_CLASSES = (_SEG, "1.2.840.10008.5.1.4.1.1.66.7")
 _EXPLICIT_LITTLE_ENDIAN = "1.2.840.10008.1.2.1"
 _MAX_FRACTION = 255
 
@@ -106,6 +107,7 @@ def read_seg(
     *,
     like: SeriesLike | Grid | None = None,
     labels: LabelKeys | None = None,
+    optional: Collection[str] = (),
     on_overlap: OnOverlap = "refuse",
     max_voxels: int = MAX_VOXELS,
 ) -> tuple[NDArray[np.int32], Grid]:
@@ -115,8 +117,9 @@ def read_seg(
         path: the file.
         like: the series that was segmented, or the grid to place the frames on; by default the smallest grid that the
             frames span.
-        labels: segment label (in any case) or number -> value; other segments are left out. By default every segment
-            with its number.
+        labels: segment label (in any case) or number -> value; other segments are left out. Of several labels of one
+            value, one must be there. By default every segment with its number.
+        optional: those of `labels` that may be missing.
         on_overlap: "refuse" segments that overlap, or let the one "later" in `labels` win.
         max_voxels: the largest number of values that a header may claim.
 
@@ -134,7 +137,7 @@ def read_seg(
         if source is not None:
             check_same_frame(str(dataset.get("FrameOfReferenceUID", "")), source, str(file))
         names = {int(item.SegmentNumber): str(item.get("SegmentLabel", ""))[:64] for item in dataset.SegmentSequence}
-        values = choose_labels(names, labels, file, what="segment")
+        values = choose_labels(names, labels, file, what="segment", optional=optional)
         frames = read_frames(dataset, file)
         grid = source.grid if source else like if isinstance(like, Grid) else span_grid(frames, dataset, file)
         check_size(grid.shape, file, max_voxels)
@@ -330,7 +333,7 @@ def _refer_toread_frames(dataset: Dataset, numbers: Sequence[int | None]) -> Non
 
 
 def _read(file: Path, max_voxels: int) -> Dataset:
-    dataset = read_object(file, {_SEG, _LABEL_MAP_SEG}, "a segmentation")
+    dataset = read_object(file, SEG_CLASSES, "a segmentation")
     frames = int(dataset.NumberOfFrames)
     described = len(dataset.get("PerFrameFunctionalGroupsSequence", []))
     if frames != described:

@@ -26,7 +26,7 @@ from medseg.io.geometry import MAX_VOXELS, Grid
 from medseg.io.names import IMAGE_SUFFIXES, StrPath, absolute
 from medseg.io.voxels import ReadOptions, refuse_nonfinite
 
-__all__ = ["READERS", "Reader", "load", "read_grid"]
+__all__ = ["READERS", "Reader", "load", "placed_tensor", "read_grid"]
 
 
 class Reader(Protocol):
@@ -77,7 +77,8 @@ def load(
             default volumes have one channel, and pictures one or three.
         index: which volume of a series to take, from 0: the place on the one axis beyond space that has several
             entries. By default such a file is refused.
-        label: read whole numbers instead of intensities; a label has one channel.
+        label: read whole numbers instead of intensities; a label has one channel. DICOM SEG and RT-STRUCT are read by
+            `load_label`.
         dtype: "stored" keeps the whole numbers of a file as uint8, int16 or int32 where that loses nothing, which
             needs half the memory for a CT; other files become float32 all the same.
         max_voxels: the largest number of values that a header may claim.
@@ -107,6 +108,11 @@ def load(
         array, grid = reader.read(file, options)
     if array.dtype.kind == "f":
         refuse_nonfinite(array, file)
+    return placed_tensor(array, grid, file)
+
+
+def placed_tensor(array: NDArray[Any], grid: Grid, file: Path) -> MetaTensor:
+    """Return voxels `(C, *spatial)` with their place in space and the metadata that `load` promises."""
     meta = {
         "filename_or_obj": str(file),
         "original_affine": grid.affine.copy(),

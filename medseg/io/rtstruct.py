@@ -12,7 +12,7 @@ Equal masks on equal series give equal bytes, apart from the dates of creation.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from datetime import datetime
 from itertools import groupby
 from pathlib import Path
@@ -53,11 +53,11 @@ from medseg.io.geometry import Grid
 from medseg.io.names import StrPath, absolute
 from medseg.io.polygons import fill_rings, trace_rings
 
-__all__ = ["read_rtstruct", "write_rtstruct"]
+__all__ = ["RTSTRUCT_CLASS", "read_rtstruct", "write_rtstruct"]
 
 logger = logging.getLogger(__name__)
 
-_RTSTRUCT = "1.2.840.10008.5.1.4.1.1.481.3"
+RTSTRUCT_CLASS = "1.2.840.10008.5.1.4.1.1.481.3"
 _STUDY_CLASS = "1.2.840.10008.3.1.2.3.1"
 _CONTOUR_DATA = 0x30060050
 _AREAS = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
@@ -120,15 +120,21 @@ def write_rtstruct(
 
 
 def read_rtstruct(
-    path: StrPath, *, like: SeriesLike, labels: LabelKeys | None = None, on_overlap: OnOverlap = "refuse"
+    path: StrPath,
+    *,
+    like: SeriesLike,
+    labels: LabelKeys | None = None,
+    optional: Collection[str] = (),
+    on_overlap: OnOverlap = "refuse",
 ) -> tuple[NDArray[np.int32], Grid]:
     """Read an RT-STRUCT as a label map on the voxel grid of the series that it was drawn on.
 
     Args:
         path: the file.
         like: the series: its folder, file or archive, or the series opened.
-        labels: name (in any case) or number of a region -> value; other regions are left out. By default every region
-            with its number.
+        labels: name (in any case) or number of a region -> value; other regions are left out. Of several names of one
+            value, one must be there. By default every region with its number.
+        optional: those of `labels` that may be missing.
         on_overlap: "refuse" regions that overlap, or let the one "later" in `labels` win.
 
     Returns:
@@ -142,11 +148,11 @@ def read_rtstruct(
     source = open_source(like)
     canvas = Canvas(source.grid.shape, on_overlap)
     with reading(file):
-        dataset = read_object(file, {_RTSTRUCT}, "a structure set")
+        dataset = read_object(file, {RTSTRUCT_CLASS}, "a structure set")
         regions = {int(item.ROINumber): item for item in dataset.StructureSetROISequence}
         names = {number: str(item.get("ROIName", ""))[:64] for number, item in regions.items()}
         drawn = {int(item.ReferencedROINumber): item for item in dataset.ROIContourSequence}
-        for number, value in choose_labels(names, labels, file, what="region"):
+        for number, value in choose_labels(names, labels, file, what="region", optional=optional):
             what = f"Region '{names[number]}' of {file}"
             if number in drawn and drawn[number].get("ContourSequence"):
                 check_same_frame(str(regions[number].get("ReferencedFrameOfReferenceUID", "")), source, what)
@@ -159,10 +165,10 @@ def _structure_set(source: SourceSeries, uid: str, created: datetime, made_by: s
     # Explicit VR could not hold a contour of more than some 2,000 points.
     dataset.file_meta = FileMetaDataset()
     dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
-    dataset.file_meta.MediaStorageSOPClassUID = UID(_RTSTRUCT)
+    dataset.file_meta.MediaStorageSOPClassUID = UID(RTSTRUCT_CLASS)
     dataset.file_meta.MediaStorageSOPInstanceUID = UID(uid)
     add_patient_and_study(dataset, source)
-    add_instance(dataset, _RTSTRUCT, uid, created)
+    add_instance(dataset, RTSTRUCT_CLASS, uid, created)
     dataset.Modality, dataset.SeriesNumber, dataset.InstanceNumber = "RTSTRUCT", 301, 1
     dataset.OperatorsName, dataset.ApprovalStatus = "", "UNAPPROVED"
     dataset.SeriesDescription = f"Segmentation by {made_by}"[:64]

@@ -8,19 +8,30 @@ from __future__ import annotations
 
 import struct
 from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import BinaryIO, Final
 
 import pydicom
 from pydicom.dataset import Dataset
-from pydicom.errors import InvalidDicomError
+from pydicom.uid import UID
 
 from medseg.errors import CaseError
+from medseg.io.dicom.headers import Header, read_headers
+from medseg.io.dicom.marks import is_dicom
+from medseg.io.dicom.sources import file_source
 
-__all__ = ["check_dicom_slide", "find_dicom_slide"]
+__all__ = ["check_dicom_slide", "find_dicom_slide", "is_dicom_slide", "slide_part"]
 
 _SLIDE_CLASS: Final = "1.2.840.10008.5.1.4.1.1.77.1.6"
-_HEADER_TAGS: Final = ["SOPClassUID", "SeriesInstanceUID"]
+# What files of a slide show beside the slide itself, by the third value of their ImageType.
+_PARTS: Final[Mapping[str, str]] = {
+    "VOLUME": "",
+    "LABEL": "the label of a slide",
+    "OVERVIEW": "an overview of a slide",
+    "LOCALIZER": "an overview of a slide",
+    "THUMBNAIL": "a thumbnail of a slide",
+}
 _PIXEL_DATA: Final = (0x7FE0, 0x0010)
 _ITEM: Final = (0xFFFE, 0xE000)
 _END: Final = (0xFFFE, 0xE0DD)
@@ -33,7 +44,10 @@ def find_dicom_slide(folder: Path) -> Path:
     Raises:
         CaseError: there is no slide, or more than one.
     """
-    slides = _slides(folder)
+    slides = defaultdict(list)
+    for header in _headers(path for path in sorted(folder.iterdir()) if is_dicom(path)):
+        if slide_part(header) == "":
+            slides[header.series_uid].append(header.source.path)
     if len(slides) != 1:
         found = f"{len(slides)} DICOM slides" if slides else "no DICOM slide"
         raise CaseError(f"{folder} holds {found}: expected one. Give a file of the slide instead of the folder.")
@@ -44,25 +58,36 @@ def check_dicom_slide(file: Path) -> None:
     """Check the files of the slide that `file` belongs to, which are those of its series in its folder.
 
     Raises:
-        CaseError: a file's frames are not where it says, or not all there.
+        CaseError: the file is none of a slide, or shows its label, an overview or a thumbnail; or the frames of a file
+            of its series are not where it says, or not all there.
     """
-    for files in _slides(file.parent).values():
-        if file in files:
-            for part in files:
-                _check_frames(part)
+    (own,) = _headers([file])
+    part = slide_part(own)
+    if part is None:
+        kind = UID(own.sop_class).name if own.sop_class else "unknown"
+        raise CaseError(f"{file} is DICOM of the class {kind}: expected VL Whole Slide Microscopy Image Storage.")
+    if part:
+        raise CaseError(f"{file} is {part}: give a file of the slide itself, or its folder.")
+    for header in _headers(path for path in sorted(file.parent.iterdir()) if is_dicom(path)):
+        if slide_part(header) is not None and header.series_uid == own.series_uid:
+            _check_frames(header.source.path)
 
 
-def _slides(folder: Path) -> dict[str, list[Path]]:
-    """Return the files of each slide in a folder, by the number of its series."""
-    series = defaultdict(list)
-    for path in sorted(path for path in folder.iterdir() if path.is_file()):
-        try:
-            header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_HEADER_TAGS)
-        except InvalidDicomError:
-            continue
-        if header.get("SOPClassUID") == _SLIDE_CLASS:
-            series[str(header.get("SeriesInstanceUID"))].append(path)
-    return dict(series)
+def is_dicom_slide(file: Path) -> bool:
+    """Tell whether a file is DICOM and a slide itself, not its label, an overview or a thumbnail."""
+    return is_dicom(file) and slide_part(_headers([file])[0]) == ""
+
+
+def slide_part(header: Header) -> str | None:
+    """Say what a file shows: empty for a slide itself, else half a sentence; None if it does not belong to a slide."""
+    if header.sop_class != _SLIDE_CLASS:
+        return None
+    flavor = header.image_type[2] if len(header.image_type) > 2 else "VOLUME"
+    return _PARTS.get(flavor, f"a part of a slide of the kind {flavor[:16]!r}")
+
+
+def _headers(files: Iterable[Path]) -> list[Header]:
+    return read_headers(file_source(path) for path in files)
 
 
 def _check_frames(path: Path) -> None:

@@ -22,6 +22,7 @@ from PIL import Image
 
 from medseg.errors import CaseError, MedsegError
 from medseg.io import pictures
+from medseg.io.dicom.marks import is_dicom
 from medseg.io.names import file_kind
 from medseg.io.slide_dicom import check_dicom_slide, find_dicom_slide
 from medseg.io.voxels import ReadOptions
@@ -75,6 +76,9 @@ def open_levels(path: Path) -> Levels:
     if not path.exists():
         raise CaseError(f"{path} does not exist: check the path.")
     file = _file_of_folder(path) if path.is_dir() else path
+    with _reading(file):
+        if is_dicom(file):
+            check_dicom_slide(file)
     reasons = [] if _installed("openslide") or _installed("tiffslide") else [_EXTRA]
     for name, opener in _openers(file):
         try:
@@ -94,7 +98,7 @@ def _openers(file: Path) -> list[tuple[str, Callable[[Path], Levels]]]:
     # tiffslide parses damaged files for minutes, so it gets only what OpenSlide does not read right
     if _installed("tiffslide") and (_is_ome(file) or not openers):
         openers.insert(0, ("tiffslide", _TiffSlideLevels))
-    if file_kind(file) not in (None, "slide"):
+    if file_kind(file) not in (None, "slide", "dicom"):
         openers.append(("Pillow", _PictureLevels))
     return openers
 
@@ -184,8 +188,6 @@ class _OpenSlideLevels:
     def __init__(self, file: Path) -> None:
         self._file = file
         openslide = importlib.import_module("openslide")
-        if openslide.OpenSlide.detect_format(str(file)) == "dicom":
-            check_dicom_slide(file)
         self._slide = openslide.OpenSlide(str(file))
         properties: Mapping[str, str] = self._slide.properties
         if properties.get("openslide.vendor") == "generic-tiff" and _sample_bits(file) > 8:

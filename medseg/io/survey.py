@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from medseg.errors import CaseError
 from medseg.io.dicom.marks import image_kind
 from medseg.io.geometry import Grid, corner_distance
+from medseg.io.labels import load_label
 from medseg.io.names import StrPath, absolute
 from medseg.io.readers import READERS, Reader, load
 from medseg.io.voxels import ReadOptions
@@ -83,7 +84,7 @@ class FileFacts:
         nonfinite: values that are NaN or infinite.
         labels: label value -> voxels, ascending; empty for an image.
         digest: hash of shape and values in RAS order; equal for copies, however they are stored.
-        modality: of DICOM, such as "CT".
+        modality: of a DICOM image, such as "CT".
         grid: the grid itself.
         slices: hash of each axial slice, of which constant ones have none.
         header: of a NIfTI file.
@@ -151,13 +152,27 @@ def open_image(path: StrPath, file: str, *, spatial_dims: int | None = None, cha
     return Opened(_facts(path, file, array, grid, nonfinite=nonfinite), array)
 
 
-def open_label(path: StrPath, file: str, *, spatial_dims: int | None = None) -> Opened:
+def open_label(
+    path: StrPath,
+    file: str,
+    *,
+    spatial_dims: int | None = None,
+    like: StrPath | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Opened:
     """Read a label and gather its facts; the array has no channels and is of whole numbers.
+
+    Args:
+        path: as for `medseg.io.load_label`.
+        file: what it is to be called.
+        spatial_dims: as for `medseg.io.load_label`.
+        like: the image that it belongs to.
+        options: how DICOM SEG and RT-STRUCT are read, as more arguments of `medseg.io.load_label`.
 
     Raises:
         CaseError: it cannot be read, or holds other values than whole numbers.
     """
-    loaded = load(path, label=True, spatial_dims=spatial_dims)
+    loaded = load_label(path, spatial_dims=spatial_dims, like=like, **(options or {}))
     array: NDArray[Any] = loaded.as_tensor().numpy()
     grid = Grid(array.shape[1:], loaded.affine.numpy())
     return Opened(_facts(path, file, array, grid, label=True), array[0])
@@ -267,7 +282,7 @@ def _facts(
     header = nifti_header(path)
     low, high, parts = _statistics(array, sampled=not label)
     digest, slices = _digests(array, grid if placed and len(grid.shape) == 3 else None)
-    modality, patient = _dicom_facts(path) if kind == "dicom" else ("", "")
+    modality, patient = _dicom_facts(path) if kind == "dicom" and not label else ("", "")
     return FileFacts(
         file=file,
         format=kind,

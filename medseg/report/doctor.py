@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -42,6 +42,7 @@ class Needs:
         channels: values per voxel.
         labels: the label values that its mapping names; None if it takes any.
         modality: such as "CT".
+        label_names: name of a segment or region -> value, for DICOM labels of a set that names none itself.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Needs:
     channels: int
     labels: frozenset[int] | None
     modality: str
+    label_names: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -188,8 +190,7 @@ def _examine_case(subject: Subject, collection: Collection, needs: Needs | None)
     image, findings = _open(subject.name, collection, lambda: _open_image(subject, collection))
     label: Opened | None = None
     if subject.label is not None:
-        path = subject.label
-        label, found = _open(subject.name, collection, lambda: open_label(path, collection.relative(path)))
+        label, found = _open(subject.name, collection, lambda: _open_label(subject, collection, needs))
         findings += found
     if image is not None:
         modality = (needs.modality if needs else "") or image.facts.modality or collection.modality
@@ -206,6 +207,12 @@ def _examine_case(subject: Subject, collection: Collection, needs: Needs | None)
 
 def _open_image(subject: Subject, collection: Collection) -> Opened:
     return open_image(subject.image, collection.relative(subject.image))
+
+
+def _open_label(subject: Subject, collection: Collection, needs: Needs | None) -> Opened:
+    path = str(subject.label)
+    options = {"names": needs.label_names if needs else {}, **collection.label_options}
+    return open_label(path, collection.relative(path), like=subject.image, options=options)
 
 
 def _open(name: str, collection: Collection, opener: Callable[[], Opened]) -> tuple[Opened | None, list[Finding]]:
@@ -325,7 +332,9 @@ def _label_findings(
         yield Finding("error", "negative label", f"{facts.file} holds the label {min(values)}.", here)
     if facts.header is not None and facts.header.dtype.startswith(("float", ">f", "<f")):
         yield Finding("note", "label as float", f"{facts.file} stores labels as {facts.dtype}.", here, "integers")
-    known = {"dataset.json": frozenset(collection.labels) if collection.labels else None}
+    # In an object of segments what no segment covers is background, whether a name is given for it or not.
+    implied = {0} if facts.format == "dicom" else set()
+    known = {"dataset.json": frozenset(collection.labels) | implied if collection.labels else None}
     if needs is not None:
         known[f"the mapping of {needs.name}"] = needs.labels
     for source, names in known.items():

@@ -191,6 +191,10 @@ class _Job:
         """Copy a label, rewritten if its voxels or its place change."""
         source = Path(str(subject.label))
         target = self.target / self.name(str(source))
+        if source.is_dir():
+            for file in sorted(path for path in source.rglob("*") if path.is_file()):
+                _copy(file, target / file.relative_to(source))
+            return
         wanted = [name for name in _LABEL_REPAIRS if name in repairs]
         try:
             changes = _rewrite_label(source, target, image, wanted) if wanted else []

@@ -13,7 +13,16 @@ from typing import Any, Literal, TypeAlias
 
 from medseg.errors import RequestError
 from medseg.io.cases import LeftOut, list_cases
-from medseg.io.datasets import DATASET_FILE, SPLIT_FILE, common_folder, read_dataset, read_json, split_stems
+from medseg.io.datasets import (
+    DATASET_FILE,
+    SPLIT_FILE,
+    common_folder,
+    label_options,
+    read_dataset,
+    read_json,
+    split_stems,
+)
+from medseg.io.dicom.marks import split_series
 from medseg.io.names import StrPath, absolute, split_suffix
 
 __all__ = ["PARTS", "Collection", "Finding", "Subject", "find_subjects"]
@@ -74,6 +83,7 @@ class Collection:
         modality: such as "CT", where `dataset.json` says.
         channels: values per voxel, where `dataset.json` says.
         listings: the `dataset.json` and `split.json` that were read.
+        label_options: how labels that are DICOM objects are read (see `medseg.io.datasets.label_options`).
     """
 
     root: Path
@@ -83,6 +93,7 @@ class Collection:
     modality: str = ""
     channels: int | None = None
     listings: tuple[Path, ...] = ()
+    label_options: Mapping[str, Any] = field(default_factory=dict)
 
     def relative(self, path: StrPath) -> str:
         """Return a path relative to the root, as text."""
@@ -195,7 +206,15 @@ def _collection(
         str(kinds[0]) if kinds else "",
         len(kinds) if isinstance(modality, dict) and kinds else None,
         tuple(listings),
+        _label_options(root, content),
     )
+
+
+def _label_options(root: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        return label_options(content, root / DATASET_FILE)
+    except RequestError:  # where there are labels that it matters for, `_refusals` tells it
+        return {}
 
 
 def _entry_file(root: Path, entry: Any, key: str, listing: Path, findings: list[Finding]) -> Path | None:
@@ -210,7 +229,7 @@ def _entry_file(root: Path, entry: Any, key: str, listing: Path, findings: list[
     if Path(text).is_absolute() or not path.is_relative_to(root):
         findings.append(Finding("error", "listing", f"{listing.name}: {text!r} leads out of the data set's folder."))
         return None
-    if not path.exists():
+    if not split_series(path)[0].exists():
         findings.append(Finding("error", "missing file", f"{text} is listed in {listing.name} and is not there."))
         return None
     return path
@@ -266,7 +285,7 @@ def _label_names(labels: Any) -> dict[int, str]:
     names: dict[int, str] = {}
     for key, value in labels.items() if isinstance(labels, dict) else ():
         if str(key).lstrip("-").isdigit():
-            names[int(key)] = str(value)
+            names[int(key)] = " or ".join(map(str, value)) if isinstance(value, list) else str(value)
             continue
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, int):

@@ -10,16 +10,20 @@ from monai.data import MetaTensor
 from monai.transforms import LoadImaged, MapTransform
 
 from medseg.errors import GeometryError, RequestError
-from medseg.io import Grid, grid_difference, load
+from medseg.io import Grid, grid_difference, load, load_label
 
 __all__ = ["LoadCased"]
+
+_OPTIONS = "label_options"
 
 
 class LoadCased(LoadImaged):  # type: ignore[misc]  # MONAI publishes no types
     """Load the images and labels of a case, channel first, and refuse those that do not belong together.
 
     It is a `LoadImaged`, by which other programs find the loader of a bundle, but every file is read and checked by
-    `medseg.io.load`. The channel axis comes first; `EnsureChannelFirstd` is not needed after it.
+    `medseg.io.load`. The channel axis comes first; `EnsureChannelFirstd` is not needed after it. A label that is DICOM
+    SEG or RT-STRUCT is laid on the first of the images by `medseg.io.load_label`, with the options that the case has
+    under "label_options" (see `medseg.io.find_dataset`), which are taken out of it.
 
     Args:
         keys: the entries that hold paths.
@@ -28,10 +32,12 @@ class LoadCased(LoadImaged):  # type: ignore[misc]  # MONAI publishes no types
         dtype: "float32", or "stored" to keep the whole numbers of an image as uint8, int16 or int32 where the file has
             them unscaled (see `medseg.io.load`).
         label_keys: those of `keys` that are labels: whole numbers, one channel.
+        label_names: name of a segment or region -> value, for labels that are DICOM SEG or RT-STRUCT in a data set that
+            names none itself.
         allow_missing_keys: pass over keys that a case lacks, such as the label of a new image.
 
     Raises:
-        CaseError: a file cannot be used (see `medseg.io.load`).
+        CaseError: a file cannot be used (see `medseg.io.load`), or nothing names the segments of a label.
         GeometryError: two files of a case do not lie on one grid.
     """
 
@@ -43,6 +49,7 @@ class LoadCased(LoadImaged):  # type: ignore[misc]  # MONAI publishes no types
         channels: int | None = None,
         dtype: Literal["float32", "stored"] = "float32",
         label_keys: Sequence[str] = ("label",),
+        label_names: Mapping[str, int] | None = None,
         allow_missing_keys: bool = False,
     ) -> None:
         # LoadImaged would set up MONAI's readers, which are not used and warn about packages that are not needed.
@@ -51,6 +58,7 @@ class LoadCased(LoadImaged):  # type: ignore[misc]  # MONAI publishes no types
         self.channels = channels
         self.dtype = dtype
         self.label_keys = (label_keys,) if isinstance(label_keys, str) else tuple(label_keys)
+        self.label_names = dict(label_names or {})
 
     def register(self, reader: Any) -> None:
         """Refuse: files are read by medseg."""
@@ -61,16 +69,17 @@ class LoadCased(LoadImaged):  # type: ignore[misc]  # MONAI publishes no types
         if reader is not None:
             self.register(reader)
         case = dict(data)
+        images = [case[key] for key in self.key_iterator(case) if key not in self.label_keys]
+        options = {"names": self.label_names, **case.pop(_OPTIONS, {}), "like": images[0] if images else None}
         loaded: list[MetaTensor] = []
         for key in self.key_iterator(case):
-            case[key] = self._load(case[key], label=key in self.label_keys)
+            if key in self.label_keys:
+                case[key] = load_label(case[key], spatial_dims=self.spatial_dims, **options)
+            else:
+                case[key] = load(case[key], spatial_dims=self.spatial_dims, channels=self.channels, dtype=self.dtype)
             loaded.append(case[key])
             _refuse_other_grid(loaded[0], case[key])
         return case
-
-    def _load(self, path: Any, *, label: bool) -> MetaTensor:
-        channels = 1 if label else self.channels
-        return load(path, spatial_dims=self.spatial_dims, channels=channels, label=label, dtype=self.dtype)
 
 
 def _refuse_other_grid(first: MetaTensor, other: MetaTensor) -> None:

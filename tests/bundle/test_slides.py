@@ -19,6 +19,7 @@ from medseg.errors import RequestError
 from medseg.io.geojson import read_geojson
 from medseg.io.slides import open_slide
 from medseg.networks import UNet
+from tests.io.conftest import write_dicom_slide
 
 tifffile = pytest.importorskip("tifffile", reason="slides are made by tifffile, of the extra 'slides'")
 pytest.importorskip("openslide", reason="needs the extra 'slides'")
@@ -109,6 +110,45 @@ def test_a_slide_gets_the_labels_of_a_picture_of_the_same_pixels(rgb_bundle: Bun
     assert set(np.unique(expected)) == {0, 1, 2}
     assert np.array_equal(tifffile.imread(tmp_path / "out" / "a.tif").T, expected)
     assert np.array_equal(rasterized(tmp_path / "out" / "a.geojson", slide), expected)
+
+
+def test_a_dicom_slide_in_a_folder_gets_the_labels_of_its_pixels(rgb_bundle: Bundle, tmp_path: Path) -> None:
+    pixels, folder = picture(), tmp_path / "in" / "patient"
+    write_dicom_slide(folder / "fine.dcm", pixels.repeat(2, 0).repeat(2, 1), mpp=0.5)
+    write_dicom_slide(folder / "coarse.dcm", pixels, mpp=1.0, number=1)
+    write_dicom_slide(folder / "label.dcm", pixels[:64, :64], number=2, flavor="LABEL")
+    write_dicom_slide(folder / "overview.dcm", pixels[:64, :64], number=3, flavor="OVERVIEW")
+    Image.fromarray(pixels).save(tmp_path / "in" / "b.png")
+    settings = {"skip_glass": False, "output_format": "tiff"}
+    manifest = medseg.predict(rgb_bundle.root, tmp_path / "in", tmp_path / "out", settings=settings)
+    assert manifest.exit_code == 0, [record.error for record in manifest.cases.values()]
+    assert {record.output for record in manifest.cases.values()} == {"patient.geojson", "b.tif"}
+    with Image.open(tmp_path / "out" / "b.tif") as mask:
+        expected = np.asarray(mask).T
+    assert set(np.unique(expected)) == {0, 1, 2}
+    assert np.array_equal(rasterized(tmp_path / "out" / "patient.geojson", folder), expected)
+    assert np.array_equal(tifffile.imread(tmp_path / "out" / "patient.tif").T, expected)
+    single = medseg.predict(rgb_bundle.root, folder / "coarse.dcm", tmp_path / "single", settings=settings)
+    assert list(single.cases) == ["coarse.geojson"]
+    assert (tmp_path / "single" / "coarse.geojson").read_bytes() == (tmp_path / "out/patient.geojson").read_bytes()
+
+
+def test_other_dicom_and_damaged_slides_are_failed_cases_with_the_reason(rgb_bundle: Bundle, tmp_path: Path) -> None:
+    from pydicom import dcmread
+    from pydicom.uid import CTImageStorage
+
+    other = write_dicom_slide(tmp_path / "in" / "a" / "other.dcm", picture(), tile=64, series="1.2.4")
+    dataset = dcmread(other)
+    dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = CTImageStorage
+    dataset.save_as(other, enforce_file_format=True)
+    torn = write_dicom_slide(tmp_path / "in" / "b" / "torn.dcm", picture())
+    torn.write_bytes(torn.read_bytes()[:-1000])
+    manifest = medseg.predict(rgb_bundle.root, tmp_path / "in", tmp_path / "out")
+    errors = {name: str(record.error) for name, record in manifest.cases.items()}
+    assert errors.keys() == {"a.nii.gz", "b.geojson"}
+    assert "does not say where they lie" in errors["a.nii.gz"]
+    assert "torn.dcm has" in errors["b.geojson"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["manifest.json"]
 
 
 def test_glass_is_left_out_and_tissue_keeps_its_labels(rgb_bundle: Bundle, tmp_path: Path) -> None:
@@ -237,6 +277,9 @@ def test_a_bundle_for_volumes_says_what_takes_slides(trained: Bundle, tmp_path: 
     manifest = medseg.predict(trained.root, slide, tmp_path / "out")
     (record,) = manifest.cases.values()
     assert "bundle for color pictures" in str(record.error)
+    write_dicom_slide(tmp_path / "dicom" / "a.dcm", picture())
+    manifest = medseg.predict(trained.root, tmp_path / "dicom", tmp_path / "out")
+    assert "only bundles for color pictures take" in str(manifest.cases["dicom.geojson"].error)
 
 
 @pytest.mark.data

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import struct
 import sys
 import threading
@@ -11,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.encaps import encapsulate
-from pydicom.uid import ExplicitVRLittleEndian, JPEGBaseline8Bit, VLWholeSlideMicroscopyImageStorage
+from pydicom import dcmread
+from pydicom.uid import CTImageStorage
 
 from medseg.errors import CaseError, RequestError
 from medseg.io import slide_files, slides
 from medseg.io.slides import open_slide
 from medseg.io.tissue import find_tissue
+from tests.io.conftest import write_dicom_slide
 
 tifffile = pytest.importorskip("tifffile", reason="slides are made and read by tifffile, of the extra 'slides'")
 pytest.importorskip("openslide", reason="needs the extra 'slides'")
@@ -58,45 +57,6 @@ def write_ome(path, pixels, *, mpp=0.25, unit="µm", factors=(2, 4)):
         writer.write(pixels, subifds=len(factors), metadata={"axes": "YXS", **(sizes if mpp else {})}, **options)
         for factor in factors:
             writer.write(shrink(pixels, factor), subfiletype=1, **options)
-    return path
-
-
-def jpeg_bytes(pixels):
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "JPEG", quality=95, subsampling=0)
-    return stream.getvalue()
-
-
-def write_dicom(path, pixels, *, mpp=0.5, tile=64, series="1.2.3", level=0, jpeg=False):
-    """Write one level of a DICOM slide, tiled; uncompressed or as JPEG with a table of frames."""
-    height, width = pixels.shape[:2]
-    padded = np.pad(pixels, ((0, -height % tile), (0, -width % tile), (0, 0)))
-    tiles = padded.reshape(padded.shape[0] // tile, tile, padded.shape[1] // tile, tile, 3).swapaxes(1, 2)
-    dataset = Dataset()
-    dataset.SOPClassUID = VLWholeSlideMicroscopyImageStorage
-    dataset.SOPInstanceUID = f"{series}.{level + 1}"
-    dataset.StudyInstanceUID, dataset.SeriesInstanceUID, dataset.FrameOfReferenceUID = "1.2", series, f"{series}.9"
-    dataset.Modality = "SM"
-    dataset.ImageType = ["ORIGINAL", "PRIMARY", "VOLUME", "RESAMPLED" if level else "NONE"]
-    dataset.Rows = dataset.Columns = tile
-    dataset.NumberOfFrames = tiles.shape[0] * tiles.shape[1]
-    dataset.TotalPixelMatrixColumns, dataset.TotalPixelMatrixRows = width, height
-    dataset.DimensionOrganizationType = "TILED_FULL"
-    dataset.SamplesPerPixel, dataset.PlanarConfiguration = 3, 0
-    dataset.PhotometricInterpretation = "YBR_FULL_422" if jpeg else "RGB"
-    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation = 8, 8, 7, 0
-    measures, groups, optics = Dataset(), Dataset(), Dataset()
-    measures.PixelSpacing = [mpp / 1000, mpp / 1000]
-    groups.PixelMeasuresSequence = [measures]
-    optics.OpticalPathIdentifier = "1"
-    dataset.SharedFunctionalGroupsSequence, dataset.OpticalPathSequence = [groups], [optics]
-    frames = [jpeg_bytes(frame) for frame in tiles.reshape(-1, tile, tile, 3)] if jpeg else []
-    dataset.add_new("PixelData", "OB", encapsulate(frames) if jpeg else tiles.tobytes())
-    dataset.file_meta = FileMetaDataset()
-    dataset.file_meta.TransferSyntaxUID = JPEGBaseline8Bit if jpeg else ExplicitVRLittleEndian
-    dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID
-    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
-    dataset.save_as(path, enforce_file_format=True)
     return path
 
 
@@ -232,22 +192,49 @@ def test_units_of_ome_are_heeded(tmp_path, size, unit):
 
 
 def test_a_dicom_slide_is_a_folder_or_one_of_its_files(tmp_path):
-    file = write_dicom(tmp_path / "a.dcm", picture(300, 200))
-    write_dicom(tmp_path / "b.dcm", shrink(picture(300, 200), 2), mpp=1.0, level=1)
+    file = write_dicom_slide(tmp_path / "a.dcm", picture(300, 200))
+    write_dicom_slide(tmp_path / "b.dcm", shrink(picture(300, 200), 2), mpp=1.0, number=1)
     (tmp_path / "notes.txt").write_text("of no use")
     for path in (tmp_path, file):
         with open_slide(path, microns_per_pixel=1.0) as slide:
             assert slide.level_sizes == ((300, 200), (150, 100))
             assert slide.mpp == pytest.approx((1.0, 1.0))
             assert np.array_equal(whole(slide), planes(shrink(picture(300, 200), 2)))
-    write_dicom(tmp_path / "c.dcm", picture(300, 200), series="1.2.4")
+    write_dicom_slide(tmp_path / "c.dcm", picture(300, 200), series="1.2.4")
     with pytest.raises(CaseError, match="2 DICOM slides"):
+        open_slide(tmp_path)
+
+
+FLAVORS = {"LABEL": "the label", "OVERVIEW": "an overview", "LOCALIZER": "an overview", "THUMBNAIL": "a thumbnail"}
+
+
+def test_the_label_an_overview_and_a_thumbnail_are_no_slides(tmp_path):
+    for number, (flavor, what) in enumerate(FLAVORS.items(), start=5):
+        file = write_dicom_slide(tmp_path / f"{flavor}.dcm", picture(100, 80), number=number, flavor=flavor)
+        with pytest.raises(CaseError, match=f"{flavor}.dcm is {what} of a slide: give a file of the slide"):
+            open_slide(file)
+        with pytest.raises(CaseError, match="holds no DICOM slide"):
+            open_slide(tmp_path)
+    write_dicom_slide(tmp_path / "z.dcm", picture(300, 200))
+    with open_slide(tmp_path) as slide:
+        assert slide.shape == (3, 300, 200)
+        assert np.array_equal(whole(slide), planes(picture(300, 200)))
+
+
+def test_other_dicom_is_no_slide_and_named_by_its_class(tmp_path):
+    file = write_dicom_slide(tmp_path / "a.dcm", picture(100, 80))
+    dataset = dcmread(file)
+    dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = CTImageStorage
+    dataset.save_as(file, enforce_file_format=True)
+    with pytest.raises(CaseError, match=r"a\.dcm is DICOM of the class CT Image Storage: expected VL Whole Slide"):
+        open_slide(file)
+    with pytest.raises(CaseError, match="holds no DICOM slide"):
         open_slide(tmp_path)
 
 
 def test_a_compressed_dicom_slide_is_read_and_one_with_a_wrong_table_of_frames_refused(tmp_path):
     """OpenSlide believes the table; with most wrong ones it ends the process."""
-    good = write_dicom(tmp_path / "a.dcm", picture(300, 200), jpeg=True)
+    good = write_dicom_slide(tmp_path / "a.dcm", picture(300, 200), jpeg=True)
     with open_slide(good) as slide:
         assert np.abs(whole(slide) - planes(picture(300, 200)).astype(np.int16)).mean() < 4
     data = good.read_bytes()
@@ -275,7 +262,7 @@ def test_a_compressed_dicom_slide_is_read_and_one_with_a_wrong_table_of_frames_r
 
 
 def test_an_uncompressed_dicom_slide_that_is_cut_off_is_refused(tmp_path):
-    path = write_dicom(tmp_path / "a.dcm", picture(300, 200))
+    path = write_dicom_slide(tmp_path / "a.dcm", picture(300, 200))
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(CaseError, match="bytes of pixels"):
         open_slide(path)

@@ -79,6 +79,7 @@ _NO_IMAGES: Final[Mapping[str, str]] = {
     "1.2.840.10008.5.1.4.1.1.30": "a Parametric Map object",
     "1.2.840.10008.5.1.4.1.1.4.2": "MR spectroscopy",
     "1.2.840.10008.5.1.4.1.1.9": "a waveform",
+    "1.2.840.10008.5.1.4.1.1.77.1.6": "a whole-slide image, which only bundles for color pictures take",
 }
 _MODALITIES: Final = ("SEG", "RTSTRUCT", "RTDOSE", "RTPLAN", "SR", "PR", "KO", "REG", "DOC", "FID", "RWV")
 
@@ -124,6 +125,7 @@ class Header:
         instance: InstanceNumber; None where the file does not say.
         description: SeriesDescription, which may name a person: not for messages.
         syntax: TransferSyntaxUID.
+        image_type: ImageType, in upper case.
         localizer: it is a scout image, by its ImageType.
         rows: pixels along a column.
         columns: pixels along a row.
@@ -149,6 +151,7 @@ class Header:
     instance: int | None = None
     description: str = ""
     syntax: str = ""
+    image_type: tuple[str, ...] = ()
     localizer: bool = False
     rows: int = 0
     columns: int = 0
@@ -251,6 +254,7 @@ def _described(header: Header, content: Dataset) -> Header:
     """Add what is told of the series, and whether this is an image at all."""
     sop_class, modality = _text(content, "SOPClassUID"), _text(content, "Modality")
     meta = getattr(content, "file_meta", None) or Dataset()
+    image_type = tuple(part.strip() for part in _text(content, "ImageType").upper().split("\\"))
     header = replace(
         header,
         series_uid=_text(content, "SeriesInstanceUID"),
@@ -262,7 +266,8 @@ def _described(header: Header, content: Dataset) -> Header:
         number=_text(content, "SeriesNumber"),
         description=_text(content, "SeriesDescription"),
         syntax=_syntax(content),
-        localizer="LOCALIZER" in _text(content, "ImageType").upper(),
+        image_type=image_type,
+        localizer=any("LOCALIZER" in part for part in image_type),
     )
     return replace(header, other=_other(header, has_rows="Rows" in content))
 

@@ -7,7 +7,15 @@ from pathlib import Path
 
 from medseg.io.names import StrPath, absolute, file_kind
 
-__all__ = ["DIRECTORY_FILE", "SERIES_MARK", "image_kind", "is_dicom", "is_dicom_start", "split_series"]
+__all__ = [
+    "DIRECTORY_FILE",
+    "SERIES_MARK",
+    "image_kind",
+    "is_dicom",
+    "is_dicom_start",
+    "named_file",
+    "split_series",
+]
 
 DIRECTORY_FILE = "DICOMDIR"
 # Between the path of a folder or archive and the series in it.
@@ -55,3 +63,16 @@ def image_kind(path: StrPath) -> str | None:
         return kind
     known = series or source.is_dir() or source.suffix.lower() == ".zip" or is_dicom(source)
     return "dicom" if known else None
+
+
+def named_file(path: Path) -> Path:
+    """Return what an image is named by, as if it were one file: DICOM, whatever it is called, as if it ended in `.dcm`.
+
+    So does a folder, and of `folder::series` what is left when every sign that file names may lack has become `_`.
+    """
+    source, series = split_series(path)
+    if series:
+        name = re.sub(r"[^\w.-]+", "_", f"{source.name}_{series}")
+        return source.parent / f"{name}.dcm"
+    known = file_kind(path) is not None and not path.is_dir()
+    return path if known else path.with_name(f"{path.name}.dcm")

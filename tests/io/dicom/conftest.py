@@ -5,15 +5,19 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import highdicom as hd
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from numpy.typing import NDArray
-from pydicom import dcmwrite
+from pydicom import dcmread, dcmwrite
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sequence import Sequence as Items
+from pydicom.sr.codedict import codes
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 CLASSES = {
@@ -22,10 +26,16 @@ CLASSES = {
     "PT": "1.2.840.10008.5.1.4.1.1.128",
     "CR": "1.2.840.10008.5.1.4.1.1.1",
     "SEG": "1.2.840.10008.5.1.4.1.1.66.4",
+    "RTSTRUCT": "1.2.840.10008.5.1.4.1.1.481.3",
 }
 ENHANCED_MR = "1.2.840.10008.5.1.4.1.1.4.1"
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 PATIENT = "Secret^Name"
+# Of masks, and when the objects made of them say that they were made.
+LABELS = {2: "liver", 4: "kidney_left", 7: "something else"}
+WHEN = datetime(2024, 5, 6, 7, 8, 9)
+DATA = Path(__file__).parents[4] / "shared" / "data"
+ABDOMEN = DATA / "ct_abdomen_totalseg" / "dicom"
 
 
 @dataclass(frozen=True)
@@ -200,3 +210,101 @@ def make_enhanced(
     affine[:3, :3], affine[:3, 3] = turned * spacing, origin
     values = stored[0] * (np.arange(shape[2]) + 1.0) - 5
     return Written(path.parent, [path], values, LPS @ affine, ds.SeriesInstanceUID)
+
+
+def random_mask(shape: tuple[int, ...], seed: int = 0) -> NDArray[np.int64]:
+    """Return random values of `LABELS` and 0, with an empty first slice."""
+    mask = np.random.default_rng(seed).choice([0, 0, 2, 4, 7], shape)
+    mask[:, :, 0] = 0
+    return mask
+
+
+def edited(path: Path, change: Callable[[Dataset], None]) -> Path:
+    """Write a changed copy of a DICOM file beside it."""
+    dataset = dcmread(path)
+    change(dataset)
+    target = path.with_name("edited.dcm")
+    dataset.save_as(target, enforce_file_format=True)
+    return target
+
+
+def written_by_highdicom(source: Any, path: Path, pixels: NDArray[Any], kind: str, names: Any, **options: Any) -> Path:
+    """Write `(z, y, x[, segment])` as a DICOM SEG of a series as another program would."""
+    axis = (LPS @ source.affine)[:3, 2]
+    images = sorted(map(dcmread, source.files), key=lambda ds: axis @ [float(v) for v in ds.ImagePositionPatient])
+    for image in images:
+        for keyword in ("AccessionNumber", "StudyID", "StudyDate", "StudyTime", "PatientBirthDate", "PatientSex"):
+            setattr(image, keyword, "")
+        # Emptied in the real series; highdicom cannot do without.
+        image.SOPClassUID = image.SOPClassUID or image.file_meta.MediaStorageSOPClassUID
+        image.SOPInstanceUID = image.SOPInstanceUID or image.file_meta.MediaStorageSOPInstanceUID
+        image.StudyInstanceUID = image.StudyInstanceUID or "1.2"
+        image.SeriesInstanceUID = image.SeriesInstanceUID or "1.3"
+    algorithm = hd.AlgorithmIdentificationSequence("x", codes.DCM.ArtificialIntelligence, "1")
+    description = [
+        hd.seg.SegmentDescription(number, name, codes.SCT.Organ, codes.SCT.Liver, "AUTOMATIC", algorithm)
+        for number, name in names.items()
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    hd.seg.Segmentation(
+        images, pixels, kind, description, hd.UID(), 1, hd.UID(), 1, "m", "m", "1", "1", **options
+    ).save_as(path)
+    return path
+
+
+def written_by_pydicom(source: Any, path: Path, mask: NDArray[Any], names: dict[int, str]) -> Path:
+    """Write a label map as a bare RT-STRUCT, each contour a box around a run of voxels in a row."""
+    image = dcmread(source.files[0], stop_before_pixels=True)
+    ds = Dataset()
+    ds.file_meta = FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    ds.SOPClassUID, ds.SOPInstanceUID, ds.Modality = CLASSES["RTSTRUCT"], generate_uid(), "RTSTRUCT"
+    ds.StudyInstanceUID, ds.SeriesInstanceUID = image.StudyInstanceUID, generate_uid()
+    ds.StructureSetROISequence, ds.ROIContourSequence = Items(), Items()
+    for index, (value, name) in enumerate(names.items(), start=11):
+        region, drawn = Dataset(), Dataset()
+        region.ROINumber, region.ROIName, drawn.ReferencedROINumber = index, name, index
+        region.ReferencedFrameOfReferenceUID = image.FrameOfReferenceUID
+        drawn.ContourSequence = Items([_contour(corners, source.affine) for corners in _boxes(mask == value)])
+        ds.StructureSetROISequence.append(region)
+        ds.ROIContourSequence.append(drawn)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ds.save_as(path, enforce_file_format=True)
+    return path
+
+
+def _boxes(inside: NDArray[np.bool_]) -> list[NDArray[np.float64]]:
+    """Return corners `(4, 3)` in voxels of a box around each run along the first axis."""
+    steps = np.diff(np.pad(inside, ((1, 1), (0, 0), (0, 0))).astype(np.int8), axis=0)
+    starts, ends = (np.argwhere(steps.transpose(2, 1, 0) == step) for step in (1, -1))
+    boxes = []
+    for (z, y, begin), (*_, end) in zip(starts, ends, strict=True):
+        left, right, low, high = begin - 0.5, end - 0.5, y - 0.5, y + 0.5
+        boxes.append(np.array([(left, low, z), (right, low, z), (right, high, z), (left, high, z)], dtype=float))
+    return boxes
+
+
+def _contour(corners: NDArray[np.float64], affine: NDArray[np.float64]) -> Dataset:
+    placed = np.column_stack([corners, np.ones(len(corners))]) @ (LPS @ affine).T
+    contour = Dataset()
+    contour.ContourGeometricType, contour.NumberOfContourPoints = "CLOSED_PLANAR", len(corners)
+    contour.ContourData = [number(value) for value in placed[:, :3].ravel()]
+    return contour
+
+
+@pytest.fixture(scope="session")
+def abdomen() -> tuple[Written, NDArray[np.uint8]]:
+    """A real CT series as SimpleITK reads it, and its label resampled onto it: their y axes run against each other."""
+    reader = sitk.ImageSeriesReader()
+    names = reader.GetGDCMSeriesFileNames(str(ABDOMEN / "ct_jpeg2000"))
+    reader.SetFileNames(names)
+    image = reader.Execute()
+    label = sitk.ReadImage(str(ABDOMEN / "ct_jpeg2000_label.nii.gz"))
+    placed = sitk.Resample(label, image, sitk.Transform(), sitk.sitkNearestNeighbor, 0, sitk.sitkUInt8)
+    assert sitk.GetArrayViewFromImage(image)[sitk.GetArrayViewFromImage(placed) == 5].mean() == pytest.approx(89, abs=1)
+    affine = np.eye(4)
+    affine[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * image.GetSpacing()
+    affine[:3, 3] = image.GetOrigin()
+    values = sitk.GetArrayFromImage(image).transpose(2, 1, 0)
+    series = Written(ABDOMEN / "ct_jpeg2000", [Path(name) for name in names], values, LPS @ affine, "")
+    return series, sitk.GetArrayFromImage(placed).transpose(2, 1, 0)

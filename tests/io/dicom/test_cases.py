@@ -6,8 +6,9 @@ import zipfile
 import numpy as np
 import pytest
 
-from medseg.errors import RequestError
+from medseg.errors import CaseError, RequestError
 from medseg.io import find_cases, list_cases, load, read_grid, write_mask
+from tests.io.conftest import write_dicom_slide
 
 ONE, TWO = "1.2.826.0.1.3680043.8.498.11112222", "1.2.826.0.1.3680043.8.498.33334444"
 
@@ -142,3 +143,59 @@ def test_only_dicom_content_brings_heavy_packages(tmp_path, content, heavy):
     assert ("pydicom" in done.stdout) is heavy
     assert "torch" not in done.stdout
     assert heavy or done.stdout.strip() == "[]"
+
+
+def write_slides(folder, *series):
+    """Write slides of two levels, each with a label, an overview and a thumbnail."""
+    pixels = np.zeros((80, 100, 3), np.uint8)
+    for number, uid in enumerate(series):
+        write_dicom_slide(folder / f"{number}_b.dcm", pixels, series=uid)
+        write_dicom_slide(folder / f"{number}_c", pixels[::2, ::2], series=uid, number=1, mpp=1.0)
+        for other, flavor in enumerate(("LABEL", "OVERVIEW", "THUMBNAIL"), start=2):
+            write_dicom_slide(folder / f"{number}_a{flavor}.dcm", pixels, series=uid, number=other, flavor=flavor)
+    return folder
+
+
+def test_the_files_of_a_slide_in_a_folder_are_one_case_without_its_label_and_overview(tree, tmp_path):
+    write_slides(tree / "s1", ONE)
+    write_slides(tree / "s2", ONE, TWO)
+    found = list_cases(tree)
+    slides = [case for case in found.cases if case["name"].startswith("s")]
+    assert slides == [
+        {"image": str(tree / "s1" / "0_b.dcm"), "name": "s1.geojson"},
+        {"image": str(tree / "s2" / "0_b.dcm"), "name": "s2/0_b.geojson"},
+        {"image": str(tree / "s2" / "1_b.dcm"), "name": "s2/1_b.geojson"},
+    ]
+    assert len(found.cases) == 6
+    reasons = {item.path: item.reason for item in found.left_out}
+    assert reasons[str(tree / "s1" / "0_aLABEL.dcm")] == "the label of a slide"
+    assert reasons[str(tree / "s1" / "0_aOVERVIEW.dcm")] == "an overview of a slide"
+    assert reasons[str(tree / "s1" / "0_aTHUMBNAIL.dcm")] == "a thumbnail of a slide"
+    assert find_cases(tree / "s1") == [{"image": str(tree / "s1" / "0_b.dcm"), "name": "s1.geojson"}]
+
+
+def test_a_single_file_of_a_slide_is_a_case_and_two_levels_in_a_list_are_refused(tmp_path):
+    folder = write_slides(tmp_path / "s", ONE, TWO)
+    for name in ("0_b.dcm", "0_c"):
+        assert find_cases(folder / name) == [{"image": str(folder / name), "name": f"{name[:3]}.geojson"}]
+    assert names(find_cases([folder / "0_b.dcm", folder / "1_c"])) == ["0_b.geojson", "1_c.geojson"]
+    with pytest.raises(RequestError, match=r"2 of the files, .* are levels of one slide"):
+        find_cases([folder / "0_b.dcm", folder / "0_c"])
+    with pytest.raises(RequestError, match=r"0_aLABEL\.dcm is the label of a slide"):
+        find_cases(folder / "0_aLABEL.dcm")
+
+
+def test_a_slide_in_an_archive_says_where_it_is_read_from(tmp_path):
+    folder = write_slides(tmp_path / "s", ONE)
+    with zipfile.ZipFile(tmp_path / "s.zip", "w") as archive:
+        for file in folder.iterdir():
+            archive.write(file, file.name)
+    with pytest.raises(RequestError, match="Nothing to predict"):
+        find_cases(tmp_path / "s.zip")
+
+
+def test_a_slide_is_no_volume_and_says_what_takes_it(tmp_path):
+    folder = write_slides(tmp_path / "s", ONE)
+    for path in (folder, folder / "0_b.dcm"):
+        with pytest.raises(CaseError, match="a whole-slide image, which only bundles for color pictures take"):
+            load(path)

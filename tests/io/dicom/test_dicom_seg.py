@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +24,11 @@ from medseg.errors import CaseError, GeometryError, OutputError, RequestError
 from medseg.io.dicom import open_series
 from medseg.io.dicom_seg import read_seg, write_seg
 from medseg.io.geometry import Grid, corner_distance
+from tests.io.dicom.conftest import ABDOMEN, DATA, LABELS, LPS, WHEN, edited, random_mask, written_by_highdicom
 
-LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
-LABELS = {2: "liver", 4: "kidney_left", 7: "something else"}
-WHEN = datetime(2024, 5, 6, 7, 8, 9)
-
-
-def random_mask(shape: tuple[int, ...], seed: int = 0) -> NDArray[np.int64]:
-    mask = np.random.default_rng(seed).choice([0, 0, 2, 4, 7], shape)
-    mask[:, :, 0] = 0  # a slice without frames
-    return mask
+# Of the extra `dev`: in the folder of the running Python, or anywhere on the path.
+FOLDERS = [str(Path(sys.executable).parent), *os.get_exec_path()]
+DCMQI = shutil.which("segimage2itkimage", path=os.pathsep.join(FOLDERS))
 
 
 def same_places(a: NDArray[Any], affine_a: NDArray[np.float64], b: NDArray[Any], affine_b: NDArray[np.float64]) -> bool:
@@ -53,14 +48,6 @@ def read_by_itk(path: Path) -> tuple[NDArray[Any], NDArray[np.float64]]:
     affine[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * image.GetSpacing()
     affine[:3, 3] = image.GetOrigin()
     return sitk.GetArrayFromImage(image).transpose(2, 1, 0), LPS @ affine
-
-
-def edited(path: Path, change: Callable[[Dataset], None]) -> Path:
-    dataset = pydicom.dcmread(path)
-    change(dataset)
-    target = path.with_name("edited.dcm")
-    dataset.save_as(target, enforce_file_format=True)
-    return target
 
 
 @pytest.fixture
@@ -121,12 +108,12 @@ def test_simpleitk_reads_the_same_voxels_at_the_same_places(write_series: Callab
     assert same_places(array, affine, mask, source.affine)
 
 
-@pytest.mark.skipif(shutil.which("segimage2itkimage") is None, reason="needs segimage2itkimage of dcmqi on the path")
+@pytest.mark.skipif(DCMQI is None, reason="needs segimage2itkimage: pip install dcmqi")
 def test_dcmqi_reads_the_same_voxels_at_the_same_places(write_series: Callable[..., Any], tmp_path: Path) -> None:
     source = write_series(tmp_path / "ct", shape=(9, 7, 6))
     mask = random_mask(source.values.shape)
     path = write_seg(mask, tmp_path / "seg.dcm", source.folder, labels=LABELS)
-    command = ["segimage2itkimage", "--inputDICOM", str(path), "--outputDirectory", str(tmp_path), "-t", "nii"]
+    command = [str(DCMQI), "--inputDICOM", str(path), "--outputDirectory", str(tmp_path), "-t", "nii"]
     subprocess.run(command, check=True, capture_output=True, timeout=60)
     for number, value in enumerate(LABELS, start=1):
         array, affine = read_by_itk(tmp_path / f"{number}.nii.gz")
@@ -377,26 +364,6 @@ def test_frames_off_the_grid_are_refused(source: Any, seg: Path, change: Any, to
         read_seg(seg, like=Grid(source.values.shape, change(source.affine)))
 
 
-def written_by_highdicom(source: Any, path: Path, pixels: NDArray[Any], kind: str, names: Any, **options: Any) -> Path:
-    """Write `(z, y, x[, segment])` as another program would."""
-    axis = (LPS @ source.affine)[:3, 2]
-    images = sorted(
-        map(pydicom.dcmread, source.files), key=lambda ds: axis @ [float(v) for v in ds.ImagePositionPatient]
-    )
-    for image in images:
-        for keyword in ("AccessionNumber", "StudyID", "StudyDate", "StudyTime", "PatientBirthDate", "PatientSex"):
-            setattr(image, keyword, "")
-    algorithm = hd.AlgorithmIdentificationSequence("x", codes.DCM.ArtificialIntelligence, "1")
-    description = [
-        hd.seg.SegmentDescription(number, name, codes.SCT.Organ, codes.SCT.Liver, "AUTOMATIC", algorithm)
-        for number, name in names.items()
-    ]
-    hd.seg.Segmentation(
-        images, pixels, kind, description, hd.UID(), 1, hd.UID(), 1, "m", "m", "1", "1", **options
-    ).save_as(path)
-    return path
-
-
 def test_overlapping_segments_are_refused_unless_one_is_chosen_or_an_order_given(source: Any, tmp_path: Path) -> None:
     pixels = np.zeros((6, 5, 7, 2), np.uint8)
     pixels[2:4, 1:3, 1:3, 0] = pixels[3:5, 2:4, 1:3, 1] = 1
@@ -519,7 +486,6 @@ def test_another_frame_of_reference_is_refused(
         read_seg(seg, like=other.folder)
 
 
-DATA = Path(__file__).parents[4] / "shared" / "data"
 AWKWARD = DATA / "awkward" / "dicom"
 
 
@@ -571,23 +537,11 @@ def test_real_series_take_a_mask_and_give_it_back(folder: str, tmp_path: Path) -
     assert np.array_equal(read_seg(path, like=series, labels={1: 2, 2: 4, 3: 7})[0], mask)
 
 
-@pytest.fixture(scope="module")
-def abdomen() -> tuple[Any, NDArray[np.uint8]]:
-    """The CT series, and its label resampled onto it in world space: their y axes run against each other."""
-    folder = DATA / "ct_abdomen_totalseg" / "dicom"
-    reader = sitk.ImageSeriesReader()
-    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(folder / "ct_jpeg2000")))
-    image = reader.Execute()
-    label = sitk.ReadImage(str(folder / "ct_jpeg2000_label.nii.gz"))
-    placed = sitk.Resample(label, image, sitk.Transform(), sitk.sitkNearestNeighbor, 0, sitk.sitkUInt8)
-    assert sitk.GetArrayViewFromImage(image)[sitk.GetArrayViewFromImage(placed) == 5].mean() == pytest.approx(89, abs=1)
-    return open_series(folder / "ct_jpeg2000"), sitk.GetArrayFromImage(placed).transpose(2, 1, 0)
-
-
 @pytest.mark.data
-@pytest.mark.skipif(not DATA.is_dir(), reason=f"needs the real data sets in {DATA}")
+@pytest.mark.skipif(not ABDOMEN.is_dir(), reason=f"needs the real data sets in {DATA}")
 def test_a_real_ct_and_its_organs_come_back_from_highdicom_simpleitk_and_us(abdomen: Any, tmp_path: Path) -> None:
-    series, label = abdomen
+    source, label = abdomen
+    series = open_series(source.folder)
     names = {1: "spleen", 2: "kidney_right", 3: "kidney_left", 5: "liver", 7: "pancreas"}
     mask = np.where(np.isin(label, list(names)), label, 0)
     path = write_seg(mask, tmp_path / "seg.dcm", series, labels=names)

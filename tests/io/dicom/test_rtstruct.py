@@ -2,14 +2,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pydicom
 import pytest
-import SimpleITK as sitk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -18,25 +16,9 @@ from pydicom.dataset import Dataset
 from medseg.errors import CaseError, GeometryError, RequestError
 from medseg.io.dicom import open_series
 from medseg.io.rtstruct import read_rtstruct, write_rtstruct
+from tests.io.dicom.conftest import ABDOMEN, DATA, LABELS, LPS, WHEN, edited, random_mask
 
-LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
-LABELS = {2: "liver", 4: "kidney_left", 7: "something else"}
 VALUES = {name: value for value, name in LABELS.items()}
-WHEN = datetime(2024, 5, 6, 7, 8, 9)
-
-
-def random_mask(shape: tuple[int, ...], seed: int = 0) -> NDArray[np.int64]:
-    mask = np.random.default_rng(seed).choice([0, 0, 2, 4, 7], shape)
-    mask[:, :, 0] = 0
-    return mask
-
-
-def edited(path: Path, change: Callable[[Dataset], None]) -> Path:
-    dataset = pydicom.dcmread(path)
-    change(dataset)
-    target = path.with_name("edited.dcm")
-    dataset.save_as(target, enforce_file_format=True)
-    return target
 
 
 def contours_of(path: Path) -> dict[str, list[tuple[Dataset, NDArray[np.float64]]]]:
@@ -426,23 +408,12 @@ def test_a_file_that_is_cut_short_never_gives_another_mask(
     assert refused * 7 > 0.8 * len(whole)
 
 
-DATA = Path(__file__).parents[4] / "shared" / "data"
-
-
 @pytest.mark.data
-@pytest.mark.skipif(not DATA.is_dir(), reason=f"needs the real data sets in {DATA}")
-def test_organs_of_a_real_ct_come_back_exactly(tmp_path: Path) -> None:
-    folder = DATA / "ct_abdomen_totalseg" / "dicom"
-    series = open_series(folder / "ct_jpeg2000")
-    label = sitk.ReadImage(str(folder / "ct_jpeg2000_label.nii.gz"))
-    reference = sitk.Image([*series.grid.shape], sitk.sitkUInt8)
-    affine = LPS @ series.grid.affine
-    reference.SetOrigin(affine[:3, 3].tolist())
-    reference.SetSpacing(series.grid.spacing)
-    reference.SetDirection((affine[:3, :3] / series.grid.spacing).ravel().tolist())
-    placed = sitk.Resample(label, reference, sitk.Transform(), sitk.sitkNearestNeighbor, 0, sitk.sitkUInt8)
+@pytest.mark.skipif(not ABDOMEN.is_dir(), reason=f"needs the real data sets in {DATA}")
+def test_organs_of_a_real_ct_come_back_exactly(abdomen: Any, tmp_path: Path) -> None:
+    source, values = abdomen
+    series = open_series(source.folder)
     names = {1: "spleen", 2: "kidney_right", 3: "kidney_left", 5: "liver", 7: "pancreas"}
-    values = sitk.GetArrayFromImage(placed).transpose(2, 1, 0)
     mask = np.where(np.isin(values, list(names)), values, 0)
     assert (mask == 5).sum() == 366_708
     path = write_rtstruct(mask, tmp_path / "rs.dcm", series, labels=names)
