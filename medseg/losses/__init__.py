@@ -2,6 +2,7 @@
 
 from medseg.losses.boundary import BoundaryMultiTaskLoss, SumOfTasksLoss, edge_truth
 from medseg.losses.deep_supervision import BCEDiceLoss, DeepSupervision
+from medseg.losses.dice_ce import SoftDiceCELoss
 from medseg.losses.selfreg import (
     InternalFeatureDistillationLoss,
     SelfRegLoss,
@@ -10,6 +11,7 @@ from medseg.losses.selfreg import (
     SemanticConsistencyLoss,
 )
 from medseg.losses.training import TrainingLoss
+from medseg.losses.weighted import WeightedCrossEntropyLoss
 
 __all__ = [
     "BCEDiceLoss",
@@ -20,7 +22,9 @@ __all__ = [
     "SelfRegTerms",
     "SelfRegularizedLoss",
     "SemanticConsistencyLoss",
+    "SoftDiceCELoss",
     "SumOfTasksLoss",
     "TrainingLoss",
+    "WeightedCrossEntropyLoss",
     "edge_truth",
 ]

@@ -156,34 +156,40 @@ class BoundaryMultiTaskLoss(nn.Module):
 
         Args:
             output: with "logits", "aux" and "edges".
-            label: class indices, `(B, 1, *spatial)`.
+            label: class indices, `(B, 1, *spatial)`; or `(B, 2, *spatial)` with the weights that
+                `WeightedCrossEntropyLoss` reads, where it is among the losses; the others do not get them.
 
         Raises:
             RequestError: the output lacks maps of the stages, or their channels do not fit the preset.
             SizeError: label and logits differ in size.
         """
-        truth = label.as_tensor() if isinstance(label, MetaTensor) else label
+        whole = label.as_tensor() if isinstance(label, MetaTensor) else label
+        truth = whole[:, :1]
         logits = output["logits"].float()
         if "aux" not in output or "edges" not in output:
             raise RequestError(
                 f"BoundaryMultiTaskLoss needs the stages' maps 'aux' and 'edges', but the output holds "
                 f"{', '.join(output)}. Use a BANet with use_mtl=True, or TrainingLoss for the logits alone."
             )
-        if truth.shape != (len(logits), 1, *logits.shape[2:]):
+        if truth.shape != (len(logits), 1, *logits.shape[2:]) or whole.shape[1] not in self._channels():
             raise SizeError(
-                f"The label has shape {tuple(truth.shape)} and the logits {tuple(logits.shape)}: expected a label "
+                f"The label has shape {tuple(whole.shape)} and the logits {tuple(logits.shape)}: expected a label "
                 f"{(len(logits), 1, *logits.shape[2:])} of class indices."
             )
         segs, edges = ([m.float() for m in maps] for maps in (output["aux"], output["edges"]))
         edge = self._edge_target(truth, segs[0].shape[1], edges[0].shape[1])
-        terms = [self.main_loss(logits, truth)]
+        terms = [self.main_loss(logits, _label_for(self.main_loss, whole))]
         for weight, seg_map, edge_map in zip(self._stage_weights(len(segs)), segs, edges, strict=True):
-            found, wanted = [seg_map, edge_map], [truth, edge]
+            found, wanted = [seg_map, edge_map], [_label_for(self.stage_loss.losses[0], whole), edge]
             if self.seg_edge_loss:
                 found.append(self._edges_of(seg_map))
                 wanted.append(edge)
             terms.append(weight * self.stage_loss(found, wanted))
         return torch.stack(terms).sum()
+
+    def _channels(self) -> tuple[int, ...]:
+        """Return how many channels a label may have."""
+        return (1, 2) if any(_reads_weights(loss) for loss in self.modules()) else (1,)
 
     def _edge_target(self, label: Tensor, classes: int, channels: int) -> Tensor:
         allowed = {2} if self.official else {1, classes, classes - 1}
@@ -248,6 +254,15 @@ class _CrossEntropyDice(_CrossEntropy):
         truth: Tensor = one_hot(target, logits.shape[1])[:, 1:].flatten(2)
         common, total = (found * truth).sum(2), found.sum(2) + truth.sum(2)
         return super().forward(logits, target) + 1 - (2 * (common + 1) / (total + 1)).mean()
+
+
+def _label_for(loss: nn.Module, label: Tensor) -> Tensor:
+    """Return the classes of a label; with the weights, where there are any, for a loss that reads them."""
+    return label if _reads_weights(loss) else label[:, :1]
+
+
+def _reads_weights(loss: nn.Module) -> bool:
+    return bool(getattr(loss, "reads_weights", False))
 
 
 def _widths(edge_width: int | Sequence[int], dims: int) -> tuple[int, ...]:

@@ -1,9 +1,22 @@
-"""Dictionary transforms that MONAI lacks: reading and writing cases, mapping labels to classes, and their edges."""
+"""Dictionary transforms that MONAI lacks: reading and writing cases, labels, and the patches of training."""
 
 from medseg.transforms.edges import EdgeTruthd
+from medseg.transforms.elastic import RandElasticd
 from medseg.transforms.labels import MapLabelsd
 from medseg.transforms.load import LoadCased
 from medseg.transforms.save import SaveMaskd
 from medseg.transforms.spacing import SeparableSpacingd
+from medseg.transforms.warp import ClassPlacesd, RandWarpd
+from medseg.transforms.weight_map import BorderWeightMapd
 
-__all__ = ["EdgeTruthd", "LoadCased", "MapLabelsd", "SaveMaskd", "SeparableSpacingd"]
+__all__ = [
+    "BorderWeightMapd",
+    "ClassPlacesd",
+    "EdgeTruthd",
+    "LoadCased",
+    "MapLabelsd",
+    "RandElasticd",
+    "RandWarpd",
+    "SaveMaskd",
+    "SeparableSpacingd",
+]

@@ -1,0 +1,233 @@
+"""Values of images and labels at given places, from no more of the image than those places need."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from monai.data import MetaTensor
+from torch.nn import functional as F
+
+from medseg.errors import CaseError, RequestError
+
+__all__ = ["PADDINGS", "Sampler", "check_padding", "cut", "one_shape", "plain_tensor"]
+
+# What lies outside an image: its outermost value, its mirror image (which does not repeat the edge), or a given value.
+PADDINGS = ("border", "reflect", "constant")
+# Whole numbers up to here are exact in float32.
+_EXACT = 1 << 24
+
+
+class _Axis(NamedTuple):
+    """The places along one axis, `shift` from the first voxel that they need, and those voxels."""
+
+    places: torch.Tensor
+    shift: int
+    low: int
+    length: int
+
+
+class Sampler:
+    """Read images and labels of one grid at places between its voxels.
+
+    Args:
+        places: one tensor for each axis, in voxels from `origin`, float32; together they broadcast to `size`.
+        size: of the result.
+        shape: of the grid, voxels along each axis.
+        origin: the voxel that places are counted from. Near ones keep float32 precise in large volumes.
+        padding: what lies outside the grid, one of `PADDINGS`.
+
+    Raises:
+        RequestError: an unknown padding.
+    """
+
+    def __init__(
+        self,
+        places: Sequence[torch.Tensor],
+        size: Sequence[int],
+        shape: Sequence[int],
+        *,
+        origin: Sequence[int] | None = None,
+        padding: str = "border",
+    ) -> None:
+        check_padding(padding)
+        self.size = tuple(size)
+        self.constant = padding == "constant"
+        origins = [0] * len(size) if origin is None else origin
+        self._axes = [_axis(*each, padding) for each in zip(places, origins, shape, strict=True)]
+
+    def linear(self, image: torch.Tensor, *, outside: float = 0.0) -> torch.Tensor:
+        """Return linearly interpolated values `(C, *size)`, float32, of an image `(C, *shape)`.
+
+        `outside` is the value there if the padding is "constant".
+        """
+        return self._interpolated(self._needed(image).float(), outside)
+
+    def nearest(self, label: torch.Tensor, *, outside: float = 0) -> torch.Tensor:
+        """Return the nearest values `(C, *size)` of a label `(C, *shape)`, in its own type."""
+        needed = self._needed(label)
+        found = needed.reshape(len(needed), -1)[:, self._nearest].reshape(len(needed), *self.size)
+        return found.masked_fill_(self._is_outside, outside) if self._is_outside is not None else found
+
+    def votes(self, label: torch.Tensor, *, outside: float = 0) -> torch.Tensor:
+        """Return for each place the label that linear interpolation of each label's own mask gives the largest share.
+
+        Borders come out smoother than by `nearest`. Equal shares go to the smaller label.
+        """
+        needed = self._needed(label)
+        found = torch.zeros((len(needed), *self.size), dtype=label.dtype)
+        best = torch.full(found.shape, -1.0)
+        known = torch.unique(needed)
+        if self.constant:
+            known = torch.unique(torch.cat([known, known.new_tensor([outside])]))
+        for value in known:
+            share = self._interpolated((needed == value).float(), float(self.constant and value == outside))
+            # Shares that rounding alone tells apart are equal.
+            better = share > best + 1e-6
+            best = torch.where(better, share, best)
+            found = torch.where(better, value, found)
+        return found
+
+    def _needed(self, image: torch.Tensor) -> torch.Tensor:
+        for dim, axis in enumerate(self._axes, 1):
+            image = image.narrow(dim, axis.low, axis.length)
+        return image
+
+    def _interpolated(self, values: torch.Tensor, outside: float) -> torch.Tensor:
+        shifted = self.constant and outside != 0
+        source = (values - outside if shifted else values)[None]
+        # grid_sample works on the entries of a batch side by side, so the result is cut in as many.
+        batch = math.gcd(self.size[0], torch.get_num_threads())
+        grid = self._grid.view(batch, self.size[0] // batch, *self._grid.shape[1:])
+        padding = "zeros" if self.constant else "border"
+        found = F.grid_sample(source.expand(batch, *values.shape), grid, padding_mode=padding, align_corners=False)
+        found = found.transpose(0, 1).reshape(len(values), *self.size)
+        return found.add_(outside) if shifted else found
+
+    @cached_property
+    def _grid(self) -> torch.Tensor:
+        """The places as `grid_sample` counts them: last axis first, -1 to 1 from edge to edge of the needed voxels."""
+        grid = torch.empty(*self.size, len(self.size))
+        for dim, axis in enumerate(reversed(self._axes)):
+            grid[..., dim] = axis.places * (2 / axis.length) + ((2 * axis.shift + 1) / axis.length - 1)
+        return grid
+
+    @cached_property
+    def _nearest(self) -> torch.Tensor:
+        """Numbers of the nearest voxels among the needed ones, flat."""
+        exact = torch.float32 if math.prod(axis.length for axis in self._axes) < _EXACT else torch.float64
+        flat = torch.zeros((), dtype=exact)
+        for axis in self._axes:
+            index = (axis.places.round() + axis.shift).clamp_(0, axis.length - 1)
+            flat = flat * axis.length + index.to(exact)
+        return flat.broadcast_to(self.size).long().flatten()
+
+    @cached_property
+    def _is_outside(self) -> torch.Tensor | None:
+        if not self.constant:
+            return None
+        found = torch.zeros((), dtype=torch.bool)
+        for axis in self._axes:
+            index = axis.places.round() + axis.shift
+            found = found | (index < 0) | (index > axis.length - 1)
+        return found if bool(found.any()) else None
+
+
+def cut(
+    image: torch.Tensor,
+    start: Sequence[int],
+    size: Sequence[int],
+    *,
+    flips: Sequence[bool] | None = None,
+    padding: str = "border",
+    outside: float = 0.0,
+) -> torch.Tensor:
+    """Return a copy of the voxels of a box, with no interpolation.
+
+    Args:
+        image: `(C, *spatial)`.
+        start: the first voxel on each axis; may lie outside.
+        size: of the box.
+        flips: the axes to mirror the box along.
+        padding: what lies outside the image, one of `PADDINGS`.
+        outside: the value there if the padding is "constant".
+
+    Returns:
+        `(C, *size)`, contiguous, of the image's type.
+    """
+    check_padding(padding)
+    padded = []
+    for axis, (first, count) in enumerate(zip(start, size, strict=True)):
+        if first >= 0 and first + count <= image.shape[axis + 1]:
+            image = image.narrow(axis + 1, first, count)
+        else:
+            padded.append(axis)
+    for axis in padded:
+        index = torch.arange(start[axis], start[axis] + size[axis])
+        length = image.shape[axis + 1]
+        folded = _folded(index, length) if padding == "reflect" else index.clamp(0, length - 1)
+        image = image.index_select(axis + 1, folded)
+        if padding == "constant":
+            image.index_fill_(axis + 1, torch.nonzero(index != folded)[:, 0], outside)
+    dims = [axis + 1 for axis, flip in enumerate(flips or ()) if flip]
+    if dims:
+        return image.flip(dims).contiguous()
+    return image.contiguous() if padded else image.clone(memory_format=torch.contiguous_format)
+
+
+def check_padding(padding: str) -> None:
+    """Refuse an unknown padding.
+
+    Raises:
+        RequestError: it is none of `PADDINGS`.
+    """
+    if padding not in PADDINGS:
+        raise RequestError(f"padding={padding!r} is not known; choose one of {', '.join(map(repr, PADDINGS))}.")
+
+
+def plain_tensor(image: object) -> torch.Tensor:
+    """Return an image or label as a tensor without metadata, on which each operation is several times cheaper."""
+    values = torch.as_tensor(image)
+    return values.as_tensor() if isinstance(values, MetaTensor) else values
+
+
+def one_shape(images: dict[Hashable, torch.Tensor]) -> tuple[int, ...]:
+    """Return the spatial shape that all images `(C, *spatial)` of a case have.
+
+    Raises:
+        CaseError: there are several.
+    """
+    shapes = {key: tuple(image.shape[1:]) for key, image in images.items()}
+    if len(set(shapes.values())) > 1:
+        listed = ", ".join(f"'{key}' {shape}" for key, shape in shapes.items())
+        raise CaseError(f"The entries of a case differ in shape: {listed}. Resample them to one grid first.")
+    return next(iter(shapes.values()))
+
+
+def _axis(places: torch.Tensor, origin: int, length: int, padding: str) -> _Axis:
+    least, most = _range(places, origin)
+    if padding != "constant" and (least < 0 or most > length - 1):
+        if padding == "border":
+            places = places.clamp(-origin, length - 1 - origin)
+        else:
+            places = _folded(places + origin, length) - origin
+        least, most = _range(places, origin)
+    low = min(max(math.floor(least), 0), length - 1)
+    high = min(max(math.floor(most) + 1, low), length - 1)
+    return _Axis(places, origin - low, low, high - low + 1)
+
+
+def _range(places: torch.Tensor, origin: int) -> tuple[float, float]:
+    least, most = torch.aminmax(places)
+    return float(least) + origin, float(most) + origin
+
+
+def _folded(places: torch.Tensor, length: int) -> torch.Tensor:
+    """Mirror places at the first and the last voxel until they lie between them."""
+    last = length - 1
+    if not last:
+        return torch.zeros_like(places)
+    return last - (torch.remainder(places, 2 * last) - last).abs()

@@ -1,0 +1,428 @@
+"""Training patches: picked, flipped, turned, scaled and deformed in one resampling."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import MapTransform, Randomizable
+from monai.transforms.traits import MultiSampleTrait
+from numpy.typing import NDArray
+
+from medseg.errors import CaseError, RequestError
+from medseg.transforms.elastic import check_elastic, dense_field, draw_control
+from medseg.transforms.sampling import Sampler, check_padding, cut, one_shape, plain_tensor
+
+__all__ = ["ClassPlacesd", "RandWarpd"]
+
+_LABEL_MODES = ("nearest", "votes")
+# Places kept of each class: enough that patches of a whole training differ.
+_MAX_PLACES = 10_000
+_Range = float | Sequence[float | Sequence[float]]
+
+
+class ClassPlacesd(MapTransform):  # type: ignore[misc]  # MONAI publishes no types
+    """Note where each class of a label is, so that `RandWarpd` needs not search large volumes for every patch.
+
+    It is not random, so a caching data set does it once for each case. `RandWarpd` takes the note away.
+
+    Args:
+        keys: the labels, class indices `(1, *spatial)`; of several channels the first counts.
+        postfix: what is added to a label's key for the key of its note.
+        max_places: voxels kept of each class, evenly drawn; always the same ones.
+        ignore_label: a value that is no class.
+        allow_missing_keys: pass over keys that a case lacks.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        postfix: str = "_places",
+        *,
+        max_places: int = _MAX_PLACES,
+        ignore_label: int | None = None,
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.postfix = postfix
+        self.max_places = max_places
+        self.ignore_label = ignore_label
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Return `data` with a list for each label: flat voxel numbers (int64) of every foreground class in it."""
+        case = dict(data)
+        for key in self.key_iterator(case):
+            case[f"{key}{self.postfix}"] = _class_places(plain_tensor(case[key]), self.max_places, self.ignore_label)
+        return case
+
+
+class RandWarpd(Randomizable, MapTransform, MultiSampleTrait):  # type: ignore[misc]
+    """Cut random patches out of a case, each warped in one resampling of just the voxels that it needs.
+
+    A patch is centered at a voxel of a foreground class, each class that the case holds being as likely, or lies
+    anywhere in the image. Around its center it is flipped, rotated (in mm, also where voxels are anisotropic), zoomed
+    and elastically deformed, as far as these are asked for and drawn. Without a rotation, zoom or deformation nothing
+    is interpolated: the patch is a plain crop, flipped or not.
+
+    Args:
+        keys: images and labels `(C, *spatial)` of one shape, in 2D or 3D.
+        patch_size: voxels of a patch along each axis.
+        label_key: the entry that tells the classes, `(1, *spatial)`; of several channels the first counts.
+        label_keys: those of `keys` that are labels; by default `label_key`.
+        num_samples: patches of each case.
+        foreground: probability that a patch is centered in the foreground.
+        flip_prob: probability of a flip along each axis, a number or one per axis.
+        rotate_range: largest angle about each voxel axis in radians, a number or one per axis (in 2D one); in place
+            of an angle there may be a pair, least and largest. `(0.5, 0, 0)` turns within the planes of the first
+            axis alone. Rotations about the first, second and third axis follow each other as in MONAI's `Affine`.
+        rotate_prob: probability of a rotation.
+        zoom_range: least and largest magnification; 2 shows half as much. Halving and doubling are as likely.
+        zoom_prob: probability of a zoom.
+        zoom_per_axis: draw a magnification for each axis.
+        elastic_sigma: standard deviation, in voxels of the image, of the displacements of an elastic deformation
+            (see `RandElasticd`), a number or one per axis; 0 for none.
+        elastic_grid: nodes of that deformation along each axis of the patch, a number or one per axis.
+        elastic_prob: probability of a deformation.
+        label_mode: "nearest", or "votes" for the label whose own mask, linearly interpolated, is the largest.
+        padding: what lies outside the image: "border" its outermost voxels, "reflect" its mirror image, "constant" the
+            two following values. Images smaller than the patch are centered in it.
+        padding_value: of images.
+        padding_label: of labels.
+        ignore_label: a value of the label that is no class to center patches at.
+        places_key: the note of `ClassPlacesd`; by default `label_key` and "_places". Cases without it are searched.
+        track_meta: return MetaTensors with the patch's affine (of an elastic deformation, without it) and the file's
+            name where images come as MetaTensors; otherwise plain tensors.
+        allow_missing_keys: pass over keys that a case lacks.
+
+    Raises:
+        RequestError: a setting that cannot be, or that does not fit the image's axes.
+        CaseError: the entries of a case differ in shape.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        patch_size: Sequence[int],
+        label_key: str = "label",
+        *,
+        label_keys: Sequence[str] | None = None,
+        num_samples: int = 1,
+        foreground: float = 0.0,
+        flip_prob: float | Sequence[float] = 0.0,
+        rotate_range: _Range = 0.0,
+        rotate_prob: float = 1.0,
+        zoom_range: Sequence[float] = (1.0, 1.0),
+        zoom_prob: float = 1.0,
+        zoom_per_axis: bool = False,
+        elastic_sigma: float | Sequence[float] = 0.0,
+        elastic_grid: int | Sequence[int] = 3,
+        elastic_prob: float = 1.0,
+        label_mode: str = "nearest",
+        padding: str = "border",
+        padding_value: float = 0.0,
+        padding_label: int = 0,
+        ignore_label: int | None = None,
+        places_key: str | None = None,
+        track_meta: bool = True,
+        allow_missing_keys: bool = False,
+    ) -> None:
+        MapTransform.__init__(self, keys, allow_missing_keys)
+        self.patch_size = _patch_size(patch_size)
+        self.label_key = label_key
+        self.label_keys = (label_key,) if label_keys is None else _names(label_keys)
+        self.num_samples = num_samples
+        self.foreground = foreground
+        dims = len(self.patch_size)
+        self.flip_prob = _per_axis("flip_prob", flip_prob, dims)
+        self.angles = _angles(rotate_range, dims)
+        self.rotate_prob = rotate_prob
+        self.zooms = _zooms(zoom_range)
+        self.zoom_prob = zoom_prob
+        self.zoom_per_axis = zoom_per_axis
+        check_elastic(elastic_grid, elastic_sigma)
+        self.elastic_sigma = _per_axis("elastic_sigma", elastic_sigma, dims)
+        self.elastic_grid = elastic_grid
+        self.elastic_prob = elastic_prob
+        if label_mode not in _LABEL_MODES:
+            raise RequestError(f"label_mode={label_mode!r} is not known; choose 'nearest' or 'votes'.")
+        self.label_mode = label_mode
+        check_padding(padding)
+        self.padding = padding
+        self.padding_value = padding_value
+        self.padding_label = padding_label
+        self.ignore_label = ignore_label
+        self.places_key = f"{label_key}_places" if places_key is None else places_key
+        self.track_meta = track_meta
+        self.warp: _Warp | None = None
+
+    def randomize(self, case: _Case) -> None:
+        """Draw the place and the warp of one patch."""
+        dims = len(self.patch_size)
+        start = self._start(case)
+        flips = tuple(bool(each) for each in self.R.random_sample(dims) < self.flip_prob)
+        matrix: NDArray[np.float64] | None = None
+        if self._drawn(self.rotate_prob, bool(np.any(self.angles))):
+            stretch = np.asarray(case.spacing)
+            turned = _rotation([self.R.uniform(low, high) for low, high in self.angles], dims)
+            matrix = turned * stretch / stretch[:, None]
+        if self._drawn(self.zoom_prob, bool(np.any(self.zooms))):
+            zoom = np.exp(self.R.uniform(*self.zooms, size=dims if self.zoom_per_axis else 1))
+            matrix = (np.eye(dims) if matrix is None else matrix) / zoom
+        control = None
+        if self._drawn(self.elastic_prob, bool(np.any(self.elastic_sigma))):
+            control = draw_control(self.R, dims, self.elastic_grid, self.elastic_sigma.tolist())
+        self.warp = _Warp(self.patch_size, start, flips, matrix, control)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> list[dict[Hashable, Any]]:
+        """Return `num_samples` cases with patches `(C, *patch_size)`: images float32, labels of their own type.
+
+        Entries of other keys are those of `data`, not copies.
+        """
+        rest = dict(data)
+        places = rest.pop(self.places_key, None)
+        images = {key: rest[key] for key in self.key_iterator(rest)}
+        case = self._case(images, rest.get(self.label_key), places)
+        samples = []
+        for _ in range(self.num_samples):
+            self.randomize(case)
+            samples.append({**rest, **self._patches(case, images)})
+        return samples
+
+    def _case(self, images: dict[Hashable, Any], label: Any, places: list[torch.Tensor] | None) -> _Case:
+        if self.foreground > 0 and label is None and places is None:
+            raise RequestError(
+                f"foreground={self.foreground} needs the label under '{self.label_key}', which the case lacks: name it "
+                "by label_key, or give foreground=0."
+            )
+        plain = {key: plain_tensor(image) for key, image in images.items()}
+        truth = None if label is None else plain_tensor(label)
+        everything = plain if truth is None else {**plain, self.label_key: truth}
+        shape = one_shape(everything) if everything else ()
+        if len(shape) != len(self.patch_size):
+            raise RequestError(f"patch_size={self.patch_size} came for an image of shape {shape}: give one per axis.")
+        if 0 in shape:
+            raise CaseError(f"An image of shape {shape} holds no voxel.")
+        return _Case(plain, shape, _spacing(images.values(), len(shape)), truth, places, self.ignore_label)
+
+    def _start(self, case: _Case) -> tuple[int, ...]:
+        """Draw the first voxel of a patch; an axis shorter than the patch gets it centered."""
+        free = [length - size for length, size in zip(case.shape, self.patch_size, strict=True)]
+        if self.foreground > 0 and self.R.random_sample() < self.foreground and case.places:
+            voxels = case.places[self.R.randint(len(case.places))]
+            center = np.unravel_index(int(voxels[self.R.randint(len(voxels))]), case.shape)
+            wanted = [int(at) - size // 2 for at, size in zip(center, self.patch_size, strict=True)]
+        else:
+            wanted = [int(self.R.randint(max(room, 0) + 1)) for room in free]
+        return tuple(
+            min(max(at, 0), room) if room >= 0 else -(-room // 2) for at, room in zip(wanted, free, strict=True)
+        )
+
+    def _drawn(self, probability: float, possible: bool) -> bool:
+        return possible and bool(self.R.random_sample() < probability)
+
+    def _patches(self, case: _Case, images: dict[Hashable, Any]) -> dict[Hashable, torch.Tensor]:
+        warp = self.warp
+        if warp is None:
+            raise RequestError("RandWarpd was asked for a patch before randomize().")
+        sampler = warp.sampler(case.shape, self.padding)
+        patches = {}
+        for key, image in case.images.items():
+            is_label = key in self.label_keys
+            patch = self._patch(image, warp, sampler, is_label=is_label)
+            patches[key] = self._placed(patch if is_label else patch.float(), images[key], warp)
+        return patches
+
+    def _patch(self, image: torch.Tensor, warp: _Warp, sampler: Sampler | None, *, is_label: bool) -> torch.Tensor:
+        outside = self.padding_label if is_label else self.padding_value
+        if sampler is None:
+            return cut(image, warp.start, warp.size, flips=warp.flips, padding=self.padding, outside=outside)
+        if not is_label:
+            return sampler.linear(image, outside=outside)
+        sample = sampler.nearest if self.label_mode == "nearest" else sampler.votes
+        return sample(image, outside=outside)
+
+    def _placed(self, patch: torch.Tensor, image: Any, warp: _Warp) -> torch.Tensor:
+        if not (self.track_meta and isinstance(image, MetaTensor)):
+            return patch
+        name = {"filename_or_obj": image.meta["filename_or_obj"]} if "filename_or_obj" in image.meta else {}
+        placed: torch.Tensor = MetaTensor(patch, affine=_moved(image.affine, warp.affine), meta=name)
+        return placed
+
+
+@dataclass
+class _Case:
+    """What a patch is drawn from.
+
+    Attributes:
+        images: without metadata, `(C, *shape)`.
+        shape: voxels along each axis.
+        spacing: mm between voxels along each axis; 1 where it is not known.
+        label: `(1, *shape)`, where there is one.
+        note: of `ClassPlacesd`.
+        ignore_label: a value that is no class.
+    """
+
+    images: dict[Hashable, torch.Tensor]
+    shape: tuple[int, ...]
+    spacing: tuple[float, ...]
+    label: torch.Tensor | None
+    note: list[torch.Tensor] | None
+    ignore_label: int | None
+
+    @cached_property
+    def places(self) -> list[torch.Tensor]:
+        """Flat voxel numbers of each foreground class that is there."""
+        if self.note is not None or self.label is None:
+            return list(self.note or [])
+        return _class_places(self.label, _MAX_PLACES, self.ignore_label)
+
+
+@dataclass(frozen=True)
+class _Warp:
+    """Where a patch comes from.
+
+    Attributes:
+        size: of the patch.
+        start: its first voxel, were it a plain crop.
+        flips: whether it is mirrored, for each axis.
+        matrix: from voxels of the patch, from its center, to voxels of the image from there, after the flips; None if
+            the identity.
+        control: displacements of an elastic deformation `(dims, *grid)` in voxels of the image.
+    """
+
+    size: tuple[int, ...]
+    start: tuple[int, ...]
+    flips: tuple[bool, ...]
+    matrix: NDArray[np.float64] | None
+    control: torch.Tensor | None
+
+    @property
+    def linear(self) -> NDArray[np.float64]:
+        """From voxels of the patch to those of the image, both from the center."""
+        signs = np.where(self.flips, -1.0, 1.0)
+        return np.diag(signs) if self.matrix is None else self.matrix * signs
+
+    @property
+    def affine(self) -> NDArray[np.float64]:
+        """From voxels of the patch to those of the image, homogeneous."""
+        middle = (np.array(self.size) - 1) / 2
+        affine = np.eye(len(self.size) + 1)
+        affine[:-1, :-1] = self.linear
+        affine[:-1, -1] = np.array(self.start) + middle - self.linear @ middle
+        return affine
+
+    def sampler(self, shape: Sequence[int], padding: str) -> Sampler | None:
+        """Return what reads the patch from images of a shape; None where a plain crop does."""
+        if self.matrix is None and self.control is None:
+            return None
+        middle = (np.array(self.size) - 1) / 2
+        origin = np.floor(self.start + middle).astype(int)
+        remainder = self.start + middle - origin
+        places = [self._places(row, float(offset)) for row, offset in zip(self.linear, remainder, strict=True)]
+        if self.control is not None:
+            field = dense_field(self.control, self.size)
+            places = [place + moved for place, moved in zip(places, field, strict=True)]
+        return Sampler(places, self.size, shape, origin=[int(o) for o in origin], padding=padding)
+
+    def _places(self, row: NDArray[np.float64], offset: float) -> torch.Tensor:
+        """Return places along one axis of the image, with a length of 1 along axes of the patch that do not count."""
+        dims = len(self.size)
+        total = torch.full([1] * dims, offset)
+        for axis, (factor, voxels) in enumerate(zip(row, self.size, strict=True)):
+            if factor:
+                steps = (np.arange(voxels) - (voxels - 1) / 2) * factor
+                shape = [voxels if dim == axis else 1 for dim in range(dims)]
+                total = total + torch.from_numpy(steps.astype(np.float32)).view(shape)
+        return total
+
+
+def _class_places(label: torch.Tensor, max_places: int, ignore_label: int | None) -> list[torch.Tensor]:
+    """Return flat voxel numbers, at most `max_places`, of each class above 0, in the order of the classes."""
+    flat = label[0].reshape(-1)
+    voxels = torch.nonzero(flat)[:, 0]
+    values = flat[voxels]
+    generator = torch.Generator().manual_seed(0)
+    places = []
+    for value in torch.unique(values):
+        if ignore_label is not None and int(value) == ignore_label:
+            continue
+        found = voxels[values == value]
+        if len(found) > max_places:
+            found = found[torch.randint(len(found), (max_places,), generator=generator)]
+        places.append(found)
+    return places
+
+
+def _spacing(images: Any, dims: int) -> tuple[float, ...]:
+    affine = next((image.affine for image in images if isinstance(image, MetaTensor)), None)
+    if affine is None:
+        return (1.0,) * dims
+    lengths = np.linalg.norm(affine.cpu().numpy()[:-1, :dims], axis=0)
+    # A picture may have fewer axes in its affine than its array has; a direction without length is none.
+    return tuple(float(each) if each > 0 else 1.0 for each in [*lengths, *[1.0] * (dims - len(lengths))])
+
+
+def _moved(affine: torch.Tensor, change: NDArray[np.float64]) -> torch.Tensor:
+    """Return the affine of a patch; `change` leads from its voxels to the image's and may have fewer axes."""
+    rank, dims = len(affine) - 1, len(change) - 1
+    grown = np.eye(rank + 1)
+    used = min(rank, dims)
+    grown[:used, :used] = change[:used, :used]
+    grown[:used, -1] = change[:used, -1]
+    return affine.cpu().double() @ torch.from_numpy(grown)
+
+
+def _rotation(angles: Sequence[float], dims: int) -> NDArray[np.float64]:
+    """Return the rotation by one angle in 2D, or about the first, then the second and third axis in 3D."""
+    matrix = np.eye(dims)
+    for axis, angle in enumerate(angles):
+        one, other = (0, 1) if dims == 2 else ((1, 2), (2, 0), (0, 1))[axis]
+        turn = np.eye(dims)
+        turn[[one, other], [one, other]] = np.cos(angle)
+        turn[one, other], turn[other, one] = -np.sin(angle), np.sin(angle)
+        matrix = matrix @ turn
+    return matrix
+
+
+def _patch_size(patch_size: Sequence[int]) -> tuple[int, ...]:
+    size = tuple(int(each) for each in patch_size)
+    if len(size) not in (2, 3) or min(size) < 1:
+        raise RequestError(f"patch_size={patch_size!r}: expected 2 or 3 whole numbers from 1 up.")
+    return size
+
+
+def _names(keys: Sequence[str]) -> tuple[str, ...]:
+    return (keys,) if isinstance(keys, str) else tuple(keys)
+
+
+def _per_axis(option: str, value: float | Sequence[float], dims: int) -> NDArray[np.float64]:
+    if np.size(value) not in (1, dims):
+        raise RequestError(f"{option}={value!r} came for {dims} axes: give one number, or {dims}.")
+    return np.broadcast_to(np.asarray(value, dtype=float), dims)
+
+
+def _angles(rotate_range: _Range, dims: int) -> list[tuple[float, float]]:
+    """Return least and largest angle of each rotation: one in 2D, three in 3D."""
+    turns = 1 if dims == 2 else 3
+    given = [rotate_range] * turns if isinstance(rotate_range, int | float) else list(rotate_range)
+    pairs = [(-each, each) if isinstance(each, int | float) else tuple(each) for each in given]
+    if len(pairs) != turns or any(len(pair) != 2 for pair in pairs):
+        raise RequestError(
+            f"rotate_range={rotate_range!r} came for {dims}D: give one angle in radians, or {turns}, each a number "
+            "or a pair of least and largest."
+        )
+    return [(float(low), float(high)) for low, high in pairs]
+
+
+def _zooms(zoom_range: Sequence[float]) -> tuple[float, float]:
+    """Return the logarithms of the least and largest magnification."""
+    zooms = [zoom_range] if isinstance(zoom_range, int | float) else list(zoom_range)
+    if len(zooms) != 2 or not 0 < zooms[0] <= zooms[1]:
+        raise RequestError(f"zoom_range={zoom_range!r}: expected the least and the largest magnification, above 0.")
+    return float(np.log(zooms[0])), float(np.log(zooms[1]))
