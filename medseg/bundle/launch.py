@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import signal
 import socket
 import subprocess
 import sys
@@ -48,7 +49,7 @@ _GRACE: Final = 3.0
 _STOP: Final = 10.0
 _TAIL: Final = 300
 # The signal by which libraries end a process whose connection broke.
-_ABORT: Final = 6
+_ABORT: Final = signal.SIGABRT
 
 
 @dataclass
@@ -220,7 +221,8 @@ def _job_of(content: Mapping[str, Any]) -> Job:
 
 
 def _end_with_parent() -> None:
-    while sys.stdin.read(1):
+    # Not by sys.stdin, whose lock a loader's worker would inherit locked.
+    while os.read(0, 1):
         pass
     os._exit(1)
 
@@ -315,9 +317,18 @@ def _stop(group: Sequence[_Process]) -> None:
             process.handle.kill()
             process.handle.wait()
     for process in group:
+        if process.handle.returncode:
+            _sweep(process.handle.pid)
         if process.handle.stdin is not None:
             with suppress(OSError):
                 process.handle.stdin.close()
+
+
+def _sweep(leader: int) -> None:
+    """End what a process that died has left behind, such as the workers of its loader."""
+    if hasattr(os, "killpg"):
+        with suppress(OSError):
+            os.killpg(leader, signal.SIGKILL)
 
 
 def _death(failed: Sequence[_Process], processes: int, *, out_of_memory: bool) -> MedsegError:
