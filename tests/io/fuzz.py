@@ -105,12 +105,7 @@ def _dicom_samples(root: Path, found: list[Sample]) -> None:
     from medseg.io.dicom_seg import write_seg
     from medseg.io.rtstruct import write_rtstruct
 
-    spec = importlib.util.spec_from_file_location("series", Path(__file__).parent / "dicom" / "conftest.py")
-    assert spec is not None
-    assert spec.loader is not None
-    series = importlib.util.module_from_spec(spec)
-    sys.modules["series"] = series
-    spec.loader.exec_module(series)
+    series = _helpers("series", "dicom/conftest.py")
     written = series.make_series(root / "series")
     found.append(Sample("dicom", written.folder, written.files[1], _load_folder))
     (root / "enhanced").mkdir()
@@ -121,11 +116,22 @@ def _dicom_samples(root: Path, found: list[Sample]) -> None:
     mask = np.zeros(written.values.shape, np.uint8)
     mask[2:-2, 2:-2, :2], mask[3:5, 3:5, 1:] = 1, 2
     terms = {1: "liver", 2: "lesion"}
-    for name, write, read in (("seg", write_seg, _read_seg), ("rtstruct", write_rtstruct, _read_rtstruct)):
+    for name, write in (("seg", write_seg), ("rtstruct", write_rtstruct)):
         folder = root / name
         shutil.copytree(written.folder, folder / "series")
         write(mask, folder / "a.dcm", written.folder, labels=terms)
-        found.append(Sample(name, folder, folder / "a.dcm", read))
+        found.append(Sample(name, folder, folder / "a.dcm", _load_object))
+
+
+def _helpers(name: str, file: str) -> Any:
+    """Import the helpers of tests from a file beside this one."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def _slide_samples(place: Any, rng: np.random.Generator) -> None:
@@ -139,6 +145,9 @@ def _slide_samples(place: Any, rng: np.random.Generator) -> None:
         tifffile.imwrite(path, pixels, tile=(128, 128), photometric="rgb", compression="zlib")
 
     place("slide", "a.tif", write, _read_slide)
+    write_dicom = _helpers("volumes", "conftest.py").write_dicom_slide
+    for name, jpeg in (("slide_dicom", False), ("slide_dicom_jpeg", True)):
+        place(name, "a.dcm", lambda path, jpeg=jpeg: write_dicom(path, pixels[:256, :192], jpeg=jpeg), _read_slide)
 
 
 def _load(file: Path, folder: Path) -> None:
@@ -159,16 +168,10 @@ def _load_folder(file: Path, folder: Path) -> None:
     load(folder)
 
 
-def _read_seg(file: Path, folder: Path) -> None:
-    from medseg.io.dicom_seg import read_seg
+def _load_object(file: Path, folder: Path) -> None:
+    from medseg.io import load_label
 
-    read_seg(file, like=folder / "series")
-
-
-def _read_rtstruct(file: Path, folder: Path) -> None:
-    from medseg.io.rtstruct import read_rtstruct
-
-    read_rtstruct(file, like=folder / "series")
+    load_label(file, like=folder / "series")
 
 
 def _read_slide(file: Path, folder: Path) -> None:
