@@ -9,6 +9,7 @@ import hashlib
 import io
 import logging
 import pickle
+import struct
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -160,7 +161,10 @@ def _expected_hash(file: Path, bundle_root: str | None) -> str | None:
     if not metadata.is_file() or not file.resolve().is_relative_to(Path(bundle_root).resolve()):
         return None
     name = file.resolve().relative_to(Path(bundle_root).resolve()).as_posix()
-    listed: str | None = load_json(metadata).get("weights", {}).get(name, {}).get("sha256")
+    try:
+        listed: str | None = load_json(metadata).get("weights", {}).get(name, {}).get("sha256")
+    except AttributeError as error:
+        raise WeightsError(f"'{metadata}' lists weights in a form that medseg does not know") from error
     return listed
 
 
@@ -183,7 +187,7 @@ def read_state(content: bytes, path: str) -> Mapping[str, torch.Tensor]:
             f"'{path}' holds more than tensors and was not loaded: it could run code. If you trust where it comes "
             "from, save its state dict alone: torch.save(network.state_dict(), FILE)"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
         raise WeightsError(
             f"'{path}' is no readable weight file ({type(error).__name__}); it may be cut off"
         ) from error

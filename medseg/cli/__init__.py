@@ -9,7 +9,7 @@ import warnings
 import typer
 
 from medseg import __version__
-from medseg.cli import bundle, convert, demo, doctor, evaluate, predict, prune, train
+from medseg.cli import bundle, compare, convert, demo, doctor, evaluate, export, plan, predict, prune, train
 from medseg.cli.console import errors
 from medseg.errors import MedsegError
 
@@ -24,10 +24,13 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command("predict")(predict.predict)
+app.command("plan")(plan.plan)
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
+app.command("compare")(compare.compare)
 app.command("convert")(convert.convert)
 app.command("prune")(prune.prune)
+app.command("export")(export.export)
 app.command("doctor")(doctor.doctor)
 app.add_typer(bundle.app, name="bundle")
 app.command("phantoms")(demo.phantoms)

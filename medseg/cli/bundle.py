@@ -1,31 +1,37 @@
-"""`medseg bundle build | check | list | inspect`."""
+"""`medseg bundle build | check | list | inspect | pack | unpack`."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from medseg.bundle import archive
 from medseg.bundle.build import build as build_bundle
-from medseg.bundle.catalog import find_bundle, merged, shipped_bundles
-from medseg.bundle.trust import Finding, find_files, find_programs, fingerprint, load_json
-from medseg.cli.console import BundleName, errors, output
+from medseg.bundle.catalog import find_bundle, shipped_bundles
+from medseg.bundle.trust import fingerprint
+from medseg.cli.console import BundleName, errors, output, progress
 from medseg.errors import BundleError, RequestError
 
 if TYPE_CHECKING:
     from medseg.bundle.catalog import Bundle
-    from medseg.bundle.compose import Config
+    from medseg.bundle.check import Outcome
 
-__all__ = ["app", "build", "check", "inspect", "list_bundles"]
+__all__ = ["app", "build", "check", "inspect", "list_bundles", "pack", "unpack"]
 
-app = typer.Typer(help="Build, check, list and inspect bundles.", no_args_is_help=True)
+app = typer.Typer(help="Build, check, list, inspect, pack and unpack bundles.", no_args_is_help=True)
 
 Names = Annotated[
     list[str] | None, typer.Argument(help="Bundle folders or names of shipped bundles.", metavar="BUNDLE...")
 ]
 All = Annotated[bool, typer.Option("--all", help="All shipped bundles.")]
+
+_COLORS = {"ok": "green", "failed": "bold red", "skipped": "yellow"}
+# The table of many bundles needs this much; a narrower terminal breaks its lines.
+_WIDE = 210
 
 
 @app.command()
@@ -37,22 +43,54 @@ def build(names: Names = None, every: All = False) -> None:
 
 
 @app.command()
-def check(names: Names = None, every: All = False) -> None:
-    """Check that bundles are built, declarative, and what MONAI expects."""
+def check(
+    names: Names = None,
+    every: All = False,
+    full: Annotated[
+        bool,
+        typer.Option("--full", help="Also train, score, predict and export copies, by medseg and by MONAI: minutes."),
+    ] = False,
+) -> None:
+    """Check that bundles are built, declarative, what MONAI expects, and, with --full, that they run.
+
+    Exit code 1 if anything failed.
+    """
+    from medseg.bundle.check import examine
+
+    bundles = _chosen(names, every=every)
+    found: dict[str, dict[str, Outcome]] = {}
+    with progress("bundles") as report:
+        for number, bundle in enumerate(bundles):
+
+            def tell(done: float, total: int, note: str, number: int = number) -> None:
+                report(number + done / total, len(bundles), note)
+
+            found[bundle.name] = examine(bundle, full=full, report=tell)
+    _print_outcomes(found)
+    raise typer.Exit(int(any(one.status == "failed" for row in found.values() for one in row.values())))
+
+
+def _print_outcomes(found: dict[str, dict[str, Outcome]]) -> None:
+    """Print a row for each bundle, or each check of a single one; below it what failed or was skipped, and why."""
+    from rich.markup import escape
     from rich.table import Table
 
-    from medseg.bundle.check import CHECKS, check_bundle
-
-    table = Table("bundle", *CHECKS)
-    problems: list[str] = []
-    for bundle in _chosen(names, every=every):
-        results = check_bundle(bundle)
-        table.add_row(bundle.name, *("failed" if results[name] else "ok" for name in CHECKS))
-        problems += [f"{bundle.name}: {name}: {text}" for name, text in results.items() if text]
-    output.print(table)
-    for problem in problems:
-        errors.print(problem, markup=False, soft_wrap=True)
-    raise typer.Exit(1 if problems else 0)
+    shown = {name: [f"[{_COLORS[one.status]}]{one.status}[/]" for one in row.values()] for name, row in found.items()}
+    if len(found) == 1:
+        ((name, row),) = found.items()
+        table = Table(name, "", "")
+        for check_name, one, status in zip(row, row.values(), shown[name], strict=True):
+            table.add_row(check_name, status, escape(one.text) if one.status == "ok" else "")
+    else:
+        table = Table("bundle", *next(iter(found.values()), {}))
+        for name, cells in shown.items():
+            table.add_row(name, *cells)
+    output.print(table, width=None if len(found) == 1 else max(_WIDE, output.width), crop=False)
+    for name, row in found.items():
+        for check_name, one in row.items():
+            if one.status != "ok":
+                where = errors if one.status == "failed" else output
+                where.print(f"{one.status}: {name}: {check_name}: {one.text}", markup=False, soft_wrap=True)
 
 
 @app.command("list")
@@ -72,30 +110,56 @@ def list_bundles() -> None:
 def inspect(
     name: BundleName, as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False
 ) -> None:
-    """Show every callable and expression of a bundle, and its fingerprint, without running anything of it."""
+    """Show every callable and expression of a bundle, and its fingerprint, without running anything of it.
+
+    Exit code 1 if there is anything that a declarative bundle may not hold.
+    """
     bundle = find_bundle(name)
-    findings = _programs({path.name: load_json(path) for path in sorted(bundle.root.glob("configs/*.json"))})
-    findings += [("", finding) for finding in find_files(bundle.root)]
+    findings = archive.find_all(bundle)
     try:
         vouched = fingerprint(bundle.root)
     except BundleError as error:
         vouched = f"none: {error}"
+    counts = Counter(finding.allowed for _, finding in findings)
     if as_json:
         rows = [{"file": file, **vars(finding)} for file, finding in findings]
         output.print_json(json.dumps({"bundle": bundle.name, "sha256": vouched, "findings": rows}))
-        return
+        raise typer.Exit(1 if counts[False] else 0)
     for file, finding in sorted(findings, key=lambda item: item[1].allowed):
         output.print(f"{'ok ' if finding.allowed else 'NOT'} {file:15} {finding}", markup=False, soft_wrap=True)
-    counts = Counter(finding.allowed for _, finding in findings)
     output.print(f"{counts[True]} allowed, {counts[False]} not")
     output.print(f"SHA-256 of the bundle: {vouched}", soft_wrap=True)
+    raise typer.Exit(1 if counts[False] else 0)
 
 
-def _programs(configs: dict[str, Config]) -> list[tuple[str, Finding]]:
-    """List what each config file would run; references may lead into any of the files, as MONAI merges them."""
-    parts = {name: {"_meta_": config} if name == "metadata.json" else config for name, config in configs.items()}
-    whole = merged(parts)
-    return [(name, found) for name, part in parts.items() for found in find_programs(part, {**whole, **part})]
+@app.command()
+def pack(
+    name: BundleName,
+    out: Annotated[Path | None, typer.Option("--output", "-o", help="The archive; BUNDLE.zip if not given.")] = None,
+) -> None:
+    """Write a bundle into one zip archive, with hashes; equal bundles give equal bytes."""
+    bundle = find_bundle(name)
+    packed = archive.pack(bundle, Path(f"{bundle.name}.zip") if out is None else out)
+    for left, reason in packed.left_out:
+        errors.print(f"left out: {left} ({reason})", markup=False, soft_wrap=True)
+    if not bundle.weights.is_file():
+        errors.print("it has no weights: who unpacks it trains it, or puts models/model.pt there", soft_wrap=True)
+    output.print(f"{packed.path}: {len(packed.files)} files, {packed.path.stat().st_size:,} bytes", soft_wrap=True)
+    output.print(f"SHA-256 of the archive: {packed.sha256}", soft_wrap=True)
+
+
+@app.command()
+def unpack(
+    path: Annotated[Path, typer.Argument(help="A zip that `medseg bundle pack` wrote.", metavar="ARCHIVE")],
+    out: Annotated[
+        Path | None, typer.Option("--output", "-o", help="New folder of the bundle; its packed name if not given.")
+    ] = None,
+) -> None:
+    """Unpack a bundle, checking names, sizes, hashes and contents, without running anything of it."""
+    bundle = archive.unpack(path, out)
+    counts = Counter(finding.kind for _, finding in archive.find_all(bundle))
+    output.print(f"{bundle.root}: {counts['callable']} callables, all allowed", soft_wrap=True)
+    output.print(f"SHA-256 of the bundle: {fingerprint(bundle.root)}", soft_wrap=True)
 
 
 def _chosen(names: list[str] | None, *, every: bool) -> list[Bundle]:

@@ -1,0 +1,81 @@
+"""Every network in every export format: which axes stay free, how far the file's logits are from the network's.
+
+    python benchmarks/exports.py            # prints the table of docs/bundles.md
+    python benchmarks/exports.py --half
+
+Networks are the small forms with fresh weights; UNet++ also pruned to its second head, U-Net also without padding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from medseg.bundle.build import build
+from medseg.bundle.catalog import Bundle
+from medseg.bundle.export import FORMATS, export
+from medseg.errors import MedsegError
+from medseg.networks import NETWORKS, small
+
+SUBJECTS: list[tuple[str, str, dict[str, Any], list[int] | None]] = [
+    *((network.__name__, network.__name__, {}, None) for network in NETWORKS),
+    ("UNet++ pruned to L2", "UNetPlusPlus", {"head": 2}, None),
+    ("U-Net, valid", "UNet", {"padding": "valid", "features": [8, 16, 32]}, [60, 76, 60]),
+]
+WINDOW = {2: [224, 224], 3: [48, 48, 48]}
+
+
+def bundle_of(folder: Path, name: str, dims: int, options: dict[str, Any], window: list[int] | None) -> Bundle:
+    """Write a bundle around a network."""
+    definition = {"spatial_dims": dims, "in_channels": 1, "out_channels": 3, **small(name, dims), **options}
+    source = {
+        "name": "shapes_mri_network",
+        "template": "mr_volume" if dims == 3 else "grey_image",
+        "version": "0.1.0",
+        "description": "For exports.",
+        "authors": "The medseg authors",
+        "channels": {"0": "MRI"},
+        "labels": {"0": "background", "1": "a", "2": "b"},
+        "network_def": {"_target_": f"medseg.networks.{name}", **definition},
+        "knobs": {"roi_size": (window or WINDOW[dims])[:dims]},
+    }
+    bundle = Bundle(folder / f"shapes_mri_network_{dims}d_{time.monotonic_ns()}")
+    bundle.root.mkdir()
+    (bundle.root / "bundle.json").write_text(json.dumps(source), encoding="utf-8")
+    build(bundle)
+    return bundle
+
+
+def measured(bundle: Bundle, file_format: str, folder: Path, *, half: bool) -> str:
+    """Return one cell: the largest difference of a logit, the seconds, and what is not free."""
+    start = time.perf_counter()
+    try:
+        done = export(bundle, file_format, folder / f"n{FORMATS[file_format][0]}", random=True, half=half)
+    except MedsegError as error:
+        return str(error).split(": ", 1)[1][:80]
+    worst = max(one.difference / max(1.0, one.largest) for one in done.comparisons)
+    bound = "" if done.free == "batch and size" else f", free: {done.free or 'nothing'}"
+    return f"{worst:.0e}{bound} ({time.perf_counter() - start:.0f} s)"
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--half", action="store_true")
+    half = parser.parse_args().half
+    print(f"| network | {' | '.join(FORMATS)} |")
+    print("|---|" + "---|" * len(FORMATS))
+    with tempfile.TemporaryDirectory() as folder:
+        for title, name, options, window in SUBJECTS:
+            for dims in (2, 3):
+                bundle = bundle_of(Path(folder), name, dims, options, window)
+                cells = [measured(bundle, file_format, Path(folder), half=half) for file_format in FORMATS]
+                print(f"| {title} {dims}D | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,484 @@
+"""A bundle as one file: packing with the same bytes every time, unpacking what nobody vouches for.
+
+`pack` writes a zip that leaves nothing to chance: sorted entries, fixed times and modes, stored rather than compressed
+(the result of compression depends on the library's version), no gaps. It begins with `SHA256SUMS`, which
+`sha256sum --check` reads too. `unpack` takes exactly such archives and no others. So the usual ways to attack with a
+zip need no defense of their own: there is no compression to expand, no room between entries, no second directory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickletools
+import re
+import stat
+import struct
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
+
+from medseg.bundle.catalog import Bundle, merged
+from medseg.bundle.trust import Finding, find_files, find_programs, load_json
+from medseg.errors import BundleError, OutputError, RequestError, UntrustedBundleError
+from medseg.files import check_folder, replacing, sha256_file
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["Packed", "find_all", "pack", "unpack"]
+
+SUMS: Final = "SHA256SUMS"
+MAX_FILES: Final = 1000
+MAX_FILE_BYTES: Final = 2_000_000_000
+MAX_BYTES: Final = 4_000_000_000
+_MAX_DIRECTORY_BYTES: Final = 2**20
+_MAX_PICKLE_BYTES: Final = 16 * 2**20
+_MAX_NAME: Final = 200
+_CHUNK: Final = 2**20
+
+_PART: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9 ._+-]*(?<![ .])")
+_BELONGS: Final = re.compile(
+    r"LICENSE|NOTICE|README\.md|\w+\.json|large_files\.yml"
+    r"|configs/[^/]+\.json|models/[^/]+\.(?:pt|md|txt)|docs/(?:[^/]+/)*[^/]+\.(?:md|txt|png|jpe?g)"
+)
+_FOLDERS: Final = ("configs", "docs", "models")
+_EXPORTS: Final = (".ts", ".pt2", ".onnx", ".xml", ".bin", ".engine", ".plan")
+# Names that Windows takes for devices, with any suffix.
+_DEVICES: Final = re.compile(r"(?i)(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?")
+_EPOCH: Final = (1980, 1, 1, 0, 0, 0)
+_MODE: Final = (stat.S_IFREG | 0o644) << 16
+
+_END: Final = struct.Struct("<4s4H2LH")
+_HEADER: Final = struct.Struct("<4s5H3L2H")
+_ZIP64_LOCATOR: Final = (20, b"PK\x06\x07")
+
+# What a state dict of tensors names in its pickle.
+_TENSOR_NAMES: Final = frozenset(
+    {
+        *("collections OrderedDict", "torch.storage UntypedStorage", "torch.storage TypedStorage"),
+        *(f"torch._utils _rebuild_{kind}" for kind in ("tensor", "tensor_v2", "tensor_v3", "parameter")),
+        *(
+            f"torch {kind}Storage"
+            for kind in ("BFloat16", "Bool", "Byte", "Char", "Double", "Float", "Half", "Int", "Long", "Short")
+        ),
+        *("torch Size", "torch uint16", "torch uint32", "torch uint64", "torch bfloat16"),
+        *(f"torch float{bits}" for bits in (16, 32, 64)),
+    }
+)
+# Opcodes that call or name things in ways that a state dict does not need.
+_CALLING: Final = frozenset({"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "PERSID"})
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What `pack` wrote.
+
+    Attributes:
+        path: the archive.
+        sha256: of the archive.
+        files: names in the archive, below the bundle's folder.
+        left_out: names of files and folders that are no part of a bundle, and why.
+    """
+
+    path: Path
+    sha256: str
+    files: tuple[str, ...]
+    left_out: tuple[tuple[str, str], ...]
+
+
+def pack(bundle: Bundle, target: Path) -> Packed:
+    """Write a bundle into a zip archive; the same files give the same bytes, on any machine.
+
+    Args:
+        bundle: declarative, with configs; weights that do not fit its metadata are refused.
+        target: the archive, written whole or not at all. An archive that is there is replaced.
+
+    Raises:
+        RequestError: `target` is no `.zip`, or cannot be written.
+        BundleError: the bundle is one that `unpack` would refuse, is too large, or changed meanwhile.
+    """
+    if target.suffix.lower() != ".zip":
+        raise RequestError(f"'{target}' must end in .zip: a packed bundle is a zip archive")
+    if not _PART.fullmatch(bundle.name):
+        raise BundleError(f"'{bundle.name}' cannot be packed: name the folder with ASCII letters, digits, _, - and .")
+    files, left_out = _collect(bundle.root)
+    _check_content(bundle)
+    sums = {name: sha256_file(bundle.root / name) for name in files}
+    text = "".join(f"{digest}  {name}\n" for name, digest in sums.items()).encode()
+    check_folder(target.absolute().parent)
+    with replacing(target) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        archive.writestr(_info(f"{bundle.name}/{SUMS}", len(text)), text)
+        for name, digest in sums.items():
+            if _store(archive, f"{bundle.name}/{name}", bundle.root / name) != digest:
+                raise BundleError(f"'{bundle.root / name}' changed while it was packed; try again when nothing runs")
+    return Packed(target, sha256_file(target), tuple(files), tuple(left_out))
+
+
+def unpack(archive: Path, folder: Path | None = None) -> Bundle:
+    """Unpack a bundle that `pack` wrote. Nothing about the archive is believed; nothing in it is run.
+
+    Names, kinds, sizes, hashes and contents are checked. The folder appears whole, or not at all.
+
+    Args:
+        archive: the zip archive.
+        folder: new folder for the bundle; its packed name, in the current folder, if not given.
+
+    Raises:
+        RequestError: no such archive.
+        OutputError: the folder exists, or cannot be written.
+        BundleError: the archive is not one that `pack` writes, or was changed.
+        UntrustedBundleError: the bundle in it is a program.
+    """
+    if not archive.is_file():
+        raise RequestError(f"no archive at '{archive}': give a file that `medseg bundle pack` wrote")
+    with archive.open("rb") as file:
+        entries = _entries(file, archive)
+        name = entries[0].filename.split("/")[0]
+        target = (Path(name) if folder is None else folder).absolute()
+        if target.exists() or target.is_symlink():
+            raise OutputError(f"'{target}' exists: give --output NEW_FOLDER")
+        check_folder(target.parent)
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=target.parent) as temporary:
+            unpacked = Bundle(Path(temporary, name))
+            _extract(file, entries, unpacked.root, archive)
+            _check_content(unpacked)
+            try:
+                unpacked.root.rename(target)
+            except OSError as error:
+                raise OutputError(f"cannot write '{target}': {error.strerror}") from error
+    return Bundle(target)
+
+
+def find_all(bundle: Bundle) -> list[tuple[str, Finding]]:
+    """List what a bundle would run, and every file of it that could run or is not what it says, with its config's name.
+
+    Nothing is imported, evaluated or unpickled. Configs are looked at as MONAI merges them; running a job checks
+    exactly what it merges once more.
+
+    Raises:
+        BundleError: a config cannot be read.
+    """
+    configs = {path.name: load_json(path) for path in sorted(bundle.root.glob("configs/*.json"))}
+    parts = {name: {"_meta_": config} if name == "metadata.json" else config for name, config in configs.items()}
+    whole = merged(parts)
+    found = [(name, item) for name, part in parts.items() for item in find_programs(part, {**whole, **part})]
+    files = [*find_files(bundle.root), *_find_weights(bundle.root, configs.get("metadata.json", {}))]
+    return found + [("", item) for item in files]
+
+
+# Packing
+
+
+def _collect(root: Path) -> tuple[list[str], list[tuple[str, str]]]:
+    """Return the files that belong to the bundle, sorted, and what does not with the reason."""
+    names, left_out, size = [], [], 0
+    for name, path in _walk(root):
+        if path.is_symlink() and name.rstrip("/") in _FOLDERS:
+            raise BundleError(f"'{path}' is a link; put the folder itself there")
+        if reason := _foreign(name, path):
+            left_out.append((name, reason))
+            continue
+        if path.is_symlink() or not path.is_file():
+            raise BundleError(f"'{path}' is a link or no ordinary file; put the file itself there, or remove it")
+        size += path.stat().st_size
+        if path.stat().st_size > MAX_FILE_BYTES or size > MAX_BYTES:
+            raise BundleError(f"'{path}' makes the bundle too large: {MAX_FILE_BYTES} bytes a file, {MAX_BYTES} in all")
+        names.append(name)
+    if len(names) >= MAX_FILES:
+        raise BundleError(f"'{root}' holds {len(names)} files; a packed bundle holds fewer than {MAX_FILES}")
+    return names, left_out
+
+
+def _walk(root: Path) -> Iterator[tuple[str, Path]]:
+    """Yield the files of a bundle with their names, sorted; folders that hold nothing of it once, as `name/`."""
+    found = []
+    for folder, folders, files in os.walk(root):
+        here = Path(folder)
+        for name in list(folders):
+            inside = (here / name).relative_to(root)
+            strange = inside.parts[0] not in _FOLDERS or name.startswith((".", "__"))
+            if strange or (here / name).is_symlink():
+                folders.remove(name)
+                found.append((f"{inside.as_posix()}/", here / name))
+        found += [((here / name).relative_to(root).as_posix(), here / name) for name in files]
+    return iter(sorted(found))
+
+
+def _foreign(name: str, path: Path) -> str:
+    """Say why a file or folder is no part of a packed bundle; empty if it is."""
+    parts = name.rstrip("/").split("/")
+    if any(part.startswith(".") for part in parts):
+        return "hidden"
+    if parts[-1].startswith("__pycache__") or path.suffix in (".pyc", ".pyo"):
+        return "a cache"
+    if parts[0] == "runs":
+        return "results of runs"
+    if name == SUMS:
+        return "made anew"
+    if path.suffix.lower() in _EXPORTS:
+        return "an export; `medseg export` makes it again"
+    if not all(_PART.fullmatch(part) for part in parts) or len(name) > _MAX_NAME:
+        return "its name is not plain: ASCII letters, digits, space and ._+-"
+    return "" if _BELONGS.fullmatch(name) else "no part of a bundle"
+
+
+def _info(name: str, size: int) -> zipfile.ZipInfo:
+    info = zipfile.ZipInfo(name, _EPOCH)
+    info.create_system = 3
+    info.external_attr = _MODE
+    info.compress_type = zipfile.ZIP_STORED
+    info.file_size = size
+    return info
+
+
+def _store(archive: zipfile.ZipFile, name: str, path: Path) -> str:
+    """Copy a file into the archive; return the hash of what was copied."""
+    digest = hashlib.sha256()
+    with path.open("rb") as source, archive.open(_info(name, path.stat().st_size), "w") as target:
+        while chunk := source.read(_CHUNK):
+            digest.update(chunk)
+            target.write(chunk)
+    return digest.hexdigest()
+
+
+# Unpacking
+
+
+def _entries(file: BinaryIO, path: Path) -> list[zipfile.ZipInfo]:
+    """Read the archive's directory, and make sure that the archive consists of nothing but the entries listed there."""
+    directory, count = _check_end(file, path)
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, EOFError, struct.error) as error:
+        raise _refusal(path, f"its directory cannot be read ({error})") from error
+    if len(entries) != count:
+        raise _refusal(path, f"its directory lists {len(entries)} entries, and its end counts {count}")
+    for info in entries:
+        if problem := _entry_problem(info):
+            raise _refusal(path, f"the entry {ascii(info.orig_filename)[:_MAX_NAME]} {problem}")
+    _check_names(entries, path)
+    _check_places(file, entries, directory, path)
+    return entries
+
+
+def _check_end(file: BinaryIO, path: Path) -> tuple[int, int]:
+    """Check the record at the archive's end, before what it claims is read.
+
+    Returns:
+        Where the directory starts, and how many entries it should have.
+    """
+    size = file.seek(0, os.SEEK_END)
+    if size > MAX_BYTES:
+        raise _refusal(path, f"it has {size} bytes, at most {MAX_BYTES} are taken")
+    file.seek(-min(size, _END.size + _ZIP64_LOCATOR[0]), os.SEEK_END)
+    tail = file.read()
+    if len(tail) < _END.size:
+        raise _refusal(path, "it is too short for a zip archive")
+    signature, disk, first, here, count, length, start, comment = _END.unpack(tail[-_END.size :])
+    if signature != b"PK\x05\x06" or disk or first or comment:
+        raise _refusal(path, "it does not end as a packed bundle does: cut off, or something stands after its end")
+    if here != count or not 1 <= count <= MAX_FILES or length > _MAX_DIRECTORY_BYTES:
+        raise _refusal(path, f"its directory lists {count} entries in {length} bytes; 1 to {MAX_FILES} entries are")
+    if start + length + _END.size != size or tail.startswith(_ZIP64_LOCATOR[1]):
+        raise _refusal(path, "its directory is not where its end says, or there are two of them")
+    return int(start), int(count)
+
+
+def _entry_problem(info: zipfile.ZipInfo) -> str:
+    """Say what about an entry is not as `pack` writes it; empty if nothing is."""
+    if problem := _name_problem(info.orig_filename):
+        return problem
+    if info.flag_bits & 0x1:
+        return "is encrypted"
+    kind = stat.S_IFMT(info.external_attr >> 16)
+    if kind == stat.S_IFLNK:
+        return "is a link"
+    if kind != stat.S_IFREG:
+        return "is no ordinary file"
+    if info.compress_type != zipfile.ZIP_STORED or info.flag_bits:
+        return "is compressed or otherwise changed; packed bundles hold their files as they are"
+    if info.file_size != info.compress_size or info.file_size > MAX_FILE_BYTES or info.extra or info.comment:
+        return f"has {info.file_size} bytes by one entry and {info.compress_size} by another, or notes about itself"
+    below = info.orig_filename.partition("/")[2]
+    return "" if below == SUMS or not _foreign(below, Path(below)) else "is no part of a bundle"
+
+
+def _name_problem(name: str) -> str:
+    """Say what about a name could lead out of the folder, or be read differently elsewhere."""
+    parts = name.split("/")
+    if not name.isprintable():
+        return "has control characters in its name"
+    if "\\" in name or ":" in name:
+        return "has a backslash or a drive letter in its name"
+    if name.startswith(("/", "~")):
+        return "has an absolute path"
+    if ".." in parts:
+        return "has a path that leads out of the bundle"
+    if any(_DEVICES.fullmatch(part) for part in parts):
+        return "has the name of a device"
+    if len(parts) < 2 or len(name) > _MAX_NAME or not all(_PART.fullmatch(part) for part in parts):
+        return "has a name that is not plain, or lies outside the bundle's folder"
+    return ""
+
+
+def _check_names(entries: list[zipfile.ZipInfo], path: Path) -> None:
+    """Check that there is one bundle with its sums first, and that no two names can become one file."""
+    top = entries[0].filename.split("/")[0]
+    if entries[0].filename != f"{top}/{SUMS}":
+        raise _refusal(path, f"its first entry is not NAME/{SUMS}")
+    known: dict[str, tuple[str, bool]] = {}
+    for info in entries:
+        parts = info.filename.split("/")
+        if parts[0] != top:
+            raise _refusal(path, f"it holds '{info.filename}' beside the folder '{top}'")
+        for depth in range(1, len(parts) + 1):
+            name, is_file = "/".join(parts[:depth]), depth == len(parts)
+            before = known.get(name.casefold())
+            if before is not None and (is_file or before != (name, False)):
+                raise _refusal(path, f"'{name}' and '{before[0]}' would be one file, at least on some computers")
+            known[name.casefold()] = (name, is_file)
+
+
+def _check_places(file: BinaryIO, entries: list[zipfile.ZipInfo], directory: int, path: Path) -> None:
+    """Check that the entries fill the archive one after the other, each with a header that says what the list says."""
+    place = 0
+    for info in entries:
+        file.seek(info.header_offset)
+        header = file.read(_HEADER.size)
+        if info.header_offset != place or len(header) != _HEADER.size:
+            raise _refusal(path, f"'{info.filename}' is not where it should be: entries overlap, or have gaps")
+        signature, _, flags, method, _, _, crc, packed, size, length, extra = _HEADER.unpack(header)
+        said = (signature, flags, method, crc, packed, size, extra, file.read(length))
+        listed = (b"PK\x03\x04", 0, 0, info.CRC, info.compress_size, info.file_size, 0, info.orig_filename.encode())
+        if said != listed:
+            raise _refusal(path, f"'{info.filename}' has a header that differs from the list of files")
+        place += _HEADER.size + length + info.compress_size
+    if place != directory:
+        raise _refusal(path, "something stands between its files and the list of them")
+
+
+def _extract(file: BinaryIO, entries: list[zipfile.ZipInfo], root: Path, path: Path) -> None:
+    """Write the entries below `root`, each compared with its hash while it is written."""
+    sums: dict[str, str] = {}
+    try:
+        with zipfile.ZipFile(file) as archive:
+            for info in entries:
+                name = info.filename.partition("/")[2]
+                if name == SUMS:
+                    sums = _read_sums(archive, info, path)
+                elif sums.pop(name, "") != _write(archive, info, root / name):
+                    raise _refusal(path, f"'{name}' is not the file that {SUMS} lists")
+    except (zipfile.BadZipFile, EOFError) as error:
+        raise _refusal(path, f"it is damaged ({error})") from error
+    except OSError as error:
+        raise OutputError(f"cannot write '{root}': {error.strerror or error}") from error
+    if sums:
+        raise _refusal(path, f"{SUMS} lists '{next(iter(sums))}', which is missing")
+
+
+def _read_sums(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> dict[str, str]:
+    if info.file_size > _MAX_DIRECTORY_BYTES:
+        raise _refusal(path, f"{SUMS} has {info.file_size} bytes")
+    sums = {}
+    for line in archive.read(info).decode("ascii", errors="replace").splitlines():
+        found = re.fullmatch(r"([0-9a-f]{64})  (.+)", line)
+        if found is None or found[2] in sums:
+            raise _refusal(path, f"{SUMS} holds a line that is no hash and new name")
+        sums[found[2]] = found[1]
+    return sums
+
+
+def _write(archive: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path) -> str:
+    """Write one entry, stopping where it is longer than it said; return its hash."""
+    digest, left = hashlib.sha256(), info.file_size
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with archive.open(info) as source, target.open("xb") as out:
+        while chunk := source.read(min(_CHUNK, left + 1)):
+            left -= len(chunk)
+            if left < 0:
+                return "longer than it said"
+            digest.update(chunk)
+            out.write(chunk)
+    return digest.hexdigest()
+
+
+def _refusal(path: Path, problem: str) -> BundleError:
+    return BundleError(
+        f"'{path}' was not unpacked: {problem}. Only archives that `medseg bundle pack` wrote are taken, unchanged; "
+        "unpack others by other means, and look at them with `medseg bundle inspect`"
+    )
+
+
+# What is inside
+
+
+def _check_content(bundle: Bundle) -> None:
+    """Refuse a bundle without configs, or with anything that may not be in a declarative one."""
+    if not (bundle.config_path("inference").is_file() and bundle.config_path("metadata").is_file()):
+        raise BundleError(f"bundle '{bundle.name}' has no configs/inference.json or no configs/metadata.json")
+    foreign = tuple(name for name, path in _walk(bundle.root) if _foreign(name, path))
+    bad = [
+        item for config, item in find_all(bundle) if not item.allowed and (config or not _is_among(item.where, foreign))
+    ]
+    if bad:
+        lines = [f"  {item}" for item in bad[:5]] + ([f"  ... and {len(bad) - 5} more"] if bad[5:] else [])
+        raise UntrustedBundleError(
+            "\n".join([f"bundle '{bundle.name}' is more than data, and is neither packed nor unpacked:", *lines])
+        )
+
+
+def _is_among(name: str, foreign: tuple[str, ...]) -> bool:
+    """Whether a file is one of those that are left out, or lies in one of the folders that are."""
+    return any(name == other.rstrip("/") or (other.endswith("/") and name.startswith(other)) for other in foreign)
+
+
+def _find_weights(root: Path, metadata: dict[str, Any]) -> Iterator[Finding]:
+    """Yield what is wrong with the weight files: not the ones that the metadata names, or more than tensors."""
+    listed = metadata.get("weights", {})
+    if not isinstance(listed, dict):
+        yield Finding("configs/metadata.json: weights", "value", repr(listed), False, "must list files")
+        listed = {}
+    for name, entry in listed.items():
+        path = root / name
+        wanted = entry.get("sha256") if isinstance(entry, dict) else None
+        if not isinstance(wanted, str) or not all(_PART.fullmatch(part) for part in name.split("/")):
+            yield Finding("configs/metadata.json: weights", "value", name, False, "must be a file and its sha256")
+        elif path.is_file() and sha256_file(path) != wanted.lower():
+            yield Finding(name, "weights", sha256_file(path), False, "not the SHA-256 that the metadata lists")
+    for path in sorted(root.glob("models/*.pt")):
+        if path.is_file() and path.resolve().is_relative_to(root.resolve()):
+            yield from _find_pickled(path, path.relative_to(root).as_posix())
+
+
+def _find_pickled(path: Path, name: str) -> Iterator[Finding]:
+    """Yield what the pickles of a weight file would call besides making tensors. Nothing is unpickled."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            pickles = [info for info in archive.infolist() if info.filename.endswith(".pkl")]
+            if any(info.filename.endswith("/constants.pkl") for info in pickles):
+                yield Finding(name, "weights", "TorchScript", False, "a program, not tensors")
+                return
+            if not pickles or any(info.file_size > _MAX_PICKLE_BYTES for info in pickles):
+                yield Finding(name, "weights", f"{len(pickles)} pickles", False, "not what torch.save writes")
+                return
+            contents = [archive.read(info) for info in pickles]
+        for content in contents:
+            yield from (Finding(name, "weights", call, False, "more than tensors") for call in _calls(content))
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError, OSError, EOFError) as error:
+        reason = "not a file that torch.save writes since version 1.6"
+        yield Finding(name, "weights", f"{type(error).__name__}: {error}", False, reason)
+
+
+def _calls(content: bytes) -> list[str]:
+    """Return what a pickle names, besides what tensors need."""
+    found = []
+    for code, argument, _ in pickletools.genops(content):
+        if code.name in _CALLING:
+            found.append(f"{code.name} {argument or ''}".strip())
+        elif code.name == "GLOBAL" and argument not in _TENSOR_NAMES:
+            found.append(str(argument).replace(" ", "."))
+    return found

@@ -1,0 +1,308 @@
+"""Networks as files for other programs: each file is opened by the program it is for, and must give the same logits."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from medseg.bundle import export as exporting
+from medseg.bundle.catalog import Bundle
+from medseg.bundle.export import FORMATS, export
+from medseg.errors import BundleError, RequestError, UntrustedBundleError, WeightsError
+from medseg.networks import NETWORKS, small
+
+NAMES = [network.__name__ for network in NETWORKS]
+EVERY = [
+    pytest.param(
+        name,
+        marks=pytest.mark.skipif(
+            any(importlib.util.find_spec(package) is None for package in packages), reason=f"needs {packages}"
+        ),
+    )
+    for name, (_, packages, _) in FORMATS.items()
+]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def _target(folder: Path, file_format: str) -> Path:
+    return folder / f"network{FORMATS[file_format][0]}"
+
+
+def _logits(bundle: Bundle, x: torch.Tensor) -> torch.Tensor:
+    """Return what the bundle's network says, by MONAI alone."""
+    from monai.bundle import ConfigParser
+
+    config = json.loads(bundle.config_path("inference").read_text())
+    network = ConfigParser(config).get_parsed_content("network_def")
+    network.load_state_dict(torch.load(bundle.weights, weights_only=True))
+    with torch.no_grad():
+        return network.eval()(x)
+
+
+def _source(source: dict[str, Any], name: str, dims: int, **options: Any) -> dict[str, Any]:
+    """Put a network into the tiny bundle's source, for volumes or pictures."""
+    source = copy.deepcopy(source)
+    definition = {"spatial_dims": dims, "in_channels": 1, "out_channels": 3, **small(name, dims), **options}
+    source["network_def"] = {"_target_": f"medseg.networks.{name}", **definition}
+    if dims == 2:
+        source.update(template="grey_image", name="balls_gray_unet")
+        source["knobs"] = {"patch_size": [48, 64], "roi_size": [48, 64]}
+    return source
+
+
+@pytest.mark.parametrize("file_format", EVERY)
+def test_the_file_gives_the_logits_of_the_bundle_at_any_size(file_format: str, trained: Bundle, tmp_path: Path) -> None:
+    target = _target(tmp_path / "deeper" / "still", file_format)
+    done = export(trained, file_format, target)
+    assert done.path == target
+    assert done.free == "batch and size"
+    assert len({one.shape for one in done.comparisons}) == 2
+    run = exporting._READERS[file_format](target)
+    for shape in ((1, 1, 16, 24, 24), (3, 1, 21, 32, 17)):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(5))
+        with torch.no_grad():
+            torch.testing.assert_close(run(x), _logits(trained, x), atol=1e-4, rtol=1e-4)
+    assert sorted(path.suffix for path in target.parent.iterdir()) == sorted(
+        {"openvino": [".bin", ".xml"]}.get(file_format, [target.suffix])
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file_format", EVERY)
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_network_is_exported_to_every_format(
+    name: str, dims: int, file_format: str, make_bundle: Any, tiny_source: dict[str, Any], tmp_path: Path
+) -> None:
+    bundle = make_bundle(_source(tiny_source, name, dims))
+    done = export(bundle, file_format, _target(tmp_path, file_format), random=True)
+    assert done.free == "batch and size"
+    for one in done.comparisons:
+        assert one.difference <= 1e-4 * max(1.0, one.largest)
+        assert one.largest > 0
+
+
+def test_a_pruned_network_and_one_without_padding_are_exported(
+    make_bundle: Any, tiny_source: dict[str, Any], tmp_path: Path
+) -> None:
+    pruned = _source(tiny_source, "UNetPlusPlus", 2, head=2)
+    done = export(make_bundle(pruned), "ts", tmp_path / "pruned.ts", random=True)
+    assert done.free == "batch and size"
+    valid = _source(tiny_source, "UNet", 2, features=[4, 8, 8], padding="valid")
+    valid["knobs"] = {"roi_size": [60, 76]}
+    done = export(make_bundle(valid), "pt2", tmp_path / "valid.pt2", random=True)
+    assert all(one.difference < 1e-4 for one in done.comparisons)
+
+
+def test_what_a_user_of_the_file_must_know_is_in_the_file(trained: Bundle, tmp_path: Path) -> None:
+    export(trained, "ts", tmp_path / "n.ts")
+    found = {"medseg.json": "", "metadata.json": "", "inference.json": ""}
+    torch.jit.load(str(tmp_path / "n.ts"), _extra_files=found)
+    notes = json.loads(found["medseg.json"])
+    assert notes["labels"] == {"0": "background", "1": "small", "2": "large"}
+    assert notes["spacing"] == [2.0, 2.0, 2.0]
+    assert notes["orientation"] == "RAS"
+    assert notes["weights_sha256"] == trained.metadata["weights"]["models/model.pt"]["sha256"]
+    assert json.loads(found["metadata.json"]) == trained.metadata
+    assert json.loads(found["inference.json"])["network_def"]["_target_"] == "medseg.networks.UNet"
+
+    export(trained, "pt2", tmp_path / "n.pt2")
+    found = {"medseg.json": "", "metadata.json": "", "inference.json": ""}
+    torch.export.load(tmp_path / "n.pt2", extra_files=found)
+    assert json.loads(found["medseg.json"]) == notes
+
+
+def test_onnx_holds_the_notes_and_no_path_of_this_machine(trained: Bundle, tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx", reason="needs onnx")
+    pytest.importorskip("onnxruntime", reason="needs onnxruntime")
+    export(trained, "onnx", tmp_path / "n.onnx")
+    model = onnx.load(tmp_path / "n.onnx")
+    onnx.checker.check_model(model)
+    notes = {entry.key: entry.value for entry in model.metadata_props}
+    assert json.loads(notes["medseg.json"])["labels"]["2"] == "large"
+    assert [value.name for value in (*model.graph.input, *model.graph.output)] == ["image", "pred"]
+    content = (tmp_path / "n.onnx").read_bytes()
+    assert str(Path(exporting.__file__).parents[2]).encode() not in content
+    assert str(Path(torch.__file__).parent).encode() not in content
+
+
+def test_openvino_holds_the_notes(trained: Bundle, tmp_path: Path) -> None:
+    openvino = pytest.importorskip("openvino", reason="needs openvino")
+    export(trained, "openvino", tmp_path / "n.xml")
+    model = openvino.Core().read_model(tmp_path / "n.xml")
+    notes = json.loads(model.get_rt_info(["medseg", "medseg"]).astype(str))
+    assert notes["labels"]["1"] == "small"
+
+
+@pytest.mark.parametrize("file_format", EVERY)
+def test_half_precision_makes_a_smaller_file_with_nearly_the_same_logits(
+    file_format: str, trained: Bundle, tmp_path: Path
+) -> None:
+    sizes = {}
+    for half in (False, True):
+        folder = tmp_path / str(half)
+        done = export(trained, file_format, _target(folder, file_format), half=half)
+        weights = [path for path in folder.iterdir() if path.suffix != ".xml"]
+        sizes[half] = sum(path.stat().st_size for path in weights)
+        run = exporting._READERS[file_format](done.path)
+        with torch.no_grad():
+            assert run(torch.zeros(1, 1, 16, 24, 24)).dtype == torch.float32
+    assert sizes[True] < sizes[False]
+    assert (
+        0
+        < max(one.difference for one in done.comparisons)
+        <= 3e-2 * max(1.0, *(one.largest for one in done.comparisons))
+    )
+
+
+def test_a_network_that_differs_is_not_written(
+    trained: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(path: Path) -> Any:
+        run = real(path)
+        return lambda x: run(x) + 0.01
+
+    real = exporting._READERS["ts"]
+    monkeypatch.setitem(exporting._READERS, "ts", wrong)
+    target = tmp_path / "n.ts"
+    target.write_text("before")
+    with pytest.raises(RequestError, match=r"was not written.*differ.*1\.0e-02"):
+        export(trained, "ts", target)
+    assert target.read_text() == "before"
+    assert [path.name for path in tmp_path.iterdir()] == ["n.ts"]
+    assert export(trained, "ts", target, tolerance=0.5).tolerance == 0.5
+    assert target.read_bytes() != b"before"
+
+
+def test_a_network_that_gives_no_numbers_is_not_written(
+    trained: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(
+        exporting._READERS, "ts", lambda path: lambda x: torch.full((*x.shape[:1], 3, *x.shape[2:]), np.nan)
+    )
+    with pytest.raises(RequestError, match="was not written"):
+        export(trained, "ts", tmp_path / "n.ts", tolerance=1e9)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_network_that_cannot_be_exported_gives_one_message_and_no_file(
+    trained: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: Any) -> str:
+        raise ValueError("no such operator\nand a long story")
+
+    monkeypatch.setitem(exporting._WRITERS, "onnx", broken)
+    monkeypatch.setattr(exporting, "missing_packages", lambda name: ())
+    with pytest.raises(
+        RequestError, match=r"UNet of bundle 'balls_mri_unet' cannot be exported as onnx.*no such"
+    ) as caught:
+        export(trained, "onnx", tmp_path / "n.onnx")
+    assert "story" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_requests_that_cannot_be_are_refused_before_torch_is_needed(
+    trained_copy: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporting, "_network", None)
+    with pytest.raises(RequestError, match="did you mean 'onnx'"):
+        export(trained_copy, "onx", tmp_path / "n.onnx")
+    with pytest.raises(RequestError, match=r"must end in \.pt2"):
+        export(trained_copy, "pt2", tmp_path / "n.pt")
+    with monkeypatch.context() as patch:
+        patch.setattr(exporting, "missing_packages", lambda name: ("onnxscript",))
+        with pytest.raises(RequestError, match=r'onnxscript: pip install "medseg\[onnx\]"'):
+            export(trained_copy, "onnx", tmp_path / "n.onnx")
+    trained_copy.weights.unlink()
+    with pytest.raises(WeightsError, match="--random"):
+        export(trained_copy, "ts", tmp_path / "n.ts")
+    with pytest.raises(BundleError, match="--trust"):
+        export(trained_copy, "ts", tmp_path / "n.ts", random=True, trust="0" * 64)
+    path = trained_copy.config_path("inference")
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"network_def": {"_target_": "os.system", "command": "x"}})
+    )
+    with pytest.raises(UntrustedBundleError, match=r"os\.system"):
+        export(trained_copy, "ts", tmp_path / "n.ts", random=True)
+    assert [path.name for path in tmp_path.iterdir()] == [trained_copy.name]
+
+
+def test_altered_weights_are_not_exported(trained_copy: Bundle, tmp_path: Path) -> None:
+    torch.save(torch.nn.Conv3d(1, 3, 3).state_dict(), trained_copy.weights)
+    with pytest.raises(WeightsError, match="altered"):
+        export(trained_copy, "ts", tmp_path / "n.ts")
+
+
+# MONAI's own commands
+
+
+def _monai(elsewhere: Path, command: str, bundle: Bundle, **options: object) -> None:
+    """Run one of MONAI's export commands from a folder that has nothing to do with the bundle."""
+    elsewhere.mkdir()
+    given = {
+        "net_id": "network_def",
+        "ckpt_file": bundle.weights,
+        "meta_file": bundle.config_path("metadata"),
+        "config_file": bundle.config_path("inference"),
+        "bundle_root": bundle.root,
+        **options,
+    }
+    arguments = [part for name, value in given.items() for part in (f"--{name}", str(value))]
+    done = subprocess.run(
+        [sys.executable, "-m", "monai.bundle", command, *arguments],
+        cwd=elsewhere,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_monais_ckpt_export_takes_the_bundle_from_any_folder(trained: Bundle, tmp_path: Path) -> None:
+    from monai.data import load_net_with_metadata
+
+    _monai(tmp_path / "x", "ckpt_export", trained, filepath=tmp_path / "n.ts")
+    network, metadata, extra = load_net_with_metadata(str(tmp_path / "n.ts"), more_extra_files=["inference.json"])
+    assert metadata["network_data_format"] == trained.metadata["network_data_format"]
+    assert "network_def" in json.loads(extra["inference.json"])
+    x = torch.randn(1, 1, 16, 24, 24, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        torch.testing.assert_close(network(x), _logits(trained, x))
+
+
+def test_monais_loader_reads_our_torchscript(trained: Bundle, tmp_path: Path) -> None:
+    from monai.data import load_net_with_metadata
+
+    export(trained, "ts", tmp_path / "n.ts")
+    network, metadata, _ = load_net_with_metadata(str(tmp_path / "n.ts"))
+    assert metadata["name"] == trained.metadata["name"]
+    x = torch.randn(2, 1, 17, 24, 24, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        torch.testing.assert_close(network(x), _logits(trained, x))
+
+
+def test_monais_onnx_export_takes_the_bundle_from_any_folder(trained: Bundle, tmp_path: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime", reason="needs onnxruntime")
+    pytest.importorskip("onnxscript", reason="needs onnxscript")
+    _monai(tmp_path / "x", "onnx_export", trained, filepath=tmp_path / "n.onnx", input_shape="[1,1,16,24,24]")
+    session = runtime.InferenceSession(tmp_path / "n.onnx", providers=["CPUExecutionProvider"])
+    x = torch.randn(1, 1, 16, 24, 24, generator=torch.Generator().manual_seed(3))
+    found = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+    torch.testing.assert_close(found, _logits(trained, x), atol=1e-4, rtol=1e-4)
