@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 __all__ = ["card", "forecast_rows"]
 
+_BUSY = 1.7
+
 
 def card(plan: Plan, request: PlanRequest) -> str:
     """Return the model card, `docs/README.md` of the bundle."""
@@ -60,6 +62,9 @@ def forecast_rows(plan: Plan, request: PlanRequest) -> list[tuple[str, str]]:
     if not forecast.total:
         return [*rows, ("time", "not measured")]
     knobs = plan.bundle["knobs"]
+    busy = plan.measured.busy if plan.measured else 1.0
+    if busy > _BUSY:
+        rows.append(("careful", f"other programs compute here: steps took {busy:.1f} times what they would alone"))
     where = "the CPU" if forecast.device == "cpu" else forecast.device
     return [
         *rows,

@@ -6,7 +6,9 @@ multiplications, and the largest tensor, of which convolutions make copies while
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +28,8 @@ __all__ = ["Cost", "count"]
 _COPIES_OF_WEIGHTS = 5
 # Input, output and gradient of the largest layer in the order that the kernels want.
 _COPIES_OF_LARGEST = 3
+# Of the kernels, whatever the size.
+_WORKSPACE = 100 << 20
 # Of each logit: probabilities, one-hot target, products, and their gradients.
 _COPIES_OF_LOGITS = 8
 
@@ -53,8 +57,13 @@ def count(network_def: Mapping[str, Any], patch: Sequence[int], batch: int) -> C
         patch: voxels per axis.
         batch: patches per step.
     """
-    arguments = {name: value for name, value in network_def.items() if name != "_target_"}
-    kind = getattr(networks, str(network_def["_target_"]).rpartition(".")[2])
+    return _count(json.dumps(network_def), tuple(patch), batch)
+
+
+@lru_cache(maxsize=256)
+def _count(network_def: str, patch: tuple[int, ...], batch: int) -> Cost:
+    arguments = json.loads(network_def)
+    kind = getattr(networks, arguments.pop("_target_").rpartition(".")[2])
     kept: dict[int, int] = {}
     largest = 0
 
@@ -76,4 +85,5 @@ def count(network_def: Mapping[str, Any], patch: Sequence[int], batch: int) -> C
         activations = sum(size for place, size in kept.items() if place not in own)
         parameters = sum(weight.numel() for weight in weights)
     memory = activations + 4 * parameters * _COPIES_OF_WEIGHTS + largest * _COPIES_OF_LARGEST
-    return Cost(parameters, counter.get_total_flops() // 2, memory + 4 * logits * _COPIES_OF_LOGITS)
+    memory += 4 * logits * _COPIES_OF_LOGITS + _WORKSPACE
+    return Cost(parameters, counter.get_total_flops() // 2, memory)

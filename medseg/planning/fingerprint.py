@@ -211,9 +211,9 @@ def _pieces(label: Array) -> tuple[int, int, tuple[float, ...]]:
     marked = label > 0
     if not marked.any():
         return 0, 0, ()
-    box = tuple(
-        _extent(marked.any(axis=tuple(a for a in range(label.ndim) if a != axis))) for axis in range(label.ndim)
-    )
+    axes = range(label.ndim)
+    lines = [np.asarray(marked.any(axis=tuple(other for other in axes if other != axis))) for axis in axes]
+    box = tuple(_extent(line) for line in lines)
     part = label[box]
     step = 1
     while part.size / step**label.ndim > _PIECES_LIMIT:
@@ -263,8 +263,8 @@ def _intensities(drawn: list[Array], channels: int) -> tuple[Intensity, ...]:
         if not values.size:
             raise RequestError("No training label marks anything: there is nothing to learn.")
         low, median, high = np.percentile(values, (0.5, 50, 99.5))
-        figures = (float(value) for value in (values.mean(), values.std(), low, median, high))
-        result.append(Intensity(*(round(figure, 6) for figure in figures), samples=values.size))
+        mean, std, low, median, high = (round(float(n), 6) for n in (values.mean(), values.std(), low, median, high))
+        result.append(Intensity(mean, std, low, median, high, values.size))
     return tuple(result)
 
 

@@ -379,7 +379,7 @@ def _patch_reason(look: Look, item: Candidate) -> str:
 
 def _overlap_reason(look: Look, item: Candidate) -> str:
     if item.layout.whole:
-        return "one window holds the median image; larger ones get windows that overlap by half"
+        return f"one window holds the median image, {shown(look.shape)}; larger ones get windows that overlap by half"
     share = overlap_for(look, item)
     return f"{share:g} of a window, so that its uncertain border counts little; 64 windows for the median image at most"
 

@@ -44,6 +44,8 @@ class Measurement:
         step_bytes: by how much the steps raised the memory of the device.
         program_bytes: memory of the process before the first step: programs, one case.
         workers: processes that make the data while the network computes.
+        busy: time of the steps over what their processor time would take on threads of their own: far above 1 where
+            other programs compute on this machine.
         fits: whether the process survived; the other figures are 0 where it was killed.
     """
 
@@ -56,6 +58,7 @@ class Measurement:
     step_bytes: int
     program_bytes: int
     workers: int = 0
+    busy: float = 1.0
     fits: bool = True
 
     @property
@@ -137,13 +140,16 @@ def _probe(task: Mapping[str, Any]) -> Measurement:
     device = parser.get_parsed_content("device")
     program = resident_bytes()
     steps, peak = {}, 0
+    wall, processor = time.perf_counter(), time.process_time()
     for precision in _precisions(device):
         steps[precision], used = _time_steps(parsed(precision=precision), batch, device)
         peak = max(peak, used)
+    wall, processor = time.perf_counter() - wall, time.process_time() - processor
+    busy = wall * torch.get_num_threads() / max(processor, 1e-6) if device.type == "cpu" else 1.0
     window = _time_window(parser, batch, device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     workers = int(task["config"].get("num_workers", 0))
-    return Measurement(name, torch.get_num_threads(), steps, draw, load, window, peak, program, workers)
+    return Measurement(name, torch.get_num_threads(), steps, draw, load, window, peak, program, workers, busy)
 
 
 def _drawn(dataset: Any, lap: int) -> list[Any]:
@@ -190,7 +196,7 @@ def _time_steps(parser: Any, batch: Any, device: Any) -> tuple[float, int]:
         optimizer.step()
         seconds.append(_now(device) - start)
     if not bool(torch.isfinite(loss)):
-        raise RequestError(f"the loss of the first steps is {float(loss)}; look at the intensities with medseg doctor")
+        raise RequestError(f"the loss of the first steps is {float(loss.detach())}; look at the intensities with medseg doctor")
     used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else watch.used()
     return min(seconds[_WARM:]), int(used)
 

@@ -97,13 +97,14 @@ class Found:
 
 
 def candidates(look: Look, fingerprint: Fingerprint, request: PlanRequest) -> Iterator[Candidate]:
-    """Yield networks and patches from the most expensive down, each once."""
-    seen = set()
+    """Yield networks and patches, each with fewer multiplications a step than the one before."""
+    least: float = math.inf
     for width, limit in RUNGS[look.spatial_dims]:
         layout = _layout(look, request, limit)
-        if (width, layout.patch) not in seen:
-            seen.add((width, layout.patch))
-            yield _candidate(look, fingerprint, request, width, layout)
+        item = _candidate(look, fingerprint, request, width, layout)
+        if item.cost.macs < least:
+            least = item.cost.macs
+            yield item
     if look.spatial_dims == 3 and "batch_size" not in request.settings:
         yield _candidate(look, fingerprint, request, width, layout, batch=1)
 
@@ -231,7 +232,7 @@ def _whole(request: PlanRequest, knob: str, planned: int) -> int:
 def _batch(dims: int, layout: Layout) -> int:
     least, most = _BATCHES[dims]
     room = max(1, _STEP_VOXELS[dims] // layout.voxels)
-    return min(max(2 ** int(math.log2(room)), least), most)
+    return min(max(1 << int(math.log2(room)), least), most)
 
 
 def _cached(look: Look, fingerprint: Fingerprint) -> int:
@@ -273,6 +274,8 @@ def _within_budget(
 ) -> Found:
     """Measure a middle candidate, go to the largest that has time for its steps, and from there only down."""
     budget = request.budget or math.inf
+    # A batch of one is for want of memory, never of time.
+    fitting = [item for item in fitting if item.batch > 1] or fitting
     place = len(fitting) // 2
     first = True
     for _ in range(_PROBES):

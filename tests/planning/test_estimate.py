@@ -35,8 +35,8 @@ def test_multiplications_equal_those_done_by_hand() -> None:
 def test_twice_the_batch_takes_twice_the_activations() -> None:
     one, two = count(UNET, (64, 64), 2), count(UNET, (64, 64), 4)
     assert two.macs == 2 * one.macs
-    weights = 4 * 5 * one.parameters
-    assert two.memory - weights == pytest.approx(2 * (one.memory - weights), rel=0.01)
+    fixed = 4 * 5 * one.parameters + (100 << 20)
+    assert two.memory - fixed == pytest.approx(2 * (one.memory - fixed), rel=0.01)
 
 
 def test_counting_is_repeatable() -> None:
@@ -61,4 +61,4 @@ def test_every_network_is_counted_and_keeps_at_least_what_its_backward_pass_need
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         network.train().forward_train(image)
-    assert 0.9 * sum(kept.values()) < cost.memory < 5 * sum(kept.values())
+    assert sum(kept.values()) < cost.memory < 4 * sum(kept.values()) + (100 << 20)
