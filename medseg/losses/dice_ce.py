@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["SoftDiceCELoss", "check_classes"]
 
 # Values that are worked on at once: they stay in the processor's cache. A GPU takes an image at a time.
-_BLOCK = 1 << 18
+_BLOCK = 1 << 19
 
 
 class SoftDiceCELoss(nn.Module):
@@ -148,17 +148,16 @@ class _Sums(torch.autograd.Function):
         ctx.squared = squared
         common, found, wanted = (logits.new_zeros(logits.shape[:2], dtype=torch.float64) for _ in range(3))
         entropy, voxels = (logits.new_zeros((), dtype=torch.float64) for _ in range(2))
-        kinds = torch.arange(logits.shape[1], device=logits.device)[:, None] + (logits.shape[1] == 1)
         for image, part in _blocks(logits):
             y = truth[image, part]
             p, log_true = _probabilities(logits[image, :, part], y)
-            is_truth = y == kinds
+            of_truth, weight = log_true.exp(), torch.ones_like(log_true)
             if counted is not None:
-                weight = counted[image, part]
-                p, log_true, is_truth = p * weight, log_true * weight, is_truth & weight
-            common[image] += torch.where(is_truth, p, 0).sum(1)
-            found[image] += (p.square() if squared else p).sum(1)
-            wanted[image] += is_truth.sum(1)
+                weight = counted[image, part].to(p.dtype)
+                p, of_truth, log_true = p * weight, of_truth * weight, log_true * weight
+            common[image] += _by_class(of_truth, y, len(p))
+            wanted[image] += _by_class(weight, y, len(p))
+            found[image] += (p.square_() if squared else p).sum(1)
             entropy -= log_true.sum()
         voxels += truth.numel() if counted is None else counted.sum()
         ctx.mark_non_differentiable(wanted, voxels)
@@ -192,6 +191,17 @@ def _blocks(logits: Tensor) -> Iterator[tuple[int, slice]]:
             yield image, slice(first, first + step)
 
 
+def _by_class(values: Tensor, truth: Tensor, channels: int) -> Tensor:
+    """Return the sums `(channels,)` of values `(n,)` where each class is the truth; of one channel those of class 1."""
+    kinds = max(channels, 2)
+    if values.device.type == "cpu":
+        sums = torch.bincount(truth, values.double(), kinds)
+    else:
+        # There bincount adds in no fixed order.
+        sums = torch.stack([torch.where(truth == kind, values, 0).sum() for kind in range(kinds)]).double()
+    return sums[kinds - channels :]
+
+
 def _probabilities(logits: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
     """Return the probabilities `(C, n)` of a block, and the logarithm of that of the truth `(n,)`."""
     if len(logits) == 1:
@@ -207,7 +217,7 @@ def _slope_of_many(
 ) -> Tensor:
     """Return the gradient of a block; through the softmax `p` it is `p_c * (g_c - sum_k p_k g_k)`, `g` that of `p`."""
     p = logits.softmax(0)
-    at_truth = of_common[truth] * p.gather(0, truth[None])[0]
+    at_truth = of_common.index_select(0, truth) * p.gather(0, truth[None])[0]
     used = p * p if squared else p
     share = of_found * 2 if squared else of_found
     mean = share @ used + at_truth

@@ -1,0 +1,155 @@
+"""Time and memory of Dice with cross-entropy: medseg's loss beside MONAI's.
+
+    python benchmarks/losses.py [--rounds N] [--threads N] [--json FILE]
+
+prints a markdown table. Value and gradient of random logits and labels are computed in turn by
+`medseg.losses.SoftDiceCELoss` and by `monai.losses.DiceCELoss(softmax=True, to_onehot_y=True, include_background=False,
+batch=True)`; the time is the median over the rounds. Memory (MiB) is the largest resident set of a fresh process less
+that before the loss, so the gradient of the logits is part of it. `difference` is the largest one of the two
+gradients, divided by the largest gradient. Needs Linux.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+SHAPES = ((2, 3, 40, 56, 40), (2, 14, 96, 96, 96))
+NAMES = ("monai", "medseg")
+
+
+def main() -> None:
+    """Measure every shape and print the table."""
+    options = _arguments()
+    if options.memory:
+        name, *shape = options.memory
+        print(_memory(name, tuple(map(int, shape)), options.threads))
+        return
+    rows = [_row(shape, options.rounds, options.threads) for shape in SHAPES]
+    print(table(rows))
+    if options.json:
+        record = {"command": "python benchmarks/losses.py", "rounds": options.rounds, **_machine(options.threads)}
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps({**record, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9, help="repeats of each loss (default 9)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch (default 1)")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the figures, machine, load and versions here too"
+    )
+    parser.add_argument("--memory", nargs="+", metavar="NAME SIZE", help="memory of one loss in this process")
+    return parser.parse_args()
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return the markdown table: a line per shape."""
+    head = "| logits | monai, ms | medseg, ms | monai, MiB | medseg, MiB | logits, MiB | difference |"
+    lines = [head, "|---|--:|--:|--:|--:|--:|--:|"]
+    for row in rows:
+        figures = [f"{row[f'{name}_ms']:.1f}" for name in NAMES] + [f"{row[f'{name}_mib']:.1f}" for name in NAMES]
+        shape = "x".join(map(str, row["shape"]))
+        lines.append(f"| {shape} | {' | '.join(figures)} | {row['logits_mib']:.1f} | {row['difference']:.1e} |")
+    return "\n".join(lines)
+
+
+def _row(shape: tuple[int, ...], rounds: int, threads: int) -> dict[str, Any]:
+    import torch
+
+    torch.set_num_threads(threads)
+    load = os.getloadavg()[0]
+    logits, label = _batch(shape)
+    samples: dict[str, list[float]] = {name: [] for name in NAMES}
+    gradients = {}
+    for turn in range(rounds + 1):
+        for name in NAMES[:: 1 if turn % 2 else -1]:
+            loss = _loss(name)
+            logits.grad = None
+            start = time.perf_counter()
+            loss(logits, label).backward()
+            samples[name].append((time.perf_counter() - start) * 1000)
+            gradients[name] = logits.grad
+    largest = gradients["monai"].abs().max()
+    difference = float((gradients["monai"] - gradients["medseg"]).abs().max() / largest)
+    # The first round warms up.
+    medians = {f"{name}_ms": round(statistics.median(values[1:]), 2) for name, values in samples.items()}
+    memory = {f"{name}_mib": _in_child(name, shape, threads) for name in NAMES}
+    print(shape, medians, memory, file=sys.stderr)
+    size = round(logits.numel() * 4 / 2**20, 1)
+    return {
+        "shape": shape,
+        **medians,
+        "ratio": round(medians["monai_ms"] / medians["medseg_ms"], 2),
+        **memory,
+        "logits_mib": size,
+        "difference": difference,
+        "load_before": round(load, 2),
+    }
+
+
+def _batch(shape: tuple[int, ...]) -> tuple[Any, Any]:
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(shape, generator=generator).requires_grad_()
+    return logits, torch.randint(0, shape[1], (shape[0], 1, *shape[2:]), generator=generator, dtype=torch.int32)
+
+
+def _loss(name: str) -> Any:
+    from monai.losses import DiceCELoss
+
+    from medseg.losses import SoftDiceCELoss
+
+    if name == "medseg":
+        return SoftDiceCELoss()
+    return DiceCELoss(softmax=True, to_onehot_y=True, include_background=False, batch=True)
+
+
+def _in_child(name: str, shape: tuple[int, ...], threads: int) -> float:
+    command = [sys.executable, "-W", "ignore", __file__, "--threads", str(threads), "--memory", name, *map(str, shape)]
+    return float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+
+
+def _memory(name: str, shape: tuple[int, ...], threads: int) -> float:
+    import torch
+
+    torch.set_num_threads(threads)
+    # Brings in what is imported and set up at the first call.
+    small, truth = _batch((1, shape[1], *[4] * (len(shape) - 2)))
+    loss = _loss(name)
+    loss(small, truth).backward()
+    logits, label = _batch(shape)
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    before = _status("VmRSS")
+    loss(logits, label).backward()
+    return round(_status("VmHWM") - before, 1)
+
+
+def _status(name: str) -> float:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return int(next(line for line in lines if line.startswith(f"{name}:")).split()[1]) / 1024
+
+
+def _machine(threads: int) -> dict[str, Any]:
+    import monai
+    import torch
+
+    info = Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "monai": monai.__version__}
+    machine = {"system": f"{platform.system()} {platform.machine()}", "processor": names[0] if names else None}
+    return {"machine": {**machine, "cores": os.cpu_count(), "threads": threads}, "versions": versions}
+
+
+if __name__ == "__main__":
+    main()
