@@ -4,9 +4,9 @@
 
 prints a markdown table. Value and gradient of random logits and labels are computed in turn by
 `medseg.losses.SoftDiceCELoss` and by `monai.losses.DiceCELoss(softmax=True, to_onehot_y=True, include_background=False,
-batch=True)`; the time is the median over the rounds. Memory (MiB) is the largest resident set of a fresh process less
-that before the loss, so the gradient of the logits is part of it. `difference` is the largest one of the two
-gradients, divided by the largest gradient. Needs Linux.
+batch=True)`; the times are medians over the rounds, on the clock and of the processor. Memory (MiB) is the largest
+resident set of a fresh process less that before the loss, so the gradient of the logits is part of it. `difference` is
+the largest one of the two gradients, divided by the largest gradient. Needs Linux.
 """
 
 from __future__ import annotations
@@ -54,10 +54,11 @@ def _arguments() -> argparse.Namespace:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the markdown table: a line per shape."""
-    head = "| logits | monai, ms | medseg, ms | monai, MiB | medseg, MiB | logits, MiB | difference |"
-    lines = [head, "|---|--:|--:|--:|--:|--:|--:|"]
+    kinds = {"ms": "ms", "cpu_ms": "cpu ms", "mib": "MiB"}
+    titles = [f"{name}, {title}" for title in kinds.values() for name in NAMES]
+    lines = [f"| logits | {' | '.join(titles)} | logits, MiB | difference |", "|---" + "|--:" * (len(titles) + 2) + "|"]
     for row in rows:
-        figures = [f"{row[f'{name}_ms']:.1f}" for name in NAMES] + [f"{row[f'{name}_mib']:.1f}" for name in NAMES]
+        figures = [f"{row[f'{name}_{kind}']:.1f}" for kind in kinds for name in NAMES]
         shape = "x".join(map(str, row["shape"]))
         lines.append(f"| {shape} | {' | '.join(figures)} | {row['logits_mib']:.1f} | {row['difference']:.1e} |")
     return "\n".join(lines)
@@ -69,27 +70,31 @@ def _row(shape: tuple[int, ...], rounds: int, threads: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
     load = os.getloadavg()[0]
     logits, label = _batch(shape)
-    samples: dict[str, list[float]] = {name: [] for name in NAMES}
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in NAMES}
     gradients = {}
     for turn in range(rounds + 1):
         for name in NAMES[:: 1 if turn % 2 else -1]:
             loss = _loss(name)
             logits.grad = None
-            start = time.perf_counter()
+            start = (time.perf_counter(), time.process_time())
             loss(logits, label).backward()
-            samples[name].append((time.perf_counter() - start) * 1000)
+            samples[name].append((time.perf_counter() - start[0], time.process_time() - start[1]))
             gradients[name] = logits.grad
     largest = gradients["monai"].abs().max()
     difference = float((gradients["monai"] - gradients["medseg"]).abs().max() / largest)
     # The first round warms up.
-    medians = {f"{name}_ms": round(statistics.median(values[1:]), 2) for name, values in samples.items()}
+    medians = {
+        f"{name}_{kind}": round(statistics.median(value[index] for value in samples[name][1:]) * 1000, 2)
+        for index, kind in enumerate(("ms", "cpu_ms"))
+        for name in NAMES
+    }
     memory = {f"{name}_mib": _in_child(name, shape, threads) for name in NAMES}
     print(shape, medians, memory, file=sys.stderr)
     size = round(logits.numel() * 4 / 2**20, 1)
     return {
         "shape": shape,
         **medians,
-        "ratio": round(medians["monai_ms"] / medians["medseg_ms"], 2),
+        "ratio": round(medians["monai_cpu_ms"] / medians["medseg_cpu_ms"], 2),
         **memory,
         "logits_mib": size,
         "difference": difference,
