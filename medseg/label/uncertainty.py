@@ -1,7 +1,7 @@
 """How unsure a network is of an image, to ask people for the labels that teach it most.
 
-The network sees the image and its mirror images, whose mean probabilities also tell how much the predictions disagree:
-the entropy of the mean is the expected entropy of one prediction plus their mutual information.
+The network sees the image and its mirror image, whose mean probabilities also tell how much the predictions differ: the
+entropy of the mean is the expected entropy of one prediction plus their mutual information.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def uncertainty(workflow: Any, case: Mapping[str, str]) -> float:
     image = workflow.preprocessing(dict(case))["image"]
     was_training = network.training
     network.eval()
-    mirrored = MirrorTTA(network, average="probabilities", activation=activation)
+    mirrored = MirrorTTA(network, axes=(0,), average="probabilities", activation=activation)
     with torch.no_grad():
         logits = plain(inferer(plain(image)[None].to(workflow.device), mirrored))
     network.train(was_training)

@@ -29,7 +29,7 @@ PLUGINS = ("/usr/share/orthanc/plugins", "/usr/lib/orthanc", "/usr/local/share/o
 
 
 def check_dicomweb(
-    checks: Checks, place: Path, cases: list[Any], bundles: Path, predict: Callable[[Path, Path, Path], Path]
+    checks: Checks, place: Path, cases: list[Any], bundles: Path, predict: Callable[..., dict[str, Path]]
 ) -> None:
     """Predict series of a store, store corrected labels as DICOM SEG, fine-tune on them."""
     checks.say("\n== DICOM in a DICOMweb store ==")
@@ -46,6 +46,7 @@ def check_dicomweb(
         address = f"http://127.0.0.1:{port}"
         _wait_for(address + "/system", place / "orthanc.printed")
         series = {_upload(case, place / case.name, address): case for case in cases[:3]}
+        wanted = predict(bundles / MODEL, [place / case.name for case in series.values()], place / "command")
         arguments = ("--bundles", str(bundles), "--models", MODEL)
         store = f"{address}/dicom-web"
         environment = {"MONAI_LABEL_DICOMWEB_SEARCH_FILTER": '{"Modality": "MR"}'}
@@ -56,8 +57,8 @@ def check_dicomweb(
             sample = viewer.call("POST", "/activelearning/random", json={}).json()
             checks.hold(sample["id"] in series, "the next sample is a series of the store")
             for uid, case in series.items():
-                _check_series(checks, viewer, uid, case, place, bundles, predict)
-            _check_segmentations(checks, viewer, series, place, address)
+                _check_series(checks, viewer, uid, case, place, wanted[case.name])
+            _check_segmentations(checks, viewer, series, place, address, wanted)
             options = {"device": "cpu", "max_epochs": 1, "val_split": 0.34, "publish": "always"}
             viewer.call("POST", f"/train/{MODEL}", json=options)
             seconds = viewer.wait("/train/", seconds=420)
@@ -66,8 +67,8 @@ def check_dicomweb(
             checks.hold(bool(stats.get("published")), f"fine-tuned in {seconds:.0f} s: {json.dumps(stats)[:150]}")
             uid, case = next(iter(series.items()))
             found, _ = viewer.infer(MODEL, uid, place / "tuned", result_extension=".nii.gz")
-            wanted = predict(place / "state" / "models" / MODEL, place / case.name, place / "command-tuned")
-            _same(checks, found, wanted, "fine-tuned, server against `medseg predict` on the DICOM folder")
+            tuned = predict(place / "state" / "models" / MODEL, [place / case.name], place / "command-tuned")
+            _same(checks, found, tuned[case.name], "fine-tuned, server against `medseg predict` on the DICOM folder")
             text = printed.read_text()
             checks.hold(not any(u in text for u in series) and "DOE^" not in text, "the log holds no UID and no name")
 
@@ -151,11 +152,8 @@ def _same(checks: Checks, found: Path, wanted: Path, what: str) -> None:
     checks.hold(np.allclose(a.affine, b.affine, atol=1e-4), f"{what}: same place in space")
 
 
-def _check_series(
-    checks: Checks, viewer: Any, uid: str, case: Any, place: Path, bundles: Path, predict: Callable[..., Path]
-) -> None:
+def _check_series(checks: Checks, viewer: Any, uid: str, case: Any, place: Path, wanted: Path) -> None:
     """The mask of a series against the command's; then it is stored back as a final label."""
-    wanted = predict(bundles / MODEL, place / case.name, place / f"command-{case.name}")
     found, _ = viewer.infer(MODEL, uid, place / f"server-{case.name}", result_extension=".nii.gz")
     _same(checks, found, wanted, "server on a series of the store against `medseg predict` on its folder")
     info = [{"name": "anterior", "idx": 1}, {"name": "posterior", "idx": 2}]
@@ -167,7 +165,9 @@ def _check_series(
     viewer.save_label(uid, found, {"anterior": 1, "posterior": 2})
 
 
-def _check_segmentations(checks: Checks, viewer: Any, series: dict[str, Any], place: Path, address: str) -> None:
+def _check_segmentations(
+    checks: Checks, viewer: Any, series: dict[str, Any], place: Path, address: str, wanted: dict[str, Path]
+) -> None:
     """What the store holds now: one DICOM SEG for each series, with the voxels of the mask."""
     listed = requests.get(f"{address}/dicom-web/series?Modality=SEG", timeout=30).json()
     checks.hold(len(listed) == len(series), f"the store holds {len(listed)} DICOM SEG series")
@@ -179,8 +179,7 @@ def _check_segmentations(checks: Checks, viewer: Any, series: dict[str, Any], pl
         if header.Modality == "SEG":
             uid = str(header.ReferencedSeriesSequence[0].SeriesInstanceUID)
             case = series[uid]
-            wanted = next((place / f"command-{case.name}").glob("*.nii*"))
-            _check_object(checks, header, place / case.name, wanted, "DICOM SEG in the store")
+            _check_object(checks, header, place / case.name, wanted[case.name], "DICOM SEG in the store")
     stats = viewer.call("GET", "/datastore/?output=stats").json()
     checks.hold(stats["completed"] == len(series), f"{stats['completed']} of {stats['total']} labeled")
 

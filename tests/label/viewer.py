@@ -120,7 +120,7 @@ class Viewer:
             status = self.call("GET", f"{path}?check_if_running=true", expect=(200, 404), note=note).status_code
             if status == 404:
                 return time.perf_counter() - start
-            time.sleep(3)
+            time.sleep(5)
         raise CheckError(f"{path} still runs after {seconds} s")
 
 
@@ -137,7 +137,10 @@ def server(
     with running([*command, "--port", str(port), *arguments], printed, environment) as process:
         viewer = Viewer(checks, f"http://127.0.0.1:{port}")
         _wait(process, printed, lambda: requests.get(viewer.address + "/auth/", timeout=5).ok)
-        yield viewer, printed
+        try:
+            yield viewer, printed
+        except CheckError as error:
+            raise CheckError(f"{error}\nThe server printed:\n{printed.read_text(errors='replace')[-4000:]}") from error
     checks.hold(process.returncode in (0, -15, 143), f"the server stopped when it was told to ({process.returncode})")
 
 

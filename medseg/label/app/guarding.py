@@ -64,7 +64,11 @@ def guard(app: Any, options: LabelOptions, pseudonyms: Pseudonyms) -> None:
         answer = _refusal(request.url.path, query) or (needs_login_page(request) if options.login else None)
         if answer is None:
             with_token(request)
-            answer = await proceed(request)
+            try:
+                answer = await proceed(request)
+            except Exception:
+                logger.exception("a request failed")
+                answer = JSONResponse({"detail": "an error in the server; its log says which"}, 500)
         seconds = time.perf_counter() - start
         logger.info("%s %s %s %.2f s", request.method, request.url.path, answer.status_code, seconds)
         return answer

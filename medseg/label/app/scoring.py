@@ -10,7 +10,6 @@ from monailabel.interfaces.tasks.scoring import ScoringMethod
 
 from medseg.bundle.runner import known_mean
 from medseg.errors import MedsegError
-from medseg.io.names import split_suffix
 from medseg.label.annotations import dice, read_annotation
 from medseg.label.app.strategies import chosen_predictor, measured
 from medseg.label.app.tasks import annotations_of
@@ -18,7 +17,6 @@ from medseg.label.app.tasks import annotations_of
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from medseg.label.annotations import Annotation
     from medseg.label.predictor import Predictor
 
 __all__ = ["DiceScoring", "UncertaintyScoring"]
@@ -42,23 +40,19 @@ class DiceScoring(ScoringMethod):  # type: ignore[misc]  # MONAI Label publishes
         predictor = chosen_predictor(self.predictors, request.get("model"))
         labels = predictor.offer.labels
         scores: dict[str, dict[str, float | None]] = {}
-        for annotation in annotations_of(datastore.datalist()):
+        for annotation in annotations_of(datastore):
             try:
                 mask = predictor.predict(annotation.image)
                 predicted = read_annotation(replace(annotation, label=mask, info=()), labels)
                 mask.unlink()
                 score = dice(read_annotation(annotation, labels), predicted, labels)
                 scores[annotation.name] = score
-                datastore.update_label_info(_id(annotation), "final", {"medseg_dice": {predictor.offer.name: score}})
+                datastore.update_label_info(annotation.name, "final", {"medseg_dice": {predictor.offer.name: score}})
             except MedsegError as error:
                 logger.warning("a label could not be scored: %s", error)
         found = {name: [each for image in scores.values() if (each := image[name]) is not None] for name in labels}
         means = {name: known_mean(values) if values else None for name, values in found.items()}
         return {"model": predictor.offer.name, "images": scores, "mean": means}
-
-
-def _id(annotation: Annotation) -> str:
-    return split_suffix(annotation.name)[0]
 
 
 class UncertaintyScoring(ScoringMethod):  # type: ignore[misc]

@@ -51,6 +51,8 @@ def run(options: LabelOptions, *, certificate: Path | None = None, key: Path | N
 
     from medseg.label.app import guarding
 
+    # Its own processes cannot print this setting, and stop.
+    os.environ.pop("MONAI_LABEL_CORS_ORIGINS", None)
     guarding.mend()
     instance = app_instance()
     instance.pseudonyms = pseudonyms
@@ -87,7 +89,7 @@ def _prepare(options: LabelOptions, realm: str) -> None:
     """Make the folders, and tell MONAI Label and the processes it starts what they need."""
     options.state.mkdir(parents=True, exist_ok=True)
     options.state.chmod(0o700)
-    for folder in (options.results, options.temporary):
+    for folder in (options.results, options.temporary, options.work):
         shutil.rmtree(folder, ignore_errors=True)
     for folder in (options.app / "logs", options.results, options.temporary, options.work, options.sessions):
         folder.mkdir(parents=True, exist_ok=True)
@@ -150,6 +152,8 @@ def _logging(options: LabelOptions, pseudonyms: Pseudonyms) -> dict[str, Any]:
         "loggers": {
             "medseg": {"level": "INFO"},
             "uvicorn.error": {"level": "INFO"},
+            # It tells of a decoder that is not needed, with each image.
+            "monai.data.nvimgcodec_pydicom_plugin": {"level": "ERROR"},
             **{f"task_{job}": {"level": "INFO", "filters": ["ours"]} for job in jobs},
         },
     }

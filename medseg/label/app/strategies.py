@@ -27,9 +27,9 @@ class RandomStrategy(Strategy):  # type: ignore[misc]  # MONAI Label publishes n
     def __init__(self) -> None:
         super().__init__("An image without a label, at random")
 
-    def __call__(self, request: dict[str, Any], datastore: Any) -> str:
-        """Return the id of an image; empty where all have labels."""
-        return choose_randomly(datastore.get_unlabeled_images(), request.get("seed"))
+    def __call__(self, request: dict[str, Any], datastore: Any) -> dict[str, str]:
+        """Return the id of an image; nothing where all have labels."""
+        return _found(choose_randomly(datastore.get_unlabeled_images(), request.get("seed")))
 
 
 class UncertaintyStrategy(Strategy):  # type: ignore[misc]
@@ -40,11 +40,13 @@ class UncertaintyStrategy(Strategy):  # type: ignore[misc]
     """
 
     def __init__(self, predictors: Mapping[str, Predictor]) -> None:
-        super().__init__("The image that the network is least sure of: the mean entropy over mirror images")
+        super().__init__(
+            "The image that the network is least sure of: the mean entropy over the image and its mirror image"
+        )
         self.predictors = predictors
 
-    def __call__(self, request: dict[str, Any], datastore: Any) -> str:
-        """Return the id of an image; empty where all have labels."""
+    def __call__(self, request: dict[str, Any], datastore: Any) -> dict[str, str]:
+        """Return the id of an image; nothing where all have labels."""
         predictor = chosen_predictor(self.predictors, request.get("model"))
         images = list(datastore.get_unlabeled_images())
         known = known_values(
@@ -55,13 +57,18 @@ class UncertaintyStrategy(Strategy):  # type: ignore[misc]
         candidates = request.get("candidates", 10)
         if isinstance(candidates, bool) or not isinstance(candidates, int) or candidates < 1:
             raise RequestError(f"candidates is {candidates!r}: use a whole number of 1 or more")
-        return choose_unsure(
+        chosen = choose_unsure(
             images,
             known,
             lambda image: measured(predictor, datastore, image),
             candidates=candidates,
             seed=request.get("seed"),
         )
+        return _found(chosen)
+
+
+def _found(image: str) -> dict[str, str]:
+    return {"id": image} if image else {}
 
 
 def chosen_predictor(predictors: Mapping[str, Predictor], name: str | None) -> Predictor:

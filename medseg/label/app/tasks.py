@@ -16,13 +16,12 @@ from monailabel.interfaces.tasks.train import TrainTask
 from medseg.bundle.knobs import knobs
 from medseg.errors import RequestError
 from medseg.files import replace_text
+from medseg.io.names import split_suffix
 from medseg.label.annotations import Annotation
 from medseg.label.plain_nrrd import as_viewers_read
 from medseg.label.tuning import Tuned, TuningRequest, tune
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from medseg.label.offers import Offer
     from medseg.label.predictor import Predictor
     from medseg.label.privacy import Pseudonyms
@@ -128,7 +127,7 @@ class BundleTrain(TrainTask):  # type: ignore[misc]
         """Train, and put the weights into use where they are not worse; return what came of it."""
         tuned = tune(
             self.offer,
-            annotations_of(datastore.datalist()),
+            annotations_of(datastore),
             self._request(request),
             work=self.work,
             pseudonym=self.pseudonyms.of,
@@ -153,15 +152,16 @@ class BundleTrain(TrainTask):  # type: ignore[misc]
         )
 
 
-def annotations_of(records: Iterable[dict[str, Any]]) -> list[Annotation]:
-    """Return MONAI Label's list of saved labels in our terms."""
+def annotations_of(datastore: Any) -> list[Annotation]:
+    """Return the final labels of MONAI Label's store, each with what its viewer said of the values."""
     found = []
-    for record in records:
-        image, info = Path(record["image"]), record.get("meta", {}).get("label", {})
-        label = Path(record["label"])
+    for record in datastore.datalist():
+        image, label = Path(record["image"]), Path(record["label"])
+        name = split_suffix(image.name)[0]
+        info = datastore.get_label_info(name, "final")
         given = info.get("label_info") or _names_in_store(label, info.get("SeriesInstanceUID", ""))
         entries = [entry for entry in given if isinstance(entry, dict)]
-        found.append(Annotation(image.name, image, label, entries))
+        found.append(Annotation(name, image, label, entries))
     return found
 
 
