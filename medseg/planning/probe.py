@@ -196,7 +196,9 @@ def _time_steps(parser: Any, batch: Any, device: Any) -> tuple[float, int]:
         optimizer.step()
         seconds.append(_now(device) - start)
     if not bool(torch.isfinite(loss)):
-        raise RequestError(f"the loss of the first steps is {float(loss.detach())}; look at the intensities with medseg doctor")
+        raise RequestError(
+            f"the loss of the first steps is {float(loss.detach())}; look at the intensities with medseg doctor"
+        )
     used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else watch.used()
     return min(seconds[_WARM:]), int(used)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from medseg.errors import RequestError
@@ -55,7 +56,6 @@ class Candidate:
         batch: patches per step.
         batch_size: cases per step.
         definition: the `network_def`.
-        cost: of a training step.
         cache_bytes: prepared cases that are kept in memory.
         cache_all: whether these are all of them.
     """
@@ -65,9 +65,18 @@ class Candidate:
     batch: int
     batch_size: int
     definition: Mapping[str, Any]
-    cost: Cost
     cache_bytes: int
     cache_all: bool
+
+    @cached_property
+    def cost(self) -> Cost:
+        """Of a training step, counted when it is first asked for."""
+        return count(self.definition, self.layout.patch, self.batch)
+
+    @property
+    def work(self) -> int:
+        """What multiplications grow with, without counting them."""
+        return self.width**2 * self.layout.voxels * self.batch
 
     @property
     def patches_per_case(self) -> int:
@@ -97,13 +106,13 @@ class Found:
 
 
 def candidates(look: Look, fingerprint: Fingerprint, request: PlanRequest) -> Iterator[Candidate]:
-    """Yield networks and patches, each with fewer multiplications a step than the one before."""
+    """Yield networks and patches, each with less work in a step than the one before."""
     least: float = math.inf
     for width, limit in RUNGS[look.spatial_dims]:
         layout = _layout(look, request, limit)
         item = _candidate(look, fingerprint, request, width, layout)
-        if item.cost.macs < least:
-            least = item.cost.macs
+        if item.work < least:
+            least = item.work
             yield item
     if look.spatial_dims == 3 and "batch_size" not in request.settings:
         yield _candidate(look, fingerprint, request, width, layout, batch=1)
@@ -131,17 +140,16 @@ def find(
     Raises:
         RequestError: nothing fits the memory.
     """
-    fitting = [item for item in every if item.memory(gpu=gpu) <= request.memory]
-    if not fitting:
+    if request.budget is not None and measure is not None:
+        return _within_budget(every, look, fingerprint, request, measure, gpu=gpu)
+    start = 0 if gpu else _cpu_rung(every, look.spatial_dims)
+    fits = (place for place in range(start, len(every)) if every[place].memory(gpu=gpu) <= request.memory)
+    place = next(fits, None)
+    if place is None:
         raise _too_large(every[-1], request, gpu=gpu)
-    larger = len(every) - len(fitting)
-    if request.budget is None and not gpu:
-        fitting = _from_cpu_rung(fitting, look.spatial_dims)
     if measure is None:
-        return Found(fitting[0], None, larger, 0)
-    if request.budget is None:
-        return _first_that_runs(fitting, request, measure, larger, gpu=gpu)
-    return _within_budget(fitting, look, fingerprint, request, measure, larger, gpu=gpu)
+        return Found(every[place], None, place - start, 0)
+    return _first_that_runs(every[place:], request, measure, place - start, gpu=gpu)
 
 
 def pace_of(
@@ -217,8 +225,7 @@ def _candidate(
     )
     total = _cached(look, fingerprint)
     room = int(_CACHE_SHARE * request.memory)
-    cost = count(definition, layout.patch, wanted)
-    return Candidate(width, layout, wanted, size, definition, cost, min(total, room), total <= room)
+    return Candidate(width, layout, wanted, size, definition, min(total, room), total <= room)
 
 
 def _whole(request: PlanRequest, knob: str, planned: int) -> int:
@@ -241,10 +248,11 @@ def _cached(look: Look, fingerprint: Fingerprint) -> int:
     return voxels * 4 * (len(look.channels) + 1)
 
 
-def _from_cpu_rung(fitting: Sequence[Candidate], dims: int) -> list[Candidate]:
+def _cpu_rung(every: Sequence[Candidate], dims: int) -> int:
+    """Return the place of the first candidate that two cores train in hours."""
     width, voxels = _CPU_RUNG[dims]
-    able = [item for item in fitting if item.width <= width and item.layout.voxels <= 1.2 * voxels]
-    return able or list(fitting[-1:])
+    able = (n for n, item in enumerate(every) if item.width <= width and item.layout.voxels <= 1.2 * voxels)
+    return next(able, len(every) - 1)
 
 
 def _first_that_runs(
@@ -263,17 +271,20 @@ def _runs(item: Candidate, measured: Measurement, request: PlanRequest, *, gpu: 
 
 
 def _within_budget(
-    fitting: Sequence[Candidate],
+    every: Sequence[Candidate],
     look: Look,
     fingerprint: Fingerprint,
     request: PlanRequest,
     measure: Measure,
-    larger: int,
     *,
     gpu: bool,
 ) -> Found:
     """Measure a middle candidate, go to the largest that has time for its steps, and from there only down."""
     budget = request.budget or math.inf
+    fitting = [item for item in every if item.memory(gpu=gpu) <= request.memory]
+    if not fitting:
+        raise _too_large(every[-1], request, gpu=gpu)
+    larger = len(every) - len(fitting)
     # A batch of one is for want of memory, never of time.
     fitting = [item for item in fitting if item.batch > 1] or fitting
     place = len(fitting) // 2
