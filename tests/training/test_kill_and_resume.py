@@ -18,6 +18,8 @@ from medseg.bundle.catalog import Bundle
 from medseg.bundle.samples import write_samples
 from medseg.files import sha256_file
 
+pytestmark = pytest.mark.slow
+
 SOURCE: dict[str, Any] = {
     "name": "balls_grey_unet",
     "template": "grey_image",
