@@ -91,8 +91,6 @@ def make_folds(data: StrPath, count: int, seed: int) -> Folds:
     Raises:
         RequestError: the data set cannot be read, or has too few patients.
     """
-    from medseg.training.splits import patient_folds
-
     dataset = read_dataset(data)
     listed = set(_PARTS) <= set(dataset.sections)
     if listed or (dataset.root / SPLIT_FILE).is_file():
@@ -102,6 +100,9 @@ def make_folds(data: StrPath, count: int, seed: int) -> Folds:
         cases, held_out = sorted(set(dataset.images) & set(dataset.labels)), []
     patients = find_patients(data)
     known = {case: patients[case] for case in cases}
+    # Its package loads torch, for which the questions above need not wait.
+    from medseg.training.splits import patient_folds
+
     dealt = patient_folds(cases, known, count, seed)
     return Folds(seed, tuple(tuple(fold) for fold in dealt), tuple(sorted(held_out)), known)
 
