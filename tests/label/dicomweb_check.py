@@ -61,10 +61,12 @@ def check_dicomweb(
             _check_segmentations(checks, viewer, series, place, address, wanted)
             options = {"device": "cpu", "max_epochs": 1, "val_split": 0.34, "publish": "always"}
             viewer.call("POST", f"/train/{MODEL}", json=options)
-            seconds = viewer.wait("/train/", seconds=420)
+            end, seconds = viewer.wait("/train/", seconds=420)
             info = viewer.call("GET", "/info/").json()
             stats = info["train_stats"][MODEL]
-            checks.hold(bool(stats.get("published")), f"fine-tuned in {seconds:.0f} s: {json.dumps(stats)[:150]}")
+            checks.hold(
+                end == "DONE" and stats["published"], f"fine-tuned in {seconds:.0f} s: {json.dumps(stats)[:150]}"
+            )
             uid, case = next(iter(series.items()))
             found, _ = viewer.infer(MODEL, uid, place / "tuned", result_extension=".nii.gz")
             tuned = predict(place / "state" / "models" / MODEL, [place / case.name], place / "command-tuned")

@@ -295,10 +295,10 @@ def check_training(checks: Checks, viewer: Viewer) -> None:
     old = viewer.call("GET", "/info/").json()["models"][MODEL]["weights"]
     options = {"device": "cpu", "max_epochs": 1, "val_split": 0.34, "publish": "always"}
     viewer.call("POST", f"/train/{MODEL}", json=options)
-    seconds = viewer.wait("/train/", seconds=420)
+    end, seconds = viewer.wait("/train/", seconds=420)
     info = viewer.call("GET", "/info/").json()
     stats = info["train_stats"][MODEL]
-    checks.hold(bool(stats.get("published")), f"fine-tuned in {seconds:.0f} s: {json.dumps(stats)[:150]}")
+    checks.hold(end == "DONE" and stats["published"], f"fine-tuned in {seconds:.0f} s: {json.dumps(stats)[:150]}")
     model = info["models"][MODEL]
     checks.hold(model["weights"] != old and model["trained_here"], "the new weights are in use")
 
@@ -331,7 +331,8 @@ def check_stopping(checks: Checks, viewer: Viewer) -> None:
     time.sleep(8)
     viewer.call("GET", "/train/?check_if_running=true", note="runs")
     viewer.call("DELETE", "/train/")
-    viewer.wait("/train/", seconds=30, note="stopped")
+    end, _ = viewer.wait("/train/", seconds=30)
+    checks.hold(end == "STOPPED", "the training was stopped")
     checks.hold(
         viewer.call("GET", "/info/").json()["models"][MODEL]["weights"] == old, "a stopped training changes nothing"
     )
@@ -355,14 +356,16 @@ def check_pictures(checks: Checks, place: Path, bundles: Path) -> None:
             Image.fromarray(pixels).save(label)
             viewer.save_label(case.name, label, {"gland": 1})
         viewer.call("POST", f"/train/{TILES}", json={"device": "cpu", "max_epochs": 2, "val_split": 0.25})
-        seconds = viewer.wait("/train/", seconds=420)
+        end, seconds = viewer.wait("/train/", seconds=420)
         info = viewer.call("GET", "/info/").json()
         checks.hold(
-            TILES in info["models"], f"trained in {seconds:.0f} s: {json.dumps(info['train_stats'][TILES])[:150]}"
+            end == "DONE" and TILES in info["models"],
+            f"trained in {seconds:.0f} s: {json.dumps(info['train_stats'][TILES])[:150]}",
         )
         found, _ = viewer.infer(TILES, cases[0].name, place / "server")
         masks = predict_by_command(place / "state" / "models" / TILES, [cases[0].image], place / "command")
         (a, _), (b, _) = voxels(found), voxels(masks[cases[0].name])
+        checks.say(f"     share of foreground: {np.mean(b > 0):.3f}")
         checks.hold(
             found.suffix == ".png" and a.shape == b.shape and bool((a == b).all()),
             f"the PNG mask is the command's, {a.shape}",

@@ -113,13 +113,13 @@ class Viewer:
         with label.open("rb") as file:
             self.call("PUT", f"/datastore/label?image={image}", data=form, files={"label": (label.name, file)})
 
-    def wait(self, path: str, *, seconds: float, note: str = "") -> float:
-        """Poll a status until nothing runs any more; return the time that took."""
+    def wait(self, path: str, *, seconds: float) -> tuple[str, float]:
+        """Poll a job until it is over; return what became of it ("DONE", "ERROR", "STOPPED") and the time it took."""
         start = time.perf_counter()
         while time.perf_counter() - start < seconds:
-            status = self.call("GET", f"{path}?check_if_running=true", expect=(200, 404), note=note).status_code
-            if status == 404:
-                return time.perf_counter() - start
+            status = self.call("GET", path).json()["status"]
+            if status not in ("SUBMITTED", "RUNNING"):
+                return status, time.perf_counter() - start
             time.sleep(5)
         raise CheckError(f"{path} still runs after {seconds} s")
 
