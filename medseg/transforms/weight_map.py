@@ -16,6 +16,7 @@ from monai.transforms import MapTransform
 from numpy.typing import NDArray
 
 from medseg.errors import CaseError, RequestError
+from medseg.transforms.labels import MapLabelsd
 from medseg.transforms.sampling import plain_tensor
 
 __all__ = ["BorderWeightMapd", "border_term", "class_balance", "two_nearest"]
@@ -42,6 +43,8 @@ class BorderWeightMapd(MapTransform):  # type: ignore[misc]  # MONAI publishes n
             image's `N` voxels and the `K` classes that are in it, so that their mean is 1.
         components: the labels hold classes, and objects are their components, connected by faces. Otherwise every
             object is of class 1.
+        mapping: that of `MapLabelsd`, applied to the labels here, where it must not merge touching objects before.
+            Values under "other" are objects of their own; without "other", objects are components of the classes.
         separate: part objects that touch.
         on_foreground: add the border term within objects too.
         use_spacing: measure distances in mm.
@@ -62,6 +65,7 @@ class BorderWeightMapd(MapTransform):  # type: ignore[misc]  # MONAI publishes n
         sigma: float = 5.0,
         class_weights: Sequence[float] | None = None,
         components: bool = False,
+        mapping: Mapping[str, int] | Mapping[int, int] | None = None,
         separate: bool = True,
         on_foreground: bool = False,
         use_spacing: bool = False,
@@ -77,7 +81,8 @@ class BorderWeightMapd(MapTransform):  # type: ignore[misc]  # MONAI publishes n
         self.w0 = w0
         self.sigma = sigma
         self.class_weights = None if class_weights is None else [float(weight) for weight in class_weights]
-        self.components = components
+        self.classes = None if mapping is None else MapLabelsd("label", mapping)
+        self.components = components if self.classes is None else self.classes.other is None
         self.separate = separate
         self.on_foreground = on_foreground
         self.use_spacing = use_spacing
@@ -102,14 +107,22 @@ class BorderWeightMapd(MapTransform):  # type: ignore[misc]  # MONAI publishes n
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         known = np.ones(values.shape, bool) if self.ignore_label is None else values != self.ignore_label
         values = np.where(known, values, 0)
-        objects = _components(values) if self.components else _numbered(values)
+        classes = self._classes(values)
+        objects = _components(classes) if self.components else _numbered(np.where(classes > 0, values, 0))
         if self.separate:
             objects = np.where(_touching(objects), 0, objects)
-        classes = np.where(objects > 0, values if self.components else 1, 0)
+        classes = np.where(objects > 0, classes, 0)
         weights = class_balance(classes, known, self.class_weights)
         border = border_term(objects, self.w0, self.sigma, spacing=spacing)
         weights += border if self.on_foreground else np.where(objects > 0, 0, border)
         return classes, np.where(known, weights, 0).astype(np.float32)
+
+
+    def _classes(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
+        if self.classes is not None:
+            mapped: torch.Tensor = self.classes({"label": torch.from_numpy(values)})["label"]
+            return mapped.numpy().astype(np.int64)
+        return values if self.components else (values > 0).astype(np.int64)
 
 
 def class_balance(

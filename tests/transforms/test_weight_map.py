@@ -228,3 +228,21 @@ def test_missing_keys_are_allowed_only_if_asked_for():
     assert BorderWeightMapd("label", allow_missing_keys=True)({"x": 1}) == {"x": 1}
     with pytest.raises(KeyError, match="label"):
         BorderWeightMapd("label")({"x": 1})
+
+
+def test_a_mapping_with_other_keeps_numbered_objects_apart():
+    label = balls((40, 40))
+    mapped = BorderWeightMapd("label", mapping={"0": 0, "other": 1})({"label": label})["label"]
+    assert torch.equal(mapped, BorderWeightMapd("label")({"label": label})["label"])
+
+
+def test_a_mapping_without_other_makes_objects_of_the_classes():
+    label = (balls((40, 40)) > 0).int() * 255
+    mapped = BorderWeightMapd("label", mapping={"0": 0, "255": 1})({"label": label})["label"]
+    assert torch.equal(mapped, BorderWeightMapd("label", components=True)({"label": label // 255})["label"])
+
+
+def test_a_mapping_with_inverted_foreground_holds():
+    label = (balls((40, 40)) == 0).int()
+    mapped = BorderWeightMapd("label", mapping={"0": 1, "1": 0})({"label": label})["label"]
+    assert torch.equal(mapped, BorderWeightMapd("label", components=True)({"label": 1 - label})["label"])
