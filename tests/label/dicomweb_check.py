@@ -56,6 +56,8 @@ def check_dicomweb(
             checks.hold(stats["total"] == 3, f"{stats['total']} series found")
             sample = viewer.call("POST", "/activelearning/random", json={}).json()
             checks.hold(sample["id"] in series, "the next sample is a series of the store")
+            listed = viewer.call("GET", "/proxy/dicom/qido/series", note="as OHIF lists them").json()
+            checks.hold(len(listed) == 3, f"OHIF sees {len(listed)} series through the server")
             for uid, case in series.items():
                 _check_series(checks, viewer, uid, case, place, wanted[case.name])
             _check_segmentations(checks, viewer, series, place, address, wanted)

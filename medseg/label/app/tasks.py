@@ -32,6 +32,7 @@ logger = logging.getLogger("medseg.label")
 
 _SECONDS_BETWEEN_LINES = 5.0
 _STATS = "tuning.json"
+_SET_HERE = ("device_name", "max_epochs", "pretrained", "val_interval", "label_mapping")
 
 
 class BundleInfer(InferTask):  # type: ignore[misc]  # MONAI Label publishes no types
@@ -141,7 +142,7 @@ class BundleTrain(TrainTask):  # type: ignore[misc]
     def _request(self, request: dict[str, Any]) -> TuningRequest:
         publish = request.get("publish", "better")
         known = knobs(self.offer.source.load_configs("train")["train.json"])
-        own = ("device_name", "max_epochs", "pretrained", "val_interval", "label_mapping")
+        own = (*_SET_HERE, "bundle_root", "dataset_dir", "resume", "split")
         settings = {name: value for name, value in request.items() if name in known and name not in own}
         return TuningRequest(
             max_epochs=request.get("max_epochs", TuningRequest.max_epochs),
