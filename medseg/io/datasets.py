@@ -10,7 +10,8 @@ An image may be a folder of DICOM files, `images/case1/`, and a label a DICOM SE
 folder that holds one. What their segments or regions are called, `dataset.json` says under "labels" (`label_options`).
 
 Where the split is not in `dataset.json`, a file `split.json` beside it holds `{"train": [...], "val": [...]}` with the
-stems of the cases. Nothing beyond the standard library is imported, and no image is opened.
+stems of the cases; without one, the first fold of nnU-Net's `splits_final.json` counts. Nothing beyond the standard
+library is imported, and no image is opened.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ __all__ = [
 ]
 
 SPLIT_FILE = "split.json"
+_NNUNET_FOLDS = "splits_final.json"
 DATASET_FILE = "dataset.json"
 _SECTIONS = {"train": "training", "val": "validation"}
 
@@ -346,18 +348,33 @@ def _stem(path: Path, base: Path) -> str:
 
 
 def _read_split(path: Path, dataset: Dataset, wanted: Sequence[str]) -> dict[str, list[str]]:
-    if not path.is_file():
+    folds = path.parent / _NNUNET_FOLDS
+    if not path.is_file() and path.name == SPLIT_FILE and folds.is_file():
+        path, content = folds, _first_fold(folds)
+    elif path.is_file():
+        content = read_json(path)
+    else:
         example = next(iter(sorted(dataset.images)))
         raise RequestError(
             f"{dataset.root} does not say which cases are for training and which for validation: expected {path} with "
             f'{{"train": [...], "val": [...]}} and the names of the cases, such as "{example}".'
         )
-    content = read_json(path)
     parts = {part: content.get(part) for part in wanted}
     for part, stems in parts.items():
         if not isinstance(stems, list) or not all(isinstance(stem, str) for stem in stems):
             raise RequestError(f"{path}: '{part}' is {stems!r}: expected a list of case names.")
     return parts  # type: ignore[return-value]  # checked above
+
+
+def _first_fold(path: Path) -> dict[str, Any]:
+    """Return the first of nnU-Net's folds, an object with "train" and "val"."""
+    try:
+        folds = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RequestError(f"{path} cannot be read as JSON: {error}.") from error
+    if not isinstance(folds, list) or not folds or not isinstance(folds[0], dict):
+        raise RequestError(f'{path} is no list of folds: expected [{{"train": [...], "val": [...]}}, ...].')
+    return folds[0]
 
 
 def _refuse_unknown(stems: Iterable[str], dataset: Dataset, source: Path) -> None:

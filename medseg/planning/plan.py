@@ -239,8 +239,8 @@ def _knobs(
         "overlap": _overlap_reason(look, item),
         "batch_size": _batch_reason(look, fingerprint, item),
         "max_epochs": schedule.reason,
-        "val_interval": f"{schedule.validations} validations, of which the last epoch is one, so that the best weights "
-        "are among those kept and a tenth of the time is not exceeded by much",
+        "val_interval": f"every {schedule.interval} of {schedule.epochs} epochs and after the last: enough to catch "
+        "the best weights, and about a tenth of the time at most",
         "warmup_epochs": f"the first {_WARMUP_SHARE}th of {schedule.epochs} epochs, one at least",
         "learning_rate": _rate_reason(request, look),
         "ema_decay": f"the average reaches over {1 / (1 - _average(steps)):.0f} of {steps:,} steps: about the last "
@@ -294,7 +294,7 @@ def _sampling(look: Look, item: Candidate, blocks: dict[str, Any]) -> dict[str, 
     classes = len(look.classes.labels)
     if look.template == "ct_volume":
         return {
-            "patches_per_case": f"{item.patches_per_case} from each of {item.batch_size} cases: centers fall on each "
+            "patches_per_case": f"{item.patches_per_case} from {_cases(item)}: centers fall on each "
             f"of {classes} classes equally often, so {classes - 1} of {classes} hold foreground"
         }
     if look.template != "mr_volume" or item.layout.whole:
@@ -386,13 +386,17 @@ def _overlap_reason(look: Look, item: Candidate) -> str:
 
 def _batch_reason(look: Look, fingerprint: Fingerprint, item: Candidate) -> str:
     cases = len(fingerprint.cases)
-    text = f"{item.batch} patches of {item.layout.voxels:,} voxels a step"
+    text = f"{item.batch} patch{'es' * (item.batch > 1)} of {item.layout.voxels:,} voxels a step"
     if item.patches_per_case > 1:
-        text += f", {item.patches_per_case} from each of {item.batch_size} cases"
+        text += f", {item.patches_per_case} from {_cases(item)}"
     if item.batch_size >= cases:
         text += f"; there are {cases} training cases"
     norm = "batch norm needs several" if look.spatial_dims == 2 else "instance norm does not need more"
     return f"{text}: {norm}"
+
+
+def _cases(item: Candidate) -> str:
+    return "one case" if item.batch_size == 1 else f"each of {item.batch_size} cases"
 
 
 def _precision_reason(measured: Measurement | None) -> str:

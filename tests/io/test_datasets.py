@@ -96,6 +96,24 @@ def test_nnunet_folders_are_read_with_one_channel(tmp_path):
     assert str(tmp_path / "imagesTr") in str(error.value)
 
 
+def test_nnunet_folds_are_the_split_where_there_is_no_other(tmp_path):
+    for stem in "abc":
+        touch(tmp_path, f"imagesTr/{stem}_0000.nii.gz", f"labelsTr/{stem}.nii.gz")
+    folds = [{"train": ["b", "c"], "val": ["a"]}, {"train": ["a", "b"], "val": ["c"]}]
+    write_json(tmp_path / "splits_final.json", folds)
+    assert [case["name"] for case in find_dataset(tmp_path, "val")] == ["a_0000.nii.gz"]
+    write_json(tmp_path / "split.json", {"train": ["a"], "val": ["b"]})
+    assert [case["name"] for case in find_dataset(tmp_path, "val")] == ["b_0000.nii.gz"]
+
+
+@pytest.mark.parametrize("content", [{"train": []}, [], [3], [{"train": ["b"]}]])
+def test_what_is_no_list_of_folds_is_refused(content, tmp_path):
+    touch(tmp_path, "imagesTr/b_0000.nii.gz", "labelsTr/b.nii.gz")
+    write_json(tmp_path / "splits_final.json", content)
+    with pytest.raises(RequestError, match=r"splits_final\.json"):
+        find_dataset(tmp_path, "train")
+
+
 def test_a_missing_label_names_the_image(pictures):
     (pictures / "labels/a.png").unlink()
     with pytest.raises(RequestError) as error:
