@@ -8,6 +8,7 @@ starts in another folder: what that writes must be the same bytes.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -269,6 +270,8 @@ class _Trial:
             "pictures": 0,
             "patches_per_case": 1,
             "overlap": 0.0,
+            # bfloat16 on a CPU gives other bits each time where maps are this small
+            "precision": "float32",
             "batch_size": min(2, config.get("batch_size", 2)),
             **({} if size is None else {"patch_size": size, "roi_size": size}),
         }
@@ -410,12 +413,18 @@ def _run_monai(folder: Path, jobs: list[tuple[str, str, dict[str, Any]]]) -> dic
     except subprocess.TimeoutExpired as error:
         raise _FaultError(f"MONAI's process was stopped after {_TIMEOUT:.0f} s") from error
     answers: dict[str, str] = json.loads(answered.read_text(encoding="utf-8")) if answered.is_file() else {}
-    said = (done.stderr.strip().splitlines() or [""])[-1]
-    ended = f"MONAI's process ended with code {done.returncode} before this job: {said}"
+    ended = f"MONAI's process ended with code {done.returncode} before this job: {_last_error(done.stderr)}"
     found = {name: answers.get(name, ended) for name, _, _ in jobs}
     if left := sorted(path.name for path in elsewhere.iterdir()):
         found["train"] = found["train"] or f"MONAI left {', '.join(left)} in the folder where it was started"
     return found
+
+
+def _last_error(said: str) -> str:
+    """Return the last line that names an error, or the last one at all."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()] or [""]
+    errors = [line for line in lines if re.match(r"(?:\[rank\d\]: ?)?[\w.]*(?:Error|Exception)\b", line)]
+    return (errors or lines)[-1][:500]
 
 
 def _monai_evaluates(trial: _Trial) -> str:
@@ -463,6 +472,7 @@ def _trains_in_two_processes(trial: _Trial) -> str:
         "bundle_root": pair.root,
         "dataset_dir": trial.data,
         **trial.settings("train", name),
+        "batch_size": 2,
     }
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += [
@@ -476,7 +486,7 @@ def _trains_in_two_processes(trial: _Trial) -> str:
     except subprocess.TimeoutExpired as error:
         raise _FaultError(f"two processes were stopped after {_TIMEOUT:.0f} s") from error
     if done.returncode or not pair.weights.is_file():
-        raise _FaultError(f"two processes ended with code {done.returncode}: {done.stderr.strip()[-500:]}")
+        raise _FaultError(f"two processes ended with code {done.returncode}: {_last_error(done.stderr)}")
     return ""
 
 
