@@ -112,18 +112,30 @@ class Sampler:
         """The places as `grid_sample` counts them: last axis first, -1 to 1 from edge to edge of the needed voxels."""
         grid = torch.empty(*self.size, len(self.size))
         for dim, axis in enumerate(reversed(self._axes)):
-            grid[..., dim] = axis.places * (2 / axis.length) + ((2 * axis.shift + 1) / axis.length - 1)
+            first = torch.tensor((2 * axis.shift + 1) / axis.length - 1)
+            torch.add(first, axis.places.broadcast_to(self.size), alpha=2 / axis.length, out=grid[..., dim])
         return grid
 
     @cached_property
     def _nearest(self) -> torch.Tensor:
         """Numbers of the nearest voxels among the needed ones, flat."""
         exact = torch.float32 if math.prod(axis.length for axis in self._axes) < _EXACT else torch.float64
-        flat = torch.zeros((), dtype=exact)
+        flat, step = torch.zeros((), dtype=exact), 1
+        for axis in reversed(self._axes):
+            index = axis.places.round().to(exact)
+            if self.constant:
+                index = index.clamp_(-axis.shift, axis.length - 1 - axis.shift)
+            flat = torch.add(flat, index, alpha=step)
+            step *= axis.length
+        return (flat + self._first).broadcast_to(self.size).long().flatten()
+
+    @property
+    def _first(self) -> int:
+        """The flat number of the origin of the places among the needed voxels."""
+        number = 0
         for axis in self._axes:
-            index = (axis.places.round() + axis.shift).clamp_(0, axis.length - 1)
-            flat = flat * axis.length + index.to(exact)
-        return flat.broadcast_to(self.size).long().flatten()
+            number = number * axis.length + axis.shift
+        return number
 
     @cached_property
     def _is_outside(self) -> torch.Tensor | None:
