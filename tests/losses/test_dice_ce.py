@@ -145,6 +145,19 @@ def test_what_does_not_fit_is_refused():
             SoftDiceCELoss()(logits, torch.full_like(label, value))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("channels", [1, 4])
+def test_a_gpu_gives_the_same(channels):
+    logits, label = batch(channels, 9, 7)
+    label[:, :, :2] = 255
+    loss = SoftDiceCELoss(ignore_label=255)
+    expected = value_and_gradient(loss, logits, label)
+    found = value_and_gradient(loss, logits.cuda(), label.cuda())
+    torch.testing.assert_close(found[0].cpu(), expected[0], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(found[1].cpu(), expected[1], atol=1e-7, rtol=1e-5)
+
+
 # Several processes
 
 _PROCESS = """

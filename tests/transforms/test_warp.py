@@ -262,6 +262,8 @@ def test_images_smaller_than_the_patch_are_padded_as_monai_pads_them(padding, mo
     first = transform.warp.start[1]
     assert transform.warp.start[0] == -3
     assert torch.equal(found, padded[:, :, first : first + 20])
+    flipped = RandWarpd("image", (16, 20, 11), padding=padding, flip_prob=1.0).set_random_state(0)
+    assert torch.equal(flipped({"image": image})[0]["image"], found.flip(1, 2, 3))
     # The same by interpolation.
     still = RandWarpd("image", (16, 20, 11), padding=padding, rotate_range=[(1e-12, 2e-12)] * 3).set_random_state(0)
     torch.testing.assert_close(still({"image": image})[0]["image"], found, atol=1e-5, rtol=0)
