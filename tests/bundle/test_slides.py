@@ -311,6 +311,21 @@ class TestRealSlides:
         assert tissue.mask.shape == found.shape
         assert np.array_equal(found[tissue.mask], expected[tissue.mask])
 
+    @pytest.mark.slow
+    def test_the_pixels_of_an_aperio_slide_stored_as_dicom_give_the_same_polygons(
+        self, rgb_bundle: Bundle, tmp_path: Path
+    ) -> None:
+        slide = WSI / "cmu-1-small-region.svs"
+        with open_slide(slide) as opened:
+            pixels = opened.read(0, opened.shape[1], 0, opened.shape[2]).transpose(2, 1, 0)
+        write_dicom_slide(tmp_path / "cmu" / "a.dcm", pixels, mpp=0.499, tile=240)
+        write_dicom_slide(tmp_path / "cmu" / "b.dcm", pixels[:300, :300], number=1, flavor="LABEL")
+        for source in (slide, tmp_path / "cmu"):
+            manifest = medseg.predict(rgb_bundle.root, source, tmp_path, settings={"microns_per_pixel": 4.0})
+            assert manifest.exit_code == 0
+        polygons = [(tmp_path / name).read_bytes() for name in ("cmu-1-small-region.geojson", "cmu.geojson")]
+        assert polygons[0] == polygons[1]
+
     def test_a_broken_slide_is_one_failed_case(self, rgb_bundle: Bundle, tmp_path: Path) -> None:
         manifest = medseg.predict(rgb_bundle.root, WSI / "broken.svs", tmp_path)
         assert manifest.exit_code == 1
