@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Offer", "Offers", "find_offers"]
 
+_OVER_TRAIN = ("evaluate", "multi_gpu_train", "multi_gpu_evaluate")
+
 
 @dataclass(frozen=True)
 class Offer:
@@ -112,12 +114,21 @@ def _unique(bundles: Iterable[Bundle]) -> dict[str, Bundle]:
     return found
 
 
+def _jobs(bundle: Bundle) -> list[tuple[str, ...]]:
+    """Return the configs of each job that a bundle may be used for, as they are laid over each other."""
+    jobs: list[tuple[str, ...]] = [("inference",)]
+    if bundle.config_path("train").is_file():
+        jobs.append(("train",))
+        jobs += [("train", name) for name in _OVER_TRAIN if bundle.config_path(name).is_file()]
+    return jobs
+
+
 def _offer(source: Bundle, tuned: Bundle) -> Offer:
     trainable = source.config_path("train").is_file()
     for bundle in (source, tuned):
         if (bundle.root / "configs").is_dir():
-            for job in ("inference", "train") if trainable else ("inference",):
-                require_trust(bundle.root, bundle.load_configs(job))
+            for job in _jobs(bundle):
+                require_trust(bundle.root, bundle.load_configs(*job))
     metadata = source.metadata
     shape = metadata.get("network_data_format", {}).get("inputs", {}).get("image", {}).get("spatial_shape", [0, 0, 0])
     labels = {name: value for value, name in sorted(source.label_names.items())}

@@ -37,6 +37,10 @@ def _training(bundle: Path) -> None:
     _edit(bundle, "train", run=["$__import__('os').system('touch owned')"])
 
 
+def _evaluation(bundle: Path) -> None:
+    _edit(bundle, "evaluate", run=["$__import__('os').system('touch owned')"])
+
+
 def _macro(bundle: Path) -> None:
     _edit(bundle, "inference", network_def="%/etc/passwd")
 
@@ -69,7 +73,7 @@ def folder(trained: Bundle, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     "spoil",
-    [_expression, _imports, _callable, _training, _macro, _script, _link, _yaml, _torn],
+    [_expression, _imports, _callable, _training, _evaluation, _macro, _script, _link, _yaml, _torn],
     ids=lambda f: f.__name__,
 )
 def test_a_hostile_bundle_is_refused_by_name_and_the_others_are_offered(spoil, folder: Path, tmp_path: Path) -> None:
