@@ -31,6 +31,7 @@ def _pictures(root: Path, names: list[str], split: dict[str, list[str]] | None =
     return root
 
 
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 NAMES = [f"eye_{number:02d}{side}" for number in range(6) for side in "LR"]
 
 
@@ -57,6 +58,16 @@ def test_folds_depend_on_data_and_seed_alone(tmp_path: Path) -> None:
     assert make_folds(one, 3, 0).to_json() == make_folds(other, 3, 0).to_json()
     assert make_folds(one, 3, 1).to_json() != make_folds(one, 3, 0).to_json()
     assert str(tmp_path) not in make_folds(one, 3, 0).to_json()
+
+
+@pytest.mark.data
+@pytest.mark.skipif(not (DATA / "chase_db1").is_dir(), reason="needs ../shared/data beside the project")
+def test_both_eyes_of_a_person_are_in_one_fold() -> None:
+    dealt = make_folds(DATA / "chase_db1", 5, seed=0)
+    people = [{case[:-1] for case in fold} for fold in dealt.folds]
+    assert sum(map(len, people)) == len(set.union(*people)) == 8
+    assert sum(map(len, dealt.folds)) == 16
+    assert not {case[:-1] for case in dealt.held_out} & set.union(*people)
 
 
 class _Calls:
