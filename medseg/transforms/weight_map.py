@@ -106,9 +106,9 @@ class BorderWeightMapd(MapTransform):  # type: ignore[misc]  # MONAI publishes n
         self, values: NDArray[np.int64], spacing: Sequence[float] | None
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         known = np.ones(values.shape, bool) if self.ignore_label is None else values != self.ignore_label
-        values = np.where(known, values, 0)
-        classes = self._classes(values)
-        objects = _components(classes) if self.components else _numbered(np.where(classes > 0, values, 0))
+        classes = np.where(known, self._classes(values, known), 0)
+        # 0 may number an object where the mapping says so.
+        objects = _components(classes) if self.components else _numbered(np.where(classes > 0, values + 1, 0))
         if self.separate:
             objects = np.where(_touching(objects), 0, objects)
         classes = np.where(objects > 0, classes, 0)
@@ -117,12 +117,13 @@ class BorderWeightMapd(MapTransform):  # type: ignore[misc]  # MONAI publishes n
         weights += border if self.on_foreground else np.where(objects > 0, 0, border)
         return classes, np.where(known, weights, 0).astype(np.float32)
 
-
-    def _classes(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
-        if self.classes is not None:
-            mapped: torch.Tensor = self.classes({"label": torch.from_numpy(values)})["label"]
-            return mapped.numpy().astype(np.int64)
-        return values if self.components else (values > 0).astype(np.int64)
+    def _classes(self, values: NDArray[np.int64], known: NDArray[np.bool_]) -> NDArray[np.int64]:
+        if self.classes is None:
+            return values if self.components else (values > 0).astype(np.int64)
+        # The mapping need not name the value that marks what is not known.
+        named = np.where(known, values, next(iter(self.classes.mapping), 0))
+        mapped: torch.Tensor = self.classes({"label": torch.from_numpy(named)})["label"]
+        return np.asarray(mapped.numpy().astype(np.int64))
 
 
 def class_balance(

@@ -246,3 +246,13 @@ def test_a_mapping_with_inverted_foreground_holds():
     label = (balls((40, 40)) == 0).int()
     mapped = BorderWeightMapd("label", mapping={"0": 1, "1": 0})({"label": label})["label"]
     assert torch.equal(mapped, BorderWeightMapd("label", components=True)({"label": 1 - label})["label"])
+
+
+def test_a_mapping_needs_not_name_what_is_ignored_and_may_name_background_otherwise_than_0():
+    label = balls((40, 40))
+    plain = label.clone()
+    plain[:, :9] = 255
+    # The same objects, numbered from 0 on, in a background of 99.
+    renamed = torch.where(plain == 255, 255, torch.where(plain == 0, 99, plain // 7 - 1))
+    mapped = BorderWeightMapd("label", mapping={"99": 0, "other": 1}, ignore_label=255)({"label": renamed})["label"]
+    assert torch.equal(mapped, BorderWeightMapd("label", ignore_label=255)({"label": plain})["label"])
