@@ -29,6 +29,8 @@ Probe: TypeAlias = Callable[[Mapping[str, Any]], "Measurement"]
 
 _AVERAGES = (0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999)
 _WARMUP_SHARE = 30
+# Foreground among all voxels, from which on -> patches that are centered in it.
+_FOREGROUND = ((0.25, 0.0), (0.1, 0.33), (0.01, 0.5), (0.0, 0.67))
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,7 @@ def _bundle(
     """Return the content of the `bundle.json`."""
     candidate = found.candidate
     knobs, reasons = _knobs(look, fingerprint, request, found, schedule)
-    blocks, block_reasons = _blocks(look, request, candidate)
+    blocks, block_reasons = _blocks(look, request)
     reasons |= block_reasons
     for knob in request.settings:
         reasons[knob] = "set by the user"
@@ -210,6 +212,7 @@ def _knobs(
     item = found.candidate
     layout = item.layout
     steps = _steps(request, fingerprint, item) * schedule.epochs
+    sampled, sampled_because = _sampling(look, fingerprint, item)
     knobs: dict[str, Any] = {
         **look.knobs,
         "patch_size": list(layout.patch),
@@ -221,6 +224,8 @@ def _knobs(
         else 4,
         "overlap": overlap_for(look, item),
         "batch_size": item.batch_size,
+        "patches_per_case": item.patches_per_case,
+        "foreground_sampling": sampled,
         "max_epochs": schedule.epochs,
         "val_interval": schedule.interval,
         "warmup_epochs": max(1, schedule.epochs // _WARMUP_SHARE),
@@ -228,8 +233,6 @@ def _knobs(
         "ema_decay": _average(steps),
         "precision": found.measured.precision if found.measured else "float32",
     }
-    if look.template == "ct_volume":
-        knobs["patches_per_case"] = item.patches_per_case
     reasons = {
         **look.reasons,
         "network_def": _network_reason(look, request, found),
@@ -238,6 +241,8 @@ def _knobs(
         "sw_batch_size": f"windows of {layout.voxels:,} voxels in a pass",
         "overlap": _overlap_reason(look, item),
         "batch_size": _batch_reason(look, fingerprint, item),
+        "patches_per_case": _patches_reason(item),
+        "foreground_sampling": sampled_because,
         "max_epochs": schedule.reason,
         "val_interval": f"every {schedule.interval} of {schedule.epochs} epochs and after the last: enough to catch "
         "the best weights, and about a tenth of the time at most",
@@ -262,9 +267,8 @@ def _knobs(
     return knobs, reasons
 
 
-def _blocks(look: Look, request: PlanRequest, item: Candidate) -> tuple[dict[str, Any], dict[str, str]]:
+def _blocks(look: Look, request: PlanRequest) -> tuple[dict[str, Any], dict[str, str]]:
     blocks = dict(look.blocks)
-    reasons = _sampling(look, item, blocks)
     loss: dict[str, Any] = {"_target_": "medseg.losses.TrainingLoss", "loss": {"block": "loss"}}
     shares = (
         "Dice and cross-entropy in equal parts: Dice does not care how rare a class is, cross-entropy gives every voxel"
@@ -286,47 +290,27 @@ def _blocks(look: Look, request: PlanRequest, item: Candidate) -> tuple[dict[str
         why += "; SelfReg is added, because it was asked for"
     if request.network in ("UNetPlusPlus", "BANet") or request.selfreg:
         blocks["training_loss"] = loss
-    return blocks, {**reasons, "loss": why}
+    return blocks, {"loss": why}
 
 
-def _sampling(look: Look, item: Candidate, blocks: dict[str, Any]) -> dict[str, str]:
-    """Say how patches are drawn, and have volumes that are larger than a patch sampled by class."""
-    classes = len(look.classes.labels)
-    if look.template == "ct_volume":
-        return {
-            "patches_per_case": f"{item.patches_per_case} from {_cases(item)}: centers fall on each "
-            f"of {classes} classes equally often, so {classes - 1} of {classes} hold foreground"
-        }
-    if look.template != "mr_volume" or item.layout.whole:
-        holds = "holds" if item.layout.whole else "is cut anywhere from"
-        sizes = f"a patch of {shown(item.layout.patch)} {holds} a median image of {shown(look.shape)}"
-        return {"sampling": f"{sizes}: foreground needs no preference"}
-    keys = ["image", "label"]
-    blocks["augmentation"] = [
-        {"_target_": "monai.transforms.SpatialPadd", "keys": keys, "spatial_size": "@patch_size"},
-        {
-            "_target_": "monai.transforms.RandCropByLabelClassesd",
-            "keys": keys,
-            "label_key": "label",
-            "spatial_size": "@patch_size",
-            "num_classes": "@out_channels",
-            "num_samples": 1,
-            "warn": False,
-        },
-        {"block": "warp"},
-        {"block": "appearance"},
-        {
-            "_target_": "monai.transforms.RandAdjustContrastd",
-            "keys": "image",
-            "prob": 0.3,
-            "gamma": [0.7, 1.5],
-            "retain_stats": True,
-        },
-    ]
-    return {
-        "sampling": f"a patch of {shown(item.layout.patch)} is smaller than the median image, {shown(look.shape)}: its "
-        f"center falls on each of {classes} classes equally often"
-    }
+def _sampling(look: Look, fingerprint: Fingerprint, item: Candidate) -> tuple[float, str]:
+    """Return the share of patches that are centered in the foreground, and why."""
+    foreground = sum(share for value, share in fingerprint.shares().items() if value != 0)
+    sizes = f"{shown(item.layout.patch)} of a median image of {shown(look.shape)}"
+    if item.layout.whole:
+        return 0.0, f"a patch holds the median image ({sizes}), and with it the foreground"
+    share = next(share for limit, share in _FOREGROUND if foreground >= limit)
+    return share, (
+        f"{foreground:.2g} of all voxels are foreground, and a patch is {sizes}: the rarer it is, the more patches are "
+        "centered on it, on each class alike"
+    )
+
+
+def _patches_reason(item: Candidate) -> str:
+    room = shown_bytes(item.cache_bytes)
+    if item.patches_per_case == 1:
+        return f"the prepared cases fit into {room} of memory, so each patch of a step comes from another case"
+    return f"only {room} of the prepared cases stay in memory; several patches of a case spare loading it again"
 
 
 def _learning_rate(request: PlanRequest, look: Look) -> float:

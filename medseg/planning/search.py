@@ -216,15 +216,13 @@ def _candidate(
     look: Look, fingerprint: Fingerprint, request: PlanRequest, width: int, layout: Layout, batch: int | None = None
 ) -> Candidate:
     wanted = batch or _batch(look.spatial_dims, layout)
-    several = look.template == "ct_volume"
-    patches = _whole(request, "patches_per_case", 2 if wanted > 1 else 1) if several else 1
+    total, room = _cached(look, fingerprint), int(_CACHE_SHARE * request.memory)
+    patches = _whole(request, "patches_per_case", 1 if wanted == 1 or total <= room else 2)
     size = _whole(request, "batch_size", max(1, wanted // patches))
     wanted = size * patches
     definition = network_def(
         request.network, look.spatial_dims, len(look.channels), len(look.classes.labels), width, layout
     )
-    total = _cached(look, fingerprint)
-    room = int(_CACHE_SHARE * request.memory)
     return Candidate(width, layout, wanted, size, definition, min(total, room), total <= room)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigParser
@@ -246,6 +248,31 @@ def test_a_name_that_the_folder_cannot_give_is_made(volumes: Any) -> None:
     assert planned(root, PlanRequest(), folder="out")[1].bundle["name"] == "my_scans_mri_unet"
     assert planned(root, PlanRequest(), folder="lesion_mri_unet")[1].bundle["name"] == "lesion_mri_unet"
     assert planned(root, PlanRequest(name="a_b_c"), folder="out")[1].bundle["name"] == "a_b_c"
+
+
+@pytest.mark.parametrize(("radius", "share"), [(40, 0.0), (25, 0.33), (12, 0.5), (3, 0.67)])
+def test_the_rarer_the_foreground_the_more_patches_are_centered_in_it(
+    radius: int, share: float, volumes: Any, save_volume: Any
+) -> None:
+    shape = (80, 80, 80)
+    root = volumes(shapes=(shape,) * 2, classes=1)
+    grid = np.stack(np.meshgrid(*(np.arange(n) - 40 for n in shape), indexing="ij"))
+    save_volume(root / "labelsTr" / "case_0.nii.gz", ((grid**2).sum(0) < radius**2).astype(np.uint8))
+    _, plan = planned(root, PlanRequest())
+    assert plan.bundle["knobs"]["foreground_sampling"] == share
+    _, plan = planned(root, PlanRequest(settings={"patch_size": list(shape)}))
+    assert plan.bundle["knobs"]["foreground_sampling"] == 0
+
+
+def test_cases_that_do_not_stay_in_memory_give_several_patches_each(volumes: Any) -> None:
+    root = volumes(shapes=((64, 64, 64),) * 3, classes=1)
+    found, plan = planned(root, PlanRequest(memory=8 << 30))
+    assert plan.bundle["knobs"]["patches_per_case"] == 1
+    assert "cache_memory" not in plan.bundle["knobs"]
+    many = replace(found, cases=tuple(replace(case, name=str(n)) for n, case in enumerate(found.cases * 1000)))
+    knobs = make_plan(many, PlanRequest(memory=2 << 30), compose=compose, probe=None).bundle["knobs"]
+    assert knobs["patches_per_case"] == 2
+    assert knobs["cache_memory"] == f"{int(0.4 * (2 << 30)) >> 20}M"
 
 
 def test_the_card_holds_every_choice(volumes: Any, fake_probe: Any) -> None:
