@@ -19,7 +19,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -238,7 +238,7 @@ def _entry_path(listing: Path, section: str, entry: Any, key: str) -> Path:
     source = split_series(path)[0]
     if not source.exists():
         raise RequestError(f"{listing}: {text!r} in '{section}' does not exist: {path} is no file.")
-    if source.is_dir() and not any(map(is_dicom, (file for *_, files in _walk(source) for file in files))):
+    if source.is_dir() and not any(is_dicom(where / name) for where, _, names in _walk(source) for name in names):
         raise RequestError(f"{listing}: {text!r} in '{section}' is a folder without DICOM files: name a file.")
     return path
 
@@ -292,42 +292,47 @@ def _folder_dataset(root: Path, image_folder: str, label_folder: str) -> Dataset
     return Dataset(root, base, images, _by_stem(label_base, _file_stems(base)), {})
 
 
-def _by_stem(folder: Path, partners: Collection[str]) -> dict[str, Path]:
+def _by_stem(folder: Path, partners: set[str]) -> dict[str, Path]:
     """Return the images below a folder by their stems.
 
     A folder of DICOM files is one image, unless there are `partners` of its files, which makes these images themselves.
     """
     found: dict[str, Path] = {}
-    for where, subfolders, files in _walk(folder):
-        entries = [path for path in files if file_kind(path) is not None and path.is_file()]
-        if where != folder and _are_dicom(files) and not any(_stem(path, folder) in partners for path in entries):
-            entries = [where]
+    for where, subfolders, names in _walk(folder):
+        stems = _stems(where, names, folder)
+        if where != folder and _are_dicom(where, names) and partners.isdisjoint(stems.values()):
+            entries = {where: _stem(where, folder)}
             subfolders.clear()
-        for path in entries:
-            stem = _stem(path, folder)
+        else:
+            entries = {where / name: stem for name, stem in stems.items() if (where / name).is_file()}
+        for path, stem in entries.items():
             if stem in found:
                 raise RequestError(f"{found[stem]} and {path} have the same stem: keep one of them.")
             found[stem] = path
     return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
-def _are_dicom(files: Sequence[Path]) -> bool:
+def _are_dicom(where: Path, names: Sequence[str]) -> bool:
     """Tell whether some files of a folder are DICOM, and none is another image."""
-    kinds = {path: file_kind(path) for path in files}
-    if not set(kinds.values()) <= {None, "dicom"}:
-        return False
-    return "dicom" in kinds.values() or any(map(is_dicom, files))
+    kinds = set(map(file_kind, names))
+    return kinds <= {None, "dicom"} and ("dicom" in kinds or any(is_dicom(where / name) for name in names))
+
+
+def _stems(where: Path, names: Sequence[str], base: Path) -> dict[str, str]:
+    """Return the stem of each file in a folder whose name is that of an image; series have thousands of files."""
+    start = "" if where == base else f"{where.relative_to(base).as_posix()}/"
+    return {name: f"{start}{split_suffix(name)[0]}" for name in names if file_kind(name) is not None}
 
 
 def _file_stems(folder: Path) -> set[str]:
-    return {_stem(path, folder) for *_, files in _walk(folder) for path in files if file_kind(path) is not None}
+    return {stem for where, _, names in _walk(folder) for stem in _stems(where, names, folder).values()}
 
 
-def _walk(folder: Path) -> Iterator[tuple[Path, list[str], list[Path]]]:
+def _walk(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
     """Yield each folder with the names of its subfolders, which may be cut, and its files, without what is hidden."""
     for where, subfolders, names in os.walk(folder):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        yield Path(where), subfolders, [Path(where, name) for name in sorted(names) if not name.startswith(".")]
+        yield Path(where), subfolders, sorted(name for name in names if not name.startswith("."))
 
 
 def _single_channel(images: Mapping[str, Path], base: Path) -> dict[str, Path]:
