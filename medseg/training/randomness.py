@@ -81,7 +81,7 @@ def deterministic_kernels(enabled: bool = True) -> None:
     """
     # of CUDA kernels torch would complain wherever it has no such one
     torch.use_deterministic_algorithms(enabled and not torch.cuda.is_available(), warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.deterministic = enabled
     torch.backends.cudnn.benchmark = not enabled
 
