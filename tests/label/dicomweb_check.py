@@ -45,8 +45,8 @@ def check_dicomweb(
     with running([orthanc, str(config)], place / "orthanc.printed"):
         address = f"http://127.0.0.1:{port}"
         _wait_for(address + "/system", place / "orthanc.printed")
-        series = {_upload(case, place / case.name, address): case for case in cases[:3]}
-        wanted = predict(bundles / MODEL, [place / case.name for case in series.values()], place / "command")
+        series = {_upload(case, place / "series" / case.name, address): case for case in cases[:3]}
+        wanted = predict(bundles / MODEL, [place / "series"], place / "command")
         arguments = ("--bundles", str(bundles), "--models", MODEL)
         store = f"{address}/dicom-web"
         environment = {"MONAI_LABEL_DICOMWEB_SEARCH_FILTER": '{"Modality": "MR"}'}
@@ -71,7 +71,7 @@ def check_dicomweb(
             )
             uid, case = next(iter(series.items()))
             found, _ = viewer.infer(MODEL, uid, place / "tuned", result_extension=".nii.gz")
-            tuned = predict(place / "state" / "models" / MODEL, [place / case.name], place / "command-tuned")
+            tuned = predict(place / "state" / "models" / MODEL, [place / "series" / case.name], place / "command-tuned")
             _same(checks, found, tuned[case.name], "fine-tuned, server against `medseg predict` on the DICOM folder")
             text = printed.read_text()
             checks.hold(not any(u in text for u in series) and "DOE^" not in text, "the log holds no UID and no name")
@@ -165,7 +165,7 @@ def _check_series(checks: Checks, viewer: Any, uid: str, case: Any, place: Path,
     answer = viewer.call("POST", f"/infer/{MODEL}?image={uid}&output=dicom_seg", data=form)
     path = place / f"{case.name}.seg.dcm"
     path.write_bytes(answer.content)
-    _check_object(checks, pydicom.dcmread(path), place / case.name, wanted, "DICOM SEG of the server")
+    _check_object(checks, pydicom.dcmread(path), place / "series" / case.name, wanted, "DICOM SEG of the server")
     viewer.save_label(uid, found, {"anterior": 1, "posterior": 2})
 
 
@@ -183,7 +183,7 @@ def _check_segmentations(
         if header.Modality == "SEG":
             uid = str(header.ReferencedSeriesSequence[0].SeriesInstanceUID)
             case = series[uid]
-            _check_object(checks, header, place / case.name, wanted[case.name], "DICOM SEG in the store")
+            _check_object(checks, header, place / "series" / case.name, wanted[case.name], "DICOM SEG in the store")
     stats = viewer.call("GET", "/datastore/?output=stats").json()
     checks.hold(stats["completed"] == len(series), f"{stats['completed']} of {stats['total']} labeled")
 
