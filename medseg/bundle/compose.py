@@ -186,13 +186,21 @@ def _merged_blocks(template: Config, recipe: Config, bundle: Config) -> Config:
 
 
 def _constants(template: Config, bundle: Config) -> Config:
-    labels = {key: int(key) for key in bundle["labels"]}
+    mapping = bundle.get("label_mapping", {key: int(key) for key in bundle["labels"]})
     return {
         "spatial_dims": template["spatial_dims"],
         "in_channels": len(bundle["channels"]),
         "out_channels": len(bundle["labels"]),
-        "label_mapping": bundle.get("label_mapping", labels),
+        "label_mapping": mapping,
+        "label_names": _label_names(bundle["labels"], mapping),
     }
+
+
+def _label_names(labels: Config, mapping: Config) -> dict[str, int]:
+    """Return by the name of each class a value that the mapping maps to it: the first, or any that it does not name."""
+    free = next(value for value in range(1, len(mapping) + 2) if str(value) not in mapping)
+    values = {index: free if value == "other" else int(value) for value, index in reversed(mapping.items())}
+    return {name: values[int(key)] for key, name in labels.items() if key != "0" and int(key) in values}
 
 
 def _config(skeleton: Config, blocks: Config, values: Config) -> Config:

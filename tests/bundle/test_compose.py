@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from medseg.bundle.build import build, built_files
 from medseg.bundle.catalog import Bundle, shipped_bundles
@@ -12,6 +13,7 @@ from medseg.bundle.compose import CONFIG_NAMES, compose, template_names
 from medseg.bundle.knobs import knobs
 from medseg.bundle.trust import check
 from medseg.errors import BundleError
+from medseg.transforms import MapLabelsd
 
 SHIPPED = shipped_bundles()
 
@@ -89,3 +91,25 @@ def test_a_missing_entry_is_named(tiny_source: dict[str, Any]) -> None:
     del tiny_source["authors"], tiny_source["labels"]
     with pytest.raises(BundleError, match="missing authors, labels"):
         compose(tiny_source)
+
+
+@pytest.mark.parametrize(
+    ("mapping", "names"),
+    [
+        (None, {"liver": 1, "tumor": 2}),
+        ({"0": 0, "5": 1, "7": 1, "255": 2}, {"liver": 5, "tumor": 255}),
+        ({"0": 0, "1": 1, "other": 2}, {"liver": 1, "tumor": 2}),
+        ({"0": 0, "2": 1, "other": 2}, {"liver": 2, "tumor": 1}),
+        ({"0": 0, "3": 1}, {"liver": 3}),
+    ],
+)
+def test_classes_are_named_for_labels_that_hold_names(
+    mapping: dict[str, int] | None, names: dict[str, int], tiny_source: dict[str, Any]
+) -> None:
+    labels = {"0": "background", "1": "liver", "2": "tumor"}
+    bundle = tiny_source | {"labels": labels} | ({} if mapping is None else {"label_mapping": mapping})
+    bundle["network_def"] = bundle["network_def"] | {"out_channels": 3}
+    found = compose(bundle)["train"]["label_names"]
+    assert found == names
+    classes = MapLabelsd("label", mapping or {"0": 0, "1": 1, "2": 2})({"label": torch.tensor(list(found.values()))})
+    assert classes["label"].tolist() == [int(key) for key, name in labels.items() if name in found]
