@@ -296,3 +296,20 @@ def test_only_float16_is_scaled() -> None:
 def test_a_compiled_network_is_refused_with_taps() -> None:
     with pytest.raises(RequestError, match="compile=true does not work with taps"):
         TrainingOutputs(nn.Sequential(nn.Conv2d(1, 1, 1)), taps={"E1": "0"}, compile=True)
+
+
+@pytest.mark.parametrize(("max_norm", "expected"), [(1.0, 1.0), (100.0, 6.0)])
+def test_scaled_gradients_are_clipped_at_their_true_size(max_norm: float, expected: float) -> None:
+    network = nn.Linear(4, 1, bias=False)
+    trainer = Engine(lambda engine, batch: None)
+    trainer.register_events(*IterationEvents)
+    trainer.optimizer = torch.optim.SGD(network.parameters(), 1.0)
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    ClipGradients(network, max_norm).attach(trainer)
+    trainer.scaler.scale((3.0 * network.weight).sum()).backward()
+    trainer.fire_event(IterationEvents.BACKWARD_COMPLETED)
+    assert network.weight.grad is not None
+    assert float(network.weight.grad.norm()) == pytest.approx(expected)
+    before = network.weight.detach().clone()
+    trainer.scaler.step(trainer.optimizer)
+    assert float((before - network.weight.detach()).norm()) == pytest.approx(expected)
