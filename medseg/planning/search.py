@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from medseg.planning.facts import Fingerprint
     from medseg.planning.request import PlanRequest
 
-__all__ = ["Candidate", "Found", "Measure", "candidates", "find", "pace_of"]
+__all__ = ["Candidate", "Found", "Measure", "candidates", "find", "overlap_for", "pace_of"]
 
 # Given a candidate, measures a bundle planned around it.
 Measure: TypeAlias = Callable[["Candidate"], Measurement]
