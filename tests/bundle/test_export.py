@@ -276,15 +276,23 @@ def _monai(elsewhere: Path, command: str, bundle: Bundle, **options: object) -> 
 
 
 def test_monais_ckpt_export_takes_the_bundle_from_any_folder(trained: Bundle, tmp_path: Path) -> None:
-    from monai.data import load_net_with_metadata
-
     _monai(tmp_path / "x", "ckpt_export", trained, filepath=tmp_path / "n.ts")
-    network, metadata, extra = load_net_with_metadata(str(tmp_path / "n.ts"), more_extra_files=["inference.json"])
-    assert metadata["network_data_format"] == trained.metadata["network_data_format"]
-    assert "network_def" in json.loads(extra["inference.json"])
     x = torch.randn(1, 1, 16, 24, 24, generator=torch.Generator().manual_seed(3))
-    with torch.no_grad():
-        torch.testing.assert_close(network(x), _logits(trained, x))
+    torch.save(x, tmp_path / "x.pt")
+    # In a process that knows nothing of medseg
+    code = (
+        "import json, sys, torch; from monai.data import load_net_with_metadata as load; "
+        "network, metadata, extra = load(sys.argv[1], more_extra_files=['inference.json']); "
+        "torch.save(network(torch.load(sys.argv[2])).detach(), sys.argv[3]); "
+        "print('FOUND' + json.dumps([metadata, json.loads(extra['inference.json'])]))"
+    )
+    command = [sys.executable, "-c", code, *(str(tmp_path / name) for name in ("n.ts", "x.pt", "y.pt"))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    metadata, inference = json.loads(done.stdout.partition("FOUND")[2])
+    assert metadata["network_data_format"] == trained.metadata["network_data_format"]
+    assert "network_def" in inference
+    torch.testing.assert_close(torch.load(tmp_path / "y.pt"), _logits(trained, x))
 
 
 def test_monais_loader_reads_our_torchscript(trained: Bundle, tmp_path: Path) -> None:
