@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Measurement", "measure"]
 
 _WARM = 1
-_TIMED = 3
+_TIMED = 5
 _DRAWS = 12
 _LIMIT_SECONDS = 1800
 _KILLED = 137
