@@ -39,8 +39,8 @@ def test_every_shipped_bundle_passes_the_full_checks(bundle: Bundle) -> None:
     assert {path: path.stat().st_mtime_ns for path in bundle.root.rglob("*") if "runs" not in path.parts} == before
 
 
-def _edited(bundle: Bundle, name: str, **changes: Any) -> None:
-    path = bundle.config_path(name)
+def _edited(bundle: Bundle, config: str, /, **changes: Any) -> None:
+    path = bundle.config_path(config)
     path.write_text(json.dumps(json.loads(path.read_text()) | changes, indent=2) + "\n")
 
 
