@@ -87,6 +87,7 @@ def test_all_lists_exactly_the_public_names_defined_here(name: str) -> None:
         ["train", "phantom_ct_unet", "--data", ".", "--set", "max_epoch=3"],
         ["evaluate", "phantom_ct_unet", "--data", "missing"],
         ["doctor", "missing"],
+        ["plan", "missing", "-o", "out"],
         ["compare", "missing", "missing_too"],
         ["train", "phantom_ct_unet", "--data", "missing", "--folds", "3", "-o", "out"],
         ["convert", "missing.npz", "--from", "unet-port", "--to", "x_y_z", "--like", "phantom_ct_unet"],

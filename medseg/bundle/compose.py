@@ -212,7 +212,10 @@ def _config(skeleton: Config, blocks: Config, values: Config) -> Config:
 def _expand(node: Any, blocks: Config) -> Any:
     if isinstance(node, dict):
         if set(node) == {"block"}:
-            return _expand(copy.deepcopy(blocks[node["block"]]), blocks)
+            name = node["block"]
+            if name not in blocks:
+                raise BundleError(f"bundle.json: unknown block {name!r}{nearest(str(name), blocks)}")
+            return _expand(copy.deepcopy(blocks[name]), blocks)
         return {key: _expand(value, blocks) for key, value in node.items()}
     if isinstance(node, list):
         expanded: list[Any] = []

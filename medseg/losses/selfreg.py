@@ -187,7 +187,7 @@ class SelfRegLoss(nn.Module):
     Students are all taps but the teacher `D1` and, as in the authors' code, the first encoder block `E1`. Computed in
     float32 also under autocast. A term whose weight is 0 is not computed and draws nothing.
 
-    Channels are drawn from torch's global generator, so that a run seeded per epoch (`medseg.training.SeedEpochs`)
+    Channels are drawn from torch's global generator, so that a run seeded per step (`medseg.training.SeedSteps`)
     repeats its draws when resumed. The count of warm-up steps and the state of a private generator are part of
     `state_dict`.
 

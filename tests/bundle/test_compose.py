@@ -113,3 +113,10 @@ def test_classes_are_named_for_labels_that_hold_names(
     assert found == names
     classes = MapLabelsd("label", mapping or {"0": 0, "1": 1, "2": 2})({"label": torch.tensor(list(found.values()))})
     assert classes["label"].tolist() == [int(key) for key, name in labels.items() if name in found]
+
+
+@pytest.mark.parametrize("name", ["patchs", 3])
+def test_an_unknown_block_within_a_block_is_refused(name: Any, tiny_source: dict[str, Any]) -> None:
+    tiny_source["blocks"] = {"augmentation": [{"block": name}]}
+    with pytest.raises(BundleError, match="unknown block"):
+        compose(tiny_source)
