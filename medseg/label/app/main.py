@@ -110,7 +110,10 @@ class MedsegApp(MONAILabelApp):  # type: ignore[misc]  # MONAI Label publishes n
         return chosen
 
     def on_save_label(self, image_id: str, label_id: str) -> None:
-        """Note that a label came, without naming the image."""
+        """Note that a label came, without naming the image, and forget the list of labels that a store gave before."""
+        forget = getattr(type(self.datastore()).get_labeled_images, "cache_clear", None)
+        if forget is not None:
+            forget()
         self.learn_names([image_id])
         logger.info("a label was saved for %s", self.pseudonyms.of(image_id))
 
