@@ -108,7 +108,7 @@ def export(
         bundle: with weights, unless `random`.
         file_format: one of `FORMATS`.
         target: file to write, whole or not at all; one that is there is replaced.
-        half: 16-bit weights. TorchScript, torch.export and ONNX compute with them too; input and output stay float32.
+        half: 16-bit weights and arithmetic, not for OpenVINO; input and output stay float32.
         random: export the network with fresh weights, where the bundle has none.
         tolerance: largest difference of a logit that is allowed, in units of the largest logit if that is above 1;
             1e-4 if not given, and 3e-2 for `half`.
@@ -120,12 +120,16 @@ def export(
         WeightsError: the bundle has no weights.
         BundleError: the bundle is incomplete or not to be trusted.
     """
+    if half and file_format == "openvino":
+        raise RequestError(
+            "OpenVINO chooses its precision where the file is loaded (INFERENCE_PRECISION_HINT): leave out --half"
+        )
     config = _checked(bundle, file_format, target, random=random, trust=trust)
     allowed = _TOLERANCE[half] if tolerance is None else tolerance
     with _quiet(), tempfile.TemporaryDirectory(prefix=".partial-", dir=target.absolute().parent) as folder:
         network = _network(bundle, config, random=random)
         shapes = _shapes(network, bundle, config)
-        form = _half(network) if half and file_format != "openvino" else network
+        form = _half(network) if half else network
         written = Path(folder, target.name)
         try:
             free = _WRITERS[file_format](form, shapes, written, _notes(bundle, config), half)
@@ -301,7 +305,7 @@ def _write_openvino(network: nn.Module, shapes: _Shapes, path: Path, notes: Mapp
         model = openvino.convert_model(program)
     for name, text in notes.items():
         model.set_rt_info(text, ["medseg", name.removesuffix(".json")])
-    openvino.save_model(model, path, compress_to_fp16=half)
+    openvino.save_model(model, path, compress_to_fp16=False)
     return free
 
 

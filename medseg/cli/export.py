@@ -20,7 +20,10 @@ def export(
     bundle: BundleName,
     file_format: Annotated[str, typer.Option("--format", help=f"One of {_FORMATS}.")],
     out: Annotated[Path, typer.Option("--output", "-o", help="File to write: .ts, .onnx, .pt2 or .xml.")],
-    half: Annotated[bool, typer.Option("--half", help="16-bit weights; input and output stay float32.")] = False,
+    half: Annotated[
+        bool,
+        typer.Option("--half", help="16-bit weights and arithmetic, not for openvino; input and output stay float32."),
+    ] = False,
     random: Annotated[bool, typer.Option("--random", help="Fresh weights, for a bundle that has none.")] = False,
     tolerance: Annotated[
         float | None,
