@@ -22,7 +22,7 @@ def export(
     out: Annotated[Path, typer.Option("--output", "-o", help="File to write: .ts, .onnx, .pt2 or .xml.")],
     half: Annotated[
         bool,
-        typer.Option("--half", help="16-bit weights and arithmetic, not for openvino; input and output stay float32."),
+        typer.Option("--half", help="16-bit weights and arithmetic; not for openvino."),
     ] = False,
     random: Annotated[bool, typer.Option("--random", help="Fresh weights, for a bundle that has none.")] = False,
     tolerance: Annotated[
