@@ -1,0 +1,193 @@
+"""What a budget of processor time buys: nnU-Net, a plain MONAI script, and a bundle planned by medseg.
+
+    python benchmarks/training.py --cpu-seconds 3500 --contestants nnunet,monai,medseg --seeds 0
+
+Each contestant trains on the training cases of `../shared/data/msd_hippocampus` within the same processor time, on its
+own, and predicts the 40 validation cases without test-time flips. One scorer reads all masks: mean Dice of both labels
+on the grid of the file, and paired differences to medseg with 95 % bootstrap intervals over the cases. Runs are kept in
+`--work`, so they can be made one by one; the record holds all that are there. Needs Linux and a machine that is idle.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+from budget import nnunet
+from side_by_side.machine import describe
+from side_by_side.settings import DATA, RESULTS, ROOT, environment, nnunet_python
+from side_by_side.work import install_nnunet, say, threads_here
+
+from medseg.io import find_dataset
+
+CONTESTANTS = ("nnunet", "monai", "medseg")
+DATASET = DATA / "msd_hippocampus"
+LABELS = {"0": "background", "1": "anterior", "2": "posterior"}
+DRAWS = 10_000
+
+
+def main() -> None:
+    """Run what is asked for and not there yet; score everything that is there."""
+    options = _arguments()
+    for name in options.contestants:
+        for seed in options.seeds:
+            run = options.work / "runs" / f"{options.cpu_seconds}_{name}_{seed}"
+            if not (run / "facts.json").is_file():
+                _run(name, seed, run, options)
+    record = _record(options)
+    path = options.output or RESULTS / f"training_hippocampus_{options.cpu_seconds}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    sys.stdout.write(json.dumps({key: record[key] for key in ("dice", "differences")}, indent=1) + "\n")
+
+
+def _run(name: str, seed: int, run: Path, options: argparse.Namespace) -> None:
+    say(f"{name}, seed {seed}")
+    shutil.rmtree(run, ignore_errors=True)
+    (run / "masks").mkdir(parents=True)
+    request = {
+        "seed": seed,
+        "threads": options.threads,
+        "cpu_seconds": options.cpu_seconds,
+        "masks": str(run / "masks"),
+        "classes": len(LABELS),
+        "labels": LABELS,
+        "facts": str(run / "partial.json"),
+        **{split: [dict(case) for case in find_dataset(DATASET, split)] for split in ("train", "val")},
+    }
+    before, started, load = _children(), time.perf_counter(), os.getloadavg()[0]
+    if name == "nnunet":
+        if not (options.work / "nnunet" / "installed").is_file():
+            install_nnunet(options.work)
+        facts = nnunet.run(request, options.work / "nnunet_work", nnunet_python(options.work))
+    else:
+        facts = (_monai if name == "monai" else _medseg)(request, run)
+    facts |= {"all_cpu_s": _children() - before, "all_s": time.perf_counter() - started, "load_before": load}
+    (run / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+    say(f"{name}, seed {seed}: {facts['iterations']} steps, {facts['cpu_s']:.0f} CPU s")
+
+
+def _monai(request: dict[str, Any], run: Path) -> dict[str, Any]:
+    (run / "request.json").write_text(json.dumps(request), encoding="utf-8")
+    _call([sys.executable, "-W", "ignore", "-m", "budget.monai_script", run / "request.json"], request)
+    facts: dict[str, Any] = json.loads((run / "partial.json").read_text(encoding="utf-8"))
+    return facts
+
+
+def _medseg(request: dict[str, Any], run: Path) -> dict[str, Any]:
+    """Plan for the wall time in which all threads use up the budget, then train what was planned, as it is."""
+    bundle, medseg = run / "hippocampus_mri_unet", [sys.executable, "-m", "medseg"]
+    seconds = int(request["cpu_seconds"] / request["threads"])
+    _call([*medseg, "plan", DATASET, "-o", bundle, "--network", "unet", "--budget", f"{seconds}s"], request)
+    before = _children()
+    _call([*medseg, "train", bundle, "--data", DATASET, "--set", f"seed={request['seed']}"], request)
+    used = _children() - before
+    images = [case["image"] for case in request["val"]]
+    _call([*medseg, "predict", bundle, *images, "-o", run / "masks"], request)
+    config = json.loads((bundle / "configs" / "train.json").read_text(encoding="utf-8"))
+    steps = config.get("steps_per_epoch") or -(-len(request["train"]) // config["batch_size"])
+    facts = {name: config[name] for name in ("batch_size", "precision", "patch_size", "max_epochs")}
+    return {
+        **facts,
+        "features": config["network_def"].get("features"),
+        "iterations": steps * config["max_epochs"],
+        "cpu_s": used,
+    }
+
+
+def _call(command: list[Any], request: dict[str, Any]) -> None:
+    own = {**os.environ, **environment(request["threads"], tuned_memory=True)}
+    words = [str(word) for word in command]
+    done = subprocess.run(words, env=own, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(words[:5])} ended with {done.returncode}:\n{(done.stdout + done.stderr)[-3000:]}")
+
+
+def _record(options: argparse.Namespace) -> dict[str, Any]:
+    runs = sorted((options.work / "runs").glob(f"{options.cpu_seconds}_*/facts.json"))
+    scores = {path.parent.name.split("_", 1)[1]: _scores(path.parent / "masks") for path in runs}
+    facts = {path.parent.name.split("_", 1)[1]: json.loads(path.read_text(encoding="utf-8")) for path in runs}
+    dice = {
+        name: {label: statistics.fmean(case[label] for case in found.values()) for label in ("1", "2", "mean")}
+        for name, found in scores.items()
+    }
+    differences = {
+        f"{ours} - {other}": _difference(scores[ours], scores[other])
+        for ours in scores
+        for other in scores
+        if ours.startswith("medseg") and not other.startswith("medseg")
+    }
+    return {
+        "command": "python benchmarks/training.py " + " ".join(["--cpu-seconds", str(options.cpu_seconds)]),
+        "data": DATASET.name,
+        "cases": {split: len(find_dataset(DATASET, split)) for split in ("train", "val")},
+        "cpu_seconds": options.cpu_seconds,
+        "threads": options.threads,
+        **describe(str(nnunet_python(options.work))),
+        "dice": dice,
+        "differences": differences,
+        "runs": facts,
+        "scores": scores,
+    }
+
+
+def _scores(masks: Path) -> dict[str, dict[str, float]]:
+    """Return for each validation case the Dice of both labels, and their mean."""
+    found = {}
+    for case in find_dataset(DATASET, "val"):
+        truth, mask = (nibabel.load(path) for path in (case["label"], masks / Path(case["image"]).name))
+        if not np.allclose(truth.affine, mask.affine, atol=1e-3) or truth.shape != mask.shape:
+            raise SystemExit(f"{masks.parent.name}: the mask of {case['name']} does not lie on its label")
+        a, b = (np.asanyarray(image.dataobj).astype(np.uint8) for image in (truth, mask))
+        values = {
+            str(n): 2 * float(((a == n) & (b == n)).sum()) / float((a == n).sum() + (b == n).sum()) for n in (1, 2)
+        }
+        found[case["name"]] = {**values, "mean": statistics.fmean(values.values())}
+    return found
+
+
+def _difference(ours: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Return the mean paired difference of the mean Dice, and its 95 % bootstrap interval over the cases."""
+    values = np.array([ours[case]["mean"] - other[case]["mean"] for case in ours])
+    means = np.random.default_rng(0).choice(values, (DRAWS, len(values))).mean(1)
+    return {
+        "mean": float(values.mean()),
+        "interval": np.percentile(means, [2.5, 97.5]).tolist(),
+        "cases_better": int((values > 0).sum()),
+    }
+
+
+def _children() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cpu-seconds", type=int, default=3500)
+    parser.add_argument("--contestants", type=lambda text: text.split(","), default=list(CONTESTANTS))
+    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0])
+    parser.add_argument("--threads", type=int, default=threads_here())
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "medseg-benchmark")
+    parser.add_argument("--output", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    options.work = options.work.absolute()
+    unknown = set(options.contestants) - set(CONTESTANTS)
+    if unknown:
+        parser.error(f"{', '.join(sorted(unknown))}: choose of {', '.join(CONTESTANTS)}")
+    return options
+
+
+if __name__ == "__main__":
+    main()
