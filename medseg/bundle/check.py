@@ -270,8 +270,6 @@ class _Trial:
             "pictures": 0,
             "patches_per_case": 1,
             "overlap": 0.0,
-            # In bfloat16 a CPU gave other bits each time where maps are this small
-            "precision": "float32",
             "batch_size": min(2, config.get("batch_size", 2)),
             **({} if size is None else {"patch_size": size, "roi_size": size}),
         }

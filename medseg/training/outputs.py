@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from medseg.errors import RequestError
 from medseg.training.taps import FeatureTaps
+from medseg.training.thin_maps import thin_maps_in_float32
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from contextlib import AbstractContextManager
+    from collections.abc import Iterator, Mapping
 
     from medseg.training.taps import Tap
     from medseg.types import TrainingOutput
@@ -34,7 +34,8 @@ class TrainingOutputs(nn.Module):
     Args:
         network: the network to train.
         precision: `float32`, or `bfloat16` or `float16` for autocast on the network's device (weights stay float32);
-            the last needs a scaler (see `medseg.training.needs_scaler`).
+            the last needs a scaler (see `medseg.training.needs_scaler`). On a CPU, maps that bfloat16 kernels train
+            wrongly stay in float32 (see `medseg.training.thin_maps`).
         taps: where `features` come from. None: from `forward_train`. "auto": from there or, for networks without
             it, from the modules of `medseg.training.preset_taps`. Else tap names with paths of modules, from the image
             down and up again. Hooks are on the network only during a forward pass of this wrapper.
@@ -69,7 +70,7 @@ class TrainingOutputs(nn.Module):
         """Return the training output for an image `(B, in_channels, *spatial)`."""
         # Metadata would be copied along with every layer's output.
         image = x.as_tensor() if isinstance(x, MetaTensor) else x
-        with self._autocast(image.device.type):
+        with self._arithmetic(image.device.type):
             if self.taps is None:
                 return self._call(image)
             with self.taps as taps:
@@ -82,9 +83,15 @@ class TrainingOutputs(nn.Module):
         output: TrainingOutput = _output_of(self.network, image) if forward_train is None else forward_train(image)
         return output
 
-    def _autocast(self, device_type: str) -> AbstractContextManager[object]:
+    @contextmanager
+    def _arithmetic(self, device_type: str) -> Iterator[None]:
         dtype = _PRECISIONS[self.precision]
-        return nullcontext() if dtype is None else torch.autocast(device_type, dtype=dtype)
+        if dtype is None:
+            yield
+            return
+        thin = thin_maps_in_float32(self.network) if device_type == "cpu" else nullcontext()
+        with torch.autocast(device_type, dtype=dtype), thin:
+            yield
 
 
 def _output_of(network: nn.Module, image: Tensor) -> TrainingOutput:
