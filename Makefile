@@ -11,7 +11,8 @@ demo: .venv/installed
 
 # One process a core, each on one thread: faster than one process on all of them.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "not openvino"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m openvino
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -28,6 +28,7 @@ def test_every_shipped_bundle_passes_the_fast_checks(bundle: Bundle) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.openvino
 @pytest.mark.parametrize("bundle", SHIPPED, ids=lambda bundle: bundle.name)
 def test_every_shipped_bundle_passes_the_full_checks(bundle: Bundle) -> None:
     before = {path: path.stat().st_mtime_ns for path in bundle.root.rglob("*") if "runs" not in path.parts}
