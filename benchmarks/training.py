@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -28,7 +27,7 @@ import numpy as np
 from budget import nnunet
 from side_by_side.machine import describe
 from side_by_side.settings import DATA, RESULTS, ROOT, environment, nnunet_python
-from side_by_side.work import install_nnunet, say, threads_here
+from side_by_side.work import children_cpu, install_nnunet, say, threads_here
 
 from medseg.io import find_dataset
 
@@ -66,14 +65,14 @@ def _run(name: str, seed: int, run: Path, options: argparse.Namespace) -> None:
         "facts": str(run / "partial.json"),
         **{split: [dict(case) for case in find_dataset(DATASET, split)] for split in ("train", "val")},
     }
-    before, started, load = _children(), time.perf_counter(), os.getloadavg()[0]
+    before, started, load = children_cpu(), time.perf_counter(), os.getloadavg()[0]
     if name == "nnunet":
         if not (options.work / "nnunet" / "installed").is_file():
             install_nnunet(options.work)
         facts = nnunet.run(request, options.work / "nnunet_work", nnunet_python(options.work))
     else:
         facts = (_monai if name == "monai" else _medseg)(request, run)
-    facts |= {"all_cpu_s": _children() - before, "all_s": time.perf_counter() - started, "load_before": load}
+    facts |= {"all_cpu_s": children_cpu() - before, "all_s": time.perf_counter() - started, "load_before": load}
     (run / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
     say(f"{name}, seed {seed}: {facts['iterations']} steps, {facts['cpu_s']:.0f} CPU s")
 
@@ -90,9 +89,9 @@ def _medseg(request: dict[str, Any], run: Path) -> dict[str, Any]:
     bundle, medseg = run / "hippocampus_mri_unet", [sys.executable, "-m", "medseg"]
     seconds = int(request["cpu_seconds"] / request["threads"])
     _call([*medseg, "plan", DATASET, "-o", bundle, "--network", "unet", "--budget", f"{seconds}s"], request)
-    before = _children()
+    before = children_cpu()
     _call([*medseg, "train", bundle, "--data", DATASET, "--set", f"seed={request['seed']}"], request)
-    used = _children() - before
+    used = children_cpu() - before
     images = [case["image"] for case in request["val"]]
     _call([*medseg, "predict", bundle, *images, "-o", run / "masks"], request)
     config = json.loads((bundle / "configs" / "train.json").read_text(encoding="utf-8"))
@@ -166,11 +165,6 @@ def _difference(ours: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
         "interval": np.percentile(means, [2.5, 97.5]).tolist(),
         "cases_better": int((values > 0).sum()),
     }
-
-
-def _children() -> float:
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
 
 
 def _arguments() -> argparse.Namespace:

@@ -87,9 +87,9 @@ class Setup:
         with tempfile.TemporaryDirectory() as folder:
             asked, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
             asked.write_text(json.dumps(request), encoding="utf-8")
-            before, started = _children_cpu(), time.perf_counter()
+            before, started = children_cpu(), time.perf_counter()
             self.call(module, str(asked), str(answer), python=python)
-            process = {"process_s": time.perf_counter() - started, "process_cpu_s": _children_cpu() - before}
+            process = {"process_s": time.perf_counter() - started, "process_cpu_s": children_cpu() - before}
             return {**process, **json.loads(answer.read_text(encoding="utf-8"))}
 
     def call(self, module: str, *arguments: str, python: str = sys.executable, threads: int | None = None) -> None:
@@ -154,6 +154,7 @@ def threads_here() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _children_cpu() -> float:
+def children_cpu() -> float:
+    """Return the processor time of all child processes that have ended, in seconds."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime

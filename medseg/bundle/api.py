@@ -160,9 +160,11 @@ def train(
     recipe = values.pop("recipe", None)
     if recipe is None:
         runner.prepare("train", source, values, paths=paths, trust=trust)
+        config = merged(source.load_configs("train"))
     else:
-        changed(compose(_by_recipe(source, recipe))["train"], values)
-    config = {**merged(source.load_configs("train")), **values}
+        config = compose(_by_recipe(source, recipe))["train"]
+        changed(config, values)
+    config = {**config, **values}
     launch.check_processes(devices, config)
     for split in ("train", "val"):
         find_dataset(root, split, split_file=_split_file(config, split))

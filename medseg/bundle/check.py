@@ -135,10 +135,7 @@ def _is_built(bundle: Bundle) -> str:
 
 
 def _is_declarative(bundle: Bundle) -> str:
-    jobs = [names for _, names in _JOBS]
-    if bundle.config_path("multi_gpu_train").is_file():
-        jobs.append(("train", "multi_gpu_train"))
-    for names in jobs:
+    for _, names in _JOBS:
         require_trust(bundle.root, bundle.load_configs(*names))
     return ""
 

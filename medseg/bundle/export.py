@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import tempfile
-import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,7 +125,9 @@ def export(
         )
     config = _checked(bundle, file_format, target, random=random, trust=trust)
     allowed = _TOLERANCE[half] if tolerance is None else tolerance
-    with _quiet(), tempfile.TemporaryDirectory(prefix=".partial-", dir=target.absolute().parent) as folder:
+    from medseg.inferers.backends import quiet
+
+    with quiet(), tempfile.TemporaryDirectory(prefix=".partial-", dir=target.absolute().parent) as folder:
         network = _network(bundle, config, random=random)
         shapes = _shapes(network, bundle, config)
         form = _half(network) if half else network
@@ -432,22 +433,6 @@ def _move(folder: Path, target: Path) -> None:
 def _reason(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}".rstrip(":. ")[:300]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence what exporters warn and log: nothing in it is for a user."""
-    noisy = [logging.getLogger(name) for name in ("torch", "torch.onnx", "onnxscript", "onnx_ir", "openvino")]
-    levels = [log.level for log in noisy]
-    try:
-        for log in noisy:
-            log.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for log, level in zip(noisy, levels, strict=True):
-            log.setLevel(level)
 
 
 @contextmanager

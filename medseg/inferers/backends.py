@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from medseg.errors import MedsegError, RequestError, SizeError
 from medseg.inferers.faster_layers import with_exact_norms, with_faster_layers
 
-__all__ = ["BACKENDS", "MEMORY_FORMATS", "PRECISIONS", "accelerate"]
+__all__ = ["BACKENDS", "MEMORY_FORMATS", "PRECISIONS", "accelerate", "quiet"]
 
 BACKENDS: Final = ("torch", "compile", "openvino", "onnxruntime")
 PRECISIONS: Final = ("float32", "bfloat16", "float16")
@@ -217,7 +217,7 @@ def _compile(network: nn.Module, request: _Request) -> Runner:
             return _as_float(compiled(windows.contiguous(memory_format=request.layout)))
 
     try:
-        with _quiet(), _environment("TORCHINDUCTOR_CACHE_DIR", request.cache_dir):
+        with quiet(), _environment("TORCHINDUCTOR_CACHE_DIR", request.cache_dir):
             run(torch.zeros(request.static_shape, device=request.device))
     except (MedsegError, torch.OutOfMemoryError):
         raise
@@ -303,7 +303,7 @@ def _exported(network: nn.Module, request: _Request) -> torch.export.ExportedPro
 def _exporting(network: nn.Module, request: _Request) -> Iterator[None]:
     """Turn what exporters raise into one line, and keep them quiet."""
     try:
-        with _quiet():
+        with quiet():
             yield
     except MedsegError:
         raise
@@ -360,7 +360,7 @@ def _imported(name: str, extra: str) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence the warnings and log lines of exporters and compilers: nothing in them is for a user."""
     noisy = [logging.getLogger(name) for name in ("torch", "torch.onnx", "onnxscript", "onnx_ir", "openvino")]
     levels = [log.level for log in noisy]

@@ -25,9 +25,10 @@ from monai.transforms import (
 from torch.utils.data import get_worker_info
 
 from medseg.errors import CaseError, MedsegError
+from medseg.inferers.blend import one_thread
 from medseg.inferers.memory import shown_bytes
 from medseg.training.cache import DiskCache, bare, memory_bound, size_of
-from medseg.training.randomness import isolated_seed, one_thread, seed_from
+from medseg.training.randomness import isolated_seed, seed_from
 from medseg.transforms.warp import RandWarpd
 
 if TYPE_CHECKING:

@@ -22,7 +22,6 @@ __all__ = [
     "deterministic_kernels",
     "generator_states",
     "isolated_seed",
-    "one_thread",
     "random_state",
     "restore_generators",
     "seed_everything",
@@ -60,17 +59,6 @@ def isolated_seed(seed: int) -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Let torch use one thread: sums over several are rounded in another order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def deterministic_kernels(enabled: bool = True) -> None:

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from medseg.inferers.blend import one_thread
 from medseg.training.randomness import (
     generator_states,
     isolated_seed,
-    one_thread,
     random_state,
     restore_generators,
     seed_everything,
