@@ -119,7 +119,7 @@ def make_plan(
     found = find(every, look, fingerprint, request, measure, gpu=gpu)
     pace = None
     if found.measured is not None:
-        pace = pace_of(found.candidate, found.candidate, found.measured, look, fingerprint, request)
+        pace = pace_of(found.candidate, found.measured, look, fingerprint, request)
     schedule = _schedule(request, fingerprint, found.candidate, pace)
     bundle = _bundle(name, look, fingerprint, request, found, schedule)
     compose(bundle)

@@ -1,7 +1,7 @@
 """The largest network and patch that memory and time allow.
 
-Memory is counted (`estimate.count`), the same on every machine; time is measured on one candidate and scaled to the
-others by their multiplications. What is chosen is measured itself before it is written down.
+Memory is counted (`estimate.count`), the same on every machine; time is measured, on every candidate that a bisection
+comes by. What is chosen is among these.
 """
 
 from __future__ import annotations
@@ -153,33 +153,24 @@ def find(
 
 
 def pace_of(
-    candidate: Candidate,
-    at: Candidate,
-    measured: Measurement,
-    look: Look,
-    fingerprint: Fingerprint,
-    request: PlanRequest,
+    candidate: Candidate, measured: Measurement, look: Look, fingerprint: Fingerprint, request: PlanRequest
 ) -> Pace:
-    """Return how fast a candidate trains, from the measurement of another one (or of itself).
+    """Return how fast a candidate trains.
 
     Args:
         candidate: whose pace.
-        at: what was measured.
-        measured: the measurement.
+        measured: its measurement.
         look: shape of the median image.
         fingerprint: numbers of cases.
         request: what the user set.
     """
-    scale = candidate.cost.macs / at.cost.macs
-    compute = measured.step_seconds[measured.precision] * scale * _OVERHEAD
+    compute = measured.step_seconds[measured.precision] * _OVERHEAD
     data = candidate.batch * measured.draw_seconds
     windows = count_windows(look.shape, candidate.layout.patch, overlap_for(look, candidate))
-    share = candidate.layout.voxels / at.layout.voxels * (candidate.width / at.width) ** 2
-    window = measured.window_seconds * (1 if candidate is at else share)
     cases = len(fingerprint.cases)
     return Pace(
         step=_together(compute, data, measured),
-        validation=fingerprint.validation_cases * (measured.load_seconds + windows * window),
+        validation=fingerprint.validation_cases * (measured.load_seconds + windows * measured.window_seconds),
         load=cases * measured.load_seconds,
         steps=epoch_steps(cases, candidate.batch_size, request.settings.get("steps_per_epoch")),
     )
@@ -277,7 +268,11 @@ def _within_budget(
     *,
     gpu: bool,
 ) -> Found:
-    """Measure a middle candidate, go to the largest that has time for its steps, and from there only down."""
+    """Find the largest that has time for its steps, by bisection: every candidate that counts is measured itself.
+
+    Multiplications do not tell the time of a step: kernels work on blocks of channels, so a narrow network may gain
+    nothing over one of twice its width.
+    """
     budget = request.budget or math.inf
     fitting = [item for item in every if item.memory(gpu=gpu) <= request.memory]
     if not fitting:
@@ -285,24 +280,22 @@ def _within_budget(
     larger = len(every) - len(fitting)
     # A batch of one is for want of memory, never of time.
     fitting = [item for item in fitting if item.batch > 1] or fitting
-    place = len(fitting) // 2
-    first = True
-    for _ in range(_PROBES):
+    low, high = 0, len(fitting) - 1
+    found: Found | None = None
+    while low <= high:
+        place = (low + high) // 2
         item = fitting[place]
         measured = measure(item)
-        if not _runs(item, measured, request, gpu=gpu):
-            if place + 1 == len(fitting):
-                raise _too_large(item, request, gpu=gpu)
-            place, first = place + 1, False
-            continue
-        paces = [pace_of(other, item, measured, look, fingerprint, request) for other in fitting]
-        enough = [steps_within(budget, pace) >= needed_steps(pace.steps) for pace in paces]
-        wanted = next((number for number, yes in enumerate(enough) if yes), len(fitting) - 1)
-        wanted = wanted if first else max(wanted, place)
-        if wanted == place:
-            return Found(item, measured, larger, place)
-        place, first = wanted, False
-    return Found(fitting[place], measure(fitting[place]), larger, place)
+        runs = _runs(item, measured, request, gpu=gpu)
+        pace = pace_of(item, measured, look, fingerprint, request) if runs else None
+        enough = pace is not None and steps_within(budget, pace) >= needed_steps(pace.steps)
+        # The smallest is taken even if it is too slow; the schedule says whether an epoch fits.
+        if enough or (runs and place == len(fitting) - 1):
+            found = Found(item, measured, larger, place)
+        low, high = (low, place - 1) if enough else (place + 1, high)
+    if found is None:
+        raise _too_large(fitting[-1], request, gpu=gpu)
+    return found
 
 
 def _too_large(item: Candidate, request: PlanRequest, *, gpu: bool) -> RequestError:

@@ -17,12 +17,13 @@ __all__ = ["RUNGS", "max_poolings", "network_def", "strides_note"]
 
 # (width, voxels of a patch), from the most expensive down: what a plan steps through until memory and time suffice.
 # Width is given up before the patch, down to the small forms, because context is what a wider network cannot replace.
+# Powers of two only: a step at width 12 takes longer than one at 16, since kernels work on blocks of channels.
 RUNGS: Final[dict[int, tuple[tuple[int, int], ...]]] = {
     3: (
-        *((32, 96**3), (32, 96**3 // 2), (24, 96**3 // 2), (24, 96**3 // 4), (16, 96**3 // 4), (16, 48**3)),
-        *((12, 48**3), (8, 48**3), (8, 40**3), (8, 32**3)),
+        *((32, 96**3), (32, 96**3 // 2), (32, 96**3 // 4), (16, 96**3 // 2), (16, 96**3 // 4), (16, 48**3)),
+        *((8, 48**3), (8, 40**3), (8, 32**3)),
     ),
-    2: ((32, 320**2), (24, 320**2), (16, 320**2), (16, 226**2), (12, 226**2), (8, 226**2), (8, 160**2), (8, 113**2)),
+    2: ((32, 320**2), (16, 320**2), (16, 226**2), (8, 226**2), (8, 160**2), (8, 113**2)),
 }
 # Wider levels cost most of the memory for weights and gain little.
 _WIDEST = {2: 512, 3: 320}

@@ -110,14 +110,16 @@ def pictures(tmp_path: Path):
 
 @pytest.fixture
 def fake_probe():
-    """Return a function that makes a probe: seconds by the size of the network, nothing is run."""
+    """Return a function that makes a probe: the seconds given, or those of a network of width 16; nothing is run."""
 
-    def make(seconds: float = 0.3, *, half: float = 0.5, bytes_per_step: int = 100 << 20) -> Callable[..., Measurement]:
+    def make(
+        seconds: float = 0.3, *, half: float = 0.5, bytes_per_step: int = 100 << 20, by_width: bool = False
+    ) -> Callable[..., Measurement]:
         def probe(config: Mapping[str, Any]) -> Measurement:
             probe.configs.append(config)  # type: ignore[attr-defined]
-            return Measurement(
-                "cpu", 2, {"float32": seconds, "bfloat16": seconds * half}, 0.01, 0.1, 0.05, bytes_per_step, 700 << 20
-            )
+            step = seconds * (config["network_def"]["features"][0] / 16) ** 2 if by_width else seconds
+            steps = {"float32": step, "bfloat16": step * half}
+            return Measurement("cpu", 2, steps, 0.01, 0.1, 0.05, bytes_per_step, 700 << 20)
 
         probe.configs = []  # type: ignore[attr-defined]
         return probe

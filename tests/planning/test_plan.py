@@ -207,10 +207,20 @@ def test_more_time_gives_a_wider_network(volumes: Any, fake_probe: Any) -> None:
     root = volumes(shapes=((64, 64, 64),) * 6)
     weights = []
     for budget in (600.0, 3600.0, 86400.0):
-        _, plan = planned(root, PlanRequest(budget=budget), fake_probe(0.4))
+        _, plan = planned(root, PlanRequest(budget=budget), fake_probe(0.4, by_width=True))
         weights.append(plan.bundle["network_def"]["features"][0])
     assert weights == sorted(weights)
     assert weights[0] < weights[-1]
+
+
+def test_a_wider_network_that_is_not_slower_is_taken(volumes: Any, fake_probe: Any) -> None:
+    def widest(probe: Any) -> int:
+        _, plan = planned(root, PlanRequest(budget=1800.0), probe)
+        return int(plan.bundle["network_def"]["features"][0])
+
+    root = volumes(shapes=((64, 64, 64),) * 6)
+    assert widest(fake_probe(0.4)) == 32
+    assert widest(fake_probe(2.0, by_width=True)) < 32
 
 
 def test_precision_is_what_was_measured_to_be_faster(volumes: Any, fake_probe: Any) -> None:
