@@ -69,7 +69,9 @@ def _prepare(request: dict[str, Any], work: Path, python: Path, own: dict[str, s
     count = len(request["train"]) + len(request["val"])
     description = {"channel_names": {"0": "MRI"}, "labels": labels, "numTraining": count, "file_ending": ".nii.gz"}
     (raw / "dataset.json").write_text(json.dumps(description), encoding="utf-8")
-    _call([python.parent / "nnUNetv2_plan_and_preprocess", "-d", NUMBER, "-c", "3d_fullres", "-np", "2"], own)
+    # Its planning takes this number for torch's threads, and fails at 0.
+    planning = own | {"nnUNet_n_proc_DA": str(request["threads"])}
+    _call([python.parent / "nnUNetv2_plan_and_preprocess", "-d", NUMBER, "-c", "3d_fullres", "-np", "2"], planning)
     split = [{part: [_name(case) for case in request[part]] for part in ("train", "val")}]
     done.write_text(json.dumps(split), encoding="utf-8")
 
