@@ -29,7 +29,7 @@ MEDSEG: Final[Mapping[str, str]] = {
         WeightedCrossEntropyLoss
     """,
     "medseg.transforms": """
-        BorderWeightMapd ClassPlacesd EdgeTruthd LoadCased MapLabelsd RandElasticd RandWarpd SaveMaskd
+        BorderWeightMapd ClassPlacesd EdgeTruthd LoadCased MapLabelsd NumberObjectsd RandElasticd RandWarpd SaveMaskd
         SeparableSpacingd
     """,
     "medseg.inferers": "Ensemble MirrorTTA NativeInferer OverlapTileInferer RotationTTAInferer SlidingWindowInferer",

@@ -94,6 +94,7 @@ def _license(source: Config) -> Config:
 
 def _network_data_format(source: Config, inference: Config) -> Config:
     shape = inference["roi_size"]
+    margin = source.get("knobs", {}).get("margin", 0)
     common = {"type": "image", "spatial_shape": shape, "dtype": "float32", "is_patch_data": True}
     modality = source["channels"]["0"] if len(source["channels"]) == 1 else "RGB"
     return {
@@ -110,6 +111,7 @@ def _network_data_format(source: Config, inference: Config) -> Config:
         "outputs": {
             "pred": {
                 **common,
+                "spatial_shape": [n - 2 * margin for n in shape],
                 "format": "segmentation",
                 "num_channels": len(source["labels"]),
                 "value_range": [0, len(source["labels"]) - 1],

@@ -4,6 +4,7 @@ from medseg.transforms.edges import EdgeTruthd
 from medseg.transforms.elastic import RandElasticd
 from medseg.transforms.labels import MapLabelsd
 from medseg.transforms.load import LoadCased
+from medseg.transforms.objects import NumberObjectsd
 from medseg.transforms.save import SaveMaskd
 from medseg.transforms.spacing import SeparableSpacingd
 from medseg.transforms.warp import ClassPlacesd, RandWarpd
@@ -15,6 +16,7 @@ __all__ = [
     "EdgeTruthd",
     "LoadCased",
     "MapLabelsd",
+    "NumberObjectsd",
     "RandElasticd",
     "RandWarpd",
     "SaveMaskd",

@@ -76,6 +76,9 @@ class RandWarpd(Randomizable, MapTransform, MultiSampleTrait):  # type: ignore[m
         label_key: the entry that tells the classes, `(1, *spatial)`; of several channels the first counts.
         label_keys: those of `keys` that are labels; by default `label_key`.
         num_samples: patches of each case.
+        margin: voxels at each side of a patch that are context alone, because an unpadded network gives nothing for
+            them, a number or one per axis. Patches lie so far outside of the image, filled as `padding` says, that
+            what is within the margin reaches every voxel.
         foreground: probability that a patch is centered in the foreground.
         flip_prob: probability of a flip along each axis, a number or one per axis.
         rotate_range: largest angle about each voxel axis in radians, a number or one per axis (in 2D one); in place
@@ -113,6 +116,7 @@ class RandWarpd(Randomizable, MapTransform, MultiSampleTrait):  # type: ignore[m
         *,
         label_keys: Sequence[str] | None = None,
         num_samples: int = 1,
+        margin: int | Sequence[int] = 0,
         foreground: float = 0.0,
         flip_prob: float | Sequence[float] = 0.0,
         rotate_range: _Range = 0.0,
@@ -139,6 +143,7 @@ class RandWarpd(Randomizable, MapTransform, MultiSampleTrait):  # type: ignore[m
         self.num_samples = num_samples
         self.foreground = foreground
         dims = len(self.patch_size)
+        self.margin = _margin(margin, self.patch_size)
         self.flip_prob = _per_axis("flip_prob", flip_prob, dims)
         self.angles = _angles(rotate_range, dims)
         self.rotate_prob = rotate_prob
@@ -211,17 +216,17 @@ class RandWarpd(Randomizable, MapTransform, MultiSampleTrait):  # type: ignore[m
         return _Case(plain, shape, _spacing(images.values(), len(shape)), truth, places, self.ignore_label)
 
     def _start(self, case: _Case) -> tuple[int, ...]:
-        """Draw the first voxel of a patch; an axis shorter than the patch gets it centered."""
-        free = [length - size for length, size in zip(case.shape, self.patch_size, strict=True)]
+        """Draw the first voxel of a patch; an axis shorter than the patch without margins gets it centered."""
+        inner = [size - 2 * lost for size, lost in zip(self.patch_size, self.margin, strict=True)]
+        free = [length - size for length, size in zip(case.shape, inner, strict=True)]
         if self.foreground > 0 and self.R.random_sample() < self.foreground and case.places:
             voxels = case.places[self.R.randint(len(case.places))]
             center = np.unravel_index(int(voxels[self.R.randint(len(voxels))]), case.shape)
-            wanted = [int(at) - size // 2 for at, size in zip(center, self.patch_size, strict=True)]
+            wanted = [int(at) - size // 2 for at, size in zip(center, inner, strict=True)]
         else:
             wanted = [int(self.R.randint(max(room, 0) + 1)) for room in free]
-        return tuple(
-            min(max(at, 0), room) if room >= 0 else -(-room // 2) for at, room in zip(wanted, free, strict=True)
-        )
+        first = [min(max(at, 0), room) if room >= 0 else -(-room // 2) for at, room in zip(wanted, free, strict=True)]
+        return tuple(at - lost for at, lost in zip(first, self.margin, strict=True))
 
     def _drawn(self, probability: float, possible: bool) -> bool:
         return possible and bool(self.R.random_sample() < probability)
@@ -401,6 +406,13 @@ def _patch_size(patch_size: Sequence[int]) -> tuple[int, ...]:
     if len(size) not in (2, 3) or min(size) < 1:
         raise RequestError(f"patch_size={patch_size!r}: expected 2 or 3 whole numbers from 1 up.")
     return size
+
+
+def _margin(margin: int | Sequence[int], patch_size: Sequence[int]) -> tuple[int, ...]:
+    lost = tuple(int(each) for each in _per_axis("margin", margin, len(patch_size)))
+    if any(each < 0 or 2 * each >= size for each, size in zip(lost, patch_size, strict=True)):
+        raise RequestError(f"margin={margin!r}: expected 0 or more, and less than half of patch_size={patch_size}.")
+    return lost
 
 
 def _names(keys: Sequence[str]) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from medseg.errors import CaseError, RequestError
 from medseg.transforms.labels import MapLabelsd
+from medseg.transforms.objects import number_objects
 from medseg.transforms.sampling import plain_tensor
 
 __all__ = ["BorderWeightMapd", "border_term", "class_balance", "two_nearest"]
@@ -108,7 +109,7 @@ class BorderWeightMapd(MapTransform):  # type: ignore[misc]  # MONAI publishes n
         known = np.ones(values.shape, bool) if self.ignore_label is None else values != self.ignore_label
         classes = np.where(known, self._classes(values, known), 0)
         # 0 may number an object where the mapping says so.
-        objects = _components(classes) if self.components else _numbered(np.where(classes > 0, values + 1, 0))
+        objects = number_objects(classes) if self.components else _numbered(np.where(classes > 0, values + 1, 0))
         if self.separate:
             objects = np.where(_touching(objects), 0, objects)
         classes = np.where(objects > 0, classes, 0)
@@ -235,17 +236,6 @@ def _numbered(values: NDArray[np.int64]) -> NDArray[np.int64]:
     found, numbers = np.unique(values, return_inverse=True)
     numbers = numbers.reshape(values.shape).astype(np.int64)
     return numbers if len(found) and found[0] == 0 else numbers + 1
-
-
-def _components(values: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Number the components of each class, connected by faces."""
-    objects = np.zeros(values.shape, np.int64)
-    for value in np.unique(values[values > 0]):
-        found = sitk.GetArrayFromImage(
-            sitk.ConnectedComponent(sitk.GetImageFromArray((values == value).astype(np.uint8)))
-        )
-        objects = np.where(found > 0, found + objects.max(), objects)
-    return objects
 
 
 def _whole_numbers(label: Any, key: Hashable) -> NDArray[np.int64]:

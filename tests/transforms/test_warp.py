@@ -269,6 +269,32 @@ def test_images_smaller_than_the_patch_are_padded_as_monai_pads_them(padding, mo
     torch.testing.assert_close(still({"image": image})[0]["image"], found, atol=1e-5, rtol=0)
 
 
+def test_within_the_margin_patches_reach_every_voxel_and_none_beyond_and_see_the_mirror_image_around_it():
+    image = torch.arange(11.0 * 9)[None].view(1, 11, 9)
+    transform = RandWarpd("image", (13, 12), margin=(4, 3), padding="reflect", num_samples=400).set_random_state(0)
+    padded = np.pad(image.numpy(), ((0, 0), (4, 4), (3, 3)), mode="reflect")
+    seen = set()
+    for case in transform({"image": image}):
+        first = int(case["image"][0, 4, 3])
+        row, column = divmod(first, 9)
+        assert np.array_equal(case["image"], padded[:, row : row + 13, column : column + 12])
+        seen.add((row, column))
+    assert seen == {(row, column) for row in range(7) for column in range(4)}
+
+
+def test_a_foreground_voxel_at_the_corner_is_brought_to_the_middle_as_far_as_the_image_reaches():
+    label = torch.zeros(1, 20, 20, dtype=torch.uint8)
+    label[0, 0, 19] = 1
+    transform = RandWarpd("label", (12, 12), margin=3, foreground=1.0, padding="reflect").set_random_state(0)
+    assert transform({"label": label})[0]["label"][0, 3, 8] == 1
+
+
+@pytest.mark.parametrize("margin", [-1, 6, (2, 6), (1, 2, 3)])
+def test_a_margin_that_leaves_nothing_or_does_not_fit_the_axes_is_refused(margin):
+    with pytest.raises(RequestError, match="margin="):
+        RandWarpd("image", (24, 12), margin=margin)
+
+
 def test_tiny_images_can_be_warped():
     for padding in ("border", "reflect", "constant"):
         transform = RandWarpd(["image", "label"], (4, 5), padding=padding, **EVERYTHING).set_random_state(0)
