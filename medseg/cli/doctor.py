@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from medseg.io.survey import FileFacts
-    from medseg.report.doctor import Needs, Report
+    from medseg.report.doctor import Report
     from medseg.report.repair import Change
     from medseg.report.subjects import Finding
+    from medseg.report.suitability import Needs
 
 __all__ = ["doctor"]
 
@@ -40,7 +41,7 @@ def doctor(
         Path | None, typer.Option("--json", metavar="FILE", help="Also write the report to this file.")
     ] = None,
     bundle: Annotated[
-        str | None, typer.Option("--bundle", metavar="NAME", help="Also say whether this bundle can read them.")
+        str | None, typer.Option("--bundle", metavar="NAME", help="Also check them against what this bundle needs.")
     ] = None,
 ) -> None:
     """Open everything, and say what would be read, what disagrees, and what cannot be used."""
@@ -87,18 +88,29 @@ def _bundle_needs(name: str) -> Needs:
     if not shape:
         raise RequestError(f"bundle '{bundle.name}' does not describe its input: expected network_data_format.")
     train = merged(bundle.load_configs("train")) if bundle.config_path("train").is_file() else {}
-    mapping = train.get("label_mapping")
-    labels = frozenset(int(key) for key in mapping) if isinstance(mapping, dict) and "other" not in mapping else None
-    from medseg.report.doctor import Needs
+    mapping, spatial_dims = train.get("label_mapping"), len(shape["spatial_shape"])
+    window = _numbers(train.get("intensity_range"), 2)
+    from medseg.report.suitability import Needs
 
     return Needs(
-        bundle.name,
-        len(shape["spatial_shape"]),
-        int(shape["num_channels"]),
-        labels,
-        str(shape.get("modality", "")),
-        dict(train.get("label_names") or {}),
+        name=bundle.name,
+        spatial_dims=spatial_dims,
+        channels=int(shape["num_channels"]),
+        mapping=mapping if isinstance(mapping, dict) else None,
+        modality=str(shape.get("modality", "")),
+        label_names=dict(train.get("label_names") or {}),
+        classes=bundle.label_names,
+        spacing=_numbers(train.get("spacing"), spatial_dims),
+        orientation=str(train.get("orientation", "RAS")),
+        intensity_range=(window[0], window[1]) if window else None,
     )
+
+
+def _numbers(value: Any, count: int) -> tuple[float, ...] | None:
+    """Return the value of a knob that is so many numbers; the configs of others may hold anything there."""
+    if isinstance(value, list) and len(value) == count and all(isinstance(item, int | float) for item in value):
+        return tuple(float(item) for item in value)
+    return None
 
 
 def _print_cases(found: Report) -> None:

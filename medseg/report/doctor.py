@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from medseg.errors import CaseError, MedsegError
+from medseg.errors import MedsegError
 from medseg.io.geometry import Grid, corner_distance
 from medseg.io.names import StrPath
 from medseg.io.survey import FileFacts, Opened, foreground_inside, open_image, open_label, share_on_minimum
 from medseg.report.set_checks import Examined, check_set
 from medseg.report.subjects import Collection, Finding, Subject, find_subjects
+from medseg.report.suitability import Needs, check_case, check_suitability
 
-__all__ = ["Needs", "Report", "compare_grids", "examine"]
+__all__ = ["Report", "compare_grids", "examine"]
 
 Progress: TypeAlias = Callable[[float, int, str], None]
 
@@ -30,27 +31,6 @@ _UNEVEN = 20.0
 _PADDING = (-3024, -2048, -2000)
 _ON_MINIMUM = 0.5
 _SHOWN = 5
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What a bundle asks of its data.
-
-    Attributes:
-        name: the bundle's.
-        spatial_dims: 2 or 3.
-        channels: values per voxel.
-        labels: the label values that its mapping names; None if it takes any.
-        modality: such as "CT".
-        label_names: name of a segment or region -> value, for DICOM labels of a set that names none itself.
-    """
-
-    name: str
-    spatial_dims: int
-    channels: int
-    labels: frozenset[int] | None
-    modality: str
-    label_names: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -110,6 +90,8 @@ def examine(path: StrPath, *, needs: Needs | None = None, report: Progress | Non
     if report is not None:
         report(len(cases), len(cases), "comparing")
     findings += check_set(cases, collection)
+    if needs is not None:
+        findings += check_suitability(cases, collection, needs)
     order = {"error": 0, "warning": 1, "note": 2}
     return Report(collection, tuple(cases), tuple(sorted(findings, key=lambda item: (order[item.severity], item.kind))))
 
@@ -197,7 +179,8 @@ def _examine_case(subject: Subject, collection: Collection, needs: Needs | None)
         findings += _image_findings(subject, image, modality)
         if needs is None:
             findings += _channel_findings(subject, image.facts, collection.channels)
-        findings += _bundle_findings(subject, collection, image.facts, needs)
+        else:
+            findings += check_case(subject, collection, image.facts, needs)
     if label is not None:
         findings += _label_findings(subject, label.facts, collection, needs)
     if image is not None and label is not None:
@@ -306,18 +289,6 @@ def _ct_findings(image: Opened, here: tuple[str, ...]) -> Iterator[Finding]:
         reason = "8-bit grey values" if facts.maximum <= 255 else "the offset of -1024 was perhaps not applied"
         text = f"{facts.file} is CT without negative values ({facts.minimum:g} to {facts.maximum:g})"
         yield Finding("warning", "no Hounsfield units", f"{text}: {reason}.", here)
-
-
-def _bundle_findings(
-    subject: Subject, collection: Collection, facts: FileFacts, needs: Needs | None
-) -> Iterator[Finding]:
-    if needs is None or (len(facts.shape) == needs.spatial_dims and facts.channels == needs.channels):
-        return
-    try:
-        open_image(subject.image, facts.file, spatial_dims=needs.spatial_dims, channels=needs.channels)
-    except CaseError as error:
-        text = f"{needs.name} cannot read it: {collection.shortened(str(error))}"
-        yield Finding("error", "not for this bundle", text, (subject.name,))
 
 
 def _label_findings(

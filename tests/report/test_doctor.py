@@ -17,7 +17,8 @@ from PIL import Image
 
 from medseg.errors import RequestError
 from medseg.io.patients import patient_of
-from medseg.report.doctor import Needs, examine
+from medseg.report.doctor import examine
+from medseg.report.suitability import Needs
 from tests.report.conftest import AFFINE, SHAPE, ball, noise, write_nifti
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -441,13 +442,13 @@ def test_a_missing_package_is_a_finding_not_the_end(dataset: Path, monkeypatch: 
 
 
 def test_what_a_bundle_cannot_read_is_an_error(dataset: Path) -> None:
-    needs = Needs("pictures", 2, 3, frozenset({0, 1}), "RGB")
+    needs = Needs("pictures", 2, 3, {"0": 0, "1": 1}, "RGB")
     report = examine(dataset, needs=needs)
     assert "pictures cannot read it" in next(i.message for i in report.findings if i.kind == "not for this bundle")
     unknown = [item for item in report.findings if item.kind == "unknown label"]
     assert len(unknown) == 4
     assert "the label 2, which the mapping of pictures does not name" in unknown[0].message
-    assert examine(dataset, needs=Needs("good", 3, 1, frozenset({0, 1, 2}), "MRI")).findings == ()
+    assert examine(dataset, needs=Needs("good", 3, 1, {"0": 0, "1": 1, "2": 2}, "MRI")).findings == ()
 
 
 # --- real data
