@@ -18,9 +18,9 @@ def run(request: dict[str, Any], work: Path, python: Path) -> dict[str, Any]:
     """Prepare once, train, predict; return iterations, batch, precision and processor seconds of the training."""
     own = _environment(request, work)
     _prepare(request, work, python, own)
-    tool = python.parent
+    tool = [python, Path(__file__).with_name("nnunet_tool.py")]
     results = work / "results" / str(request["seed"])
-    _call([tool / "nnUNetv2_train", NUMBER, "3d_fullres", "0", "-tr", "nnUNetTrainerBudget", "-device", "cpu"], own)
+    _call([*tool, "train", NUMBER, "3d_fullres", "0", "-tr", "nnUNetTrainerBudget", "-device", "cpu"], own)
     trained = next(results.rglob("fold_0"))
     given, masks = work / "given", Path(request["masks"])
     shutil.rmtree(given, ignore_errors=True)
@@ -30,7 +30,7 @@ def run(request: dict[str, Any], work: Path, python: Path) -> dict[str, Any]:
     names = ["-d", NUMBER, "-c", "3d_fullres", "-f", "0", "-tr", "nnUNetTrainerBudget", "-chk", "checkpoint_final.pth"]
     # Without mirroring, as the others predict.
     calm = ["--disable_tta", "-device", "cpu", "-npp", "1", "-nps", "1"]
-    _call([tool / "nnUNetv2_predict", "-i", given, "-o", masks, *names, *calm], own)
+    _call([*tool, "predict", "-i", given, "-o", masks, *names, *calm], own)
     facts: dict[str, Any] = json.loads((trained / "facts.json").read_text(encoding="utf-8"))
     return facts
 

@@ -15,8 +15,9 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 class nnUNetTrainerBudget(nnUNetTrainer):  # noqa: N801  # nnU-Net's own style
     """Train for `BUDGET_CPU_SECONDS` of processor time, with `BUDGET_SEED`."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    # The base class reads its arguments by these names.
+    def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cpu")):  # noqa: B008
+        super().__init__(plans, configuration, fold, dataset_json, device)
         self.budget = float(os.environ["BUDGET_CPU_SECONDS"])
         torch.manual_seed(int(os.environ["BUDGET_SEED"]))
         # The learning rate follows the budget closely, and little of it goes into nnU-Net's own validation.
@@ -62,6 +63,9 @@ class nnUNetTrainerBudget(nnUNetTrainer):  # noqa: N801  # nnU-Net's own style
         }
         Path(self.output_folder, "facts.json").write_text(json.dumps(facts), encoding="utf-8")
         self.on_train_end()
+
+    def perform_actual_validation(self, save_probabilities=False):
+        """Leave it out: the masks are made afterwards, as of all contestants, without mirroring."""
 
     @staticmethod
     def used():
