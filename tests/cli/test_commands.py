@@ -15,7 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from medseg.bundle.catalog import Bundle
+from medseg.bundle.catalog import Bundle, shipped_bundles
+from medseg.bundle.check import CHECKS
 
 
 def _volume(path: Path, data: Any = None, affine: Any = None) -> Path:
@@ -245,6 +246,10 @@ def test_check_passes_for_every_shipped_bundle(medseg: Any) -> None:
     code, out, err = medseg("bundle", "check", "--all")
     assert code == 0, err
     assert "failed" not in out + err
+    assert "skipped" not in out
+    rows = {line.split()[1]: line for line in out.splitlines() if line.startswith("│")}
+    assert set(rows) == {bundle.name for bundle in shipped_bundles()}
+    assert {len(re.findall(r"\bok\b", row)) for row in rows.values()} == {len(CHECKS)}
 
 
 def test_phantoms_are_written(medseg: Any, tmp_path: Path) -> None:
