@@ -2,10 +2,11 @@
 
     python benchmarks/training.py --cpu-seconds 3500 --contestants nnunet,monai,medseg --seeds 0
 
-Each contestant trains on the training cases of `../shared/data/msd_hippocampus` within the same processor time, on its
-own, and predicts the 40 validation cases without test-time flips. One scorer reads all masks: mean Dice of both labels
-on the grid of the file, and paired differences to medseg with 95 % bootstrap intervals over the cases. Runs are kept in
-`--work`, so they can be made one by one; the record holds all that are there. Needs Linux and a machine that is idle.
+Each contestant trains on the training cases of a data set (`--data`, in `../shared/data`) within the same processor
+time, on its own, and predicts the validation cases without test-time flips. One scorer reads all masks: mean Dice of
+the labels on the grid of the file, and paired differences to medseg with 95 % bootstrap intervals over the cases. Runs
+are kept in `--work`, so they can be made one by one; the record holds all that are there. Needs Linux and a machine
+that is idle.
 """
 
 from __future__ import annotations
@@ -22,59 +23,55 @@ import time
 from pathlib import Path
 from typing import Any
 
-import nibabel
 import numpy as np
 from budget import nnunet
+from budget.tasks import TASKS, Task
 from side_by_side.machine import describe
-from side_by_side.settings import DATA, RESULTS, ROOT, environment, nnunet_python
+from side_by_side.settings import RESULTS, ROOT, environment, nnunet_python
 from side_by_side.work import children_cpu, install_nnunet, say, threads_here
 
-from medseg.io import find_dataset
-
 CONTESTANTS = ("nnunet", "monai", "medseg")
-DATASET = DATA / "msd_hippocampus"
-LABELS = {"0": "background", "1": "anterior", "2": "posterior"}
 DRAWS = 10_000
 
 
 def main() -> None:
     """Run what is asked for and not there yet; score everything that is there."""
     options = _arguments()
+    task = TASKS[options.data]
     for name in options.contestants:
         for seed in options.seeds:
-            run = options.work / "runs" / f"{options.cpu_seconds}_{name}_{seed}"
+            run = options.work / "runs" / f"{task.name}_{options.cpu_seconds}" / f"{name}_{seed}"
             if not (run / "facts.json").is_file():
-                _run(name, seed, run, options)
-    record = _record(options)
-    path = options.output or RESULTS / f"training_hippocampus_{options.cpu_seconds}.json"
+                _run(task, name, seed, run, options)
+    record = _record(task, options)
+    path = options.output or RESULTS / f"training_{task.name}.json"
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     sys.stdout.write(json.dumps({key: record[key] for key in ("dice", "differences")}, indent=1) + "\n")
 
 
-def _run(name: str, seed: int, run: Path, options: argparse.Namespace) -> None:
-    say(f"{name}, seed {seed}")
+def _run(task: Task, name: str, seed: int, run: Path, options: argparse.Namespace) -> None:
+    say(f"{task.name}: {name}, seed {seed}")
     shutil.rmtree(run, ignore_errors=True)
     (run / "masks").mkdir(parents=True)
     request = {
+        "task": task.name,
         "seed": seed,
         "threads": options.threads,
         "cpu_seconds": options.cpu_seconds,
         "masks": str(run / "masks"),
-        "classes": len(LABELS),
-        "labels": LABELS,
         "facts": str(run / "partial.json"),
-        **{split: [dict(case) for case in find_dataset(DATASET, split)] for split in ("train", "val")},
+        **{split: task.prepared(split, options.work / "prepared") for split in ("train", "val")},
     }
     before, started, load = children_cpu(), time.perf_counter(), os.getloadavg()[0]
     if name == "nnunet":
         if not (options.work / "nnunet" / "installed").is_file():
             install_nnunet(options.work)
-        facts = nnunet.run(request, options.work / "nnunet_work", nnunet_python(options.work))
+        facts = nnunet.run(task, request, options.work / "nnunet_work", nnunet_python(options.work))
     else:
-        facts = (_monai if name == "monai" else _medseg)(request, run)
+        facts = _monai(request, run) if name == "monai" else _medseg(task, request, run)
     facts |= {"all_cpu_s": children_cpu() - before, "all_s": time.perf_counter() - started, "load_before": load}
     (run / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
-    say(f"{name}, seed {seed}: {facts['iterations']} steps, {facts['cpu_s']:.0f} CPU s")
+    say(f"{task.name}: {name}, seed {seed}: {facts['iterations']} steps, {facts['cpu_s']:.0f} CPU s")
 
 
 def _monai(request: dict[str, Any], run: Path) -> dict[str, Any]:
@@ -84,24 +81,25 @@ def _monai(request: dict[str, Any], run: Path) -> dict[str, Any]:
     return facts
 
 
-def _medseg(request: dict[str, Any], run: Path) -> dict[str, Any]:
+def _medseg(task: Task, request: dict[str, Any], run: Path) -> dict[str, Any]:
     """Plan for the wall time in which all threads use up the budget, then train what was planned, as it is."""
-    bundle, medseg = run / "hippocampus_mri_unet", [sys.executable, "-m", "medseg"]
+    bundle, medseg = run / task.bundle, [sys.executable, "-m", "medseg"]
     seconds = int(request["cpu_seconds"] / request["threads"])
-    _call([*medseg, "plan", DATASET, "-o", bundle, "--network", "unet", "--budget", f"{seconds}s"], request)
-    before = children_cpu()
-    _call([*medseg, "train", bundle, "--data", DATASET, "--set", f"seed={request['seed']}"], request)
-    used = children_cpu() - before
-    images = [case["image"] for case in request["val"]]
+    _call([*medseg, "plan", task.root, "-o", bundle, "--network", "unet", "--budget", f"{seconds}s"], request)
+    before, started = children_cpu(), time.perf_counter()
+    _call([*medseg, "train", bundle, "--data", task.root, "--set", f"seed={request['seed']}"], request)
+    used, wall = children_cpu() - before, time.perf_counter() - started
+    images = [case["image"] for case in task.cases("val")]
     _call([*medseg, "predict", bundle, *images, "-o", run / "masks"], request)
     config = json.loads((bundle / "configs" / "train.json").read_text(encoding="utf-8"))
     steps = config.get("steps_per_epoch") or -(-len(request["train"]) // config["batch_size"])
-    facts = {name: config[name] for name in ("batch_size", "precision", "patch_size", "max_epochs")}
+    names = ("batch_size", "patches_per_case", "precision", "patch_size", "max_epochs", "val_interval", "learning_rate")
     return {
-        **facts,
+        **{name: config[name] for name in names},
         "features": config["network_def"].get("features"),
         "iterations": steps * config["max_epochs"],
         "cpu_s": used,
+        "train_s": wall,
     }
 
 
@@ -113,12 +111,12 @@ def _call(command: list[Any], request: dict[str, Any]) -> None:
         raise SystemExit(f"{' '.join(words[:5])} ended with {done.returncode}:\n{(done.stdout + done.stderr)[-3000:]}")
 
 
-def _record(options: argparse.Namespace) -> dict[str, Any]:
-    runs = sorted((options.work / "runs").glob(f"{options.cpu_seconds}_*/facts.json"))
-    scores = {path.parent.name.split("_", 1)[1]: _scores(path.parent / "masks") for path in runs}
-    facts = {path.parent.name.split("_", 1)[1]: json.loads(path.read_text(encoding="utf-8")) for path in runs}
+def _record(task: Task, options: argparse.Namespace) -> dict[str, Any]:
+    runs = sorted((options.work / "runs" / f"{task.name}_{options.cpu_seconds}").glob("*/facts.json"))
+    scores = {path.parent.name: task.scores(path.parent / "masks") for path in runs}
+    facts = {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in runs}
     dice = {
-        name: {label: statistics.fmean(case[label] for case in found.values()) for label in ("1", "2", "mean")}
+        name: {label: statistics.fmean(case[label] for case in found.values()) for label in next(iter(found.values()))}
         for name, found in scores.items()
     }
     differences = {
@@ -128,9 +126,9 @@ def _record(options: argparse.Namespace) -> dict[str, Any]:
         if ours.startswith("medseg") and not other.startswith("medseg")
     }
     return {
-        "command": "python benchmarks/training.py " + " ".join(["--cpu-seconds", str(options.cpu_seconds)]),
-        "data": DATASET.name,
-        "cases": {split: len(find_dataset(DATASET, split)) for split in ("train", "val")},
+        "command": f"python benchmarks/training.py --data {task.name} --cpu-seconds {options.cpu_seconds}",
+        "data": task.name,
+        "cases": {split: len(task.cases(split)) for split in ("train", "val")},
         "cpu_seconds": options.cpu_seconds,
         "threads": options.threads,
         **describe(str(nnunet_python(options.work))),
@@ -139,21 +137,6 @@ def _record(options: argparse.Namespace) -> dict[str, Any]:
         "runs": facts,
         "scores": scores,
     }
-
-
-def _scores(masks: Path) -> dict[str, dict[str, float]]:
-    """Return for each validation case the Dice of both labels, and their mean."""
-    found = {}
-    for case in find_dataset(DATASET, "val"):
-        truth, mask = (nibabel.load(path) for path in (case["label"], masks / Path(case["image"]).name))
-        if not np.allclose(truth.affine, mask.affine, atol=1e-3) or truth.shape != mask.shape:
-            raise SystemExit(f"{masks.parent.name}: the mask of {case['name']} does not lie on its label")
-        a, b = (np.asanyarray(image.dataobj).astype(np.uint8) for image in (truth, mask))
-        values = {
-            str(n): 2 * float(((a == n) & (b == n)).sum()) / float((a == n).sum() + (b == n).sum()) for n in (1, 2)
-        }
-        found[case["name"]] = {**values, "mean": statistics.fmean(values.values())}
-    return found
 
 
 def _difference(ours: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
@@ -169,6 +152,7 @@ def _difference(ours: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", choices=list(TASKS), default="msd_hippocampus")
     parser.add_argument("--cpu-seconds", type=int, default=3500)
     parser.add_argument("--contestants", type=lambda text: text.split(","), default=list(CONTESTANTS))
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0])

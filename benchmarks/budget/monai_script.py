@@ -27,44 +27,57 @@ from monai.transforms import (
     LoadImaged,
     NormalizeIntensityd,
     RandAffined,
+    RandFlipd,
     RandGaussianNoised,
     RandScaleIntensityd,
     RandShiftIntensityd,
+    RandSpatialCropd,
     SpatialPadd,
 )
 from monai.utils import set_determinism
+from PIL import Image
 
-PATCH = (40, 56, 40)
-BATCH, RATE, DECAY = 2, 1e-3, 1e-2
+from budget.tasks import TASKS, Task
+
+RATE, DECAY = 1e-3, 1e-2
 KEYS = ["image", "label"]
 
 
 def main() -> None:
     """Train, predict, and write down what it took."""
     request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    task = TASKS[request["task"]]
     torch.set_num_threads(request["threads"])
     set_determinism(request["seed"])
-    network = BasicUNet(spatial_dims=3, in_channels=1, out_channels=request["classes"])
-    iterations, used = _train(network, request)
-    _predict(network, request)
-    facts = {"iterations": iterations, "batch_size": BATCH, "cpu_s": used, "precision": "bfloat16"}
+    channels = 3 if task.pictures else 1
+    network = BasicUNet(spatial_dims=len(task.patch), in_channels=channels, out_channels=len(task.labels))
+    iterations, used = _train(network, task, request)
+    _predict(network, task, request)
+    facts = {"iterations": iterations, "batch_size": task.batch, "cpu_s": used, "precision": "bfloat16"}
     Path(request["facts"]).write_text(json.dumps(facts), encoding="utf-8")
 
 
-def _train(network: Any, request: dict[str, Any]) -> tuple[int, float]:
-    load = [
-        LoadImaged(KEYS),
-        EnsureChannelFirstd(KEYS),
-        NormalizeIntensityd("image"),
-        SpatialPadd(KEYS, PATCH),
-    ]
-    vary = [
+def _load(task: Task, *keys: str) -> list[Any]:
+    shaped = [EnsureChannelFirstd(key, channel_dim=_channel(task, key)) for key in keys]
+    return [LoadImaged(keys), *shaped, NormalizeIntensityd("image")]
+
+
+def _channel(task: Task, key: str) -> Any:
+    return -1 if task.pictures and key == "image" else "no_channel"
+
+
+def _vary(task: Task) -> list[Any]:
+    cut = []
+    if task.pictures:
+        cut = [RandSpatialCropd(KEYS, task.patch), *(RandFlipd(KEYS, prob=0.5, spatial_axis=axis) for axis in (0, 1))]
+    return [
+        *cut,
         RandAffined(
             KEYS,
             prob=0.5,
-            rotate_range=[0.26] * 3,
-            scale_range=[0.2] * 3,
-            spatial_size=PATCH,
+            rotate_range=[0.26] * (1 if task.pictures else 3),
+            scale_range=[0.2] * len(task.patch),
+            spatial_size=task.patch,
             mode=("bilinear", "nearest"),
             padding_mode="border",
         ),
@@ -72,8 +85,12 @@ def _train(network: Any, request: dict[str, Any]) -> tuple[int, float]:
         RandScaleIntensityd("image", factors=0.25, prob=0.3),
         RandShiftIntensityd("image", offsets=0.1, prob=0.3),
     ]
-    cases = CacheDataset(request["train"], Compose([*load, *vary]), progress=False)
-    loader = DataLoader(cases, batch_size=BATCH, shuffle=True, drop_last=True)
+
+
+def _train(network: Any, task: Task, request: dict[str, Any]) -> tuple[int, float]:
+    transform = Compose([*_load(task, *KEYS), SpatialPadd(KEYS, task.patch), *_vary(task)])
+    cases = CacheDataset(request["train"], transform, progress=False)
+    loader = DataLoader(cases, batch_size=task.batch, shuffle=True, drop_last=True)
     loss = DiceCELoss(softmax=True, to_onehot_y=True)
     optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=DECAY)
     iterations, budget = 0, request["cpu_seconds"]
@@ -94,16 +111,19 @@ def _train(network: Any, request: dict[str, Any]) -> tuple[int, float]:
     return iterations, _used()
 
 
-def _predict(network: Any, request: dict[str, Any]) -> None:
-    prepare = Compose([LoadImaged("image"), EnsureChannelFirstd("image"), NormalizeIntensityd("image")])
-    inferer = SlidingWindowInferer(PATCH, overlap=0.5, mode="gaussian")
+def _predict(network: Any, task: Task, request: dict[str, Any]) -> None:
+    prepare = Compose(_load(task, "image"))
+    inferer = SlidingWindowInferer(task.patch, overlap=0.5, mode="gaussian")
     network.eval()
     for case in request["val"]:
         image = prepare({"image": case["image"]})["image"]
         with torch.inference_mode():
             labels = inferer(image[None].as_tensor(), network).argmax(1)[0]
-        mask = nibabel.Nifti1Image(labels.numpy().astype(np.uint8), nibabel.load(case["image"]).affine)
-        nibabel.save(mask, Path(request["masks"], Path(case["image"]).name))
+        mask, path = labels.numpy().astype(np.uint8), Path(request["masks"], Path(case["image"]).name)
+        if task.pictures:
+            Image.fromarray(mask.T).save(path)
+        else:
+            nibabel.save(nibabel.Nifti1Image(mask, nibabel.load(case["image"]).affine), path)
 
 
 def _used() -> float:

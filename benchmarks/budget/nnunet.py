@@ -7,30 +7,31 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from side_by_side.settings import environment
 
-NAME, NUMBER = "Dataset004_Hippocampus", "4"
+if TYPE_CHECKING:
+    from budget.tasks import Task
 
 
-def run(request: dict[str, Any], work: Path, python: Path) -> dict[str, Any]:
+def run(task: Task, request: dict[str, Any], work: Path, python: Path) -> dict[str, Any]:
     """Prepare once, train, predict; return iterations, batch, precision and processor seconds of the training."""
     own = _environment(request, work)
-    _prepare(request, work, python, own)
+    _prepare(task, request, work, python, own)
     tool = [python, Path(__file__).with_name("nnunet_tool.py")]
-    results = work / "results" / str(request["seed"])
-    _call([*tool, "train", NUMBER, "3d_fullres", "0", "-tr", "nnUNetTrainerBudget", "-device", "cpu"], own)
+    results = work / "results" / str(request["seed"]) / _folder(task)
+    _call([*tool, "train", task.number, task.configuration, "0", "-tr", "nnUNetTrainerBudget", "-device", "cpu"], own)
     trained = next(results.rglob("fold_0"))
     given, masks = work / "given", Path(request["masks"])
     shutil.rmtree(given, ignore_errors=True)
     given.mkdir()
     for case in request["val"]:
-        shutil.copy2(case["image"], given / f"{_name(case)}_0000.nii.gz")
-    names = ["-d", NUMBER, "-c", "3d_fullres", "-f", "0", "-tr", "nnUNetTrainerBudget", "-chk", "checkpoint_final.pth"]
+        shutil.copy2(case["image"], given / f"{_name(case)}_0000{task.ending}")
+    names = ["-d", task.number, "-c", task.configuration, "-f", "0", "-tr", "nnUNetTrainerBudget"]
     # Without mirroring, as the others predict.
     calm = ["--disable_tta", "-device", "cpu", "-npp", "1", "-nps", "1"]
-    _call([*tool, "predict", "-i", given, "-o", masks, *names, *calm], own)
+    _call([*tool, "predict", "-i", given, "-o", masks, *names, "-chk", "checkpoint_final.pth", *calm], own)
     facts: dict[str, Any] = json.loads((trained / "facts.json").read_text(encoding="utf-8"))
     return facts
 
@@ -54,30 +55,43 @@ def _environment(request: dict[str, Any], work: Path) -> dict[str, str]:
     }
 
 
-def _prepare(request: dict[str, Any], work: Path, python: Path, own: dict[str, str]) -> None:
+def _prepare(task: Task, request: dict[str, Any], work: Path, python: Path, own: dict[str, str]) -> None:
     """Lay out training and validation cases, let nnU-Net plan, and give it our split."""
-    done = work / "preprocessed" / NAME / "splits_final.json"
+    done = work / "preprocessed" / _folder(task) / "splits_final.json"
     if done.is_file():
         return
-    raw = work / "raw" / NAME
+    raw = work / "raw" / _folder(task)
     for folder in ("imagesTr", "labelsTr"):
         (raw / folder).mkdir(parents=True, exist_ok=True)
     for case in [*request["train"], *request["val"]]:
-        shutil.copy2(case["image"], raw / "imagesTr" / f"{_name(case)}_0000.nii.gz")
-        shutil.copy2(case["label"], raw / "labelsTr" / f"{_name(case)}.nii.gz")
-    labels = {name: int(value) for value, name in request["labels"].items()}
+        shutil.copy2(case["image"], raw / "imagesTr" / f"{_name(case)}_0000{task.ending}")
+        shutil.copy2(case["label"], raw / "labelsTr" / f"{_name(case)}{task.ending}")
+    labels = {name: int(value) for value, name in task.labels.items()}
+    channels = ("red", "green", "blue") if task.pictures else ("MRI",)
     count = len(request["train"]) + len(request["val"])
-    description = {"channel_names": {"0": "MRI"}, "labels": labels, "numTraining": count, "file_ending": ".nii.gz"}
+    description = {
+        "channel_names": {str(number): name for number, name in enumerate(channels)},
+        "labels": labels,
+        "numTraining": count,
+        "file_ending": task.ending,
+    }
     (raw / "dataset.json").write_text(json.dumps(description), encoding="utf-8")
     # Its planning takes this number for torch's threads, and fails at 0.
     planning = own | {"nnUNet_n_proc_DA": str(request["threads"])}
-    _call([python.parent / "nnUNetv2_plan_and_preprocess", "-d", NUMBER, "-c", "3d_fullres", "-np", "2"], planning)
+    _call(
+        [python.parent / "nnUNetv2_plan_and_preprocess", "-d", task.number, "-c", task.configuration, "-np", "2"],
+        planning,
+    )
     split = [{part: [_name(case) for case in request[part]] for part in ("train", "val")}]
     done.write_text(json.dumps(split), encoding="utf-8")
 
 
+def _folder(task: Task) -> str:
+    return f"Dataset{task.number:03}_{task.name}"
+
+
 def _name(case: dict[str, str]) -> str:
-    return Path(case["image"]).name.removesuffix(".nii.gz")
+    return Path(case["image"]).name.removesuffix(".nii.gz").removesuffix(".png")
 
 
 def _call(command: list[Any], own: dict[str, str]) -> None:
