@@ -1,10 +1,13 @@
-"""What every network of `NETWORKS` must do; a new network is tested by its entry in `SMALL`."""
+"""What every network of `NETWORKS` must do; a new network is tested by its entry in `SMALL` of forms.py.
+
+ONNX parity of the same forms is in tests/bundle/test_export.py.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,48 +18,8 @@ from torch import Tensor, nn
 
 from medseg.errors import SizeError
 from medseg.networks import NETWORKS
+from tests.networks.forms import SMALL, Small, tiny_options
 
-
-@dataclass(frozen=True)
-class Small:
-    """A network small enough to be tested in seconds.
-
-    `sizes` are input sizes for 2D and 3D; exported graphs are dynamic in multiples of `multiple` voxels.
-    """
-
-    options: dict[str, Any]
-    options_3d: dict[str, Any] = field(default_factory=dict)
-    sizes: dict[int, tuple[int, ...]] = field(default_factory=lambda: {2: (32, 48), 3: (16, 32, 24)})
-    multiple: int = 1
-
-
-SMALL = {
-    "UNet": Small({"features": (8, 12, 16), "norm": "batch", "dropout": 0.1}),
-    "UNetPlusPlus": Small(
-        {
-            "features": (6, 8, 12),
-            "norm": "batch",
-            "dropout": 0.1,
-            "upsample": "interp",
-            "output_mode": "mean",
-            "head_activation": "softmax",
-        }
-    ),
-    "BANet": Small(
-        {
-            "blocks": (1, 1, 1, 1),
-            "base_width": 4,
-            "strides": (1, 2, 1, 2, 1, 1),
-            "reduce_dim": 8,
-            "aspp_dim": 8,
-            "aspp_rates": (1, 2),
-        },
-    ),
-    "UCTransNet": Small(
-        {"features": (8, 12, 16), "img_size": (32, 48), "patch_size": 4, "num_heads": 2, "num_layers": 2},
-        {"img_size": (16, 32, 24), "embed_dropout": 0.0, "attn_dropout": 0.0},
-    ),
-}
 OUT_CHANNELS = 2
 
 
@@ -75,9 +38,8 @@ class Subject:
 
     @property
     def options(self) -> dict[str, Any]:
-        extra = self.small.options_3d if self.dims == 3 else {}
         shape = {"spatial_dims": self.dims, "in_channels": 1, "out_channels": OUT_CHANNELS}
-        return {**shape, **self.small.options, **extra}
+        return {**shape, **tiny_options(self.network.__name__, self.dims)}
 
     def build(self, **changes: Any) -> Any:
         torch.manual_seed(0)
@@ -220,22 +182,6 @@ def test_compiled_network_is_one_graph_with_the_same_logits(subject):
 def test_exported_program_gives_the_same_logits_at_any_size(subject):
     network = subject.build().eval()
     assert_same(network, exported(network, subject).module(), subject)
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
-def test_onnx_model_gives_the_same_logits_at_any_size(subject, tmp_path):
-    runtime = pytest.importorskip("onnxruntime", reason="ONNX parity needs onnx, onnxscript and onnxruntime")
-    pytest.importorskip("onnxscript", reason="ONNX parity needs onnx, onnxscript and onnxruntime")
-    network = subject.build().eval()
-    path = tmp_path / "network.onnx"
-    torch.onnx.export(exported(network, subject), dynamo=True, verbose=False).save(path)
-    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-
-    def run(x: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {name: x.numpy()})[0])
-
-    assert_same(network, run, subject)
 
 
 def test_a_config_builds_the_network(subject):
