@@ -6,6 +6,10 @@ import copy
 import inspect
 import json
 import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         source = inspect.getsource(item.function) if isinstance(item, pytest.Function) else ""
         if "openvino" in item.name or 'importorskip("openvino' in source:
             item.add_marker("openvino")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Fail the test that loads OpenVINO without saying so."""
+    before = sys.modules.get("openvino")
+    yield
+    if before is None and sys.modules.get("openvino") and not item.get_closest_marker("openvino"):
+        pytest.fail("this test loads OpenVINO: mark it with pytest.mark.openvino")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """Tell how a process of xdist died: by which signal (below zero), or with which exit code."""
+    process = getattr(getattr(node.gateway, "_io", None), "popen", None)
+    if error and process is not None:
+        with suppress(subprocess.TimeoutExpired):
+            code = process.wait(timeout=10)
+            node.config.get_terminal_writer().line(f"\n{node.gateway.id} ended with {code}")
 
 
 TINY: dict[str, Any] = {
