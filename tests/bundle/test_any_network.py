@@ -23,7 +23,15 @@ from medseg.bundle.trust import check
 from medseg.networks import NETWORKS, small
 
 NAMES = [network.__name__ for network in NETWORKS]
-SHIPPED = shipped_bundles()
+
+
+def _sizes(bundle: Bundle) -> tuple[Any, ...]:
+    config = bundle.load_configs("train")["train.json"]
+    return len(config["roi_size"]), config["batch_size"], *config["patch_size"], *config["roi_size"]
+
+
+# One bundle for all of the same sizes
+SHIPPED = list({_sizes(bundle): bundle for bundle in shipped_bundles()}.values())
 
 
 def _with_network(source: dict[str, Any], name: str) -> dict[str, Any]:

@@ -36,9 +36,9 @@ def job(tmp_path: Path) -> Job:
     return Job("train", Bundle(tmp_path / "bundle"), (), {"seed": 1}, {}, (), vouched=False)
 
 
-def _worker(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+def _worker(monkeypatch: pytest.MonkeyPatch, code: str, *, grace: float = 1.0) -> None:
     monkeypatch.setattr(launch, "_WORKER", code)
-    monkeypatch.setattr(launch, "_GRACE", 1.0)
+    monkeypatch.setattr(launch, "_GRACE", grace)
 
 
 def _died(job: Job, processes: int = 2) -> MedsegError:
@@ -62,7 +62,7 @@ def test_a_killed_process_is_named_with_its_signal_and_the_others_are_stopped(
     monkeypatch: pytest.MonkeyPatch, job: Job, name: str, cause: str, advice: str
 ) -> None:
     body = f"print('last words', file=sys.stderr, flush=True); os.kill(os.getpid(), signal.{name})"
-    _worker(monkeypatch, f"{_START}\nif rank == 1:\n    {body}\ntime.sleep(60)")
+    _worker(monkeypatch, f"{_START}\nif rank == 1:\n    {body}\ntime.sleep(60)", grace=0)
     error = _died(job)
     assert error.exit_code == 1
     text = str(error)
@@ -82,12 +82,13 @@ def test_a_killed_process_is_named_with_its_signal_and_the_others_are_stopped(
 def test_memory_that_ran_out_is_said_where_the_system_knows_it(monkeypatch: pytest.MonkeyPatch, job: Job) -> None:
     counts = iter((3, 4))
     monkeypatch.setattr(launch, "memory_kills", lambda: next(counts))
-    _worker(monkeypatch, f"{_START}\nos.kill(os.getpid(), signal.SIGKILL) if rank == 0 else time.sleep(60)")
+    code = f"{_START}\nos.kill(os.getpid(), signal.SIGKILL) if rank == 0 else time.sleep(60)"
+    _worker(monkeypatch, code, grace=0)
     assert "process 0 of 2 was ended by SIGKILL, since the memory of this container or job ran out" in str(_died(job))
 
 
 def test_an_exit_without_a_word_is_told_with_its_code(monkeypatch: pytest.MonkeyPatch, job: Job) -> None:
-    _worker(monkeypatch, f"{_START}\nos._exit(7) if rank == 1 else time.sleep(60)")
+    _worker(monkeypatch, f"{_START}\nos._exit(7) if rank == 1 else time.sleep(60)", grace=0)
     assert "process 1 of 2 ended with exit code 7 and left no message" in str(_died(job))
 
 

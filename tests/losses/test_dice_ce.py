@@ -206,8 +206,10 @@ def run_processes(folder: Path, world: int) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_loss_and_the_gradient_of_one(tmp_path):
-    (one,) = run_processes(tmp_path, 1)
+def test_two_processes_give_the_loss_and_the_gradient_of_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["alone", "", "0", "1"])
+    exec(_PROCESS, {})
+    one = json.loads(capsys.readouterr().out)
     two = run_processes(tmp_path, 2)
     for name in ("plain", "squared"):
         for found in two:
