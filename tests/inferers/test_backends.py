@@ -264,6 +264,7 @@ def test_a_network_that_cannot_be_exported_is_named_with_the_reason(backend) -> 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.openvino
 def test_windows_of_another_size_are_refused_by_an_engine() -> None:
     pytest.importorskip("openvino", reason="needs openvino")
     runner = accelerate(tiny(), backend="openvino", window_shape=(1, 1, 16, 16, 16))
