@@ -13,6 +13,7 @@ PYTHON = ROOT / ".venv-label" / "bin" / "python"
 
 
 @pytest.mark.slow
+@pytest.mark.full_check
 def test_a_viewer_predicts_corrects_fine_tunes_and_predicts_again() -> None:
     if not (ROOT / ".venv-label" / "installed").is_file():
         pytest.skip("the label server's environment is not set up here: run `make label-environment`")
