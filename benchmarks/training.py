@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 from budget import nnunet
+from budget.table import render
 from budget.tasks import TASKS, Task
 from side_by_side.machine import describe
 from side_by_side.settings import RESULTS, ROOT, environment, nnunet_python
@@ -37,6 +38,9 @@ DRAWS = 10_000
 def main() -> None:
     """Run what is asked for and not there yet; score everything that is there."""
     options = _arguments()
+    if options.table:
+        render(RESULTS, options.table)
+        return
     task = TASKS[options.data]
     for name in options.contestants:
         for seed in options.seeds:
@@ -93,10 +97,12 @@ def _medseg(task: Task, request: dict[str, Any], run: Path) -> dict[str, Any]:
     _call([*medseg, "predict", bundle, *images, "-o", run / "masks"], request)
     config = json.loads((bundle / "configs" / "train.json").read_text(encoding="utf-8"))
     steps = config.get("steps_per_epoch") or -(-len(request["train"]) // config["batch_size"])
+    manifest = json.loads((bundle / "runs" / "train" / "manifest.json").read_text(encoding="utf-8"))
     names = ("batch_size", "patches_per_case", "precision", "patch_size", "max_epochs", "val_interval", "learning_rate")
     return {
         **{name: config[name] for name in names},
         "features": config["network_def"].get("features"),
+        "validations": manifest["validations"],
         "iterations": steps * config["max_epochs"],
         "cpu_s": used,
         "train_s": wall,
@@ -128,6 +134,7 @@ def _record(task: Task, options: argparse.Namespace) -> dict[str, Any]:
     return {
         "command": f"python benchmarks/training.py --data {task.name} --cpu-seconds {options.cpu_seconds}",
         "data": task.name,
+        "labels": task.labels,
         "cases": {split: len(task.cases(split)) for split in ("train", "val")},
         "cpu_seconds": options.cpu_seconds,
         "threads": options.threads,
@@ -159,6 +166,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=threads_here())
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "medseg-benchmark")
     parser.add_argument("--output", type=Path, metavar="FILE")
+    parser.add_argument("--table", type=Path, metavar="PAGE", help="put the tables of all records into a page, or '-'")
     options = parser.parse_args()
     options.work = options.work.absolute()
     unknown = set(options.contestants) - set(CONTESTANTS)

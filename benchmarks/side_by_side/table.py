@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-BEGIN, END = "<!-- inference: begin -->", "<!-- inference: end -->"
+from side_by_side.pages import commit_of, replace_between, table
+
 TITLES = {
     "monai": "(a) MONAI",
     "monai32": "(b) MONAI, float32 resampling",
@@ -28,23 +29,12 @@ HEAD = (
 
 
 def render(results: Path, page: Path) -> None:
-    """Print the tables of all records in a folder, or put them between the marks of a page.
-
-    Raises:
-        SystemExit: the page does not have both marks.
-    """
+    """Print the tables of all records in a folder, or put them between the marks of a page."""
     paths = [*sorted(results.glob("inference_*.json")), *sorted(results.glob("fast_mode_*.json"))]
     records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     sections = {"memory": memory_section, "fast mode": fast_mode_section}
     text = "\n\n".join(sections.get(record["case"], section)(record) for record in records)
-    if str(page) == "-":
-        print(text)
-        return
-    content = page.read_text(encoding="utf-8")
-    if content.count(BEGIN) != 1 or content.count(END) != 1:
-        raise SystemExit(f"{page} should hold '{BEGIN}' and '{END}' once each")
-    before, after = content.partition(BEGIN)[0], content.partition(END)[2]
-    page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
+    replace_between(page, "inference", text)
 
 
 def section(record: dict[str, Any]) -> str:
@@ -58,11 +48,11 @@ def section(record: dict[str, Any]) -> str:
         f"{shape}, {classes} classes, {rates['windows']} windows of {'x'.join(map(str, settings['roi_size']))}, "
         f"{rates['window_gflop']:.1f} GFLOP each. {_weights(record['weights'])}",
         "",
-        *_table(HEAD, [_row(record, name) for name in record["samples"]]),
+        *table(HEAD, [_row(record, name) for name in record["samples"]]),
         "",
         f"`{record['command']}`: {machine['processor']}, {record['threads']} threads, "
         f"memory settings {'of `TUNED_MEMORY` for all' if record['tuned_memory'] else 'of the C library for all'}; "
-        f"{', '.join(f'{k} {v}' for k, v in record['versions'].items())}; {_commit(record)}. Dense convolution "
+        f"{', '.join(f'{k} {v}' for k, v in record['versions'].items())}; {commit_of(record)}. Dense convolution "
         f"{rates['dense_gflop_per_s']:.0f} GFLOP/s, this network alone {rates['network_gflop_per_s']:.0f}.",
     ]
     return "\n".join(lines)
@@ -83,9 +73,10 @@ def memory_section(record: dict[str, Any]) -> str:
             f"{limited['limit_beyond_image_and_mask_mib']} MiB of address space beyond libraries, image and mask: "
             f"{outcome}.",
             "",
-            *_table(head, rows),
+            *table(head, rows),
             "",
-            f"`{record['command']}`: {record['machine']['processor']}, {record['threads']} threads; {_commit(record)}.",
+            f"`{record['command']}`: {record['machine']['processor']}, {record['threads']} threads; "
+            f"{commit_of(record)}.",
         ]
     )
 
@@ -106,9 +97,9 @@ def fast_mode_section(record: dict[str, Any]) -> str:
             f"{record['cases']} validation cases, {agreement['differing']:,} of {agreement['voxels']:,} voxels differ. "
             f"Knobs of the fast mode: {', '.join(f'`{k}={v}`' for k, v in record['knobs'][names[1]].items())}.",
             "",
-            *_table(head, rows),
+            *table(head, rows),
             "",
-            f"`{record['command']}`: {record['machine']['processor']}; {_commit(record)}.",
+            f"`{record['command']}`: {record['machine']['processor']}; {commit_of(record)}.",
         ]
     )
 
@@ -146,11 +137,3 @@ def _weights(weights: dict[str, Any]) -> str:
     dice = weights.get("dice")
     listed = "" if not dice else ": Dice " + ", ".join(f"{name} {value:.3f}" for name, value in dice.items())
     return f"Trained weights{listed}."
-
-
-def _commit(record: dict[str, Any]) -> str:
-    return f"commit {record['commit'][:10]}{' with changes' if record['package_changed'] else ''}"
-
-
-def _table(head: tuple[str, ...], rows: list[list[str]]) -> list[str]:
-    return [f"| {' | '.join(line)} |" for line in (head, ["---", *["--:"] * (len(head) - 1)], *rows)]
