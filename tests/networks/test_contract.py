@@ -169,7 +169,7 @@ def test_scripted_network_gives_the_same_logits_at_any_size(subject):
 
 def test_traced_network_gives_the_same_logits_at_any_size(subject):
     network = subject.build().eval()
-    assert_same(network, torch.jit.trace(network, subject.image()), subject)
+    assert_same(network, torch.jit.trace(network, subject.image(), check_trace=False), subject)
 
 
 def test_compiled_network_is_one_graph_with_the_same_logits(subject):
