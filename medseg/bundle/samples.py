@@ -9,6 +9,8 @@ import nibabel
 import numpy as np
 from PIL import Image
 
+from medseg.bundle.trust import load_json
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -27,7 +29,7 @@ def write_samples(folder: Path, bundle: Bundle, *, cases: int = 3, seed: int = 0
 
     Args:
         folder: made if missing.
-        bundle: gives the number of channels, the labels and 2D or 3D.
+        bundle: gives the number of channels, the labels and their values in files, and 2D or 3D.
         cases: how many, at least 2.
         seed: of the random shapes.
 
@@ -37,13 +39,27 @@ def write_samples(folder: Path, bundle: Bundle, *, cases: int = 3, seed: int = 0
     data_format = bundle.metadata["network_data_format"]
     channels = data_format["inputs"]["image"]["num_channels"]
     spatial_dims = len(data_format["inputs"]["image"]["spatial_shape"])
-    classes = len(bundle.label_names) + 1
+    values = _values(bundle)
     rng = np.random.default_rng(seed)
     write = _write_volume if spatial_dims == 3 else _write_picture
-    pairs = [write(folder, f"case_{number}", *_case(rng, spatial_dims, channels, classes)) for number in range(cases)]
+    pairs = []
+    for number in range(cases):
+        image, label = _case(rng, spatial_dims, channels, len(values))
+        pairs.append(write(folder, f"case_{number}", image, values[label]))
     splits = {"training": pairs[:-1], "validation": pairs[-1:], "test": []}
     (folder / "dataset.json").write_text(json.dumps({"name": bundle.name, **splits}), encoding="utf-8")
     return folder
+
+
+def _values(bundle: Bundle) -> NDArray[Any]:
+    """Return for each class a value that stands for it in label files."""
+    path = bundle.config_path("train")
+    mapping: dict[str, int] = load_json(path).get("label_mapping", {}) if path.is_file() else {}
+    values = {index: index for index in range(len(bundle.label_names) + 1)}
+    if "other" in mapping:
+        values[mapping["other"]] = next(value for value in range(1, 256) if str(value) not in mapping)
+    values |= {index: int(value) for value, index in reversed(mapping.items()) if value != "other"}
+    return np.array([values[index] for index in sorted(values)], np.min_scalar_type(max(values.values())))
 
 
 def _case(

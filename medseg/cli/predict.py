@@ -109,12 +109,14 @@ def _write_overlays(bundle: Bundle, cases: list[dict[str, str]], manifest: Manif
     from medseg.io.names import case_stem
     from medseg.report.overlay import write_overlay
 
+    # The values of such masks are numbers of objects, which have no names
+    names = None if manifest.knobs.get("number_objects") else bundle.label_names
     for case in cases:
         if manifest.is_done(case["name"]):
             mask = out / (manifest.cases[case["name"]].output or case["name"])
             picture = mask.with_name(f"{case_stem(mask.name)}_overlay.png")
             try:
-                write_overlay(case["image"], mask, picture, labels=bundle.label_names)
+                write_overlay(case["image"], mask, picture, labels=names)
             except CaseError as error:
                 errors.print(f"no picture of {mask.name}: {error}", markup=False, soft_wrap=True)
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from medseg.bundle.catalog import Bundle
     from medseg.label.offers import Offer
 
 __all__ = ["Predictor"]
@@ -107,10 +108,16 @@ class Predictor:
             self._loaded = None
             self.results.mkdir(parents=True, exist_ok=True)
             paths = {"dataset_dir": image, "output_dir": str(self.results)}
-            job = runner.prepare("predict", bundle, settings, paths=paths)
+            job = runner.prepare("predict", bundle, {**_classes_alone(bundle), **settings}, paths=paths)
             workflow = runner.open_workflow(job, "infer")
             self._loaded = _Loaded(key, workflow, runner.build_evaluator(workflow))
         return self._loaded
+
+
+def _classes_alone(bundle: Bundle) -> dict[str, Any]:
+    """Return the setting by which a bundle that numbers objects writes their class, which viewers have names for."""
+    (config,) = bundle.load_configs("inference").values()
+    return {"number_objects": False} if "number_objects" in config else {}
 
 
 def _state(path: Path) -> tuple[object, ...]:

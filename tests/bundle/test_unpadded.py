@@ -36,7 +36,14 @@ def _source(name: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pictures with one ball each."""
-    return write_samples(tmp_path_factory.mktemp("data"), find_bundle(NAMES[0]), cases=3)
+    return write_samples(tmp_path_factory.mktemp("data"), find_bundle("cells_phase_unet"), cases=3)
+
+
+@pytest.fixture(scope="module")
+def membranes(make_bundle: Any) -> Bundle:
+    """A small bundle of classes, not trained."""
+    bundle: Bundle = make_bundle(_source("membrane_em_unet"))
+    return bundle
 
 
 @pytest.fixture(scope="module")
@@ -107,16 +114,23 @@ def test_scores_are_of_classes_and_masks_of_objects(trained: Bundle, data: Path,
     assert score == pytest.approx(2 * (truth & (classes > 0)).sum() / (truth.sum() + classes.sum()), abs=1e-6)
 
 
-def test_a_margin_of_another_network_is_refused(make_bundle: Any, data: Path) -> None:
-    bundle = make_bundle(_source("membrane_em_unet") | {"label_mapping": {"0": 0, "1": 1}})
+def test_a_margin_of_another_network_is_refused(membranes: Bundle, tmp_path: Path) -> None:
+    data = write_samples(tmp_path, membranes)
     with pytest.raises(SizeError, match="Labels of 92x76 do not fit logits of 52x36 with a margin of 18x18"):
-        api.train(bundle.root, data, settings={**SHORT, "margin": 18})
+        api.train(membranes.root, data, settings={**SHORT, "margin": 18})
 
 
 @pytest.mark.parametrize("size", [[94, 92], [92, 75]])
 def test_a_patch_that_does_not_fit_the_pooling_is_refused_with_those_that_do(
-    make_bundle: Any, data: Path, size: list[int]
+    membranes: Bundle, size: list[int], tmp_path: Path
 ) -> None:
-    bundle = make_bundle(_source("membrane_em_unet") | {"label_mapping": {"0": 0, "1": 1}})
+    data = write_samples(tmp_path, membranes)
     with pytest.raises(SizeError, match=r"fits at \d+ or \d+"):
-        api.train(bundle.root, data, settings={**SHORT, "patch_size": size})
+        api.train(membranes.root, data, settings={**SHORT, "patch_size": size})
+
+
+def test_generated_labels_have_the_values_that_the_bundle_reads(membranes: Bundle, tmp_path: Path) -> None:
+    write_samples(tmp_path, membranes)
+    for path in (tmp_path / "labels").iterdir():
+        with Image.open(path) as file:
+            assert set(np.unique(np.asarray(file))) == {0, 255}

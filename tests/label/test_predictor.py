@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from medseg.bundle import api
 from medseg.bundle.build import build
 from medseg.bundle.catalog import Bundle
+from medseg.bundle.trust import load_json
 from medseg.errors import CaseError, RequestError, UntrustedBundleError
 from medseg.label.offers import Offer, find_offers
 from medseg.label.predictor import Predictor
@@ -94,3 +96,15 @@ def test_weights_that_could_run_code_are_refused(offer: Offer, image: Path, tmp_
     build(offer.source)
     with pytest.raises(RequestError, match="could run code"):
         Predictor(offer, tmp_path / "results").predict(image)
+
+
+def test_a_bundle_that_numbers_objects_gives_classes_here(offer: Offer, image: Path, tmp_path: Path) -> None:
+    plain = Predictor(offer, tmp_path / "plain").predict(image).read_bytes()
+    source = load_json(offer.source.root / "bundle.json")
+    source["blocks"] = {"finishing": [{"block": "numbered_objects"}]}
+    (offer.source.root / "bundle.json").write_text(json.dumps(source), encoding="utf-8")
+    build(offer.source)
+    predictor = Predictor(offer, tmp_path / "results")
+    assert predictor.predict(image).read_bytes() == plain
+    numbered = predictor.predict(image, settings={"number_objects": True, "fill_object_holes": False})
+    assert numbered.read_bytes() != plain
