@@ -200,7 +200,7 @@ def run_processes(folder: Path, world: int) -> list[dict[str, Any]]:
         subprocess.Popen([*command, str(rank), str(world)], stdout=subprocess.PIPE, text=True, env=environment)
         for rank in range(world)
     ]
-    outputs = [process.communicate(timeout=120)[0] for process in started]
+    outputs = [process.communicate(timeout=300)[0] for process in started]
     assert [process.returncode for process in started] == [0] * world
     return [json.loads(output.splitlines()[-1]) for output in outputs]
 

@@ -43,7 +43,7 @@ def _together(code: str, processes: int = 2) -> list[Any]:
         )
         for rank in range(processes)
     ]
-    printed = [process.communicate(timeout=120)[0] for process in running]
+    printed = [process.communicate(timeout=300)[0] for process in running]
     assert [process.returncode for process in running] == [0] * processes
     return [json.loads(text) for text in printed]
 
