@@ -255,8 +255,9 @@ def _openvino(network: nn.Module, request: _Request) -> Runner:
     shape = tuple(compiled.output(0).shape)
 
     def run(windows: Tensor) -> Tensor:
-        result = torch.empty(shape)
-        infer.set_input_tensor(openvino.Tensor(windows.contiguous().numpy(), shared_memory=True))
+        # OpenVINO borrows both: they have to live until it has finished.
+        given, result = windows.contiguous(), torch.empty(shape)
+        infer.set_input_tensor(openvino.Tensor(given.numpy(), shared_memory=True))
         infer.set_output_tensor(openvino.Tensor(result.numpy(), shared_memory=True))
         infer.infer()
         return result

@@ -27,6 +27,8 @@ SIDE = {2: 96, 3: 32}
 WIDTH = 8
 # Mean Dice of the foreground classes.
 LEARNED = 0.8
+# A volume and a picture with losses of their own; the others are for `-m full_check`.
+EVERY_RUN = ("hippocampus_mri_uctransnet", "gland_pathology_unet_selfreg")
 UNPADDED = 252  # 252 = 16 * 12 + 60: a legal side of an unpadded U-Net with four poolings
 
 
@@ -140,7 +142,13 @@ def short_training(config: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bundle", shipped_bundles(), ids=lambda bundle: bundle.name)
+@pytest.mark.parametrize(
+    "bundle",
+    [
+        pytest.param(one, id=one.name, marks=() if one.name in EVERY_RUN else pytest.mark.full_check)
+        for one in shipped_bundles()
+    ],
+)
 def test_a_shipped_bundle_learns_two_images_by_heart(bundle: Bundle, tmp_path: Path) -> None:
     narrow = narrow_copy(bundle, tmp_path)
     config = merged(narrow.load_configs("train"))
