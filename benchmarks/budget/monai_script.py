@@ -52,6 +52,8 @@ def main() -> None:
     channels = 3 if task.pictures else 1
     network = BasicUNet(spatial_dims=len(task.patch), in_channels=channels, out_channels=len(task.labels))
     iterations, used = _train(network, task, request)
+    if not all(bool(weight.isfinite().all()) for weight in network.parameters()):
+        raise SystemExit("the training ended in weights that are no numbers")
     _predict(network, task, request)
     facts = {"iterations": iterations, "batch_size": task.batch, "cpu_s": used, "precision": "bfloat16"}
     Path(request["facts"]).write_text(json.dumps(facts), encoding="utf-8")
