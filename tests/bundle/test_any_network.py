@@ -38,6 +38,8 @@ def _with_network(source: dict[str, Any], name: str) -> dict[str, Any]:
     """Put the small form of a network into a bundle's source."""
     kept = {key: source["network_def"][key] for key in ("spatial_dims", "in_channels", "out_channels")}
     definition = {"_target_": f"medseg.networks.{name}", **kept, **small(name, kept["spatial_dims"])}
+    if name == "BANet" and source.get("recipe") == "unet2015":
+        definition["aspp_pool_norm"] = None  # The recipe takes one picture a step, which a batch norm cannot.
     return {**copy.deepcopy(source), "network_def": definition}
 
 

@@ -116,6 +116,7 @@ def _deaths() -> list[dict[str, float]]:
     """Ten moments at which a run is killed; the first ones are many steps before its end."""
     rng = random.Random(7)
     deaths: list[dict[str, float]] = [
+        {"seconds": random.Random(0).uniform(0.1, 0.5)},
         {"step": rng.randint(1, 3)},
         {"write": rng.randint(2, 3), "bytes": rng.randint(1, 9000)},
         {"step": rng.randint(2, 5)},
@@ -125,7 +126,6 @@ def _deaths() -> list[dict[str, float]]:
         {"rename": rng.randint(2, 7), "after": True},
         {"seen": True},
         {"write": rng.randint(1, 2), "bytes": 1},
-        {"seconds": rng.uniform(0.3, 1.5)},
     ]
     return deaths
 

@@ -270,7 +270,7 @@ def test_the_doctor_says_of_each_label_what_training_would_refuse(dicom_set: Pat
     assert all("has no" in item.message and "'huge'" in item.message for item in found)
     (dicom_set / "dataset.json").unlink()
     assert "nothing says" in examine(dicom_set).findings[0].message
-    needs = Needs("b", 3, 1, frozenset({0, 1, 2}), "MR", {"small": 1, "large": 2})
+    needs = Needs("b", 3, 1, {"0": 0, "1": 1, "2": 2}, "MR", {"small": 1, "large": 2})
     assert examine(dicom_set, needs=needs).errors == 0
 
 
