@@ -12,9 +12,7 @@ import importlib
 import importlib.util
 import json
 import logging
-import os
 import tempfile
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -26,7 +24,7 @@ from medseg.errors import MedsegError, OutputError, RequestError, SizeError, Wei
 from medseg.files import check_folder, sha256_file
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     import torch
     from torch import Tensor, nn
@@ -298,11 +296,12 @@ def _write_onnx(network: nn.Module, shapes: _Shapes, path: Path, notes: Mapping[
 
 def _write_openvino(network: nn.Module, shapes: _Shapes, path: Path, notes: Mapping[str, str], half: bool) -> str:
     from medseg.inferers.faster_layers import with_exact_norms
+    from medseg.inferers.silent_openvino import load_openvino, without_reports
 
-    openvino = importlib.import_module("openvino")
+    openvino = load_openvino()
     # Instances are normalized as in the back end of that name, which see
     program, free = _program(with_exact_norms(network), shapes)
-    with _no_telemetry():
+    with without_reports():
         model = openvino.convert_model(program)
     for name, text in notes.items():
         model.set_rt_info(text, ["medseg", name.removesuffix(".json")])
@@ -366,8 +365,9 @@ def _read_onnx(path: Path) -> Run:
 def _read_openvino(path: Path) -> Run:
     import torch
 
-    openvino: Any = importlib.import_module("openvino")
-    compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    from medseg.inferers.silent_openvino import load_openvino
+
+    compiled = load_openvino().Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return lambda x: torch.from_numpy(compiled(x.numpy())[0].copy())
 
 
@@ -433,14 +433,3 @@ def _move(folder: Path, target: Path) -> None:
 def _reason(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}".rstrip(":. ")[:300]
-
-
-@contextmanager
-def _no_telemetry() -> Iterator[None]:
-    """Make OpenVINO's converter believe that it runs in continuous integration, where it reports nothing."""
-    before = os.environ.get("CI")
-    os.environ["CI"] = "true"
-    try:
-        yield
-    finally:
-        os.environ.pop("CI") if before is None else os.environ.update(CI=before)

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from medseg.errors import MedsegError, RequestError, SizeError
 from medseg.inferers.faster_layers import with_exact_norms, with_faster_layers
+from medseg.inferers.silent_openvino import load_openvino, without_reports
 
 __all__ = ["BACKENDS", "MEMORY_FORMATS", "PRECISIONS", "accelerate", "quiet"]
 
@@ -235,7 +236,7 @@ def _compile(network: nn.Module, request: _Request) -> Runner:
 
 
 def _openvino(network: nn.Module, request: _Request) -> Runner:
-    openvino = _imported("openvino", "openvino")
+    openvino = load_openvino()
     config: dict[str, Any] = {
         "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[request.precision],
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
@@ -245,8 +246,7 @@ def _openvino(network: nn.Module, request: _Request) -> Runner:
     }
     if request.cache_dir is not None:
         config["CACHE_DIR"] = str(request.cache_dir)
-    # The converter reports its use to its makers unless it believes itself in continuous integration.
-    with _exporting(network, request), _environment("CI", "true"):
+    with _exporting(network, request), without_reports():
         # Not as group norms, on which version 2026.4 crashes for some networks.
         model = openvino.convert_model(_exported(with_exact_norms(network), request))
         model.reshape(list(request.static_shape))
