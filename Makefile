@@ -12,8 +12,7 @@ demo: .venv/installed
 # One process a core, each on one thread: faster than one process on all of them. Tests that lie side by side go to one
 # process, so that what several of them need is made once.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -m "not openvino and not full_check"
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -m "openvino and not full_check"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -m "not full_check"
 
 # Every shipped bundle trains, scores, predicts and exports, by medseg and by MONAI; a minute each. With assertions, one
 # bundle a core: pytest -n auto -m full_check

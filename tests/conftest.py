@@ -7,8 +7,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,22 +20,6 @@ from medseg.bundle.samples import write_samples
 
 # OpenVINO reports its import over the network, from a forked process, unless it is here.
 os.environ.setdefault("CI", "true")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what loads OpenVINO: `make test` runs it apart, since processes that had it loaded have died later."""
-    for item in items:
-        if "openvino" in item.name:
-            item.add_marker("openvino")
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """Fail the test that loads OpenVINO without saying so."""
-    before = sys.modules.get("openvino")
-    yield
-    if before is None and sys.modules.get("openvino") and not item.get_closest_marker("openvino"):
-        pytest.fail("this test loads OpenVINO: mark it with pytest.mark.openvino")
 
 
 @pytest.hookimpl(optionalhook=True)

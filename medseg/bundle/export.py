@@ -123,7 +123,7 @@ def export(
         )
     config = _checked(bundle, file_format, target, random=random, trust=trust)
     allowed = _TOLERANCE[half] if tolerance is None else tolerance
-    from medseg.inferers.backends import quiet
+    from medseg.inferers.engines import quiet
 
     with quiet(), tempfile.TemporaryDirectory(prefix=".partial-", dir=target.absolute().parent) as folder:
         network = _network(bundle, config, random=random)
@@ -295,8 +295,8 @@ def _write_onnx(network: nn.Module, shapes: _Shapes, path: Path, notes: Mapping[
 
 
 def _write_openvino(network: nn.Module, shapes: _Shapes, path: Path, notes: Mapping[str, str], half: bool) -> str:
+    from medseg.inferers.engines import load_openvino, without_reports
     from medseg.inferers.faster_layers import with_exact_norms
-    from medseg.inferers.silent_openvino import load_openvino, without_reports
 
     openvino = load_openvino()
     # Instances are normalized as in the back end of that name, which see
@@ -365,9 +365,9 @@ def _read_onnx(path: Path) -> Run:
 def _read_openvino(path: Path) -> Run:
     import torch
 
-    from medseg.inferers.silent_openvino import load_openvino
+    from medseg.inferers.engines import openvino_core
 
-    compiled = load_openvino().Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = openvino_core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return lambda x: torch.from_numpy(compiled(x.numpy())[0].copy())
 
 

@@ -13,12 +13,9 @@ from __future__ import annotations
 
 import copy
 import difflib
-import importlib
 import logging
 import math
-import os
 import tempfile
-import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,10 +29,10 @@ from monai.data import MetaTensor
 from torch import Tensor, nn
 
 from medseg.errors import MedsegError, RequestError, SizeError
+from medseg.inferers.engines import environment, load_engine, load_openvino, openvino_core, quiet, without_reports
 from medseg.inferers.faster_layers import with_exact_norms, with_faster_layers
-from medseg.inferers.silent_openvino import load_openvino, without_reports
 
-__all__ = ["BACKENDS", "MEMORY_FORMATS", "PRECISIONS", "accelerate", "quiet"]
+__all__ = ["BACKENDS", "MEMORY_FORMATS", "PRECISIONS", "accelerate"]
 
 BACKENDS: Final = ("torch", "compile", "openvino", "onnxruntime")
 PRECISIONS: Final = ("float32", "bfloat16", "float16")
@@ -218,7 +215,7 @@ def _compile(network: nn.Module, request: _Request) -> Runner:
             return _as_float(compiled(windows.contiguous(memory_format=request.layout)))
 
     try:
-        with quiet(), _environment("TORCHINDUCTOR_CACHE_DIR", request.cache_dir):
+        with quiet(), environment("TORCHINDUCTOR_CACHE_DIR", request.cache_dir):
             run(torch.zeros(request.static_shape, device=request.device))
     except (MedsegError, torch.OutOfMemoryError):
         raise
@@ -250,7 +247,7 @@ def _openvino(network: nn.Module, request: _Request) -> Runner:
         # Not as group norms, on which version 2026.4 crashes for some networks.
         model = openvino.convert_model(_exported(with_exact_norms(network), request))
         model.reshape(list(request.static_shape))
-        compiled = openvino.Core().compile_model(model, "CPU", config)
+        compiled = openvino_core().compile_model(model, "CPU", config)
     infer = compiled.create_infer_request()
     shape = tuple(compiled.output(0).shape)
 
@@ -266,9 +263,9 @@ def _openvino(network: nn.Module, request: _Request) -> Runner:
 
 
 def _onnxruntime(network: nn.Module, request: _Request) -> Runner:
-    runtime = _imported("onnxruntime", "onnx")
+    runtime = load_engine("onnxruntime", "onnx")
     for needed in ("onnx", "onnxscript"):
-        _imported(needed, "onnx")
+        load_engine(needed, "onnx")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_ALL
@@ -351,41 +348,3 @@ def _as_float(output: Any) -> Any:
 def _reason(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}".rstrip(":. ")
-
-
-def _imported(name: str, extra: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise RequestError(f'This back end needs {name}: pip install "medseg[{extra}]".') from error
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the warnings and log lines of exporters and compilers: nothing in them is for a user."""
-    noisy = [logging.getLogger(name) for name in ("torch", "torch.onnx", "onnxscript", "onnx_ir", "openvino")]
-    levels = [log.level for log in noisy]
-    try:
-        for log in noisy:
-            log.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for log, level in zip(noisy, levels, strict=True):
-            log.setLevel(level)
-
-
-@contextmanager
-def _environment(name: str, value: Path | str | None) -> Iterator[None]:
-    """Set an environment variable for a while; None leaves it as it is."""
-    before = os.environ.get(name)
-    try:
-        if value is not None:
-            os.environ[name] = str(value)
-        yield
-    finally:
-        if value is not None:
-            os.environ.pop(name, None)
-            if before is not None:
-                os.environ[name] = before

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import monai.inferers
 import torch
 
-from medseg.errors import RequestError, SizeError
+from medseg.errors import RequestError, SizeError, by
 from medseg.inferers.results import plain, with_metadata
 from medseg.networks.options import check_choice
 from medseg.networks.sizes import ValidSizes
@@ -171,8 +171,8 @@ class _Tiling:
         expected = tuple(size - 2 * lost for size, lost in zip(self.tile, self.margin, strict=True))
         if len(shape) != len(expected) + 2 or shape[0] != tiles or tuple(shape[2:]) != expected:
             raise SizeError(
-                f"{tiles} tile(s) of {_by(self.tile)} with a margin of {_by(self.margin)} should become {tiles} "
-                f"result(s) of {_by(expected)}, and the network gave a tensor of shape {tuple(shape)}. The margin must "
+                f"{tiles} tile(s) of {by(self.tile)} with a margin of {by(self.margin)} should become {tiles} "
+                f"result(s) of {by(expected)}, and the network gave a tensor of shape {tuple(shape)}. The margin must "
                 "be what the network takes off each side; for padded networks use SlidingWindowInferer."
             )
 
@@ -197,7 +197,7 @@ def _check_tile(tile: Sequence[int], sizes: ValidSizes) -> None:
         for axis, (size, legal, lost) in enumerate(zip(tile, near, sizes.shrink, strict=True))
         if size not in legal
     ]:
-        raise SizeError(f"tile_size {_by(tile)} does not fit the pooling of this network: {', '.join(faults)}.")
+        raise SizeError(f"tile_size {by(tile)} does not fit the pooling of this network: {', '.join(faults)}.")
 
 
 def _covering(image: Sequence[int], sizes: ValidSizes) -> list[int]:
@@ -246,7 +246,3 @@ def _per_axis(option: str, value: Sequence[int] | int, dims: int) -> tuple[int, 
     if len(given) != dims or min(given, default=0) < (option != "margin"):
         raise SizeError(f"{option}={value} does not fit {dims} spatial axes: give one number, or {dims} of them.")
     return given
-
-
-def _by(size: Sequence[int]) -> str:
-    return "x".join(map(str, size))

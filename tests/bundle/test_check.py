@@ -32,7 +32,6 @@ def test_the_bundles_that_every_run_tries_out_are_of_both_kinds() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.openvino
 @pytest.mark.parametrize(
     "bundle",
     [pytest.param(one, id=one.name, marks=() if one.name in EVERY_RUN else pytest.mark.full_check) for one in SHIPPED],

@@ -119,6 +119,28 @@ def test_openvino_in_bfloat16_stays_near_float32() -> None:
         assert deviation(runner(windows), subject(windows)) < 0.1
 
 
+def test_signals_reach_a_process_that_has_let_two_openvino_networks_go() -> None:
+    pytest.importorskip("openvino", reason="needs openvino")
+    code = """
+import faulthandler, gc, os, signal
+import torch
+from medseg.inferers.backends import accelerate
+from medseg.networks import UNet
+faulthandler.enable()
+signal.signal(signal.SIGCHLD, lambda *_: print("heard"))
+runners = [
+    accelerate(UNet(2, 1, 2, features=(4, 8)).eval(), backend="openvino", window_shape=(1, 1, 16, 16))
+    for _ in range(2)
+]
+while runners:
+    del runners[0]
+    gc.collect()
+os.kill(os.getpid(), signal.SIGCHLD)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.split()) == (0, ["heard"]), done.stderr
+
+
 def test_openvino_does_not_report_its_use() -> None:
     pytest.importorskip("openvino_telemetry", reason="needs openvino-telemetry")
     code = """
@@ -280,7 +302,6 @@ def test_a_network_that_cannot_be_exported_is_named_with_the_reason(backend) -> 
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.openvino
 def test_windows_of_another_size_are_refused_by_an_engine() -> None:
     pytest.importorskip("openvino", reason="needs openvino")
     runner = accelerate(tiny(), backend="openvino", window_shape=(1, 1, 16, 16, 16))
