@@ -16,7 +16,6 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,10 +24,11 @@ from typing import Any
 
 import numpy as np
 from budget import nnunet
+from budget.calls import call
 from budget.table import render
 from budget.tasks import TASKS, Task
 from side_by_side.machine import describe
-from side_by_side.settings import RESULTS, ROOT, environment, nnunet_python
+from side_by_side.settings import RESULTS, environment, nnunet_python
 from side_by_side.work import children_cpu, install_nnunet, say, threads_here
 
 CONTESTANTS = ("nnunet", "monai", "medseg")
@@ -80,7 +80,8 @@ def _run(task: Task, name: str, seed: int, run: Path, options: argparse.Namespac
 
 def _monai(request: dict[str, Any], run: Path) -> dict[str, Any]:
     (run / "request.json").write_text(json.dumps(request), encoding="utf-8")
-    _call([sys.executable, "-W", "ignore", "-m", "budget.monai_script", run / "request.json"], request)
+    own = environment(request["threads"], tuned_memory=True)
+    call([sys.executable, "-W", "ignore", "-m", "budget.monai_script", run / "request.json"], own)
     facts: dict[str, Any] = json.loads((run / "partial.json").read_text(encoding="utf-8"))
     return facts
 
@@ -88,13 +89,14 @@ def _monai(request: dict[str, Any], run: Path) -> dict[str, Any]:
 def _medseg(task: Task, request: dict[str, Any], run: Path) -> dict[str, Any]:
     """Plan for the wall time in which all threads use up the budget, then train what was planned, as it is."""
     bundle, medseg = run / task.bundle, [sys.executable, "-m", "medseg"]
+    own = environment(request["threads"], tuned_memory=True)
     seconds = int(request["cpu_seconds"] / request["threads"])
-    _call([*medseg, "plan", task.root, "-o", bundle, "--network", "unet", "--budget", f"{seconds}s"], request)
+    call([*medseg, "plan", task.root, "-o", bundle, "--network", "unet", "--budget", f"{seconds}s"], own)
     before, started = children_cpu(), time.perf_counter()
-    _call([*medseg, "train", bundle, "--data", task.root, "--set", f"seed={request['seed']}"], request)
+    call([*medseg, "train", bundle, "--data", task.root, "--set", f"seed={request['seed']}"], own)
     used, wall = children_cpu() - before, time.perf_counter() - started
     images = [case["image"] for case in task.cases("val")]
-    _call([*medseg, "predict", bundle, *images, "-o", run / "masks"], request)
+    call([*medseg, "predict", bundle, *images, "-o", run / "masks"], own)
     config = json.loads((bundle / "configs" / "train.json").read_text(encoding="utf-8"))
     steps = config.get("steps_per_epoch") or -(-len(request["train"]) // config["batch_size"])
     manifest = json.loads((bundle / "runs" / "train" / "manifest.json").read_text(encoding="utf-8"))
@@ -107,14 +109,6 @@ def _medseg(task: Task, request: dict[str, Any], run: Path) -> dict[str, Any]:
         "cpu_s": used,
         "train_s": wall,
     }
-
-
-def _call(command: list[Any], request: dict[str, Any]) -> None:
-    own = {**os.environ, **environment(request["threads"], tuned_memory=True)}
-    words = [str(word) for word in command]
-    done = subprocess.run(words, env=own, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(words[:5])} ended with {done.returncode}:\n{(done.stdout + done.stderr)[-3000:]}")
 
 
 def _record(task: Task, options: argparse.Namespace) -> dict[str, Any]:

@@ -12,10 +12,12 @@
     │   └── GeometryError         its place in space is undefined or contradictory
     └── SizeError             an array does not fit a network (also a ValueError)
 
-Each message says what was found, what was expected and what to do.
+Each message says what was found, what was expected and what to do; `by` writes the sizes in it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 __all__ = [
     "BundleError",
@@ -27,6 +29,7 @@ __all__ = [
     "SizeError",
     "UntrustedBundleError",
     "WeightsError",
+    "by",
 ]
 
 
@@ -70,3 +73,8 @@ class SizeError(MedsegError, ValueError):
     """An array's size does not fit the network it was given to."""
 
     exit_code = 2
+
+
+def by(size: Sequence[int]) -> str:
+    """Return a size as messages show it: `(48, 64, 48)` is 48x64x48."""
+    return "x".join(map(str, size))

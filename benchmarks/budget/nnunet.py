@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from side_by_side.settings import environment
+
+from budget.calls import call
 
 if TYPE_CHECKING:
     from budget.tasks import Task
@@ -21,7 +21,7 @@ def run(task: Task, request: dict[str, Any], work: Path, python: Path) -> dict[s
     _prepare(task, request, work, python, own)
     tool = [python, Path(__file__).with_name("nnunet_tool.py")]
     results = work / "results" / str(request["seed"]) / _folder(task)
-    _call([*tool, "train", task.number, task.configuration, "0", "-tr", "nnUNetTrainerBudget", "-device", "cpu"], own)
+    call([*tool, "train", task.number, task.configuration, "0", "-tr", "nnUNetTrainerBudget", "-device", "cpu"], own)
     trained = next(results.rglob("fold_0"))
     given, masks = work / "given", Path(request["masks"])
     shutil.rmtree(given, ignore_errors=True)
@@ -31,7 +31,7 @@ def run(task: Task, request: dict[str, Any], work: Path, python: Path) -> dict[s
     names = ["-d", task.number, "-c", task.configuration, "-f", "0", "-tr", "nnUNetTrainerBudget"]
     # Without mirroring, as the others predict.
     calm = ["--disable_tta", "-device", "cpu", "-npp", "1", "-nps", "1"]
-    _call([*tool, "predict", "-i", given, "-o", masks, *names, "-chk", "checkpoint_final.pth", *calm], own)
+    call([*tool, "predict", "-i", given, "-o", masks, *names, "-chk", "checkpoint_final.pth", *calm], own)
     facts: dict[str, Any] = json.loads((trained / "facts.json").read_text(encoding="utf-8"))
     return facts
 
@@ -78,7 +78,7 @@ def _prepare(task: Task, request: dict[str, Any], work: Path, python: Path, own:
     (raw / "dataset.json").write_text(json.dumps(description), encoding="utf-8")
     # Its planning takes this number for torch's threads, and fails at 0.
     planning = own | {"nnUNet_n_proc_DA": str(request["threads"])}
-    _call(
+    call(
         [python.parent / "nnUNetv2_plan_and_preprocess", "-d", task.number, "-c", task.configuration, "-np", "2"],
         planning,
     )
@@ -92,10 +92,3 @@ def _folder(task: Task) -> str:
 
 def _name(case: dict[str, str]) -> str:
     return Path(case["image"]).name.removesuffix(".nii.gz").removesuffix(".png")
-
-
-def _call(command: list[Any], own: dict[str, str]) -> None:
-    words = [str(word) for word in command]
-    done = subprocess.run(words, env={**os.environ, **own}, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{Path(words[0]).name} ended with {done.returncode}:\n{(done.stdout + done.stderr)[-3000:]}")

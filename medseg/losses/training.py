@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from monai.data import MetaTensor
 from torch import nn
 
-from medseg.errors import RequestError, SizeError
+from medseg.errors import RequestError, SizeError, by
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -53,14 +53,10 @@ class TrainingLoss(nn.Module):
         margin = (self.margin,) * len(size) if isinstance(self.margin, int) else tuple(self.margin)
         if tuple(target.shape[2:]) != tuple(n + 2 * lost for n, lost in zip(size, margin, strict=False)):
             raise SizeError(
-                f"Labels of {_by(target.shape[2:])} do not fit logits of {_by(size)} with a margin of {_by(margin)} on "
+                f"Labels of {by(target.shape[2:])} do not fit logits of {by(size)} with a margin of {by(margin)} on "
                 "each side. The margin must be what the network takes off: 0 for padded networks, see the attribute "
                 "`margin` of unpadded ones."
             )
         for axis, (n, lost) in enumerate(zip(size, margin, strict=False), start=2):
             target = target.narrow(axis, lost, n)
         return target
-
-
-def _by(size: Sequence[int]) -> str:
-    return "x".join(map(str, size))

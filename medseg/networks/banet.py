@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from medseg.errors import RequestError, SizeError
+from medseg.errors import RequestError, SizeError, by
 from medseg.networks.blocks import ConvUnit, activation, checks_apply
 from medseg.networks.resnet import ASPP, BLOCKS, ResNetDilated, load_pretrained, per_axis
 from medseg.networks.sizes import check_image
@@ -255,8 +255,8 @@ class BANet(nn.Module):
         if any(n < m for n, m in zip(size, least, strict=True)):
             nearest = [max(n, m) for n, m in zip(size, least, strict=True)]
             raise SizeError(
-                f"This {name} divides each axis down by {_by(self.step)} and needs two voxels there, an image of "
-                f"{_by(least)} or more; it got {_by(size)}. The nearest size that fits is {_by(nearest)}: pad the "
+                f"This {name} divides each axis down by {by(self.step)} and needs two voxels there, an image of "
+                f"{by(least)} or more; it got {by(size)}. The nearest size that fits is {by(nearest)}: pad the "
                 "image, or give smaller strides."
             )
         if self.aspp is not None:
@@ -277,10 +277,10 @@ class BANet(nn.Module):
             logger.warning(
                 "An image of %s leaves this %s a deepest map of %s, on which the ASPP rates %s reach into nothing but "
                 "padding: these branches act like 1^d convolutions. Give larger images, or smaller aspp_rates.",
-                _by(size),
+                by(size),
                 name,
-                _by(deepest),
-                ", ".join(_by(r) for r in wide),
+                by(deepest),
+                ", ".join(by(r) for r in wide),
             )
 
 
@@ -552,7 +552,3 @@ def _rates(
 def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise RequestError(f"{option}={value!r} is not known; choose one of {', '.join(map(repr, choices))}.")
-
-
-def _by(size: Sequence[int]) -> str:
-    return "x".join(map(str, size))

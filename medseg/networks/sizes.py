@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from medseg.errors import SizeError
+from medseg.errors import SizeError, by
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -75,8 +75,8 @@ def check_minimum(size: Sequence[int], minimum: Sequence[int], name: str) -> Non
     if any(n < least for n, least in zip(size, minimum, strict=True)):
         nearest = [max(n, least) for n, least in zip(size, minimum, strict=True)]
         raise SizeError(
-            f"This {name} divides each axis down by {_by(minimum)} and therefore needs at least that many voxels; "
-            f"it got {_by(size)}. The nearest size that fits is {_by(nearest)}: pad the image, or use fewer levels."
+            f"This {name} divides each axis down by {by(minimum)} and therefore needs at least that many voxels; "
+            f"it got {by(size)}. The nearest size that fits is {by(nearest)}: pad the image, or use fewer levels."
         )
 
 
@@ -99,12 +99,12 @@ def check_bottom(x: Tensor, stride: Sequence[int], layers: Iterable[nn.Module], 
         return
     size = tuple(x.shape[2:])
     fits = [
-        _by([2 * s if i == axis else n for i, (n, s) in enumerate(zip(size, stride, strict=True))])
+        by([2 * s if i == axis else n for i, (n, s) in enumerate(zip(size, stride, strict=True))])
         for axis in range(len(size))
     ]
     ways = "" if isinstance(layer, _InstanceNorm) else ", or give a batch of two or more"
     raise SizeError(
-        f"An input of {_by(size)} leaves this {name} a single voxel at its deepest level, over which "
+        f"An input of {by(size)} leaves this {name} a single voxel at its deepest level, over which "
         f"{type(layer).__name__} has no variance (batch of {x.shape[0]}). The nearest sizes that fit are "
         f"{' or '.join(fits)}: pad the image, use fewer levels{ways}."
     )
@@ -185,10 +185,6 @@ class ValidSizes:
             if n not in legal
         )
         raise SizeError(
-            f'This {name} has padding="valid" and cannot use {_by(size)}: {rules}. Pad or crop the image to one of '
+            f'This {name} has padding="valid" and cannot use {by(size)}: {rules}. Pad or crop the image to one of '
             f'these sizes, run it in tiles, or build the network with padding="same".'
         )
-
-
-def _by(size: Sequence[int]) -> str:
-    return "x".join(map(str, size))

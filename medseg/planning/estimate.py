@@ -1,7 +1,7 @@
 """What a training step of a network takes, counted without running it: the same on every machine.
 
-The network runs on tensors that have a shape and no content. Counted are the tensors that its backward pass keeps, the
-multiplications, and the largest tensor, of which convolutions make copies while they work.
+The network runs on tensors that have a shape and no content. Counted are the tensors that its backward pass keeps, and
+the largest tensor, of which convolutions make copies while they work.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from medseg import networks
 
@@ -40,12 +39,10 @@ class Cost:
 
     Attributes:
         parameters: number of weights.
-        macs: multiplications and additions of a forward pass, in pairs.
         memory: bytes of weights, optimizer, activations, gradients and loss at the peak.
     """
 
     parameters: int
-    macs: int
     memory: int
 
 
@@ -79,11 +76,11 @@ def _count(network_def: str, patch: tuple[int, ...], batch: int) -> Cost:
         weights = list(network.parameters())
         own = {weight.untyped_storage()._cdata for weight in weights}
         image = torch.empty(batch, arguments["in_channels"], *patch)
-        with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             output = network.forward_train(image)
         logits = output["logits"].numel() * (1 + len(output.get("aux", ())) + len(output.get("edges", ())))
         activations = sum(size for place, size in kept.items() if place not in own)
         parameters = sum(weight.numel() for weight in weights)
     memory = activations + 4 * parameters * _COPIES_OF_WEIGHTS + largest * _COPIES_OF_LARGEST
     memory += 4 * logits * _COPIES_OF_LOGITS + _WORKSPACE
-    return Cost(parameters, counter.get_total_flops() // 2, memory)
+    return Cost(parameters, memory)

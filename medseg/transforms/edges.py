@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from monai.config import KeysCollection
-from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
 from medseg.losses.boundary import edge_truth
+from medseg.transforms.tensors import plain_tensor, with_metadata
 
 __all__ = ["EdgeTruthd"]
 
@@ -53,7 +53,6 @@ class EdgeTruthd(MapTransform):  # type: ignore[misc]  # MONAI publishes no type
         return case
 
     def _edges(self, label: Any) -> torch.Tensor:
-        values = torch.as_tensor(label)
-        plain = values.as_tensor() if isinstance(values, MetaTensor) else values
-        edges = edge_truth(plain[None], edge_width=self.edge_width, border_is_edge=self.border_is_edge)[0].byte()
-        return MetaTensor(edges).copy_meta_from(label) if isinstance(label, MetaTensor) else edges
+        values = plain_tensor(label)[None]
+        edges = edge_truth(values, edge_width=self.edge_width, border_is_edge=self.border_is_edge)[0].byte()
+        return with_metadata(edges, label)

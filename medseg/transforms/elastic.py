@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from monai.config import KeysCollection
-from monai.data import MetaTensor
 from monai.transforms import MapTransform, RandomizableTransform
 from torch.nn import functional as F
 
 from medseg.errors import RequestError
-from medseg.transforms.sampling import Sampler, one_shape, plain_tensor
+from medseg.transforms.sampling import Sampler
+from medseg.transforms.tensors import one_shape, plain_tensor, with_metadata
 
 __all__ = ["RandElasticd", "check_elastic", "dense_field", "draw_control"]
 
@@ -76,8 +76,7 @@ class RandElasticd(RandomizableTransform, MapTransform):  # type: ignore[misc]  
         self.randomize(len(shape))
         warped = images if self.control is None else self._warped(images, shape, self.control)
         for key, image in warped.items():
-            found = image if key in self.label_keys else image.float()
-            case[key] = MetaTensor(found).copy_meta_from(case[key]) if isinstance(case[key], MetaTensor) else found
+            case[key] = with_metadata(image if key in self.label_keys else image.float(), case[key])
         return case
 
     def _warped(

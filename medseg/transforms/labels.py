@@ -11,6 +11,7 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
 from medseg.errors import CaseError, RequestError
+from medseg.transforms.tensors import plain_tensor, with_metadata
 
 __all__ = ["MapLabelsd"]
 
@@ -61,7 +62,7 @@ class MapLabelsd(MapTransform):  # type: ignore[misc]  # MONAI publishes no type
                 f"{_origin(label, key)} holds the label {_shown(found)}, which the mapping does not name: it knows "
                 f"{', '.join(map(str, sorted(self.mapping)))}. Add the value or 'other' to the mapping."
             )
-        return MetaTensor(mapped).copy_meta_from(label) if isinstance(label, MetaTensor) else mapped
+        return with_metadata(mapped, label)
 
     def _by_table(self, values: torch.Tensor) -> torch.Tensor:
         if not values.numel():
@@ -110,9 +111,7 @@ def _value(key: Any) -> int:
 
 
 def _whole_numbers(label: Any, key: Hashable) -> torch.Tensor:
-    values = torch.as_tensor(label)
-    if isinstance(values, MetaTensor):
-        values = values.as_tensor()
+    values = plain_tensor(label)
     if not values.is_floating_point():
         return values if values.dtype == torch.int64 else values.to(torch.int32)
     wrong = (values != values.round()) | values.isinf()

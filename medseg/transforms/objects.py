@@ -9,13 +9,12 @@ import numpy as np
 import SimpleITK as sitk
 import torch
 from monai.config import KeysCollection
-from monai.data import MetaTensor
 from monai.networks.layers import Pool
 from monai.transforms import MapTransform
 from numpy.typing import NDArray
 
-from medseg.errors import CaseError, RequestError
-from medseg.transforms.sampling import plain_tensor
+from medseg.errors import RequestError
+from medseg.transforms.tensors import single_label, with_metadata
 
 __all__ = ["NumberObjectsd", "filled", "grown", "number_objects", "without_small"]
 
@@ -64,9 +63,9 @@ class NumberObjectsd(MapTransform):  # type: ignore[misc]  # MONAI publishes no 
         case = dict(data)
         for key in self.key_iterator(case):
             if self.enabled:
-                numbers = torch.from_numpy(self._numbered(_classes(case[key], key)).astype(np.int32))[None]
-                label = case[key]
-                case[key] = MetaTensor(numbers).copy_meta_from(label) if isinstance(label, MetaTensor) else numbers
+                classes = np.asarray(single_label(case[key], key).to(torch.int64).numpy())
+                numbers = torch.from_numpy(self._numbered(classes).astype(np.int32))[None]
+                case[key] = with_metadata(numbers, case[key])
         return case
 
     def _numbered(self, classes: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -112,10 +111,3 @@ def grown(objects: NDArray[np.int64], steps: int) -> NDArray[np.int64]:
 
 def _mask(inside: NDArray[np.bool_]) -> sitk.Image:
     return sitk.GetImageFromArray(inside.astype(np.uint8))
-
-
-def _classes(label: Any, key: Hashable) -> NDArray[np.int64]:
-    values = plain_tensor(label).cpu()
-    if values.ndim not in (3, 4) or len(values) != 1:
-        raise CaseError(f"The labels '{key}' have shape {tuple(values.shape)}: expected (1, *spatial) in 2D or 3D.")
-    return np.asarray(values[0].to(torch.int64).numpy())

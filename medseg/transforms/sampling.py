@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
-from monai.data import MetaTensor
 from torch.nn import functional as F
 
-from medseg.errors import CaseError, RequestError
+from medseg.errors import RequestError
 
-__all__ = ["PADDINGS", "Sampler", "check_padding", "cut", "one_shape", "plain_tensor"]
+__all__ = ["PADDINGS", "Sampler", "check_padding", "cut"]
 
 # What lies outside an image: its outermost value, its mirror image (which does not repeat the edge), or a given value.
 PADDINGS = ("border", "reflect", "constant")
@@ -198,25 +197,6 @@ def check_padding(padding: str) -> None:
     """
     if padding not in PADDINGS:
         raise RequestError(f"padding={padding!r} is not known; choose one of {', '.join(map(repr, PADDINGS))}.")
-
-
-def plain_tensor(image: object) -> torch.Tensor:
-    """Return an image or label as a tensor without metadata, on which each operation is several times cheaper."""
-    values = torch.as_tensor(image)
-    return values.as_tensor() if isinstance(values, MetaTensor) else values
-
-
-def one_shape(images: dict[Hashable, torch.Tensor]) -> tuple[int, ...]:
-    """Return the spatial shape that all images `(C, *spatial)` of a case have.
-
-    Raises:
-        CaseError: there are several.
-    """
-    shapes = {key: tuple(image.shape[1:]) for key, image in images.items()}
-    if len(set(shapes.values())) > 1:
-        listed = ", ".join(f"'{key}' {shape}" for key, shape in shapes.items())
-        raise CaseError(f"The entries of a case differ in shape: {listed}. Resample them to one grid first.")
-    return next(iter(shapes.values()))
 
 
 def _axis(places: torch.Tensor, origin: int, length: int, padding: str) -> _Axis:

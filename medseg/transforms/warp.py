@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from medseg.errors import CaseError, RequestError
 from medseg.transforms.elastic import check_elastic, dense_field, draw_control
-from medseg.transforms.sampling import Sampler, check_padding, cut, one_shape, plain_tensor
+from medseg.transforms.sampling import Sampler, check_padding, cut
+from medseg.transforms.tensors import one_shape, plain_tensor
 
 __all__ = ["ClassPlacesd", "RandWarpd"]
 

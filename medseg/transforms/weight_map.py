@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from medseg.errors import CaseError, RequestError
 from medseg.transforms.labels import MapLabelsd
 from medseg.transforms.objects import number_objects
-from medseg.transforms.sampling import plain_tensor
+from medseg.transforms.tensors import plain_tensor, single_label, with_metadata
 
 __all__ = ["BorderWeightMapd", "border_term", "class_balance", "two_nearest"]
 
@@ -239,11 +239,9 @@ def _numbered(values: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _whole_numbers(label: Any, key: Hashable) -> NDArray[np.int64]:
-    values = plain_tensor(label).cpu()
-    if values.ndim not in (3, 4) or len(values) != 1:
-        raise CaseError(f"The label '{key}' has shape {tuple(values.shape)}: expected (1, *spatial) in 2D or 3D.")
-    numbers = values[0].to(torch.int64)
-    if values.numel() and (int(numbers.min()) < 0 or not torch.equal(numbers.to(values.dtype), values[0])):
+    values = single_label(label, key)
+    numbers = values.to(torch.int64)
+    if values.numel() and (int(numbers.min()) < 0 or not torch.equal(numbers.to(values.dtype), values)):
         raise CaseError(f"The label '{key}' holds values that number no object: expected whole numbers from 0 up.")
     return np.asarray(numbers.numpy())
 
@@ -257,5 +255,4 @@ def _spacing(label: Any, dims: int) -> list[float]:
 
 
 def _like(label: Any, values: NDArray[Any]) -> torch.Tensor:
-    found = torch.from_numpy(np.ascontiguousarray(values))
-    return MetaTensor(found).copy_meta_from(label) if isinstance(label, MetaTensor) else found
+    return with_metadata(torch.from_numpy(np.ascontiguousarray(values)), label)

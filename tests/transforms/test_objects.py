@@ -138,5 +138,5 @@ def test_sizes_below_0_are_refused(options: dict[str, int]) -> None:
 
 @pytest.mark.parametrize("shape", [(2, 5, 5), (5, 5), (1, 2, 2, 2, 2)])
 def test_what_is_not_one_channel_of_labels_is_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(CaseError, match="'pred' have shape"):
+    with pytest.raises(CaseError, match="'pred' has shape"):
         number(torch.zeros(shape))
