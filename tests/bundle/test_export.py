@@ -19,6 +19,7 @@ from medseg.bundle import export as exporting
 from medseg.bundle.catalog import Bundle
 from medseg.bundle.export import FORMATS, Exported, export
 from medseg.errors import BundleError, RequestError, UntrustedBundleError, WeightsError
+from medseg.inferers.engines import openvino_core
 from medseg.networks import NETWORKS, small
 from tests.networks.forms import tiny_options
 
@@ -180,8 +181,8 @@ def test_onnx_holds_the_notes_and_no_path_of_this_machine(exported: Callable[[st
 
 
 def test_openvino_holds_the_notes(exported: Callable[[str], Exported]) -> None:
-    openvino = pytest.importorskip("openvino", reason="needs openvino")
-    model = openvino.Core().read_model(exported("openvino").path)
+    pytest.importorskip("openvino", reason="needs openvino")
+    model = openvino_core().read_model(exported("openvino").path)
     notes = json.loads(model.get_rt_info(["medseg", "medseg"]).astype(str))
     assert notes["labels"]["1"] == "small"
 
