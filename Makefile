@@ -1,8 +1,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 LABEL := .venv-label/bin
+DEPLOY := .venv-deploy/bin
 
-.PHONY: demo test check-bundles lint label-environment label-server label-check
+.PHONY: demo test check-bundles lint label-environment label-server label-check deploy-check
 
 # The whole circle on generated phantoms, offline: train, predict, score, picture.
 demo: .venv/installed
@@ -46,4 +47,14 @@ label-environment: .venv-label/installed
 	$(LABEL)/pip install --quiet --constraint constraints-label.txt torch
 	$(LABEL)/pip install --quiet --no-deps --requirement constraints-label.txt
 	$(LABEL)/pip install --quiet --no-deps --editable .
+	touch $@
+
+# The example for MONAI Deploy: DICOM SEG from its application, frame by frame against that of `medseg predict`.
+deploy-check: .venv/installed .venv-deploy/installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/deploy/deploy_check.py
+
+# The SDK brings CUDA packages, so it is no dependency of medseg's.
+.venv-deploy/installed: docs/monai-deploy/constraints.txt
+	test -x $(DEPLOY)/python || $(PYTHON) -m venv .venv-deploy
+	$(DEPLOY)/pip install --quiet --constraint docs/monai-deploy/constraints.txt --editable ".[dicom]" monai-deploy-app-sdk
 	touch $@

@@ -12,13 +12,14 @@ from PIL import Image
 from medseg.bundle.trust import load_json
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
 
     from medseg.bundle.catalog import Bundle
 
-__all__ = ["write_samples"]
+__all__ = ["label_values", "write_case", "write_samples"]
 
 _VOLUME = (44, 60, 40)
 _PICTURE = (96, 80)
@@ -39,19 +40,18 @@ def write_samples(folder: Path, bundle: Bundle, *, cases: int = 3, seed: int = 0
     data_format = bundle.metadata["network_data_format"]
     channels = data_format["inputs"]["image"]["num_channels"]
     spatial_dims = len(data_format["inputs"]["image"]["spatial_shape"])
-    values = _values(bundle)
+    values = label_values(bundle)
     rng = np.random.default_rng(seed)
-    write = _write_volume if spatial_dims == 3 else _write_picture
     pairs = []
     for number in range(cases):
         image, label = _case(rng, spatial_dims, channels, len(values))
-        pairs.append(write(folder, f"case_{number}", image, values[label]))
+        pairs.append(write_case(folder, f"case_{number}", image, values[label]))
     splits = {"training": pairs[:-1], "validation": pairs[-1:], "test": []}
     (folder / "dataset.json").write_text(json.dumps({"name": bundle.name, **splits}), encoding="utf-8")
     return folder
 
 
-def _values(bundle: Bundle) -> NDArray[Any]:
+def label_values(bundle: Bundle) -> NDArray[Any]:
     """Return for each class a value that stands for it in label files."""
     path = bundle.config_path("train")
     mapping: dict[str, int] = load_json(path).get("label_mapping", {}) if path.is_file() else {}
@@ -76,20 +76,31 @@ def _case(
     return image.clip(0, 255), label
 
 
-def _write_volume(folder: Path, name: str, image: NDArray[Any], label: NDArray[Any]) -> dict[str, str]:
-    affine = np.diag([1.0, 1.0, 1.5, 1.0])
-    pair = {"image": f"imagesTr/{name}.nii.gz", "label": f"labelsTr/{name}.nii.gz"}
-    voxels = image[0] if len(image) == 1 else np.moveaxis(image, 0, -1)
-    for part, data in (("image", voxels.astype(np.int16)), ("label", label)):
-        (folder / pair[part]).parent.mkdir(parents=True, exist_ok=True)
-        nibabel.save(nibabel.Nifti1Image(data, affine), folder / pair[part])
-    return pair
+def write_case(
+    folder: Path, name: str, image: NDArray[Any], label: NDArray[Any], *, spacing: Sequence[float] = (1.0, 1.0, 1.5)
+) -> dict[str, str]:
+    """Write a labeled case: a volume as NIfTI, a picture as PNG.
 
+    Args:
+        folder: of the data set; made if missing.
+        name: of the case.
+        image: `(C, *spatial)`, values from 0 to 255 in 2D, of int16 in 3D.
+        label: `(*spatial)`.
+        spacing: mm between the voxels of a volume.
 
-def _write_picture(folder: Path, name: str, image: NDArray[Any], label: NDArray[Any]) -> dict[str, str]:
-    pair = {"image": f"images/{name}.png", "label": f"labels/{name}.png"}
+    Returns:
+        The paths of image and label within the folder, as a list of cases names them.
+    """
+    volume = label.ndim == 3
+    ending = ".nii.gz" if volume else ".png"
+    folders = {"image": "imagesTr", "label": "labelsTr"} if volume else {"image": "images", "label": "labels"}
+    pair = {part: f"{parent}/{name}{ending}" for part, parent in folders.items()}
     pixels = image[0] if len(image) == 1 else np.moveaxis(image, 0, -1)
-    for part, data in (("image", pixels), ("label", label)):
+    for part, values in (("image", pixels), ("label", label)):
         (folder / pair[part]).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(data.astype(np.uint8).swapaxes(0, 1)).save(folder / pair[part])
+        if volume:
+            kept = values.astype(np.int16) if part == "image" else values
+            nibabel.save(nibabel.Nifti1Image(kept, np.diag([*spacing, 1.0])), folder / pair[part])
+        else:
+            Image.fromarray(values.clip(0, 255).astype(np.uint8).swapaxes(0, 1)).save(folder / pair[part])
     return pair

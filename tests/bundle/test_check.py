@@ -11,6 +11,7 @@ import pytest
 from medseg.bundle import check as checking
 from medseg.bundle.catalog import Bundle, shipped_bundles
 from medseg.bundle.check import CHECKS, FULL_CHECKS, Outcome, check_bundle, examine
+from tests.bundle.shipped import shipped
 
 SHIPPED = shipped_bundles()
 
@@ -32,10 +33,7 @@ def test_the_bundles_that_every_run_tries_out_are_of_both_kinds() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "bundle",
-    [pytest.param(one, id=one.name, marks=() if one.name in EVERY_RUN else pytest.mark.full_check) for one in SHIPPED],
-)
+@pytest.mark.parametrize("bundle", shipped(EVERY_RUN))
 def test_every_shipped_bundle_passes_the_full_checks(bundle: Bundle) -> None:
     before = {path: path.stat().st_mtime_ns for path in bundle.root.rglob("*") if "runs" not in path.parts}
     found = examine(bundle, full=True)

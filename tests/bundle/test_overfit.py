@@ -13,15 +13,15 @@ import math
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from PIL import Image
 
 from medseg.bundle import api
 from medseg.bundle.build import build
-from medseg.bundle.catalog import Bundle, merged, shipped_bundles
+from medseg.bundle.catalog import Bundle, merged
+from medseg.bundle.samples import label_values, write_case
+from tests.bundle.shipped import shipped
 
 SIDE = {2: 96, 3: 32}
 WIDTH = 8
@@ -52,15 +52,13 @@ def _divided(width: Any, factor: int) -> Any:
     return [n // factor for n in width] if isinstance(width, list) else width // factor
 
 
-def write_cases(folder: Path, config: dict[str, Any]) -> None:
+def write_cases(folder: Path, bundle: Bundle, config: dict[str, Any]) -> None:
     """Write two labeled images as the bundle expects them, for training, and copies of both for validation."""
-    pairs = []
+    values, pairs = label_values(bundle), []
     for name in ("one", "two", "one_again", "two_again"):
         classes = blobs(config, seed=name.startswith("two"))
         image = brightness(classes, config)
-        values = np.array([_value_of(number, config["label_mapping"]) for number in range(config["out_channels"])])
-        write = _write_volume if config["spatial_dims"] == 3 else _write_picture
-        pairs.append(write(folder, name, image, values[classes], config))
+        pairs.append(write_case(folder, name, image, values[classes], spacing=config.get("spacing", ())))
     splits = {"training": pairs[:2], "validation": pairs[2:]}
     (folder / "dataset.json").write_text(json.dumps(splits), encoding="utf-8")
 
@@ -90,31 +88,6 @@ def brightness(classes: NDArray[np.intp], config: dict[str, Any]) -> NDArray[np.
     return low + (high - low) * noisy
 
 
-def _value_of(index: int, mapping: dict[str, int]) -> int:
-    """Return a value that the bundle's mapping takes for a class."""
-    named = [int(value) for value, found in mapping.items() if found == index and value != "other"]
-    return named[0] if named else max(0, *(int(value) for value in mapping if value != "other")) + 1
-
-
-def _write_volume(folder: Path, name: str, image: Any, label: Any, config: dict[str, Any]) -> dict[str, str]:
-    affine = np.diag([*config["spacing"], 1.0])
-    pair = {"image": f"imagesTr/{name}.nii.gz", "label": f"labelsTr/{name}.nii.gz"}
-    voxels = image[0] if len(image) == 1 else np.moveaxis(image, 0, -1)
-    for path, data in ((pair["image"], voxels.astype(np.int16)), (pair["label"], label.astype(np.uint8))):
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        nib.save(nib.Nifti1Image(data, affine), folder / path)
-    return pair
-
-
-def _write_picture(folder: Path, name: str, image: Any, label: Any, config: dict[str, Any]) -> dict[str, str]:
-    pair = {"image": f"images/{name}.png", "label": f"labels/{name}.png"}
-    pixels = image[0] if len(image) == 1 else np.moveaxis(image, 0, -1)
-    for path, data in ((pair["image"], pixels.clip(0, 255)), (pair["label"], label)):
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(data.astype(np.uint8)).save(folder / path)
-    return pair
-
-
 def short_training(config: dict[str, Any]) -> dict[str, Any]:
     """Return the knobs of a training of a few dozen steps, of those that the bundle has."""
     dims = config["spatial_dims"]
@@ -142,16 +115,10 @@ def short_training(config: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "bundle",
-    [
-        pytest.param(one, id=one.name, marks=() if one.name in EVERY_RUN else pytest.mark.full_check)
-        for one in shipped_bundles()
-    ],
-)
+@pytest.mark.parametrize("bundle", shipped(EVERY_RUN))
 def test_a_shipped_bundle_learns_two_images_by_heart(bundle: Bundle, tmp_path: Path) -> None:
     narrow = narrow_copy(bundle, tmp_path)
     config = merged(narrow.load_configs("train"))
-    write_cases(tmp_path / "data", config)
+    write_cases(tmp_path / "data", narrow, config)
     manifest = api.train(narrow.root, tmp_path / "data", settings=short_training(config))
     assert manifest.validations[-1]["val_mean_dice"] > LEARNED
