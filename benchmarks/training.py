@@ -31,7 +31,7 @@ from side_by_side.machine import describe
 from side_by_side.settings import RESULTS, environment, nnunet_python
 from side_by_side.work import children_cpu, install_nnunet, say, threads_here
 
-CONTESTANTS = ("nnunet", "monai", "medseg")
+CONTESTANTS = ("nnunet", "monai", "monai-plain", "medseg")
 DRAWS = 10_000
 
 
@@ -61,6 +61,7 @@ def _run(task: Task, name: str, seed: int, run: Path, options: argparse.Namespac
         "task": task.name,
         "seed": seed,
         "threads": options.threads,
+        "augment": name != "monai-plain",
         "cpu_seconds": options.cpu_seconds,
         "masks": str(run / "masks"),
         "facts": str(run / "partial.json"),
@@ -72,7 +73,7 @@ def _run(task: Task, name: str, seed: int, run: Path, options: argparse.Namespac
             install_nnunet(options.work)
         facts = nnunet.run(task, request, options.work / "nnunet_work", nnunet_python(options.work))
     else:
-        facts = _monai(request, run) if name == "monai" else _medseg(task, request, run)
+        facts = _medseg(task, request, run) if name == "medseg" else _monai(request, run)
     facts |= {"all_cpu_s": children_cpu() - before, "all_s": time.perf_counter() - started, "load_before": load}
     (run / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
     say(f"{task.name}: {name}, seed {seed}: {facts['iterations']} steps, {facts['cpu_s']:.0f} CPU s")

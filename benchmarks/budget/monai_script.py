@@ -69,11 +69,9 @@ def _channel(task: Task, key: str) -> Any:
 
 
 def _vary(task: Task) -> list[Any]:
-    cut = []
-    if task.pictures:
-        cut = [RandSpatialCropd(KEYS, task.patch), *(RandFlipd(KEYS, prob=0.5, spatial_axis=axis) for axis in (0, 1))]
+    flips = [RandFlipd(KEYS, prob=0.5, spatial_axis=axis) for axis in (0, 1)] if task.pictures else []
     return [
-        *cut,
+        *flips,
         RandAffined(
             KEYS,
             prob=0.5,
@@ -90,7 +88,9 @@ def _vary(task: Task) -> list[Any]:
 
 
 def _train(network: Any, task: Task, request: dict[str, Any]) -> tuple[int, float]:
-    transform = Compose([*_load(task, *KEYS), SpatialPadd(KEYS, task.patch), *_vary(task)])
+    cut = RandSpatialCropd(KEYS, task.patch)
+    varied = _vary(task) if request["augment"] else []
+    transform = Compose([*_load(task, *KEYS), SpatialPadd(KEYS, task.patch), cut, *varied])
     cases = CacheDataset(request["train"], transform, progress=False)
     loader = DataLoader(cases, batch_size=task.batch, shuffle=True, drop_last=True)
     loss = DiceCELoss(softmax=True, to_onehot_y=True)

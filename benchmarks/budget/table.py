@@ -10,7 +10,12 @@ from side_by_side.pages import commit_of, replace_between, table
 
 __all__ = ["render"]
 
-_TITLES = {"nnunet": "nnU-Net 2", "monai": "MONAI script", "medseg": "medseg, planned"}
+_TITLES = {
+    "nnunet": "nnU-Net 2",
+    "monai": "MONAI script",
+    "monai-plain": "MONAI script, plain",
+    "medseg": "medseg, planned",
+}
 
 
 def render(results: Path, page: Path) -> None:
