@@ -201,11 +201,11 @@ class _FoldRun:
                 devices=devices,
                 resume=resume and _has_state(self.target),
                 overwrite=True,
-                report=self._told("fold"),
+                report=self._told("epochs"),
             )
         if not (trained and is_scored(self.target)):
             scored = {name: value for name, value in self.values.items() if name != "recipe"}
-            api.evaluate(self.target.root, self.data, settings=scored, report=self._told("scoring fold"))
+            api.evaluate(self.target.root, self.data, settings=scored, report=self._told("scored cases"))
 
     def is_trained(self) -> bool:
         """Tell whether an earlier run has finished this fold, with the same settings.
@@ -233,13 +233,13 @@ class _FoldRun:
                     "--output"
                 )
 
-    def _told(self, what: str) -> Report | None:
+    def _told(self, counted: str) -> Report | None:
         if self.report is None:
             return None
         report = self.report
 
         def tell(done: float, total: int, note: str) -> None:
-            report(done, total, f"{what} {self.number} of {self.count}: {note}")
+            report(done, total, f"{counted} of fold {self.number} of {self.count}: {note}")
 
         return tell
 

@@ -47,7 +47,7 @@ def progress(unit: str) -> Iterator[Callable[[float, int, str], None]]:
     """Show a bar with the time left in a terminal, or a line now and then in a log.
 
     Args:
-        unit: what is counted, in the plural.
+        unit: what is counted, in the plural; "" where the notes say it, since it changes on the way.
     """
     if errors.is_terminal:
         with Progress(
@@ -63,7 +63,9 @@ def progress(unit: str) -> Iterator[Callable[[float, int, str], None]]:
             task = bar.add_task("starting", total=None, count="")
 
             def show(done: float, total: int, note: str) -> None:
-                bar.update(task, completed=done, total=total, description=note, count=f"{int(done)}/{total} {unit}")
+                bar.update(
+                    task, completed=done, total=total, description=note, count=f"{int(done)}/{total} {unit}".rstrip()
+                )
 
             yield show
     else:
@@ -75,18 +77,22 @@ class _Lines:
 
     def __init__(self, unit: str) -> None:
         self.unit = unit
-        self.start: tuple[float, float] | None = None
+        self.start = (time.monotonic(), 0.0)
+        self.last = (-1.0, 0)
         self.printed = time.monotonic()
 
     def __call__(self, done: float, total: int, note: str) -> None:
         now = time.monotonic()
-        if self.start is None:
+        if done < self.last[0] or total != self.last[1]:
+            # Something else is counted now, or for the first time
             self.start = (now, done)
+        self.last = (done, total)
         if now - self.printed < _SECONDS_BETWEEN_LINES:
             return
         self.printed = now
         since, first = self.start
         speed = (done - first) / (now - since) if now > since else 0.0
         left = f", about {(total - done) / speed / 60:.1f} min left" if speed else ""
-        sys.stderr.write(f"{done:.1f}/{total} {self.unit}, {note}{left}\n")
+        counted = ", ".join(filter(None, (self.unit, note)))
+        sys.stderr.write(f"{done:.1f}/{total} {counted}{left}\n")
         sys.stderr.flush()

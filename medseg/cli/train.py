@@ -65,7 +65,7 @@ def train(
     if trust is not None:
         raise RequestError("--folds trains copies, for which --trust vouches not: take a declarative bundle")
     count = _FOLDS if fold_count is None else fold_count
-    with progress("epochs") as report:
+    with progress("") as report:
         scores = folds.cross_validate(bundle, data, out, folds=count, fold=fold, report=report, **options)
     _tell_folds(scores, out)
     raise typer.Exit(1 if scores is not None and scores.failed else 0)
