@@ -31,8 +31,8 @@ _VALIDATION_SHARE = 0.1
 _VALIDATIONS = 10
 _STEPS = 6000
 _EPOCHS = (40, 1000)
-_NEEDED_EPOCHS = 40
-_NEEDED_STEPS = (2000, 5000)
+_NEEDED_EPOCHS = 20
+_NEEDED_STEPS = (1500, 5000)
 # Shorter epochs spend their time on what is done once an epoch.
 _FEWEST_STEPS = 25
 _STEPS_OF_FEW = 50

@@ -56,8 +56,8 @@ def test_a_user_sets_epochs() -> None:
 
 
 def test_needed_steps_are_bounded() -> None:
-    assert needed_steps(1) == 2000
-    assert needed_steps(80) == 3200
+    assert needed_steps(1) == 1500
+    assert needed_steps(80) == 1600
     assert needed_steps(1000) == 5000
 
 
