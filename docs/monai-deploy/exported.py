@@ -67,7 +67,8 @@ def find_series(folder: Path) -> Series:
     Localizers, DICOM SEG and the like may lie beside it.
 
     Raises:
-        CaseError: there is no image series, or several, or it is damaged.
+        RequestError: there is no image.
+        CaseError: there are several series, or the one is damaged.
         GeometryError: slices are missing, uneven or sheared, or the SDK would place it elsewhere.
     """
     cases = find_cases(folder)
