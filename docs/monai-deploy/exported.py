@@ -64,8 +64,6 @@ def read_exported(path: Path) -> Exported:
 def find_series(folder: Path) -> Series:
     """Return the one series in a folder, after checking that the SDK places it rightly.
 
-    Localizers, DICOM SEG and the like may lie beside it.
-
     Raises:
         RequestError: there is no image.
         CaseError: there are several series, or the one is damaged.
