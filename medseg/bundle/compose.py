@@ -193,6 +193,7 @@ def _constants(template: Config, bundle: Config) -> Config:
         "out_channels": len(bundle["labels"]),
         "label_mapping": mapping,
         "label_names": _label_names(bundle["labels"], mapping),
+        "mask_labels": {key: name for key, name in bundle["labels"].items() if key != "0"},
     }
 
 

@@ -22,6 +22,7 @@ from medseg.bundle.samples import write_samples
 from medseg.errors import RequestError, UntrustedBundleError, WeightsError
 from medseg.files import sha256_file
 from medseg.io import find_cases, find_dataset
+from tests.deploy.deploy_check import write_series
 
 
 def _predict(bundle: Bundle, images: Any, output: Path, resume: bool = False, **settings: Any) -> Any:
@@ -167,6 +168,15 @@ def test_monai_and_medseg_train_the_same_weights_and_find_the_same_dice(
     )
     (record,) = manifest.cases.values()
     assert f"val_mean_dice: {record.metrics['mean']:.4f}" in log
+
+
+def test_segments_of_dicom_bear_the_names_of_the_bundles_labels(trained: Bundle, tmp_path: Path) -> None:
+    pydicom = pytest.importorskip("pydicom", reason="needs pydicom")
+    pytest.importorskip("highdicom", reason="needs highdicom")
+    write_series(np.arange(24 * 20 * 16).reshape(24, 20, 16), np.diag([2.0, 2.0, 2.0, 1.0]), tmp_path / "series")
+    _predict(trained, tmp_path / "series", tmp_path / "masks", output_format="dicom-seg")
+    (written,) = (tmp_path / "masks").glob("*.dcm")
+    assert [item.SegmentLabel for item in pydicom.dcmread(written).SegmentSequence] == ["small", "large"]
 
 
 def test_a_failing_case_is_reported_and_the_others_go_on(trained: Bundle, tmp_path: Path) -> None:

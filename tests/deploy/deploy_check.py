@@ -207,9 +207,10 @@ def compare(bundle: str | Path, model: Path, series: Path, place: Path) -> tuple
     run(MEDSEG, "predict", bundle, series, "-o", place / "medseg", "--format", "dicom-seg", "--device", "cpu")
     (wanted,) = (place / "medseg").glob("*.dcm")
     names = json.loads(notes(model)["medseg.json"])["labels"]
-    a, b = segmentation(written, names), segmentation(wanted, names)
+    a, b = segmentation(written), segmentation(wanted)
     hold(b.voxels > 0, f"`medseg predict` found {b.voxels:,} voxels")
-    hold(list(a.labels.values()) == [names[n] for n in sorted(names) if n != "0"], f"segments: {a.labels}")
+    hold(list(a.labels.values()) == [names[n] for n in sorted(names, key=int) if n != "0"], f"segments: {a.labels}")
+    hold(a.labels == b.labels, "those of `medseg predict` bear the same names")
     hold(a.series == b.series, "both refer to the same series")
     shared = a.places.keys() & b.places.keys()
     apart = max(float(np.abs(np.subtract(a.places[key], b.places[key])).max()) for key in shared)
@@ -221,12 +222,10 @@ def compare(bundle: str | Path, model: Path, series: Path, place: Path) -> tuple
     return different, b.voxels
 
 
-def segmentation(path: Path, names: dict[str, str]) -> Segmentation:
+def segmentation(path: Path) -> Segmentation:
     """Read a DICOM SEG frame by frame."""
     header = pydicom.dcmread(path)
     labels = {int(item.SegmentNumber): str(item.SegmentLabel) for item in header.SegmentSequence}
-    # `medseg predict` calls labels without a name by their number
-    terms = {number: names.get(label.removeprefix("label "), label) for number, label in labels.items()}
     bits = np.unpackbits(np.frombuffer(header.PixelData, np.uint8), bitorder="little")
     planes: dict[tuple[str, str], NDArray[np.bool_]] = {}
     places: dict[tuple[str, str], tuple[float, ...]] = {}
@@ -234,7 +233,7 @@ def segmentation(path: Path, names: dict[str, str]) -> Segmentation:
     for number, frame in enumerate(header.PerFrameFunctionalGroupsSequence):
         plane = bits[number * size : (number + 1) * size].reshape(header.Rows, header.Columns).astype(bool)
         source = frame.DerivationImageSequence[0].SourceImageSequence[0].ReferencedSOPInstanceUID
-        key = (terms[int(frame.SegmentIdentificationSequence[0].ReferencedSegmentNumber)], str(source))
+        key = (labels[int(frame.SegmentIdentificationSequence[0].ReferencedSegmentNumber)], str(source))
         if plane.any():
             planes[key] = plane
             places[key] = place_of(header, frame)
