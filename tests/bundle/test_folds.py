@@ -211,7 +211,8 @@ def test_a_cross_validation_trains_scores_and_averages(
     assert sorted(row["case"] for row in table["cases"]) == [f"case_{n}.nii.gz" for n in range(4)]
     for row in table["cases"]:
         assert row["case"].split(".")[0] in listed["folds"][row["fold"]]["val"]
-    assert any(note.startswith("fold 1 of 2: ") for note in told)
+    assert any(note.startswith("epochs of fold 1 of 2: ") for note in told)
+    assert any(note.startswith("scored cases of fold 1 of 2: ") for note in told)
     together = find_bundle(out)
     assert together.label_names == bundle.label_names
     case = find_dataset(data, "val")[0]
