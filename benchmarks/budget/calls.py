@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,12 +12,12 @@ __all__ = ["call"]
 
 
 def call(command: Sequence[Any], own: Mapping[str, str]) -> None:
-    """Run a command, with variables of its own beside those of this process.
+    """Run a command in an environment, which is whole as `side_by_side.settings.environment` makes it.
 
     Raises:
         SystemExit: it failed; with the end of what it said.
     """
     words = [str(word) for word in command]
-    done = subprocess.run(words, env={**os.environ, **own}, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(words, env=dict(own), cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(words[:5])} ended with {done.returncode}:\n{(done.stdout + done.stderr)[-3000:]}")

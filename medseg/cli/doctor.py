@@ -10,7 +10,7 @@ import typer
 
 from medseg.bundle.catalog import find_bundle, merged
 from medseg.cli.console import errors, output, progress
-from medseg.errors import RequestError
+from medseg.errors import RequestError, by
 from medseg.files import replace_text
 from medseg.io.dicom.marks import split_series
 
@@ -141,7 +141,7 @@ def _row(name: str, part: str, image: FileFacts | None, label: FileFacts | None,
         escape(name),
         part,
         image.format,
-        "x".join(str(size) for size in image.shape) + (f" ({image.channels})" if image.channels > 1 else ""),
+        by(image.shape) + (f" ({image.channels})" if image.channels > 1 else ""),
         "x".join(f"{step:.3g}" for step in image.spacing),
         image.orientation,
         image.dtype,

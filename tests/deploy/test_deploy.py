@@ -6,7 +6,6 @@ import importlib.util
 import json
 import re
 import shutil
-import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
@@ -22,8 +21,8 @@ from medseg.bundle.export import export
 from medseg.errors import CaseError, GeometryError, MedsegError, RequestError, UntrustedBundleError
 from tests.conftest import TINY
 from tests.deploy.deploy_check import write_series
+from tests.environments import ROOT, pinned, run_script
 
-ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "docs" / "monai-deploy"
 Notes = dict[str, Any]
 
@@ -154,12 +153,7 @@ def test_pixels_that_the_sdk_would_turn_by_90_degrees_are_refused(tmp_path: Path
 
 
 def test_every_line_of_the_environment_is_one_exact_version_and_those_of_medseg_are_its_own() -> None:
-    def versions(path: Path) -> dict[str, str]:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
-        assert [line for line in lines if not re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][0-9A-Za-z.]*", line)] == []
-        return {re.sub(r"[-_.]+", "-", line.partition("==")[0]).lower(): line.partition("==")[2] for line in lines}
-
-    own, common = versions(EXAMPLE / "constraints.txt"), versions(ROOT / "constraints.txt")
+    own, common = pinned(EXAMPLE / "constraints.txt"), pinned(ROOT / "constraints.txt")
     assert {"monai-deploy-app-sdk", "holoscan-cu13", "monai", "torch", "highdicom", "pydicom"} <= set(own)
     compared = {"monai", "torch", "numpy", "pydicom", "highdicom", "nibabel", "simpleitk"}
     assert {name: own[name] for name in compared} == {name: common[name] for name in compared}
@@ -168,9 +162,5 @@ def test_every_line_of_the_environment_is_one_exact_version_and_those_of_medseg_
 @pytest.mark.slow
 @pytest.mark.full_check
 def test_the_application_writes_the_voxels_of_predict() -> None:
-    if not (ROOT / ".venv-deploy" / "installed").is_file():
-        pytest.skip("MONAI Deploy's environment is not set up here: run `make deploy-check`")
     script = ROOT / "tests" / "deploy" / "deploy_check.py"
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=1500)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
-    assert "all held" in done.stdout
+    assert "all held" in run_script(".venv-deploy", sys.executable, script, command="make deploy-check")
