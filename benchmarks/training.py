@@ -33,6 +33,7 @@ from side_by_side.work import children_cpu, install_nnunet, say, threads_here
 
 CONTESTANTS = ("nnunet", "monai", "monai-plain", "medseg")
 DRAWS = 10_000
+ONLY_AFTER_THE_LAST = 1_000_000  # epochs between validations
 
 
 def main() -> None:
@@ -88,13 +89,14 @@ def _monai(request: dict[str, Any], run: Path) -> dict[str, Any]:
 
 
 def _medseg(task: Task, request: dict[str, Any], run: Path) -> dict[str, Any]:
-    """Plan for the wall time in which all threads use up the budget, then train what was planned, as it is."""
+    """Plan for the wall time in which all threads use up the budget, then train, choosing nothing by scored cases."""
     bundle, medseg = run / task.bundle, [sys.executable, "-m", "medseg"]
     own = environment(request["threads"], tuned_memory=True)
     seconds = int(request["cpu_seconds"] / request["threads"])
     call([*medseg, "plan", task.root, "-o", bundle, "--network", "unet", "--budget", f"{seconds}s"], own)
     before, started = children_cpu(), time.perf_counter()
-    call([*medseg, "train", bundle, "--data", task.root, "--set", f"seed={request['seed']}"], own)
+    settings = (f"seed={request['seed']}", f"val_interval={ONLY_AFTER_THE_LAST}")
+    call([*medseg, "train", bundle, "--data", task.root, *(part for one in settings for part in ("--set", one))], own)
     used, wall = children_cpu() - before, time.perf_counter() - started
     images = [case["image"] for case in task.cases("val")]
     call([*medseg, "predict", bundle, *images, "-o", run / "masks"], own)
