@@ -27,13 +27,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from side_by_side.machine import describe
 
 Contestants = dict[str, Callable[[], Any]]
 
@@ -50,7 +51,8 @@ def main() -> None:
             rows += [_measured(label, contestants, options.rounds) for label, contestants in make().items()]
     print(table(rows))
     if options.json:
-        record = {"command": "python benchmarks/augmentation.py", "rounds": options.rounds, **_machine(options.threads)}
+        settings = {"rounds": options.rounds, "threads": options.threads}
+        record = {"command": "python benchmarks/augmentation.py", **settings, **describe()}
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps({**record, "rows": rows}, indent=2) + "\n", encoding="utf-8")
 
@@ -215,17 +217,6 @@ def elastic() -> dict[str, Contestants]:
             )
         rows[name] = _runs(case, monai=[monai], medseg=[RandElasticd(keys)])
     return rows
-
-
-def _machine(threads: int) -> dict[str, Any]:
-    import monai
-    import torch
-
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "monai": monai.__version__}
-    machine = {"system": f"{platform.system()} {platform.machine()}", "processor": names[0] if names else None}
-    return {"machine": {**machine, "cores": os.cpu_count(), "threads": threads}, "versions": versions}
 
 
 CASES: dict[str, Callable[[], dict[str, Contestants]]] = {

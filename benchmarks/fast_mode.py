@@ -42,7 +42,7 @@ def main() -> None:
         "bundle": options.bundle,
         "cases": len(cases),
         "knobs": {name: MODES[name] for name in modes},
-        **describe(""),
+        **describe(),
     }
     images = [case["image"] for case in cases]
     with tempfile.TemporaryDirectory() as folder:

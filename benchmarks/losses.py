@@ -14,13 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from side_by_side.machine import describe
 
 SHAPES = ((2, 3, 40, 56, 40), (2, 14, 96, 96, 96))
 NAMES = ("monai", "medseg")
@@ -36,7 +37,8 @@ def main() -> None:
     rows = [_row(shape, options.rounds, options.threads) for shape in SHAPES]
     print(table(rows))
     if options.json:
-        record = {"command": "python benchmarks/losses.py", "rounds": options.rounds, **_machine(options.threads)}
+        settings = {"rounds": options.rounds, "threads": options.threads}
+        record = {"command": "python benchmarks/losses.py", **settings, **describe()}
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps({**record, "rows": rows}, indent=2) + "\n", encoding="utf-8")
 
@@ -143,17 +145,6 @@ def _memory(name: str, shape: tuple[int, ...], threads: int) -> float:
 def _status(name: str) -> float:
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return int(next(line for line in lines if line.startswith(f"{name}:")).split()[1]) / 1024
-
-
-def _machine(threads: int) -> dict[str, Any]:
-    import monai
-    import torch
-
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "monai": monai.__version__}
-    machine = {"system": f"{platform.system()} {platform.machine()}", "processor": names[0] if names else None}
-    return {"machine": {**machine, "cores": os.cpu_count(), "threads": threads}, "versions": versions}
 
 
 if __name__ == "__main__":

@@ -17,11 +17,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from side_by_side.machine import describe
 
 FORMS = ("small", "paper")
 SIDES = {2: 224, 3: 64}
@@ -46,7 +47,8 @@ def main() -> None:
     ]
     print(table(rows))
     if options.json:
-        result = {"command": "python benchmarks/networks.py", "limit_gmac": options.limit, **_machine(), "rows": rows}
+        settings = {"limit_gmac": options.limit, "threads": 1}
+        result = {"command": "python benchmarks/networks.py", **settings, **describe(), "rows": rows}
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
@@ -177,17 +179,6 @@ def _reset_peak() -> float:
 def _status(name: str) -> float:
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return int(next(line for line in lines if line.startswith(f"{name}:")).split()[1]) / 1024
-
-
-def _machine() -> dict[str, Any]:
-    import monai
-    import torch
-
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "monai": monai.__version__}
-    machine = {"system": f"{platform.system()} {platform.machine()}", "processor": names[0] if names else None}
-    return {"machine": {**machine, "threads": 1}, "versions": versions}
 
 
 if __name__ == "__main__":

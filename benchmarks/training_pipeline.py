@@ -13,14 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
-import platform
 import shutil
 import tempfile
 import time
 import warnings
 from pathlib import Path
 from typing import Any
+
+from side_by_side.machine import describe
 
 from medseg.bundle import runner
 from medseg.bundle.catalog import Bundle, find_bundle
@@ -51,7 +51,10 @@ def main() -> None:
             f"{row['processor_ms']:12.0f}  {row['pipeline_ms']:11.0f}  {row['patches_per_second']:9.1f}"
         )
     if arguments.output:
-        record = {"machine": machine(), "steps": arguments.steps, "target": TARGET, "rows": rows}
+        import torch
+
+        settings = {"steps": arguments.steps, "target": TARGET, "threads": torch.get_num_threads()}
+        record = {"command": "python benchmarks/training_pipeline.py", **settings, **describe(), "rows": rows}
         arguments.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
@@ -96,20 +99,6 @@ def pipeline_ms(loader: Any, steps: int) -> float:
     for batch in keys:
         loader.collate_fn(loader.dataset.__getitems__(batch))
     return 1000 * (time.process_time() - start) / steps
-
-
-def machine() -> dict[str, Any]:
-    """Return what the figures depend on."""
-    import torch
-
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {
-        "platform": platform.platform(),
-        "cores": cores,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "load": os.getloadavg() if hasattr(os, "getloadavg") else None,
-    }
 
 
 if __name__ == "__main__":

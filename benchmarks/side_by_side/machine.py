@@ -103,7 +103,7 @@ def windows(shape: list[int], zooms: list[float], settings: dict[str, Any]) -> i
     return math.prod(counts)
 
 
-def describe(python: str) -> dict[str, Any]:
+def describe(python: str = "") -> dict[str, Any]:
     """Return the machine, its load now, the commit, and the versions of the packages, nnU-Net's where it is there."""
     names = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     memory = next((line.split()[1] for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), "0")

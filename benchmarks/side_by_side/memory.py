@@ -23,7 +23,7 @@ SIDE = 512
 
 def measure(setup: Setup) -> dict[str, Any]:
     """Return both tables and the outcome under the limit."""
-    about = describe("")
+    about = describe()
     limit = LIMIT_MIB + both_mib(SLICES[-1])
     return {
         "case": "memory",
