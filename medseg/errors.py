@@ -12,7 +12,8 @@
     │   └── GeometryError         its place in space is undefined or contradictory
     └── SizeError             an array does not fit a network (also a ValueError)
 
-Each message says what was found, what was expected and what to do; `by` writes the sizes in it.
+Each message says what was found, what was expected and what to do; `by` writes the sizes in it, `in_a_line` the
+errors of others.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ __all__ = [
     "UntrustedBundleError",
     "WeightsError",
     "by",
+    "in_a_line",
 ]
 
 
@@ -78,3 +80,9 @@ class SizeError(MedsegError, ValueError):
 def by(size: Sequence[int]) -> str:
     """Return a size as messages show it: `(48, 64, 48)` is 48x64x48."""
     return "x".join(map(str, size))
+
+
+def in_a_line(error: BaseException) -> str:
+    """Return the kind and the first line of an error that is not ours."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300].rstrip(":. ")

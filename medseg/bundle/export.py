@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 from medseg.bundle.compose import nearest
 from medseg.bundle.knobs import knobs
 from medseg.bundle.trust import require_trust
-from medseg.errors import MedsegError, OutputError, RequestError, SizeError, WeightsError
+from medseg.errors import MedsegError, OutputError, RequestError, SizeError, WeightsError, in_a_line
 from medseg.files import check_folder, sha256_file
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def export(
         except Exception as error:
             raise RequestError(
                 f"{type(network).__name__} of bundle '{bundle.name}' cannot be exported as {file_format}"
-                f"{' with half precision' if half else ''}: {_reason(error)}"
+                f"{' with half precision' if half else ''}: {in_a_line(error)}"
             ) from error
         _check_same(found, allowed, target, half=half)
         _move(Path(folder), target)
@@ -323,7 +323,7 @@ def _program(network: nn.Module, shapes: _Shapes) -> tuple[torch.export.Exported
         except Exception as error:
             if not free:
                 raise
-            logging.getLogger(__name__).info("not for any %s: %s", free, _reason(error))
+            logging.getLogger(__name__).info("not for any %s: %s", free, in_a_line(error))
     raise AssertionError
 
 
@@ -428,8 +428,3 @@ def _move(folder: Path, target: Path) -> None:
             path.replace(target.with_name(path.name))
     except OSError as error:
         raise OutputError(f"cannot write '{target}': {error.strerror or error}") from error
-
-
-def _reason(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}".rstrip(":. ")[:300]

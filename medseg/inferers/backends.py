@@ -28,7 +28,7 @@ import torch
 from monai.data import MetaTensor
 from torch import Tensor, nn
 
-from medseg.errors import MedsegError, RequestError, SizeError
+from medseg.errors import MedsegError, RequestError, SizeError, in_a_line
 from medseg.inferers.engines import environment, load_engine, load_openvino, openvino_core, quiet, without_reports
 from medseg.inferers.faster_layers import with_exact_norms, with_faster_layers
 
@@ -223,7 +223,7 @@ def _compile(network: nn.Module, request: _Request) -> Runner:
         logger.warning(
             "%s runs without compilation, which failed: %s. It needs a C++ compiler (g++ or clang).",
             type(network).__name__,
-            _reason(error),
+            in_a_line(error),
         )
         return eager
     return _static(run, request)
@@ -307,7 +307,7 @@ def _exporting(network: nn.Module, request: _Request) -> Iterator[None]:
         raise
     except Exception as error:
         raise RequestError(
-            f"{type(network).__name__} cannot be exported for backend={request.backend!r}: {_reason(error)}. Choose "
+            f"{type(network).__name__} cannot be exported for backend={request.backend!r}: {in_a_line(error)}. Choose "
             "backend='torch'."
         ) from error
 
@@ -343,8 +343,3 @@ def _plain(windows: Tensor) -> Tensor:
 
 def _as_float(output: Any) -> Any:
     return output.float() if isinstance(output, Tensor) else output
-
-
-def _reason(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}".rstrip(":. ")

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medseg.errors import MedsegError, RequestError
+from medseg.errors import MedsegError, RequestError, in_a_line
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -228,15 +228,14 @@ def _now(device: Any) -> float:
     return time.perf_counter()
 
 
-def _own_error(error: BaseException | None) -> str:
-    """Return what to tell of an error: our own message, which MONAI may have wrapped, or its last line."""
-    first = error
-    while error is not None:
-        if isinstance(error, MedsegError):
-            return str(error)
-        error = error.__cause__ or error.__context__
-    lines = str(first).strip().splitlines() or [""]
-    return f"{type(first).__name__}: {lines[0]}"
+def _own_error(error: BaseException) -> str:
+    """Return what to tell of an error: our own message, which MONAI may have wrapped, or a line about it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, MedsegError):
+            return str(cause)
+        cause = cause.__cause__ or cause.__context__
+    return in_a_line(error)
 
 
 def _main() -> int:
