@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from medseg.inferers.memory import shown_bytes
+from medseg.inferers.windows import count_windows
 from medseg.planning.choices import bundle_name, look_at
 from medseg.planning.facts import shown
 from medseg.planning.schedule import Schedule, epoch_steps, fixed_schedule, schedule_for, schedule_without_limit
@@ -318,8 +319,7 @@ def _learning_rate(request: PlanRequest, look: Look) -> float:
 
 
 def _rate_reason(request: PlanRequest, look: Look) -> str:
-    kind = "instance norm in 3D" if look.spatial_dims == 3 else "batch norm in 2D"
-    return f"AdamW with warm-up and cosine; for a {request.network} with {kind} in networks of this size"
+    return f"AdamW with warm-up and cosine; for a {request.network} of this size in {look.spatial_dims}D"
 
 
 def _average(steps: int) -> float:
@@ -336,6 +336,7 @@ def _network_reason(look: Look, request: PlanRequest, found: Found) -> str:
     )
     if look.spatial_dims == 3 and len(set(layout.step)) > 1:
         text += ", and axes of coarse voxels are pooled later than fine ones"
+    text += f"; {_norm_reason(look)}"
     if found.slower:
         text += f"; {found.slower} larger choices would not leave time for enough steps"
     if found.larger:
@@ -343,6 +344,14 @@ def _network_reason(look: Look, request: PlanRequest, found: Found) -> str:
     elif request.budget is None and item.width <= 16:
         text += "; without a GPU and without --budget, the size that two processor cores train in hours"
     return text
+
+
+def _norm_reason(look: Look) -> str:
+    if look.spatial_dims == 3:
+        return "instance norm, since a step holds few patches"
+    if look.norm == "batch":
+        return "batch norm: one scale fits all pictures, so how bright or red a patch is as a whole says something"
+    return "instance norm: the pictures have no scale in common"
 
 
 def _patch_reason(look: Look, item: Candidate) -> str:
@@ -365,7 +374,8 @@ def _overlap_reason(look: Look, item: Candidate) -> str:
     if item.layout.whole:
         return f"one window holds the median image, {shown(look.shape)}; larger ones get windows that overlap by half"
     share = overlap_for(look, item)
-    return f"{share:g} of a window, so that its uncertain border counts little; 64 windows for the median image at most"
+    count = count_windows(look.shape, item.layout.patch, share)
+    return f"{share:g} of a window, so that its uncertain border counts little: {count} windows for the median image"
 
 
 def _batch_reason(look: Look, fingerprint: Fingerprint, item: Candidate) -> str:
@@ -375,7 +385,7 @@ def _batch_reason(look: Look, fingerprint: Fingerprint, item: Candidate) -> str:
         text += f", {item.patches_per_case} from {_cases(item)}"
     if item.batch_size >= cases:
         text += f"; there are {cases} training cases"
-    norm = "batch norm needs several" if look.spatial_dims == 2 else "instance norm does not need more"
+    norm = "batch norm needs several" if look.norm == "batch" else "instance norm does not need more"
     return f"{text}: {norm}"
 
 

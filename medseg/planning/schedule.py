@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from medseg.errors import RequestError
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 __all__ = [
     "Pace",
@@ -65,7 +62,7 @@ class Schedule:
     """How long to train.
 
     Attributes:
-        epochs: passes over the training cases, a multiple of `interval`.
+        epochs: passes over the training cases.
         interval: epochs between two validations.
         seconds: what all of it takes; 0 where nothing was measured.
         reason: why these epochs.
@@ -78,8 +75,8 @@ class Schedule:
 
     @property
     def validations(self) -> int:
-        """How many there are; the last epoch is validated."""
-        return self.epochs // self.interval
+        """How many there are, that of the last epoch among them."""
+        return math.ceil(self.epochs / self.interval)
 
 
 def needed_steps(steps_per_epoch: int) -> int:
@@ -94,7 +91,7 @@ def steps_within(budget: float, pace: Pace) -> float:
 
 
 def schedule_for(budget: float, pace: Pace) -> Schedule:
-    """Return the schedule that fills a budget, rounded down so that the noise of a measurement rarely shows.
+    """Return the schedule that fills a budget.
 
     Raises:
         RequestError: not even one epoch and its validation fit.
@@ -109,7 +106,7 @@ def schedule_for(budget: float, pace: Pace) -> Schedule:
         )
     wanted = max(2, min(_VALIDATIONS, int(room * _VALIDATION_SHARE / pace.validation))) if pace.validation else 1
     wanted = min(wanted, int((room - pace.epoch) / pace.validation)) if pace.validation else wanted
-    epochs = _coarse(max(1, int((room - wanted * pace.validation) / pace.epoch)))
+    epochs = max(1, int((room - wanted * pace.validation) / pace.epoch))
     interval = _interval(epochs, max(wanted, 1))
     schedule = Schedule(epochs, interval, 0.0, "")
     return Schedule(
@@ -117,14 +114,13 @@ def schedule_for(budget: float, pace: Pace) -> Schedule:
         interval,
         _total(schedule, pace),
         f"{epochs} epochs of {pace.steps} steps take about {shown_time(_total(schedule, pace))} of the "
-        f"{shown_time(budget)} given: {pace.step:.2g} s a step, {shown_time(pace.validation)} a validation, measured "
-        "here and rounded down",
+        f"{shown_time(budget)} given: {pace.step:.2g} s a step and {shown_time(pace.validation)} a validation here",
     )
 
 
 def schedule_without_limit(steps_per_epoch: int, pace: Pace | None) -> Schedule:
     """Return a schedule for which no time was given."""
-    epochs = _coarse(min(max(math.ceil(_STEPS / steps_per_epoch), _EPOCHS[0]), _EPOCHS[1]))
+    epochs = min(max(math.ceil(_STEPS / steps_per_epoch), _EPOCHS[0]), _EPOCHS[1])
     interval = _interval(epochs, _VALIDATIONS)
     schedule = Schedule(epochs, interval, 0.0, "")
     reason = (
@@ -145,18 +141,9 @@ def _total(schedule: Schedule, pace: Pace) -> float:
     return _START_SECONDS + pace.load + work
 
 
-def _coarse(epochs: int) -> int:
-    """Round down to numbers that are a few percent apart and have divisors."""
-    for limit, step in ((10, 1), (30, 2), (100, 5), (300, 10), (1000, 25)):
-        if epochs < limit:
-            return max(1, epochs // step * step)
-    return epochs // 50 * 50
-
-
 def _interval(epochs: int, wanted: int) -> int:
-    """Return the epochs between validations: a divisor of all, so that the last epoch is validated."""
-    divisors: Sequence[int] = [step for step in range(1, epochs + 1) if epochs % step == 0]
-    return next(step for step in divisors if epochs / step <= 1.35 * wanted)
+    """Return the epochs between validations, of which the last epoch has one too."""
+    return math.ceil(epochs / wanted)
 
 
 def shown_time(seconds: float) -> str:

@@ -212,7 +212,7 @@ def _candidate(
     size = _whole(request, "batch_size", max(1, wanted // patches))
     wanted = size * patches
     definition = network_def(
-        request.network, look.spatial_dims, len(look.channels), len(look.classes.labels), width, layout
+        request.network, look.spatial_dims, len(look.channels), len(look.classes.labels), width, layout, look.norm
     )
     return Candidate(width, layout, wanted, size, definition, min(total, room), total <= room)
 

@@ -27,7 +27,7 @@ RUNGS: Final[dict[int, tuple[tuple[int, int], ...]]] = {
 }
 # Wider levels cost most of the memory for weights and gain little.
 _WIDEST = {2: 512, 3: 320}
-_NORM: Final[dict[int, Any]] = {2: "batch", 3: ["instance", {"affine": True}]}
+_NORMS: Final[dict[str, Any]] = {"batch": "batch", "instance": ["instance", {"affine": True}]}
 _LEAKY = ["leakyrelu", {"negative_slope": 0.01, "inplace": True}]
 
 
@@ -36,7 +36,9 @@ def max_poolings(network: str, spatial_dims: int) -> int:
     return (3 if spatial_dims == 2 else 2) if network == "BANet" else 4
 
 
-def network_def(network: str, spatial_dims: int, channels: int, classes: int, width: int, layout: Layout) -> Any:
+def network_def(
+    network: str, spatial_dims: int, channels: int, classes: int, width: int, layout: Layout, norm: str
+) -> Any:
     """Return the `network_def` of a bundle.
 
     Args:
@@ -46,6 +48,7 @@ def network_def(network: str, spatial_dims: int, channels: int, classes: int, wi
         classes: channels of the logits.
         width: see above.
         layout: patch and strides.
+        norm: "batch" or "instance".
     """
     common = {
         "_target_": f"medseg.networks.{network}",
@@ -53,8 +56,11 @@ def network_def(network: str, spatial_dims: int, channels: int, classes: int, wi
         "in_channels": channels,
         "out_channels": classes,
     }
-    own = _banet(width, spatial_dims, layout) if network == "BANet" else _levels(network, width, spatial_dims, layout)
-    return {**common, **own, "norm": _NORM[spatial_dims]}
+    if network == "BANet":
+        own = _banet(width, spatial_dims, layout)
+    else:
+        own = _levels(network, width, spatial_dims, layout, norm)
+    return {**common, **own, "norm": _NORMS[norm]}
 
 
 def strides_note(network: str) -> str:
@@ -64,7 +70,7 @@ def strides_note(network: str) -> str:
     return "its poolings take one number per axis"
 
 
-def _levels(network: str, width: int, spatial_dims: int, layout: Layout) -> dict[str, Any]:
+def _levels(network: str, width: int, spatial_dims: int, layout: Layout, norm: str) -> dict[str, Any]:
     first = width // 2 if network == "UNetPlusPlus" and spatial_dims == 3 else width
     depth = len(layout.strides)
     features = [min(first * 2**level, _WIDEST[spatial_dims]) for level in range(depth + 1)]
@@ -75,7 +81,7 @@ def _levels(network: str, width: int, spatial_dims: int, layout: Layout) -> dict
         features[-1] = features[-2]
         own |= {"img_size": list(layout.patch), "patch_size": list(layout.step), "num_heads": 2, "num_layers": 2}
         return own
-    if spatial_dims == 3:
+    if norm == "instance":
         own["act"] = _LEAKY
     own |= {"dropout": 0.0} if network == "UNet" else {"head_activation": "softmax"}
     return own
@@ -87,7 +93,7 @@ def _banet(width: int, spatial_dims: int, layout: Layout) -> dict[str, Any]:
         "base_width": max(4, width * scale // 2),
         "reduce_dim": width * scale,
         "aspp_dim": 2 * width * scale,
-        # The last batch of an epoch may hold one image, over which a batch norm of one voxel has no variance.
+        # The last batch of an epoch may hold one image, and one voxel has no variance to be divided by.
         "aspp_pool_norm": None,
         "strides": _stages(layout.strides, spatial_dims),
     }

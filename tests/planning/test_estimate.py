@@ -38,7 +38,7 @@ def test_counting_is_repeatable() -> None:
 def test_every_network_is_counted_and_keeps_at_least_what_its_backward_pass_needs(name: str, dims: int) -> None:
     shape = (64, 64) if dims == 2 else (32, 32, 32)
     layout = lay_out(shape, (1.0,) * dims, 10**6, max_poolings(name, dims))
-    definition: dict[str, Any] = network_def(name, dims, 1, 3, 8, layout)
+    definition: dict[str, Any] = network_def(name, dims, 1, 3, 8, layout, "batch" if dims == 2 else "instance")
     cost = count(definition, layout.patch, 2)
     network = getattr(networks, name)(**{key: value for key, value in definition.items() if key != "_target_"})
     assert cost.parameters == sum(weight.numel() for weight in network.parameters())

@@ -158,8 +158,10 @@ def test_pictures_of_unlike_brightness_are_standardized_each(pictures: Any) -> N
     _, plan = planned(pictures(tops=(250, 40)), PlanRequest())
     assert "NormalizeIntensityd" in json.dumps(plan.bundle["blocks"]["intensity"])
     assert "intensity_range" not in plan.bundle["knobs"]
+    assert plan.bundle["network_def"]["norm"][0] == "instance"
     _, plan = planned(pictures(name="even"), PlanRequest())
     assert plan.bundle["knobs"]["intensity_range"] == [0.0, 255.0]
+    assert plan.bundle["network_def"]["norm"] == "batch"
 
 
 def test_objects_are_mapped_to_one_class(pictures: Any) -> None:
@@ -200,7 +202,7 @@ def test_a_budget_is_used_and_kept(volumes: Any, fake_probe: Any) -> None:
     for budget, seconds in ((1800.0, 0.3), (1800.0, 3.0), (36000.0, 1.0)):
         _, plan = planned(root, PlanRequest(budget=budget), fake_probe(seconds))
         assert plan.forecast.total <= budget
-        assert plan.bundle["knobs"]["max_epochs"] % plan.bundle["knobs"]["val_interval"] == 0
+        assert plan.forecast.total > 0.85 * budget
 
 
 def test_more_time_gives_a_wider_network(volumes: Any, fake_probe: Any) -> None:

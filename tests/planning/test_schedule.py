@@ -27,15 +27,9 @@ def test_a_schedule_stays_within_its_budget_and_uses_it(
         pytest.skip("one epoch does not fit")
     schedule = schedule_for(budget, pace)
     assert schedule.seconds <= budget
-    assert schedule.epochs % schedule.interval == 0
-    assert schedule.validations >= 1
+    assert 1 <= schedule.validations <= 10
     if schedule.epochs > 20:
-        assert schedule.seconds > 0.6 * budget
-
-
-def test_the_noise_of_a_measurement_rarely_shows() -> None:
-    epochs = {schedule_for(1800.0, Pace(0.3 * (1 + error), 10.0, 5.0, 80)).epochs for error in (-0.01, 0.0, 0.01)}
-    assert len(epochs) <= 2
+        assert schedule.seconds > 0.85 * budget
 
 
 def test_a_budget_without_room_for_one_epoch_is_refused_with_what_it_takes() -> None:
