@@ -60,7 +60,8 @@ def test_the_record_holds_todays_parameters_and_arguments(name: str, dims: int) 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_readme_shows_the_recorded_figures(name: str) -> None:
+def test_the_readme_shows_the_recorded_figures(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(SCRIPT.parent)
     cells = runpy.run_path(str(SCRIPT))["cells"]
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     (line,) = (line for line in lines if line.startswith("|") and f"`medseg.networks.{name}`" in line)
@@ -123,7 +124,7 @@ def measured() -> dict[str, Any]:
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("the peak of a process is read from /proc, which this system has not")
     command = [sys.executable, "-W", "ignore", "-c", _MEASURE, str(SCRIPT), *NAMES]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     return {row["network"]: row for row in map(json.loads, done.stdout.splitlines())}
