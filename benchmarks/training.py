@@ -95,8 +95,8 @@ def _medseg(task: Task, request: dict[str, Any], run: Path) -> dict[str, Any]:
     seconds = int(request["cpu_seconds"] / request["threads"])
     call([*medseg, "plan", task.root, "-o", bundle, "--network", "unet", "--budget", f"{seconds}s"], own)
     before, started = children_cpu(), time.perf_counter()
-    settings = (f"seed={request['seed']}", f"val_interval={ONLY_AFTER_THE_LAST}")
-    call([*medseg, "train", bundle, "--data", task.root, *(part for one in settings for part in ("--set", one))], own)
+    settings = ["--set", f"seed={request['seed']}", "--set", f"val_interval={ONLY_AFTER_THE_LAST}"]
+    call([*medseg, "train", bundle, "--data", task.root, *settings], own)
     used, wall = children_cpu() - before, time.perf_counter() - started
     images = [case["image"] for case in task.cases("val")]
     call([*medseg, "predict", bundle, *images, "-o", run / "masks"], own)

@@ -42,7 +42,6 @@ class Look:
         classes: of the model.
         spacing: of the grid in mm; empty for pictures.
         shape: median image on that grid, voxels.
-        alike: whether one scale of values fits all images.
         knobs: planned so far.
         blocks: parts of the template that the bundle replaces.
         reasons: knob or part -> why.
@@ -53,7 +52,6 @@ class Look:
     classes: Classes
     spacing: tuple[float, ...]
     shape: tuple[int, ...]
-    alike: bool = False
     knobs: dict[str, Any] = field(default_factory=dict)
     blocks: dict[str, Any] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
@@ -66,7 +64,7 @@ class Look:
     @property
     def norm(self) -> str:
         """Of the network: over the batch for pictures on one scale, where the mean of a patch says something."""
-        return "batch" if self.alike and self.spatial_dims == 2 else "instance"
+        return "batch" if self.spatial_dims == 2 and "intensity_range" in self.knobs else "instance"
 
 
 def look_at(fingerprint: Fingerprint, request: PlanRequest) -> Look:
@@ -182,7 +180,6 @@ def _set_window(look: Look, fingerprint: Fingerprint) -> None:
         10.0 * math.floor((middle - width * (0.5 + _MARGIN)) / 10),
         10.0 * math.ceil((middle + width * (0.5 + _MARGIN)) / 10),
     ]
-    look.alike = True
     look.knobs["intensity_range"] = window
     first = fingerprint.intensities[0]
     look.reasons["intensity_range"] = (
@@ -204,7 +201,6 @@ def _set_color(look: Look, fingerprint: Fingerprint) -> None:
         return
     highest = max(case.high for case in fingerprint.cases)
     top = 255.0 if highest <= 255 else float(math.ceil(highest))
-    look.alike = True
     look.knobs["intensity_range"] = [0.0, top]
     look.reasons["intensity_range"] = (
         f"pixel values reach {highest:.4g}, and the 99th percentile is alike in all pictures ({dark:.4g} to "
