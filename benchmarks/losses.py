@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from side_by_side.machine import describe
+from side_by_side.sample import reset_peak, status
 
 SHAPES = ((2, 3, 40, 56, 40), (2, 14, 96, 96, 96))
 NAMES = ("monai", "medseg")
@@ -136,15 +137,9 @@ def _memory(name: str, shape: tuple[int, ...], threads: int) -> float:
     loss = _loss(name)
     loss(small, truth).backward()
     logits, label = _batch(shape)
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    before = _status("VmRSS")
+    before = reset_peak()
     loss(logits, label).backward()
-    return round(_status("VmHWM") - before, 1)
-
-
-def _status(name: str) -> float:
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return int(next(line for line in lines if line.startswith(f"{name}:")).split()[1]) / 1024
+    return round(status("VmHWM") - before, 1)
 
 
 if __name__ == "__main__":

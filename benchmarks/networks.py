@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from side_by_side.machine import describe
+from side_by_side.sample import reset_peak, status
 
 FORMS = ("small", "paper")
 SIDES = {2: 224, 3: 64}
@@ -147,13 +148,13 @@ def _memory(network: Any, arguments: dict[str, Any], shape: tuple[int, ...]) -> 
     built = network(**arguments)
     built.eval()
     image, batch = torch.rand(1, *shape), torch.rand(BATCH, *shape)
-    before = _reset_peak()
+    before = reset_peak()
     with torch.inference_mode():
         built(image)
-    inference = _status("VmHWM") - before
-    _reset_peak()
+    inference = status("VmHWM") - before
+    reset_peak()
     _train(built, batch)
-    return {"inference_mib": round(inference, 1), "training_mib": round(_status("VmHWM") - before, 1)}
+    return {"inference_mib": round(inference, 1), "training_mib": round(status("VmHWM") - before, 1)}
 
 
 def _train(network: Any, image: Any) -> None:
@@ -168,17 +169,6 @@ def _train(network: Any, image: Any) -> None:
     loss = TrainingLoss(DiceCELoss(softmax=True, to_onehot_y=True))
     loss(TrainingOutputs(network)(image), (image > 0.5).float()).backward()
     optimizer.step()
-
-
-def _reset_peak() -> float:
-    """Make the peak of the resident set what it is now; return that, in MiB."""
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    return _status("VmRSS")
-
-
-def _status(name: str) -> float:
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return int(next(line for line in lines if line.startswith(f"{name}:")).split()[1]) / 1024
 
 
 if __name__ == "__main__":
