@@ -26,7 +26,9 @@ def render(results: Path, page: Path) -> None:
 
 def _section(record: dict[str, Any]) -> str:
     labels = record["labels"]
-    names = [labels.get(key, "mean") for key in next(iter(record["dice"].values()))]
+    # Of one label, the mean says nothing more
+    keys = [key for key in next(iter(record["dice"].values())) if key != "mean" or len(labels) > 2]
+    names = [labels.get(key, "mean") for key in keys]
     head = (
         "contestant, seed",
         *(f"Dice, {name}" for name in names),
@@ -36,7 +38,7 @@ def _section(record: dict[str, Any]) -> str:
         "CPU s of training",
     )
     shown = sorted(record["dice"], key=lambda name: list(_TITLES).index(name.split("_")[0]))
-    rows = [_row(name, record["dice"][name], record["runs"][name]) for name in shown]
+    rows = [_row(name, [record["dice"][name][key] for key in keys], record["runs"][name]) for name in shown]
     return "\n".join(
         [
             f"### {record['data']}",
@@ -51,7 +53,7 @@ def _section(record: dict[str, Any]) -> str:
                 [_difference(name, found, record) for name, found in record["differences"].items()],
             ),
             "",
-            *[f"{_title(name)}: {_plan(record['runs'][name])}" for name in shown if name.startswith("medseg")],
+            *[f"- {_title(name)}: {_plan(record['runs'][name])}" for name in shown if name.startswith("medseg")],
             "",
             f"`{record['command']}`: {record['machine']['processor']}, {record['threads']} threads; "
             f"{', '.join(f'{k} {v}' for k, v in record['versions'].items())}; {commit_of(record)}.",
@@ -59,8 +61,8 @@ def _section(record: dict[str, Any]) -> str:
     )
 
 
-def _row(name: str, dice: dict[str, float], run: dict[str, Any]) -> list[str]:
-    values = [f"{value:.4f}" for value in dice.values()]
+def _row(name: str, dice: list[float], run: dict[str, Any]) -> list[str]:
+    values = [f"{value:.4f}" for value in dice]
     batch = run["batch_size"] * run.get("patches_per_case", 1)
     return [_title(name), *values, f"{run['iterations']:,}", str(batch), run["precision"], f"{run['cpu_s']:,.0f}"]
 
@@ -74,7 +76,7 @@ def _difference(name: str, found: dict[str, Any], record: dict[str, Any]) -> lis
 
 
 def _plan(run: dict[str, Any]) -> str:
-    return f"features {run['features']}, patch {run['patch_size']}, {run['max_epochs']} epochs.\\"
+    return f"features {run['features']}, patch {run['patch_size']}, {run['max_epochs']} epochs"
 
 
 def _title(name: str) -> str:
