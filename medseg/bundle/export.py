@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     Run = Callable[[Tensor], Tensor]
 
-__all__ = ["FORMATS", "Comparison", "Exported", "export", "missing_packages"]
+__all__ = ["FORMATS", "TOLERANCE", "Comparison", "Exported", "export", "missing_packages"]
 
 # Format -> suffix of its file, packages it takes besides torch, the extra of medseg that brings them.
 FORMATS: Final[Mapping[str, tuple[str, tuple[str, ...], str]]] = {
@@ -43,8 +43,8 @@ FORMATS: Final[Mapping[str, tuple[str, tuple[str, ...], str]]] = {
     "pt2": (".pt2", (), ""),
     "openvino": (".xml", ("openvino",), "openvino"),
 }
-# Allowed difference in units of the largest logit, if that is above 1.
-_TOLERANCE: Final = {False: 1e-4, True: 3e-2}
+# Half precision or not -> allowed difference in units of the largest logit, if that is above 1.
+TOLERANCE: Final = {False: 1e-4, True: 3e-2}
 # Longest side of the image that is traced, where the network can be exported for any size.
 _SIDE: Final = {2: 128, 3: 48}
 _NOTED: Final = ("spacing", "microns_per_pixel", "orientation", "intensity_range", "roi_size", "overlap")
@@ -65,6 +65,11 @@ class Comparison:
     difference: float
     largest: float
     changed: float
+
+    @property
+    def relative(self) -> float:
+        """The difference in units of the largest logit, if that is above 1."""
+        return self.difference / max(1.0, self.largest)
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,7 @@ def export(
             "OpenVINO chooses its precision where the file is loaded (INFERENCE_PRECISION_HINT): leave out --half"
         )
     config = _checked(bundle, file_format, target, random=random, trust=trust)
-    allowed = _TOLERANCE[half] if tolerance is None else tolerance
+    allowed = TOLERANCE[half] if tolerance is None else tolerance
     from medseg.inferers.engines import quiet
 
     with quiet(), tempfile.TemporaryDirectory(prefix=".partial-", dir=target.absolute().parent) as folder:
@@ -409,7 +414,7 @@ def _compared(network: nn.Module, run: Run, shape: tuple[int, ...]) -> Compariso
 def _check_same(found: Sequence[Comparison], tolerance: float, target: Path, *, half: bool) -> None:
     for one in found:
         # Not `>`: a NaN is refused too
-        if not one.difference <= tolerance * max(1.0, one.largest):
+        if not one.relative <= tolerance:
             raise RequestError(
                 f"'{target}' was not written: on a random image of {'x'.join(map(str, one.shape))} its logits differ "
                 f"from the network's by up to {one.difference:.1e} (logits up to {one.largest:.1f}), and "
