@@ -63,27 +63,34 @@ class Collected:
 def label_mapping(info: Sequence[Mapping[str, Any]], labels: Mapping[str, int]) -> dict[int, int] | None:
     """Return a value in a saved file -> the bundle's value, or None where the values are the bundle's own.
 
-    Viewers number the segments of a file by their place in a list, so only the names tell what a value means.
+    Viewers number the segments of a file by their place in a list, so only the names tell what a value means. The list
+    may name more than the bundle knows, since viewers list the labels of every bundle; those names are left out here.
 
     Args:
         info: names and values, as the viewer gave them; a value may stand under "idx", "id" or "labelID".
         labels: the bundle's names and values.
 
     Raises:
-        CaseError: a name that the bundle does not know, or a value that is no whole number.
+        CaseError: a value that is no whole number.
     """
     known = {name.lower(): value for name, value in labels.items()} | {"background": 0}
-    mapping: dict[int, int] = {}
+    named = _named_values(info)
+    if named is None:
+        return None
+    return {value: known[name.lower()] for value, name in named.items() if name.lower() in known}
+
+
+def _named_values(info: Sequence[Mapping[str, Any]]) -> dict[int, str] | None:
+    """Return the name of each value; None where the viewer gave none."""
+    named: dict[int, str] = {}
     for entry in info:
         name, value = str(entry.get("name", "")), _value(entry)
         if value is None:
             return None
         if isinstance(value, bool) or not str(value).lstrip("-").isdigit():
             raise CaseError(f"the saved label gives {name!r} the value {value!r}: expected a whole number")
-        if name.lower() not in known:
-            raise CaseError(f"the saved label has a segment {name!r}, which the bundle does not know: {list(labels)}")
-        mapping[int(value)] = known[name.lower()]
-    return mapping or None
+        named[int(value)] = name
+    return named or None
 
 
 def segment_infos(info: Sequence[Mapping[str, Any]], values: Sequence[int]) -> list[dict[str, Any]]:
@@ -127,6 +134,12 @@ def read_annotation(annotation: Annotation, labels: Mapping[str, int]) -> NDArra
     values = [int(value) for value in np.unique(array)]
     known = {0, *labels.values()} if mapping is None else {0, *mapping}
     surplus = [value for value in values if value not in known]
+    named = _named_values(annotation.info) or {}
+    foreign = [f"{named[value]!r} ({value})" for value in surplus if value in named]
+    if foreign:
+        raise CaseError(
+            f"the saved label has voxels of {', '.join(foreign)}, which the bundle does not know: {list(labels)}"
+        )
     if surplus:
         raise CaseError(f"the saved label holds the values {surplus}, which have no name: expected {sorted(known)}")
     if mapping is None:

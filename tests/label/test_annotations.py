@@ -64,6 +64,14 @@ def test_values_are_told_by_the_names_that_the_viewer_gave(image, truth, tmp_pat
     assert (read_annotation(_annotation(image, label, info), LABELS) == truth).all()
 
 
+def test_names_of_other_bundles_may_be_listed_where_no_voxel_has_them(image, truth, tmp_path: Path) -> None:
+    label = _write(tmp_path / "label.nii.gz", truth, AFFINE)
+    info = [{"name": name, "idx": idx} for idx, name in enumerate(("anterior", "posterior", "nucleus", "vessel"), 1)]
+    assert (read_annotation(_annotation(image, label, info), LABELS) == truth).all()
+    empty = _write(tmp_path / "empty.nii.gz", truth * 0, AFFINE)
+    assert not read_annotation(_annotation(image, empty, info[2:]), LABELS).any()
+
+
 def test_values_without_names_are_the_bundles_own(image, truth, tmp_path: Path) -> None:
     label = _write(tmp_path / "label.nii.gz", truth, AFFINE)
     for info in ([], [{"name": "anterior"}]):
@@ -73,7 +81,8 @@ def test_values_without_names_are_the_bundles_own(image, truth, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("info", "message"),
     [
-        ([{"name": "tumor", "idx": 1}], "a segment 'tumor'"),
+        ([{"name": "tumor", "idx": 1}], r"voxels of 'tumor' \(1\)"),
+        ([{"name": "anterior", "idx": 1}, {"name": "tumor", "idx": 2}], r"voxels of 'tumor' \(2\)"),
         ([{"name": "anterior", "idx": "x"}], "expected a whole number"),
         ([{"name": "anterior", "idx": 1}], r"the values \[2\]"),
     ],
@@ -104,6 +113,7 @@ def test_a_picture_has_no_place_to_check(tmp_path: Path) -> None:
 def test_the_mapping_is_none_where_the_viewer_said_nothing() -> None:
     assert label_mapping([], LABELS) is None
     assert label_mapping([{"name": "background", "idx": 4}], LABELS) == {4: 0}
+    assert label_mapping([{"name": "tumor", "idx": 1}], LABELS) == {}
 
 
 def test_saved_labels_become_a_data_set_that_names_nobody(image, truth, tmp_path: Path) -> None:
