@@ -149,8 +149,16 @@ def check_folder(checks: Checks, place: Path, cases: list[Case], bundles: Path) 
     studies.mkdir(parents=True)
     renamed = []
     for number, case in enumerate(cases):
-        image = shutil.copy(case.image, studies / f"MUELLER_{number}.nii.gz")
+        # Links, of which each leads to a file of the same name.
+        original = place / "originals" / str(number) / "image.nii.gz"
+        original.parent.mkdir(parents=True)
+        shutil.copy(case.image, original)
+        image = studies / f"MUELLER_{number}.nii.gz"
+        image.symlink_to(original)
         renamed.append(Case(f"MUELLER_{number}", image, case.label))
+    # A folder that is called as an image is nothing to the server.
+    (studies / "MUELLER_0").mkdir()
+    (studies / "MUELLER_0" / "notes.txt").write_text("unrelated")
     wanted = predict_by_command(bundles / MODEL, [case.image for case in renamed], place / "command")
     with server(checks, str(studies), place / "state", "--bundles", str(bundles)) as (viewer, printed):
         check_login(checks, viewer)
@@ -164,7 +172,9 @@ def check_folder(checks: Checks, place: Path, cases: list[Case], bundles: Path) 
         before = check_prediction(checks, viewer, renamed[0], place, wanted["MUELLER_0"])
         check_choice(checks, viewer)
         for case in renamed[:3]:
-            viewer.save_label(case.name, renumbered(case, place), {"anterior": 7, "posterior": 3})
+            # 3D Slicer lists the labels of every bundle, whether they were drawn or not.
+            names = {"anterior": 7, "posterior": 3, "nucleus": 8, "vessel": 9}
+            viewer.save_label(case.name, renumbered(case, place), names)
         stats = viewer.call("GET", "/datastore/?output=stats").json()
         checks.hold(stats["completed"] == 3, f"{stats['completed']} of {stats['total']} labeled")
         check_scoring(checks, viewer, renamed[:3], wanted)

@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from monailabel.datastore import dicom
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.tasks.batch_infer import BatchInferTask
 
@@ -20,9 +21,10 @@ from medseg.label.app.strategies import RandomStrategy, UncertaintyStrategy
 from medseg.label.app.tasks import BundleInfer, BundleTrain
 from medseg.label.guards import check_tag, image_inside
 from medseg.label.offers import find_offers
-from medseg.label.options import LabelOptions
+from medseg.label.options import LabelOptions, is_remote_store
 from medseg.label.predictor import Predictor
 from medseg.label.privacy import Pseudonyms, read_key
+from medseg.label.records import on_the_series
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -62,7 +64,8 @@ class MedsegApp(MONAILabelApp):  # type: ignore[misc]  # MONAI Label publishes n
 
     def init_infers(self) -> dict[str, Any]:
         """Return a task of inference for each bundle."""
-        return {name: BundleInfer(predictor) for name, predictor in self.predictors.items()}
+        from_store = is_remote_store(self.options.studies)
+        return {name: BundleInfer(predictor, from_store=from_store) for name, predictor in self.predictors.items()}
 
     def init_trainers(self) -> dict[str, Any]:
         """Return a task of training for each bundle that has a config for it."""
@@ -83,6 +86,11 @@ class MedsegApp(MONAILabelApp):  # type: ignore[misc]  # MONAI Label publishes n
     def init_batch_infer(self) -> Callable[..., Any]:
         """Return what runs a bundle over many images."""
         return QuietBatch()
+
+    def init_remote_datastore(self) -> Any:
+        """Return the store of DICOM, whose segmentations we read; trainings read them in processes of their own."""
+        dicom.dicom_to_nifti = on_the_series(dicom.dicom_to_nifti)
+        return super().init_remote_datastore()
 
     def info(self) -> dict[str, Any]:
         """Return what viewers show, with the bundles that were refused and why."""

@@ -12,7 +12,7 @@ from medseg.bundle.runner import known_mean
 from medseg.errors import MedsegError
 from medseg.label.annotations import dice, read_annotation
 from medseg.label.app.strategies import chosen_predictor, measured
-from medseg.label.app.tasks import annotations_of
+from medseg.label.records import annotations_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

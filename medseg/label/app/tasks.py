@@ -16,9 +16,8 @@ from monailabel.interfaces.tasks.train import TrainTask
 from medseg.bundle.knobs import knobs
 from medseg.errors import RequestError
 from medseg.files import replace_text
-from medseg.io.names import split_suffix
-from medseg.label.annotations import Annotation
 from medseg.label.plain_nrrd import as_viewers_read
+from medseg.label.records import annotations_of
 from medseg.label.tuning import Tuned, TuningRequest, tune
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     from medseg.label.predictor import Predictor
     from medseg.label.privacy import Pseudonyms
 
-__all__ = ["BundleInfer", "BundleTrain", "annotations_of", "device_setting"]
+__all__ = ["BundleInfer", "BundleTrain", "device_setting"]
 
 logger = logging.getLogger("medseg.label")
 
@@ -40,9 +39,10 @@ class BundleInfer(InferTask):  # type: ignore[misc]  # MONAI Label publishes no 
 
     Args:
         predictor: the bundle, loaded when it is first needed.
+        from_store: whether the images are copies of series in a DICOMweb store.
     """
 
-    def __init__(self, predictor: Predictor) -> None:
+    def __init__(self, predictor: Predictor, *, from_store: bool = False) -> None:
         offer = predictor.offer
         super().__init__(
             type=InferType.SEGMENTATION,
@@ -52,6 +52,7 @@ class BundleInfer(InferTask):  # type: ignore[misc]  # MONAI Label publishes no 
             config={"device": _devices()},
         )
         self.predictor = predictor
+        self.from_store = from_store
 
     def is_valid(self) -> bool:
         """Whether the bundle has weights."""
@@ -75,7 +76,7 @@ class BundleInfer(InferTask):  # type: ignore[misc]  # MONAI Label publishes no 
             raise RequestError("there is no image of that id among the studies")
         if not isinstance(image, str):
             raise RequestError("this bundle reads images from files, not regions of a slide that a viewer sends")
-        source = _dicom_folder(Path(image))
+        source = _dicom_folder(Path(image)) if self.from_store else Path(image)
         mask = self.predictor.predict(
             source, ending=request.get("result_extension") or "", settings=device_setting(request)
         )
@@ -153,31 +154,6 @@ class BundleTrain(TrainTask):  # type: ignore[misc]
         )
 
 
-def annotations_of(datastore: Any) -> list[Annotation]:
-    """Return the final labels of MONAI Label's store, each with what its viewer said of the values."""
-    found = []
-    for record in datastore.datalist():
-        image, label = Path(record["image"]), Path(record["label"])
-        name = split_suffix(image.name)[0]
-        info = datastore.get_label_info(name, "final")
-        given = info.get("label_info") or _names_in_store(label, info.get("SeriesInstanceUID", ""))
-        entries = [entry for entry in given if isinstance(entry, dict)]
-        found.append(Annotation(name, image, label, entries))
-    return found
-
-
-def _names_in_store(label: Path, series: str) -> list[dict[str, Any]]:
-    """Return names and values of a label that came from a DICOMweb store, which keeps the object beside the label."""
-    folder = label.parent / series
-    if not series or not folder.is_dir():
-        return []
-    import pydicom
-
-    header = pydicom.dcmread(next(folder.iterdir()), stop_before_pixels=True)
-    segments = header.get("SegmentSequence", [])
-    return [{"name": str(each.SegmentLabel), "idx": int(each.SegmentNumber)} for each in segments]
-
-
 def device_setting(request: dict[str, Any]) -> dict[str, str]:
     """Return the knob that chooses the device; what a viewer asks for and the machine lacks becomes "auto"."""
     asked = request.get("device")
@@ -192,7 +168,7 @@ def _devices() -> list[str]:
 
 
 def _dicom_folder(image: Path) -> Path:
-    """Return the series that a DICOMweb store's copy was converted from, where it lies beside the copy."""
+    """Return the series that a store's copy was converted from, where it lies beside the copy."""
     folder = image.with_name(image.name.removesuffix(".gz").removesuffix(".nii"))
     return folder if image.name.endswith(".nii.gz") and folder.is_dir() and any(folder.iterdir()) else image
 
