@@ -14,18 +14,28 @@ if TYPE_CHECKING:
 __all__ = ["check_query", "check_tag", "image_inside"]
 
 _TAG: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+# Of a path, not of a name such as "3: T1", which 3D Slicer gives to series.
+_DRIVE: Final = re.compile(r"[A-Za-z]:[\\/]")
+_IDS: Final = ("image", "label", "id", "session_id", "tag")
+_NO: Final = ("", "0", "f", "false", "n", "no", "off")
 
 
 def check_query(query: Iterable[tuple[str, str]]) -> None:
     """Refuse a query whose values lead out of a folder, such as `image=../../secret` or `logfile=/etc/passwd`.
+
+    Refused are archives to unpack, too: MONAI Label lets their entries go where they want.
 
     Raises:
         RequestError: names the parameter.
     """
     for name, value in query:
         parts = value.replace("\\", "/").split("/")
-        if ".." in parts or value.startswith(("/", "\\", "~")) or "\0" in value or value[1:2] == ":":
+        if name in _IDS and len(parts) > 1:
+            raise RequestError(f"'{name}' must be an id, not a path: it may hold no slash")
+        if ".." in parts or value.startswith(("/", "\\", "~")) or "\0" in value or _DRIVE.match(value):
             raise RequestError(f"'{name}' must be the id of an image or a label, not a path")
+        if name == "uncompress" and value.lower() not in _NO:
+            raise RequestError("archives are not unpacked here: send the files themselves, without 'uncompress'")
 
 
 def check_tag(tag: object) -> str:

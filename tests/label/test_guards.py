@@ -12,16 +12,41 @@ from medseg.label.guards import check_query, check_tag, image_inside
 
 @pytest.mark.parametrize(
     "value",
-    ["../secret", "a/../../b", "/etc/passwd", "..\\secret", "~/x", "C:\\x", "a\0b", "sub/..", "\\\\host\\share"],
+    [
+        "../secret",
+        "a/b",
+        "/etc/passwd",
+        "..\\secret",
+        "~/x",
+        "C:\\x",
+        "C:/x",
+        "a\0b",
+        "sub/..",
+        "\\\\host\\share",
+        "..",
+    ],
 )
 def test_values_that_lead_out_are_refused(value: str) -> None:
     with pytest.raises(RequestError, match="'image'"):
         check_query([("output", "all"), ("image", value)])
 
 
-@pytest.mark.parametrize("value", ["case_1", "sub/case.1", "1.2.840.10008", "a..b", "MUELLER HANS", ""])
+@pytest.mark.parametrize("value", ["case_1", "case.1", "1.2.840.10008", "a..b", "MUELLER HANS", "3: T1 MPRAGE", ""])
 def test_ids_pass(value: str) -> None:
     check_query([("image", value)])
+
+
+def test_other_values_may_hold_slashes_but_lead_nowhere() -> None:
+    check_query([("StudyDate", "2020/01/01"), ("PatientID", "1:234"), ("includefield", "all")])
+    with pytest.raises(RequestError, match="'logfile'"):
+        check_query([("logfile", "/etc/passwd")])
+
+
+@pytest.mark.parametrize("value", ["true", "1", "on", "yes", "t", "TRUE"])
+def test_no_archive_is_unpacked(value: str) -> None:
+    check_query([("uncompress", "false"), ("uncompress", "0")])
+    with pytest.raises(RequestError, match="not unpacked"):
+        check_query([("uncompress", value)])
 
 
 @pytest.mark.parametrize("tag", ["../x", "a/b", "", "a b", None, 3, "-x", "x" * 65])

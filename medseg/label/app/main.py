@@ -19,7 +19,7 @@ from medseg.errors import MedsegError, RequestError
 from medseg.label.app.scoring import DiceScoring, UncertaintyScoring
 from medseg.label.app.strategies import RandomStrategy, UncertaintyStrategy
 from medseg.label.app.tasks import BundleInfer, BundleTrain
-from medseg.label.guards import check_tag, image_inside
+from medseg.label.guards import check_query, check_tag, image_inside
 from medseg.label.offers import find_offers
 from medseg.label.options import LabelOptions, is_remote_store
 from medseg.label.predictor import Predictor
@@ -108,8 +108,20 @@ class MedsegApp(MONAILabelApp):  # type: ignore[misc]  # MONAI Label publishes n
             self.learn_names([image])
             if Path(image).exists():
                 image_inside(Path(image), self.may_read())
+            else:
+                # A store joins ids to its cache's path; this one may come in the request's body.
+                check_query([("image", image)])
+                self._fetch(image)
         result: dict[str, Any] = super().infer(request, datastore)
         return result
+
+    def _fetch(self, image: str) -> None:
+        """Bring a series of a store into the cache, and say so if there is none."""
+        if image and is_remote_store(self.options.studies):
+            try:
+                self.datastore().get_image_uri(image)
+            except IndexError as error:
+                raise RequestError("there is no series of that id in the store") from error
 
     def next_sample(self, request: dict[str, Any]) -> dict[str, Any]:
         """Choose the next image."""
