@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -43,23 +44,31 @@ def choose_unsure(
     measure: Callable[[str], float | None],
     *,
     candidates: int = 10,
+    seconds: float = 30.0,
     seed: int | None = None,
 ) -> str:
     """Return the image that the network is least sure of, among those measured before and some more.
+
+    An empty text where there are no images, or none could be measured.
 
     Args:
         images: ids of the images without a label.
         known: uncertainties that were measured before.
         measure: measures an image, which takes longer than predicting it; None for one that cannot be used.
         candidates: how many images to measure now, at most, chosen at random.
+        seconds: after which no further image is measured, since somebody waits.
         seed: of that choice.
     """
-    if not images:
-        return ""
     chooser = random.Random(seed)  # noqa: S311  (no secret)
     unknown = sorted(set(images) - set(known))
-    now = chooser.sample(unknown, min(candidates, len(unknown)))
     values = {image: known[image] for image in images if image in known}
-    values.update((image, value) for image in now if (value := measure(image)) is not None)
+    start, measured = time.monotonic(), 0
+    for image in chooser.sample(unknown, len(unknown)):
+        value = measure(image)
+        if value is not None:
+            values[image] = value
+            measured += 1
+        if measured == candidates or time.monotonic() - start > seconds:
+            break
     # Of equal ones the first by name, so that the answer does not depend on the order of the list.
-    return min(values, key=lambda image: (-values[image], image)) if values else sorted(images)[0]
+    return min(values, key=lambda image: (-values[image], image)) if values else ""

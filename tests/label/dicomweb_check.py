@@ -58,6 +58,7 @@ def check_dicomweb(
             checks.hold(sample["id"] in series, "the next sample is a series of the store")
             listed = viewer.call("GET", "/proxy/dicom/qido/series", note="as OHIF lists them").json()
             checks.hold(len(listed) == 3, f"OHIF sees {len(listed)} series through the server")
+            viewer.call("POST", f"/infer/{MODEL}?image=1.2.3.4", expect=400, note="no such series")
             for uid, case in series.items():
                 _check_series(checks, viewer, uid, case, place, wanted[case.name])
             _check_segmentations(checks, viewer, series, place, address, wanted)

@@ -221,6 +221,9 @@ def check_browser(checks: Checks, viewer: Viewer) -> None:
     page = viewer.call("GET", "/ohif/", cookies=answer.cookies, note="with the cookie").text
     checks.hold("<html" in page.lower(), "OHIF is served")
     viewer.call("GET", "/info/", cookies=answer.cookies, note="with the cookie")
+    old = {"medseg_token": "of.an.earlier.start"}
+    answer = viewer.call("GET", "/ohif/", expect=303, allow_redirects=False, cookies=old, note="with an old cookie")
+    checks.hold(answer.headers["location"] == "/login", "an old cookie leads to the form, too")
 
 
 def check_slicer(checks: Checks, viewer: Viewer) -> None:
@@ -245,6 +248,13 @@ def check_requests(checks: Checks, viewer: Viewer) -> None:
     viewer.call("POST", f"/infer/{MODEL}?image=MUELLER_0", data=form, expect=400, note="a path among the options")
     form = {"params": json.dumps({"save_label": True, "label_tag": "../../x"})}
     viewer.call("POST", f"/infer/{MODEL}?image=MUELLER_0", data=form, expect=400, note="a tag that leads out")
+    answer = viewer.call("POST", f"/infer/{MODEL}?image=MUELLER_0", data={"params": "{"}, expect=400, note="no JSON")
+    checks.hold("JSON" in answer.json()["detail"], "the answer says so")
+    viewer.call("POST", f"/infer/{MODEL}?image=nobody", expect=400, note="no such image")
+    form = {"params": json.dumps({"image": "../MUELLER_0"})}
+    viewer.call("POST", f"/infer/{MODEL}?image=MUELLER_0", data=form, expect=400, note="the same, nowhere")
+    files = {"files": ("a.tar", b"")}
+    viewer.call("PUT", "/session/?uncompress=true", files=files, expect=400, note="an archive to unpack")
     answer = viewer.call("POST", "/infer/evil_mri_unet?image=MUELLER_0", expect=(400, 404, 500), note="refused bundle")
     checks.hold("evil_mri_unet" in answer.text, f"the answer names it: {answer.text[:80]!r}")
     viewer.call("GET", "/info/", headers={"Host": "evil.example"}, expect=400, note="a foreign name of this server")
@@ -270,6 +280,8 @@ def check_choice(checks: Checks, viewer: Viewer) -> None:
     """The next image, at random and by uncertainty."""
     sample = viewer.call("POST", "/activelearning/random", json={}).json()
     checks.hold(sample["id"].startswith("MUELLER_"), f"at random: {sample['id']}")
+    strategies = viewer.call("GET", "/info/").json()["strategies"]
+    checks.hold(strategies["uncertainty"]["config"]["model"] == [MODEL], "viewers can choose the bundle that measures")
     first = viewer.call("POST", "/activelearning/uncertainty", json={"model": MODEL}, note="measures all").json()["id"]
     second = viewer.call("POST", "/activelearning/uncertainty", json={"model": MODEL}, note="remembers").json()["id"]
     checks.hold(first == second, f"by uncertainty: {first}, and the same when asked again")

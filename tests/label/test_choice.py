@@ -39,7 +39,25 @@ def test_no_more_images_are_measured_than_allowed() -> None:
 
 def test_images_that_cannot_be_measured_are_passed_over() -> None:
     assert choose_unsure(["a", "b"], {}, lambda image: None if image == "a" else 0.1) == "b"
-    assert choose_unsure(["b", "a"], {}, lambda image: None) == "a"
+    images = [f"bad{number}" for number in range(20)] + ["good"]
+    assert choose_unsure(images, {}, lambda image: 0.1 if image == "good" else None, candidates=1, seed=0) == "good"
+
+
+def test_where_none_can_be_measured_none_is_called_the_least_sure() -> None:
+    assert choose_unsure(["b", "a"], {}, lambda image: None) == ""
+
+
+def test_nobody_waits_for_long_measurements(monkeypatch) -> None:
+    now, measured = [0.0], []
+    monkeypatch.setattr("medseg.label.choice.time.monotonic", lambda: now[0])
+
+    def measure(image: str) -> float:
+        now[0] += 20
+        measured.append(image)
+        return 0.5
+
+    assert choose_unsure([f"i{number}" for number in range(20)], {}, measure, seed=1) in measured
+    assert len(measured) == 2
 
 
 @pytest.mark.parametrize(

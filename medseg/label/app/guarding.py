@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 import jwt
@@ -17,7 +19,7 @@ from monailabel.endpoints.user import auth
 from monailabel.interfaces.exception import MONAILabelException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from medseg.errors import CaseError, MedsegError, RequestError
+from medseg.errors import CaseError, MedsegError, RequestError, in_a_line
 from medseg.io import load
 from medseg.io.writers import to_numpy
 from medseg.label.annotations import segment_infos
@@ -53,7 +55,7 @@ def guard(app: Any, options: LabelOptions, pseudonyms: Pseudonyms) -> None:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]", options.host])
     if options.login:
         add_login_page(app, encrypted=options.encrypted)
-    for kind in (MedsegError, MONAILabelException, requests.HTTPError):
+    for kind in (MedsegError, MONAILabelException, requests.RequestException, json.JSONDecodeError):
         app.add_exception_handler(kind, _answer)
 
     @app.middleware("http")  # type: ignore[untyped-decorator]
@@ -69,6 +71,8 @@ def guard(app: Any, options: LabelOptions, pseudonyms: Pseudonyms) -> None:
             except Exception:
                 logger.exception("a request failed")
                 answer = JSONResponse({"detail": "an error in the server; its log says which"}, 500)
+        if options.login and answer.status_code == HTTPStatus.UNAUTHORIZED:
+            answer = needs_login_page(request, refused=True) or answer
         seconds = time.perf_counter() - start
         logger.info("%s %s %s %.2f s", request.method, request.url.path, answer.status_code, seconds)
         return answer
@@ -93,6 +97,11 @@ async def _answer(request: Any, error: Exception) -> Any:
         if refused and request.url.path.startswith("/auth"):
             return JSONResponse({"detail": "unknown name or wrong password"}, 401)
         return JSONResponse({"detail": text}, 502)
+    if isinstance(error, requests.RequestException):
+        other = "the server of logins" if request.url.path.startswith(("/auth", "/login")) else "the DICOMweb store"
+        return JSONResponse({"detail": f"{other} does not answer: {in_a_line(error)}"}, 502)
+    if isinstance(error, json.JSONDecodeError):
+        return JSONResponse({"detail": f"the request's parameters are no JSON: {error}"}, 400)
     if isinstance(error, (RequestError, MONAILabelException)):
         return JSONResponse({"detail": text}, 400)
     return JSONResponse({"detail": text}, 422 if isinstance(error, CaseError) else 500)

@@ -62,10 +62,16 @@ def with_token(request: Any) -> None:
         request.scope["headers"] = [*request.scope["headers"], header]
 
 
-def needs_login_page(request: Any) -> Any:
-    """Return a redirection to the form for a browser that opens OHIF without a login; None for all else."""
+def needs_login_page(request: Any, *, refused: bool = False) -> Any:
+    """Return a redirection to the form for a browser that opens OHIF without a login; None for all else.
+
+    Args:
+        request: a browser's, or any other.
+        refused: whether the login that it brings does not count any more: it is from before the server's last start,
+            or too old.
+    """
     asked = request.method == "GET" and request.url.path.startswith("/ohif")
-    known = request.cookies.get(_COOKIE) or "authorization" in request.headers
+    known = not refused and (request.cookies.get(_COOKIE) or "authorization" in request.headers)
     return RedirectResponse("/login", HTTPStatus.SEE_OTHER) if asked and not known else None
 
 
