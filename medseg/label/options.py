@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import socket
+from contextlib import contextmanager
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from medseg.errors import RequestError
+from medseg.files import check_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
 __all__ = ["LabelOptions", "default_state", "is_loopback", "is_remote_store"]
 
@@ -117,6 +121,8 @@ class LabelOptions:
                 f"no folder of studies '{self.studies}': give a folder of images, or the address of a DICOMweb store "
                 "that starts with http:// or https://"
             )
+        if not is_remote_store(self.studies):
+            check_folder(Path(self.studies))  # labels are saved there
         if not 0 < self.port < 2**16:
             raise RequestError(f"port {self.port} is none: use 1 to 65535")
         if is_loopback(self.host):
@@ -131,6 +137,46 @@ class LabelOptions:
                 f"'{self.host}' can be reached from other machines, and passwords and images would go in the clear: "
                 "give --tls-certificate and --tls-key, or --behind-proxy if something before this server encrypts"
             )
+
+    def check_port(self) -> None:
+        """Refuse an address that cannot be listened on.
+
+        Raises:
+            RequestError: another program listens there, or it is none of this machine's.
+        """
+        try:
+            family, kind, _, _, address = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
+            with socket.socket(family, kind) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+        except OSError as error:
+            raise RequestError(
+                f"cannot listen on port {self.port} of '{self.host}' ({error.strerror}): stop the program that does, "
+                "or give another --port or --host"
+            ) from error
+
+    @property
+    def origin(self) -> str:
+        """Address of the server's own pages."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'https' if self.encrypted else 'http'}://{host}:{self.port}"
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other servers from the state folder while the block runs: each empties parts of it when it starts.
+
+        Raises:
+            RequestError: another server has it.
+        """
+        check_folder(self.state)
+        with (self.state / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise RequestError(
+                    f"another label server uses '{self.state}': stop it, or give this one another --state folder"
+                ) from error
+            yield
 
     def environment(self) -> dict[str, str]:
         """Return the variables that tell another process of this server its options."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medseg.errors import MedsegError, RequestError
+from medseg.files import check_folder
 from medseg.label.accounts import Accounts
 from medseg.label.offers import find_offers
 from medseg.label.options import LabelOptions, default_state, is_remote_store
@@ -33,15 +34,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = _parser().parse_args(arguments)
     try:
         if asked.add_account:
-            return _add_account(Accounts(asked.state / "accounts.json"), asked.add_account)
+            check_folder(asked.state.expanduser())
+            return _add_account(Accounts(asked.state.expanduser() / "accounts.json"), asked.add_account)
         options = _options(asked)
         options.check()
         offers = find_offers(options.tuned, folders=options.bundles, names=options.models)
-        _tell(offers, options)
-        if not offers.offered:
-            raise RequestError("there is no bundle that could be offered")
-        server = _server()
-        server.run(options, certificate=asked.tls_certificate, key=asked.tls_key)
+        options.check_port()
+        with options.alone():
+            _tell(offers, options)
+            if not offers.offered:
+                raise RequestError("there is no bundle that could be offered")
+            server = _server()
+            server.run(options, certificate=asked.tls_certificate, key=asked.tls_key)
     except MedsegError as error:
         _say(f"Error: {error}")
         return error.exit_code

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
+from medseg.errors import RequestError, in_a_line
 from medseg.label.accounts import Accounts
 from medseg.label.privacy import HidingFilter, Pseudonyms, read_key
 
@@ -40,7 +41,7 @@ def run(options: LabelOptions, *, certificate: Path | None = None, key: Path | N
         key: PEM file of its key.
 
     Raises:
-        MedsegError: the app cannot be built.
+        RequestError: the app cannot be built, or the studies have records that cannot be read.
     """
     _prepare(options, _realm(options))
     pseudonyms = Pseudonyms(read_key(options.key))
@@ -54,7 +55,13 @@ def run(options: LabelOptions, *, certificate: Path | None = None, key: Path | N
     # Its own processes cannot print this setting, and stop.
     os.environ.pop("MONAI_LABEL_CORS_ORIGINS", None)
     guarding.mend()
-    instance = app_instance()
+    try:
+        instance = app_instance()
+    except (OSError, ValueError) as error:
+        raise RequestError(
+            f"MONAI Label cannot open the studies '{options.studies}' ({in_a_line(error)}): check that its records "
+            "there (datastore_v2.json, labels/) can be read and written, or move them away"
+        ) from error
     instance.pseudonyms = pseudonyms
     instance.learn_names()
     guarding.guard(app, options, pseudonyms)
@@ -89,7 +96,8 @@ def _prepare(options: LabelOptions, realm: str) -> None:
     """Make the folders, and tell MONAI Label and the processes it starts what they need."""
     options.state.mkdir(parents=True, exist_ok=True)
     options.state.chmod(0o700)
-    for folder in (options.results, options.temporary, options.work):
+    # Sessions of viewers, too: MONAI Label does not start where the upload of one was cut short.
+    for folder in (options.results, options.temporary, options.work, options.sessions):
         shutil.rmtree(folder, ignore_errors=True)
     for folder in (options.app / "logs", options.results, options.temporary, options.work, options.sessions):
         folder.mkdir(parents=True, exist_ok=True)
@@ -110,7 +118,7 @@ def _prepare(options: LabelOptions, realm: str) -> None:
         }
     )
     defaults = {
-        "MONAI_LABEL_CORS_ORIGINS": f'["http://{options.host}:{options.port}"]',
+        "MONAI_LABEL_CORS_ORIGINS": f'["{options.origin}"]',
         "MONAI_LABEL_DATASTORE_FILE_EXT": '["*.nii.gz", "*.nii", "*.nrrd", "*.mha", "*.png", "*.jpg", "*.tif"]',
         "MONAI_LABEL_DICOMWEB_CACHE_PATH": str(options.state / "dicomweb"),
         # Seconds for which lists of a store are believed; MONAI Label's two hours hide labels that were just saved.
