@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from medseg.bundle.catalog import Bundle, shipped_bundles
 from medseg.bundle.trust import require_trust
-from medseg.errors import MedsegError, RequestError
+from medseg.errors import BundleError, MedsegError, RequestError, in_a_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -129,9 +129,30 @@ def _offer(source: Bundle, tuned: Bundle) -> Offer:
         if (bundle.root / "configs").is_dir():
             for job in _jobs(bundle):
                 require_trust(bundle.root, bundle.load_configs(*job))
-    metadata = source.metadata
-    shape = metadata.get("network_data_format", {}).get("inputs", {}).get("image", {}).get("spatial_shape", [0, 0, 0])
-    labels = {name: value for value, name in sorted(source.label_names.items())}
+    dimensions, labels = _described(source)
+    if tuned.weights.is_file() and _described(tuned) != (dimensions, labels):
+        raise RequestError(
+            f"bundle '{source.name}' has the labels {list(labels)}, and the copy that was trained here, "
+            f"'{tuned.root}', {list(_described(tuned)[1])}: it is of another bundle of that name; move it away"
+        )
+    return Offer(source, tuned, labels, dimensions, str(source.metadata.get("description", "")), trainable)
+
+
+def _described(bundle: Bundle) -> tuple[int, dict[str, int]]:
+    """Return the dimensions of a bundle's images, and its labels with their values.
+
+    Raises:
+        BundleError: the metadata do not say.
+    """
+    try:
+        inputs = bundle.metadata.get("network_data_format", {}).get("inputs", {})
+        dimensions = len(inputs.get("image", {}).get("spatial_shape", [0, 0, 0]))
+        labels = {str(name): value for value, name in sorted(bundle.label_names.items())}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise BundleError(
+            f"bundle '{bundle.name}' has a network_data_format that is not as MONAI's schema wants it "
+            f"({in_a_line(error)}): see `medseg bundle check`"
+        ) from error
     if not labels:
-        raise RequestError(f"bundle '{source.name}' names no labels: its metadata has no channel_def for 'pred'")
-    return Offer(source, tuned, labels, len(shape), str(metadata.get("description", "")), trainable)
+        raise BundleError(f"bundle '{bundle.name}' names no labels: its metadata has no channel_def for 'pred'")
+    return dimensions, labels

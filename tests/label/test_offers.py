@@ -63,6 +63,18 @@ def _torn(bundle: Path) -> None:
     (bundle / "configs" / "inference.json").write_text('{"a": 1')
 
 
+def _shapes(bundle: Path) -> None:
+    _edit(bundle, "metadata", network_data_format=[])
+
+
+def _numbers(bundle: Path) -> None:
+    _edit(bundle, "metadata", network_data_format={"inputs": {"image": {"spatial_shape": 3}}})
+
+
+def _channels(bundle: Path) -> None:
+    _edit(bundle, "metadata", network_data_format={"outputs": {"pred": {"channel_def": {"one": "ball"}}}})
+
+
 @pytest.fixture
 def folder(trained: Bundle, tmp_path: Path) -> Path:
     """A folder of two bundles: one as it should be, one to be spoiled."""
@@ -73,7 +85,10 @@ def folder(trained: Bundle, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     "spoil",
-    [_expression, _imports, _callable, _training, _evaluation, _macro, _script, _link, _yaml, _torn],
+    [
+        *(_expression, _imports, _callable, _training, _evaluation, _macro, _script, _link, _yaml, _torn),
+        *(_shapes, _numbers, _channels),
+    ],
     ids=lambda f: f.__name__,
 )
 def test_a_hostile_bundle_is_refused_by_name_and_the_others_are_offered(spoil, folder: Path, tmp_path: Path) -> None:
@@ -89,6 +104,17 @@ def test_a_hostile_trained_copy_is_refused_too(folder: Path, tmp_path: Path) -> 
     shutil.copytree(folder / "balls_mri_unet", tmp_path / "tuned" / "balls_mri_unet")
     _expression(tmp_path / "tuned" / "balls_mri_unet")
     assert list(find_offers(tmp_path / "tuned", folders=[folder]).refused) == ["balls_mri_unet"]
+
+
+def test_a_copy_that_was_trained_for_a_bundle_of_other_labels_is_not_used(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "tuned" / "balls_mri_unet"
+    shutil.copytree(folder / "balls_mri_unet", copy)
+    assert list(find_offers(tmp_path / "tuned", folders=[folder], names=["balls_mri_unet"]).offered)
+    metadata = json.loads((copy / "configs" / "metadata.json").read_text())
+    metadata["network_data_format"]["outputs"]["pred"]["channel_def"] = {"0": "background", "1": "large", "2": "small"}
+    (copy / "configs" / "metadata.json").write_text(json.dumps(metadata))
+    refused = find_offers(tmp_path / "tuned", folders=[folder], names=["balls_mri_unet"]).refused
+    assert str(copy) in refused["balls_mri_unet"]
 
 
 def test_an_offer_knows_labels_size_and_weights(trained: Bundle, tmp_path: Path) -> None:
