@@ -147,12 +147,12 @@ def _by_name(name: str) -> SegmentTerm:
 
 def _found(words: str) -> tuple[Coded, Coded, Coded | None] | None:
     """Return category, type and region of a name: a structure, a tissue, a lesion, or a lesion of a structure."""
-    for group, category in (("CID7192", "AnatomicalStructure"), ("CID7166", "Tissue")):
+    for group, category in (("cid7192", "AnatomicalStructure"), ("cid7166", "Tissue")):
         if (kind := _look_up(group, words)) is not None:
             return _category(category), kind, None
     where, _, what = words.rpartition(" ")
     for lesion, place in ((words, ""), (what, where)):
-        kind, region = _look_up("CID7159", lesion), _look_up("CID7192", place)
+        kind, region = _look_up("cid7159", lesion), _look_up("cid7192", place)
         if kind is not None and lesion not in ("background", "normal") and (region is not None or not place):
             return _category("MorphologicallyAbnormalStructure"), kind, region
     return None
@@ -173,7 +173,8 @@ def _look_up(group: str, words: str) -> Coded | None:
 def _category(keyword: str) -> Coded:
     from pydicom.sr.codedict import codes
 
-    code = getattr(codes.SCT, keyword)
+    # In lower case, and by group: older versions of pydicom know no other way.
+    code = getattr(codes.cid7150, keyword)
     return Coded(str(code.value), str(code.scheme_designator), str(code.meaning))
 
 
