@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from http import HTTPStatus
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jwt
@@ -26,6 +27,7 @@ from medseg.label.annotations import segment_infos
 from medseg.label.app.pages import add_login_page, needs_login_page, with_token
 from medseg.label.guards import check_query
 from medseg.label.options import is_loopback
+from medseg.label.segments import with_terms
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -44,8 +46,9 @@ _CLOSED = ("/reload",)
 def mend() -> None:
     """Replace two functions of MONAI Label 0.8.5 that do not do what they should."""
     auth.from_token = _user_of
-    named = _with_names(dicom_store.nifti_to_dicom_seg)
-    dicom_store.nifti_to_dicom_seg = infer.nifti_to_dicom_seg = named
+    convert = dicom_store.nifti_to_dicom_seg
+    dicom_store.nifti_to_dicom_seg = _with_names(convert, corrected=True)
+    infer.nifti_to_dicom_seg = _with_names(convert, corrected=False)
 
 
 def guard(app: Any, options: LabelOptions, pseudonyms: Pseudonyms) -> None:
@@ -130,13 +133,18 @@ def _user_of(token: str) -> Any:
     )
 
 
-def _with_names(convert: Callable[..., str]) -> Callable[..., str]:
-    """Return MONAI Label's writer of DICOM SEG, with each segment under the name of its own value."""
+def _with_names(convert: Callable[..., str], *, corrected: bool) -> Callable[..., str]:
+    """Return MONAI Label's writer of DICOM SEG, with each segment under the name and codes of its own value."""
 
     def converted(series: str, label: str, label_info: Any, *args: Any, **kwargs: Any) -> str:
         values = [int(value) for value in np.unique(to_numpy(load(label, label=True))) if value]
         if not values:
             raise CaseError("the mask is empty, and DICOM SEG has no way to say so: nothing was written")
-        return convert(series, label, segment_infos(label_info or [], values), *args, **kwargs)
+        infos = zip(segment_infos(label_info or [], values), values, strict=True)
+        named = [with_terms(info, value, corrected=corrected) for info, value in infos]
+        written = convert(series, label, named, *args, **kwargs)
+        if not Path(written).is_file():
+            raise CaseError("the mask could not be written as DICOM SEG: it does not lie on the slices of the series")
+        return written
 
     return converted

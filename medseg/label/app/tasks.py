@@ -143,7 +143,7 @@ class BundleTrain(TrainTask):  # type: ignore[misc]
     def _request(self, request: dict[str, Any]) -> TuningRequest:
         publish = request.get("publish", "better")
         known = knobs(self.offer.source.load_configs("train")["train.json"])
-        own = (*_SET_HERE, "bundle_root", "dataset_dir", "resume", "split")
+        own = (*_SET_HERE, "bundle_root", "dataset_dir", "resume", "split", "split_file")
         settings = {name: value for name, value in request.items() if name in known and name not in own}
         return TuningRequest(
             max_epochs=request.get("max_epochs", TuningRequest.max_epochs),
