@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import nibabel
 import numpy as np
@@ -18,11 +19,14 @@ from medseg.io.names import file_kind, mask_name, split_suffix
 from medseg.io.writers import to_numpy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from numpy.typing import NDArray
 
 __all__ = ["Annotation", "Collected", "collect", "dice", "label_mapping", "read_annotation", "segment_infos"]
+
+_SEGMENT: Final = re.compile(r"Segment(\d+)_LabelValue")
+_LONGEST_HEAD: Final = 2**20
 
 
 @dataclass(frozen=True)
@@ -130,11 +134,12 @@ def read_annotation(annotation: Annotation, labels: Mapping[str, int]) -> NDArra
     loaded = load(annotation.label, label=True)
     array, affine = to_numpy(loaded[0]), np.asarray(loaded.affine.numpy(), dtype=np.float64)
     array = _aligned(array, affine, grid)
-    mapping = label_mapping(annotation.info, labels)
+    info = _names_in_file(annotation.label) or annotation.info
+    mapping = label_mapping(info, labels)
     values = [int(value) for value in np.unique(array)]
     known = {0, *labels.values()} if mapping is None else {0, *mapping}
     surplus = [value for value in values if value not in known]
-    named = _named_values(annotation.info) or {}
+    named = _named_values(info) or {}
     foreign = [f"{named[value]!r} ({value})" for value in surplus if value in named]
     if foreign:
         raise CaseError(
@@ -148,6 +153,20 @@ def read_annotation(annotation: Annotation, labels: Mapping[str, int]) -> NDArra
     for value, wanted in mapping.items():
         recoded[array == value] = wanted
     return recoded
+
+
+def _names_in_file(label: Path) -> list[dict[str, Any]]:
+    """Return names and values of a segmentation that 3D Slicer stored as such (.seg.nrrd).
+
+    Its values are its own, whatever the places in the list are that comes with it.
+    """
+    if not label.name.lower().endswith(".nrrd"):
+        return []
+    with label.open("rb") as file:
+        head = file.read(_LONGEST_HEAD).partition(b"\n\n")[0].decode("utf-8", "replace")
+    fields = dict(line.strip().split(":=", 1) for line in head.splitlines() if ":=" in line)
+    numbers = [match[1] for key in fields if (match := _SEGMENT.fullmatch(key))]
+    return [{"name": fields.get(f"Segment{n}_Name", ""), "idx": fields[f"Segment{n}_LabelValue"]} for n in numbers]
 
 
 def _aligned(array: NDArray[Any], affine: NDArray[np.float64], grid: Grid) -> NDArray[Any]:
@@ -171,10 +190,12 @@ def collect(
     *,
     val_split: float = 0.2,
     pseudonym: Callable[[str], str],
+    trained_on: Collection[str] = (),
 ) -> Collected:
     """Lay saved labels out as a data set that `medseg train` takes.
 
-    Which part a case belongs to depends on the pseudonyms alone: equal labels give an equal split.
+    Which part a case belongs to depends on the pseudonyms and on earlier trainings alone: equal labels give an equal
+    split, and a case that weights were trained on does not judge them as long as there are others.
 
     Args:
         annotations: all that was saved.
@@ -182,12 +203,13 @@ def collect(
         folder: made if missing; images are linked, labels written anew.
         val_split: share of the cases that are for validation, above 0 and below 1.
         pseudonym: gives the name of a case.
+        trained_on: pseudonyms of cases that the present weights were trained on.
 
     Raises:
         RequestError: fewer than two labels can be used, or an unknown share.
     """
-    if not 0 < val_split < 1:
-        raise RequestError(f"val_split is {val_split}: use a share above 0 and below 1")
+    if isinstance(val_split, bool) or not isinstance(val_split, int | float) or not 0 < val_split < 1:
+        raise RequestError(f"val_split is {val_split!r}: use a share above 0 and below 1")
     collected, used = Collected(folder), []
     for annotation in annotations:
         name = pseudonym(annotation.name)
@@ -202,9 +224,9 @@ def collect(
             f"{len(used)} saved label(s) can be used, and training needs two: one to train on and one to validate on. "
             + (reasons or "Save more corrected labels first.")
         )
-    used.sort()
+    used.sort(key=lambda name: (name in trained_on, name))
     count = min(max(1, round(val_split * len(used))), len(used) - 1)
-    collected.val, collected.train = used[:count], used[count:]
+    collected.val, collected.train = sorted(used[:count]), sorted(used[count:])
     replace_text(folder / SPLIT_FILE, json.dumps({"train": collected.train, "val": collected.val}, indent=2) + "\n")
     return collected
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import shutil
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from medseg.bundle import api
 from medseg.bundle.catalog import Bundle
 from medseg.bundle.knobs import knobs
 from medseg.bundle.runner import known_mean
 from medseg.errors import RequestError
-from medseg.files import sha256_file
+from medseg.files import replace_text, sha256_file
 from medseg.label.annotations import collect
 
 if TYPE_CHECKING:
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 __all__ = ["Tuned", "TuningRequest", "tune"]
 
 logger = logging.getLogger(__name__)
+
+# In a trained copy.
+_TRAINED_ON: Final = "trained_on.json"
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,15 @@ def tune(
     work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=work) as place:
         folder = Path(place)
-        data = collect(annotations, offer.labels, folder / "data", val_split=request.val_split, pseudonym=pseudonym)
+        seen = _trained_on(offer)
+        data = collect(
+            annotations,
+            offer.labels,
+            folder / "data",
+            val_split=request.val_split,
+            pseudonym=pseudonym,
+            trained_on=seen,
+        )
         for name, reason in data.left_out.items():
             logger.warning("the label of %s was left out: %s", name, reason)
         before = _score(offer.current, data.root, folder / "before", offer, request) if offer.ready else math.nan
@@ -124,10 +136,18 @@ def tune(
         after = _score(Bundle(copy), data.root, folder / "after", offer, request)
         published = request.publish == "always" or math.isnan(before) or after >= before
         if published:
+            known = {*data.train, *(seen if request.pretrained else ())}
+            replace_text(copy / _TRAINED_ON, json.dumps(sorted(known), indent=2) + "\n")
             _publish(copy, offer.tuned.root)
         return Tuned(
             published, before, after, len(data.train), len(data.val), data.left_out, sha256_file(offer.current.weights)
         )
+
+
+def _trained_on(offer: Offer) -> set[str]:
+    """Return the pseudonyms of the saved labels that the present weights were trained on."""
+    path = offer.current.root / _TRAINED_ON
+    return set(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else set()
 
 
 def _settings(offer: Offer, request: TuningRequest) -> dict[str, Any]:

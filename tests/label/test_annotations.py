@@ -72,6 +72,18 @@ def test_names_of_other_bundles_may_be_listed_where_no_voxel_has_them(image, tru
     assert not read_annotation(_annotation(image, empty, info[2:]), LABELS).any()
 
 
+def test_a_segmentation_of_3d_slicer_brings_its_own_names(image, truth, tmp_path: Path) -> None:
+    label = _write(tmp_path / "label.nii.gz", np.array([0, 7, 3], np.uint8)[truth], AFFINE)
+    stored = sitk.ReadImage(str(label))
+    for number, (name, value) in enumerate({"posterior": 3, "anterior": 7, "Segment_1": 8}.items()):
+        stored.SetMetaData(f"Segment{number}_Name", name)
+        stored.SetMetaData(f"Segment{number}_LabelValue", str(value))
+    sitk.WriteImage(stored, str(tmp_path / "label.nrrd"))
+    assert b"Segment1_LabelValue:=7" in (tmp_path / "label.nrrd").read_bytes()
+    places = [{"name": "posterior", "idx": 1}, {"name": "anterior", "idx": 2}, {"name": "Segment_1", "idx": 3}]
+    assert (read_annotation(_annotation(image, tmp_path / "label.nrrd", places), LABELS) == truth).all()
+
+
 def test_values_without_names_are_the_bundles_own(image, truth, tmp_path: Path) -> None:
     label = _write(tmp_path / "label.nii.gz", truth, AFFINE)
     for info in ([], [{"name": "anterior"}]):
@@ -141,10 +153,19 @@ def test_too_few_labels_are_an_error(count: int, image, truth, tmp_path: Path) -
         collect(annotations, LABELS, tmp_path / "set", pseudonym=str)
 
 
-@pytest.mark.parametrize("share", [0, 1, -0.2])
-def test_shares_that_leave_a_part_empty_are_refused(share: float, tmp_path: Path) -> None:
+def test_a_case_that_was_trained_on_does_not_judge_while_there_are_others(image, truth, tmp_path: Path) -> None:
+    label = _write(tmp_path / "label.nii.gz", truth, AFFINE)
+    annotations = [Annotation(str(number), image, label) for number in range(5)]
+    found = collect(annotations, LABELS, tmp_path / "a", val_split=0.4, pseudonym=str, trained_on={"0", "1", "3"})
+    assert (found.val, found.train) == (["2", "4"], ["0", "1", "3"])
+    found = collect(annotations, LABELS, tmp_path / "b", val_split=0.4, pseudonym=str, trained_on=set("01234"))
+    assert (found.val, found.train) == (["0", "1"], ["2", "3", "4"])
+
+
+@pytest.mark.parametrize("share", [0, 1, -0.2, "0.2", True])
+def test_shares_that_leave_a_part_empty_are_refused(share: object, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="val_split"):
-        collect([], LABELS, tmp_path, val_split=share, pseudonym=str)
+        collect([], LABELS, tmp_path, val_split=share, pseudonym=str)  # type: ignore[arg-type]
 
 
 def test_dice_of_known_overlaps() -> None:

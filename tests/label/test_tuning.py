@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -50,6 +51,8 @@ def test_a_bundle_without_weights_is_trained_and_put_into_use(
     assert offer.current.root == tmp_path / "tuned" / trained_copy.name
     assert found.weights_sha256 == sha256_file(offer.tuned.weights)
     assert heard[-1] == 2
+    assert json.loads((offer.tuned.root / "trained_on.json").read_text()) == ["case-1", "case-2", "case-3"]
+    assert find_offers(tmp_path / "tuned", folders=[trained_copy.root]).offered
     assert not trained_copy.weights.exists()
     assert not list((tmp_path / "work").iterdir())
     assert [path.name for path in (tmp_path / "tuned").iterdir()] == [trained_copy.name]
