@@ -5,6 +5,7 @@ attributes, so below an allowed prefix `medseg.io` it would also find `medseg.io
 
 Whoever adds a name has looked at every argument of it for text that ends in an import, an evaluation, a download, a
 pickle, or a text file with a name of the config's choosing, and has added a row to `ARGUMENTS` where there was one.
+What writes files has a row in `PLACES`.
 Left out for such a reason: `Lambda` and its kin, `TorchVision`, `TorchIO` and `CuCIM` (any attribute of a library by
 name), `PatchInferer` (`merger_cls` is imported), `PerceptualLoss` and the classification backbones (downloads),
 `NPZDictItemDataset` and `CSVDataset`, `LogfileHandler`, `ClassificationSaver` and `SaveClassificationd` (text files
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["ALLOWED", "ARGUMENTS", "MEDSEG"]
+__all__ = ["ALLOWED", "ARGUMENTS", "MEDSEG", "PLACES"]
 
 # Room -> the names it exports for use in configs. A new part is added here; a test looks every name up.
 MEDSEG: Final[Mapping[str, str]] = {
@@ -141,7 +142,8 @@ ALLOWED: Final[Mapping[str, Mapping[str, str]]] = {
     },
 }
 
-# Target ("*" is every target) -> argument -> the only values it may have; a component of this page may stand there too.
+# Target ("*" is every target) -> argument -> the only values it may have. A component of this page may stand there if
+# its class is one of them; no other, for parts that hand a value on would let any value through.
 ARGUMENTS: Final[Mapping[str, Mapping[str, tuple[bool | str | None, ...]]]] = {
     "*": {
         # MONAI imports any dotted path, and takes any name of monai.data, given for these two.
@@ -155,6 +157,10 @@ ARGUMENTS: Final[Mapping[str, Mapping[str, tuple[bool | str | None, ...]]]] = {
         "weights_only": (True,),  # passed to torch.load
         "pickle_module": ("pickle",),  # writes the cache that weights_only guards
         "compile_kwargs": (None,),  # torch.compile takes the path of a C++ compiler among its options
+        # Passed through LoadImage to nibabel and NumPy: "r+" would let later steps change the image's own file.
+        "mmap": (True, False, "c", "r"),
+        "mmap_mode": (None, "c", "r"),
+        "data_root_dir": ("",),  # MONAI joins the way from it to the image, which may lead up, to the output folder
     },
     "medseg.networks.UCTransNet": {"backbone": ("paper", "unet")},
     "medseg.networks.BANet": {"backbone": ("resnet50", "resnet101", "resnet152")},
@@ -164,4 +170,20 @@ ARGUMENTS: Final[Mapping[str, Mapping[str, tuple[bool | str | None, ...]]]] = {
             *(f"resnet{depth}" for depth in ("10", "18", "34", "50", "101", "152", "200")),
         ),
     },
+}
+
+# Part that writes files -> the argument that says where: the run's `output_dir`, or a folder inside the bundle.
+PLACES: Final[Mapping[str, str]] = {
+    "medseg.report.training_pictures.PredictionPictures": "output_dir",
+    "medseg.training.Checkpoints": "output_dir",
+    "medseg.training.RunLog": "output_dir",
+    "medseg.training.SeededDataset": "cache_dir",
+    "medseg.transforms.SaveMaskd": "output_dir",
+    "monai.data.PersistentDataset": "cache_dir",
+    "monai.handlers.CheckpointSaver": "save_dir",
+    "monai.handlers.MetricsSaver": "save_dir",
+    "monai.handlers.TensorBoardImageHandler": "log_dir",
+    "monai.handlers.TensorBoardStatsHandler": "log_dir",
+    "monai.transforms.SaveImage": "output_dir",
+    "monai.transforms.SaveImaged": "output_dir",
 }

@@ -211,7 +211,7 @@ def _copy(source: Bundle, target: Bundle) -> None:
         return
     for folder in ("configs", "docs"):
         if (source.root / folder).is_dir():
-            shutil.copytree(source.root / folder, target.root / folder)
+            shutil.copytree(source.root / folder, target.root / folder, symlinks=True)
     if (source.root / "LICENSE").is_file():
         shutil.copy2(source.root / "LICENSE", target.root / "LICENSE")
     # What these say of the source's weights is not true of those to come.

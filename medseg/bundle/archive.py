@@ -162,10 +162,11 @@ def find_all(bundle: Bundle) -> list[tuple[str, Finding]]:
         BundleError: a config cannot be read.
     """
     configs = {path.name: load_json(path) for path in sorted(bundle.root.glob("configs/*.json"))}
-    parts = {name: {"_meta_": config} if name == "metadata.json" else config for name, config in configs.items()}
-    whole = merged(parts)
-    found = [(name, item) for name, part in parts.items() for item in find_programs(part, {**whole, **part})]
-    files = [*find_files(bundle.root), *_find_weights(bundle.root, configs.get("metadata.json", {}))]
+    metadata = configs.pop("metadata.json", {})
+    whole = {**merged(configs), "_meta_": metadata}
+    found = [("metadata.json", item) for item in find_programs(metadata, whole, metadata=True)]
+    found += [(name, item) for name, part in configs.items() for item in find_programs(part, {**whole, **part})]
+    files = [*find_files(bundle.root), *_find_weights(bundle.root, metadata)]
     return found + [("", item) for item in files]
 
 

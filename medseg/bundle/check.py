@@ -86,7 +86,8 @@ def examine(bundle: Bundle, *, full: bool = False, report: Progress | None = Non
     def note(name: str, action: Callable[[], str]) -> None:
         if report is not None:
             report(len(found), total, f"{bundle.name}: {name}")
-        found[name] = _outcome(action)
+        declarative = found.get("declarative", Outcome("ok")).status == "ok"
+        found[name] = _outcome(action) if declarative else Outcome("skipped", "it would run what is not declarative")
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -97,7 +97,8 @@ def prepare(bundle: Bundle, settings: Mapping[str, Any], *, paths: Mapping[str, 
     configs = bundle.load_configs(*_CONFIGS)
     require_trust(bundle.root, configs, trust)
     files = tuple(bundle.config_paths(*_CONFIGS))
-    return replace(job, config_files=files, config={**merged(configs), **job.overrides})
+    config = {**merged(configs), "_meta_": job.config["_meta_"], **job.overrides}
+    return runner.checked_places(replace(job, config_files=files, config=config))
 
 
 def run_folder(job: Job) -> Path:
@@ -236,6 +237,9 @@ def _start(job: Job, processes: int, logs: Path, notes: Path) -> list[_Process]:
         "LOCAL_WORLD_SIZE": str(processes),
         "OMP_NUM_THREADS": str(_threads(processes)),
         "PYTHONUNBUFFERED": "1",
+        # They find the packages that this process found, and none in the folder where the user happens to be.
+        "PYTHONPATH": os.pathsep.join(place for place in sys.path if place),
+        "PYTHONSAFEPATH": "1",
     }
     group: list[_Process] = []
     try:

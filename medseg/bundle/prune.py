@@ -256,7 +256,7 @@ def _write(bundle: Bundle, variant: _Variant, target: Path) -> None:
         (new.root / "models").mkdir(parents=True)
         shutil.copyfile(variant.weights, new.weights)
         if (bundle.root / "docs").is_dir():
-            shutil.copytree(bundle.root / "docs", new.root / "docs")
+            shutil.copytree(bundle.root / "docs", new.root / "docs", symlinks=True)
         for file in (bundle.root / "LICENSE", *bundle.root.glob("models/LICENSE*")):
             if file.is_file():
                 shutil.copy2(file, new.root / file.relative_to(bundle.root))

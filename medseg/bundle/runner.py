@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 from medseg.bundle.catalog import Bundle, merged
 from medseg.bundle.knobs import changed, knobs
 from medseg.bundle.slides import check_slides, is_slide, named_slides
-from medseg.bundle.trust import require_trust
-from medseg.errors import CaseError, MedsegError, RequestError, WeightsError
+from medseg.bundle.trust import leads_inside, require_trust
+from medseg.errors import BundleError, CaseError, MedsegError, RequestError, WeightsError, in_a_line
 from medseg.files import sha256_file
 from medseg.io.names import mask_name
 from medseg.manifest import BundleRecord, Manifest
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Job",
     "build_evaluator",
+    "checked_places",
     "evaluate",
     "known_mean",
     "open_workflow",
@@ -54,7 +55,8 @@ class Job:
         command: "train", "evaluate" or "predict".
         bundle: whose configs run.
         config_files: the config files, laid over each other in this order.
-        config: what they give together, with the user's values in place; this very content was checked.
+        config: what they give together, with the user's values in place and the metadata; this very content was
+            checked.
         overrides: the user's values.
         settings: names of the knobs that the user set.
         vouched: whether the user vouched for a bundle that need not be declarative.
@@ -77,6 +79,8 @@ class Job:
 _CONFIGS = {"train": ("train",), "evaluate": ("train", "evaluate"), "predict": ("inference",)}
 _STEPS_BETWEEN_READINGS = 10
 _PLACES = ("dataset_dir", "output_dir", "resume")
+# What a workflow needs besides its evaluator.
+_PARTS = {"infer": ("preprocessing", "inferer"), "train": ("val_preprocessing", "val_inferer")}
 
 
 def prepare(
@@ -102,16 +106,32 @@ def prepare(
         WeightsError: the weights that the command needs, or that training is to start from, do not exist.
     """
     names = _CONFIGS[command]
-    configs = bundle.load_configs(*names)
-    require_trust(bundle.root, configs, trust)
-    config = merged(configs)
+    configs, metadata = bundle.load_configs(*names), bundle.metadata
+    require_trust(bundle.root, {**configs, "metadata.json": metadata}, trust)
+    config = {**merged(configs), "_meta_": metadata}
     overrides = {**changed(config, settings), **paths, "bundle_root": str(bundle.root)}
     files = tuple(bundle.config_paths(*names))
     job = Job(command, bundle, files, {**config, **overrides}, overrides, tuple(settings), trust is not None)
+    checked_places(job)
     if command == "train":
         _check_start(job.config)
     elif not job.weights.is_file():
         raise WeightsError(f"no weights at '{job.weights}': run `medseg train` first, or give --set weights=FILE")
+    return job
+
+
+def checked_places(job: Job) -> Job:
+    """Return a job whose results go where the user said, or into the bundle.
+
+    Raises:
+        BundleError: they would go to a folder that the bundle names, wherever the user happens to be.
+    """
+    place = job.config.get("output_dir")
+    if not (job.vouched or "output_dir" in job.overrides or place is None or leads_inside(place, job.config)):
+        raise BundleError(
+            f"bundle '{job.bundle.name}' would write to {place!r} of its own choice; give --set output_dir=FOLDER, or "
+            'let its output_dir be {"_target_": "medseg.bundle.parts.inside", "root": "@bundle_root", "path": ...}'
+        )
     return job
 
 
@@ -298,9 +318,28 @@ def open_workflow(job: Job, kind: str) -> Any:
 
 
 def build_evaluator(workflow: Any) -> Any:
-    """Build everything anew: an engine that an error has stopped would take the next case for the rest of that run."""
-    _guarded(workflow.initialize)
-    return _guarded(lambda: workflow.evaluator)
+    """Build everything anew: an engine that an error has stopped would take the next case for the rest of that run.
+
+    Raises:
+        BundleError: the config's parts do not go together.
+    """
+    try:
+        workflow.initialize()
+        evaluator = workflow.evaluator
+        missing = [name for name in _PARTS[workflow.get_workflow_type()] if not callable(getattr(workflow, name))]
+        if missing or not hasattr(evaluator, "state"):
+            raise TypeError(f"no usable {', '.join(missing) or 'evaluator'}")
+    except Exception as error:
+        own = _own_error(error)
+        if own is not None:
+            raise own from error
+        *_, first = _chain(error)
+        causes = dict.fromkeys((in_a_line(error), in_a_line(first)))
+        raise BundleError(
+            f"the parts of bundle '{workflow.config_root_path.parent}' do not go together: {'; '.join(causes)}. "
+            "`medseg bundle check` looks at them one by one"
+        ) from error
+    return evaluator
 
 
 def _manifest(job: Job, path: Path) -> Manifest:

@@ -21,11 +21,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from medseg.bundle.allowed import ALLOWED, ARGUMENTS
+from medseg.bundle.allowed import ALLOWED, ARGUMENTS, PLACES
 from medseg.errors import BundleError, UntrustedBundleError
 from medseg.files import sha256_file
 
-__all__ = ["SETTINGS", "Finding", "check", "find_files", "find_programs", "fingerprint", "load_json", "require_trust"]
+__all__ = [
+    "SETTINGS",
+    "Finding",
+    "check",
+    "find_files",
+    "find_programs",
+    "fingerprint",
+    "leads_inside",
+    "load_json",
+    "require_trust",
+]
 
 MAX_CONFIG_BYTES: Final = 16 * 2**20
 MAX_DEPTH: Final = 64
@@ -39,6 +49,9 @@ _SPECIAL_KEYS: Final = {"_target_", "_desc_", "_disabled_", "_mode_", "_requires
 _IMPORTABLE: Final = (".py", ".pyc", ".pyo", ".pyw", ".pyd", ".so", ".dylib", ".dll")
 _ESCAPES: Final = re.compile(r"^\s*(?:[/\\~]|[A-Za-z]:[/\\])|(?:^|[/\\])\s*\.\.\s*(?:[/\\]|$)|://|\x00")
 _IMPORT: Final = re.compile(r"\$\s*(?:import|from)\b")
+_INDEX: Final = re.compile(r"0|[1-9][0-9]{0,8}")
+_METADATA: Final = "_meta_"
+_INSIDE: Final = "medseg.bundle.parts.inside"
 _MISSING: Final = object()
 
 
@@ -89,19 +102,30 @@ def load_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def find_programs(config: Mapping[str, Any], within: Mapping[str, Any] | None = None) -> list[Finding]:
+def find_programs(
+    config: Mapping[str, Any], within: Mapping[str, Any] | None = None, *, metadata: bool = False
+) -> list[Finding]:
     """List every callable, expression, macro and import of a config, and all else that a declarative one may not hold.
 
     Args:
         config: plain JSON data. Nothing in it is imported or evaluated.
         within: where `@` references lead, if the config runs as a part of something larger.
+        metadata: whether this is the content of `metadata.json`, which configs find under `_meta_`.
 
     Returns:
         Findings in the order of the config; empty for pure data.
     """
     walk = _Walk(config if within is None else within)
-    walk.visit(config, ())
+    if not metadata and _METADATA in config:
+        # It would take the place of the metadata in the files, or not, by the way in which MONAI is called.
+        walk.note((_METADATA,), "key", _METADATA, "only metadata.json holds metadata")
+    walk.visit(config, (_METADATA,) if metadata else ())
     return walk.findings
+
+
+def leads_inside(value: object, config: Mapping[str, Any]) -> bool:
+    """Tell whether a value of a config is a folder in its own bundle, and stays one."""
+    return _Walk(config).is_inside(value)
 
 
 def find_files(bundle_root: Path) -> list[Finding]:
@@ -150,7 +174,8 @@ def require_trust(bundle_root: Path, configs: Mapping[str, Mapping[str, Any]], t
     """Let a job pass if its bundle is declarative, or if the user vouches for exactly the bundle's content.
 
     Args:
-        bundle_root: folder of the bundle. Its `configs/metadata.json` is checked too, since MONAI always reads it.
+        bundle_root: folder of the bundle. Its `configs/metadata.json` is checked too, since MONAI always reads it;
+            as it is among the configs, or else as it lies there.
         configs: what is about to run, as for `check`.
         trust: the fingerprint that the user gave. It is compared even for a declarative bundle: who names a content
             wants that content.
@@ -162,7 +187,7 @@ def require_trust(bundle_root: Path, configs: Mapping[str, Mapping[str, Any]], t
     """
     if trust is None:
         metadata = bundle_root / "configs" / "metadata.json"
-        known = {metadata.name: load_json(metadata)} if metadata.is_file() else {}
+        known = {metadata.name: load_json(metadata)} if metadata.is_file() and metadata.name not in configs else {}
         _refuse(bundle_root.name, [*find_files(bundle_root), *_forbidden({**configs, **known})])
     elif not re.fullmatch(r"[0-9a-fA-F]{64}", trust):
         raise UntrustedBundleError(
@@ -182,6 +207,7 @@ class _Walk:
     def __init__(self, whole: Mapping[str, Any]) -> None:
         self.whole = whole
         self.findings: list[Finding] = []
+        self.judged: dict[tuple[str, tuple[object, ...]], bool] = {}
 
     def visit(self, value: object, at: tuple[str, ...]) -> None:
         if len(at) > MAX_DEPTH:
@@ -209,7 +235,7 @@ class _Walk:
             self.note(at, "key", key, "keys are non-empty text")
         elif "::" in key or "#" in key or key.lstrip()[:1] in ("$", "%", "@", "+"):
             self.note(at, "key", key, "holds a sign that MONAI reads as part of an id, a macro or an expression")
-        elif at[:1] != ("_meta_",) and _ESCAPES.search(key):
+        elif at[:1] != (_METADATA,) and _ESCAPES.search(key):
             self.note(at, "path", key, "leads out of the bundle or names an address")
 
     def text(self, text: str, at: tuple[str, ...]) -> None:
@@ -222,7 +248,7 @@ class _Walk:
             self.note(at, "macro", text, "would be replaced by the content of another place or file")
         elif start == "@":
             self.reference(text, at)
-        elif at[:1] != ("_meta_",) and _ESCAPES.search(text):
+        elif at[:1] != (_METADATA,) and _ESCAPES.search(text):
             self.note(at, "path", text, "leads out of the bundle or names an address")
 
     def reference(self, text: str, at: tuple[str, ...]) -> None:
@@ -237,7 +263,7 @@ class _Walk:
 
     def component(self, config: Mapping[str, Any], at: tuple[str, ...]) -> None:
         target = config["_target_"]
-        in_metadata = at[:1] == ("_meta_",)
+        in_metadata = at[:1] == (_METADATA,)
         self.note(at, "callable", target, "metadata runs nothing" if in_metadata else _target_problem(target))
         if config.get("_mode_", "default") != "default":
             self.note((*at, "_mode_"), "mode", config["_mode_"], 'only "default" is allowed')
@@ -249,16 +275,40 @@ class _Walk:
                 self.note((*at, str(name)), "argument", value, "no argument of an allowed part starts with _")
             elif name in rules and not self.is_one_of(value, rules[name]):
                 self.note((*at, name), "argument", value, f"only {', '.join(map(repr, rules[name]))} allowed")
+            elif name == "bundle_root" and value != "@bundle_root":
+                self.note((*at, name), "argument", value, "only '@bundle_root' allowed")
+        if isinstance(target, str) and target in PLACES:
+            self.place(config, PLACES[target], at)
+
+    def place(self, config: Mapping[str, Any], argument: str, at: tuple[str, ...]) -> None:
+        # MONAI's own defaults are folders where the user happens to be; ours have none.
+        value = config.get(argument, "" if config["_target_"].startswith("monai.") else "@output_dir")
+        if value != "@output_dir" and not self.is_inside(value):
+            reason = f"files go to @output_dir, or to a folder that {_INSIDE} gives for @bundle_root"
+            self.note((*at, argument), "path", value, reason)
+
+    def is_inside(self, value: object, hops: int = 0) -> bool:
+        if isinstance(value, Mapping):
+            fixed = value.get("_target_") == _INSIDE and value.get("root") == "@bundle_root"
+            return fixed and not value.get("_disabled_", False)
+        follow = isinstance(value, str) and value.startswith("@") and hops <= MAX_DEPTH
+        return follow and self.is_inside(self.look_up(str(value)), hops + 1)
 
     def is_one_of(self, value: object, choices: tuple[object, ...], hops: int = 0) -> bool:
         if hops > MAX_DEPTH:
             return False
         if isinstance(value, str) and value.startswith("@"):
-            return self.is_one_of(self.look_up(value), choices, hops + 1)
+            # Each reference once: lists of references to lists of references would take forever.
+            judged = (value, choices)
+            if judged not in self.judged:
+                self.judged[judged] = False
+                self.judged[judged] = self.is_one_of(self.look_up(value), choices, hops + 1)
+            return self.judged[judged]
         if isinstance(value, list | tuple):
             return all(self.is_one_of(item, choices, hops + 1) for item in value)
         if isinstance(value, Mapping):
-            return "_target_" in value  # a component, judged where it stands
+            target = str(value.get("_target_"))
+            return target in _TARGETS and target.rpartition(".")[2] in choices
         return any(type(value) is type(choice) and value == choice for choice in choices)
 
     def look_up(self, reference: str) -> object:
@@ -268,7 +318,7 @@ class _Walk:
                 return _MISSING
             if isinstance(found, Mapping):
                 found = found.get(step, _MISSING)
-            elif isinstance(found, list | tuple) and step in map(str, range(len(found))):
+            elif isinstance(found, list | tuple) and _INDEX.fullmatch(step) and int(step) < len(found):
                 found = found[int(step)]
             else:
                 return _MISSING
@@ -282,13 +332,13 @@ def _target_problem(target: object) -> str:
 
 
 def _forbidden(configs: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
-    parts = {name: {"_meta_": config} if _is_metadata(name) else config for name, config in configs.items()}
+    parts = {name: {_METADATA: config} if _is_metadata(name) else config for name, config in configs.items()}
     # MONAI sets the metadata after the configs, whatever they say of it.
     whole = {key: parts[name][key] for name in sorted(parts, key=_is_metadata) for key in parts[name]}
     return [
         replace(found, where=f"{name}: {found.where}")
-        for name, part in parts.items()
-        for found in find_programs(part, whole)
+        for name, config in configs.items()
+        for found in find_programs(config, whole, metadata=_is_metadata(name))
         if not (found.allowed or (name == SETTINGS and found.kind == "path"))
     ]
 
@@ -351,6 +401,8 @@ def _files(root: Path) -> Iterator[tuple[str, Path]]:
 def _file_problem(root: Path, name: str, path: Path) -> str:
     if problem := _outside(root, path):
         return problem
+    if path.is_symlink() and path.is_dir():
+        return "a link to a folder, and copying might never end"
     if name.lower().endswith(_IMPORTABLE):
         return "Python could import it"
     if name.lower().split("/")[0] == "configs" and not name.lower().endswith(".json"):

@@ -24,7 +24,7 @@ from monai.transforms import (
 )
 from torch.utils.data import get_worker_info
 
-from medseg.errors import CaseError, MedsegError
+from medseg.errors import CaseError, MedsegError, RequestError
 from medseg.inferers.blend import one_thread
 from medseg.inferers.memory import shown_bytes
 from medseg.training.cache import DiskCache, bare, memory_bound, size_of
@@ -68,6 +68,7 @@ class SeededDataset(Dataset):  # type: ignore[misc]  # MONAI publishes no types
 
     Raises:
         CaseError: a case cannot be prepared; the message names it.
+        RequestError: a disk cache without a folder.
     """
 
     def __init__(
@@ -85,6 +86,8 @@ class SeededDataset(Dataset):  # type: ignore[misc]  # MONAI publishes no types
         first = self.transform.get_index_of_first(_is_random)
         self.first_random = len(self.transform.transforms) if first is None else first
         steps = self.transform.transforms[: self.first_random]
+        if disk_cache and not cache_dir:
+            raise RequestError("disk_cache=true needs a cache_dir: the folder for the prepared cases")
         self.disk = DiskCache(Path(cache_dir), steps) if disk_cache else None
         self.working: MutableSequence[int] | None = None
         self._kept: list[dict[str, Any]] = []

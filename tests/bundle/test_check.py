@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -55,6 +56,19 @@ def test_each_fault_shows_in_its_own_column(trained_copy: Bundle) -> None:
     assert "inference.json differ" in faults["built"]
     assert "$print(1)" in faults["declarative"]
     assert "schema" not in faults
+
+
+def test_a_program_is_not_run_to_check_it(trained_copy: Bundle, tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    config = trained_copy.load_configs("train")["train.json"]
+    config["network_def"]["features"] = f"$__import__('pathlib').Path({str(marker)!r}).touch()"
+    _edited(trained_copy, "train", **config)
+    _edited(trained_copy, "inference", network_def=config["network_def"])
+    found = examine(trained_copy, full=True)
+    assert not marker.exists()
+    assert found["declarative"].status == "failed"
+    after = [*CHECKS, *FULL_CHECKS][list(CHECKS).index("declarative") + 1 :]
+    assert {found[name].status for name in after} == {"skipped"}
 
 
 @pytest.mark.parametrize(

@@ -209,6 +209,16 @@ def _wait(condition: Any) -> None:
         time.sleep(0.05)
 
 
+def test_a_process_imports_nothing_from_the_folder_where_the_user_is(
+    monkeypatch: pytest.MonkeyPatch, job: Job, tmp_path: Path
+) -> None:
+    (tmp_path / "smuggled.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend("")  # as `python -m` has it
+    _worker(monkeypatch, f"{_START}\nimport smuggled")
+    assert "No module named 'smuggled'" in str(_died(job))
+
+
 @pytest.mark.parametrize(
     ("count", "config", "message"),
     [

@@ -19,7 +19,7 @@ from PIL import Image
 from medseg.bundle import runner
 from medseg.bundle.catalog import Bundle
 from medseg.bundle.samples import write_samples
-from medseg.errors import RequestError, UntrustedBundleError, WeightsError
+from medseg.errors import BundleError, RequestError, UntrustedBundleError, WeightsError
 from medseg.files import sha256_file
 from medseg.io import find_cases, find_dataset
 from tests.deploy.deploy_check import write_series
@@ -276,6 +276,56 @@ def test_what_runs_is_what_was_checked(trained_copy: Bundle, tmp_path: Path) -> 
     )
     assert runner.predict(job, find_cases(image), tmp_path / "out").exit_code == 0
     assert not marker.exists()
+
+
+def _with(bundle: Bundle, config: str, **changes: Any) -> Bundle:
+    path = bundle.config_path(config)
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return bundle
+
+
+def test_metadata_that_change_after_the_check_are_not_what_runs(trained_copy: Bundle, tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    image = _oblique(tmp_path / "in", "a.nii.gz", False)
+    _with(trained_copy, "inference", mask_labels="@_meta_::labels")
+    _with(trained_copy, "metadata", labels="none")
+    paths = {"dataset_dir": str(image), "output_dir": str(tmp_path / "out")}
+    job = runner.prepare("predict", trained_copy, {}, paths=paths)
+    _with(trained_copy, "metadata", labels=f"$__import__('pathlib').Path({str(marker)!r}).touch()")
+    assert runner.open_workflow(job, "infer").parser["_meta_::labels"] == "none"
+
+
+@pytest.mark.parametrize("place", ["runs", {"_target_": "medseg.bundle.parts.inside", "root": "runs", "path": "x"}])
+def test_a_bundle_does_not_choose_a_folder_where_the_user_is(trained_copy: Bundle, tmp_path: Path, place: Any) -> None:
+    _with(trained_copy, "train", output_dir=place)
+    paths = {"dataset_dir": str(tmp_path), "resume": False}
+    with pytest.raises(BundleError, match=r"of its own choice; give --set output_dir"):
+        runner.prepare("train", trained_copy, {}, paths=paths)
+    job = runner.prepare("train", trained_copy, {"output_dir": str(tmp_path / "mine")}, paths=paths)
+    assert job.config["output_dir"] == str(tmp_path / "mine")
+
+
+_NETWORK = {"_target_": "medseg.networks.UNet", "spatial_dims": 3, "in_channels": 1, "out_channels": 3}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"network_def": {**_NETWORK, "feature": [4, 8]}}, "unexpected keyword argument 'feature'"),
+        ({"network_def": {**_NETWORK, "features": [10**9, 10**9]}}, "medseg.networks.UNet.* memory"),
+        ({"network_def": {**_NETWORK, "features": [10**99, 10**99]}}, "medseg.networks.UNet"),
+        ({"evaluator": {"_target_": "medseg.bundle.parts.item", "value": 3}}, "no usable evaluator"),
+        ({"preprocessing": 3}, "no usable preprocessing"),
+        ({"note": "x@:::::y"}, "out of the range"),
+    ],
+    ids=["argument", "memory", "overflow", "no engine", "no transform", "odd text"],
+)
+def test_parts_that_do_not_go_together_are_an_error_of_the_bundle(
+    trained_copy: Bundle, tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    _with(trained_copy, "inference", **changes)
+    with pytest.raises(BundleError, match=f"(?s)do not go together.*{said}"):
+        _predict(trained_copy, _oblique(tmp_path / "in", "a.nii.gz", False), tmp_path / "out")
 
 
 def test_pictures_are_trained_on_predicted_and_scored(

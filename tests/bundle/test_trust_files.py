@@ -119,6 +119,19 @@ def test_configs_may_not_be_a_link_to_another_folder_of_the_bundle(bundle):
     assert [f.where for f in trust.find_files(bundle)] == ["configs"]
 
 
+def test_a_link_to_a_folder_of_the_bundle_is_refused(bundle):
+    """Copied with what it leads to, it would never end."""
+    (bundle / "docs" / "again").symlink_to(".")
+    assert [f.where for f in trust.find_files(bundle)] == ["docs/again"]
+    with pytest.raises(UntrustedBundleError, match="link to a folder"):
+        trust.require_trust(bundle, {"train.json": DECLARATIVE})
+
+
+def test_metadata_that_is_handed_in_is_what_counts(bundle):
+    write(bundle, "configs/metadata.json", json.dumps({"version": "$print()"}))
+    trust.require_trust(bundle, {"train.json": DECLARATIVE, "metadata.json": METADATA})
+
+
 def test_a_pipe_is_refused_and_not_read(bundle):
     os.mkfifo(bundle / "models" / "model.ts")
     with pytest.raises(BundleError, match="not an ordinary file"):
