@@ -17,12 +17,16 @@ from medseg.files import check_folder
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-__all__ = ["LabelOptions", "default_state", "is_loopback", "is_remote_store"]
+__all__ = ["ENDINGS", "LabelOptions", "default_state", "is_loopback", "is_remote_store"]
 
 # Trainings run in processes of their own, which read their options from the environment.
 _STATE: Final = "MEDSEG_LABEL_STATE"
 _BUNDLES: Final = "MEDSEG_LABEL_BUNDLES"
 _MODELS: Final = "MEDSEG_LABEL_MODELS"
+
+# How the files of a folder end that count as images; volumes that are one file, and pictures, as cameras name them too.
+_IMAGES: Final = (".nii.gz", ".nii", ".nrrd", ".mha", ".mgz", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
+ENDINGS: Final = (*_IMAGES, *(ending.upper() for ending in _IMAGES))
 
 
 def default_state() -> Path:

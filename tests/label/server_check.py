@@ -123,7 +123,7 @@ def voxels(path: Path) -> tuple[np.ndarray, np.ndarray]:
         affine[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * image.GetSpacing()
         affine[:3, 3] = image.GetOrigin()
         return sitk.GetArrayFromImage(image).T, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
-    if path.suffix == ".png":
+    if path.suffix.lower() == ".png":
         return np.asarray(Image.open(path)).T, np.eye(4)
     loaded = nibabel.load(path)
     return np.asarray(loaded.dataobj), loaded.affine
@@ -366,7 +366,8 @@ def check_pictures(checks: Checks, place: Path, bundles: Path) -> None:
     cases = tiles(place)
     (place / "studies").mkdir(parents=True)
     for case in cases:
-        shutil.copy(case.image, place / "studies" / case.image.name)
+        # As cameras and Windows write it.
+        shutil.copy(case.image, place / "studies" / case.image.with_suffix(".PNG").name)
     arguments = ("--bundles", str(bundles / TILES))
     with server(checks, str(place / "studies"), place / "state", *arguments) as (viewer, _):
         viewer.log_in()
@@ -389,7 +390,7 @@ def check_pictures(checks: Checks, place: Path, bundles: Path) -> None:
         (a, _), (b, _) = voxels(found), voxels(masks[cases[0].name])
         checks.say(f"     share of foreground: {np.mean(b > 0):.3f}")
         checks.hold(
-            found.suffix == ".png" and a.shape == b.shape and bool((a == b).all()),
+            found.suffix.lower() == ".png" and a.shape == b.shape and bool((a == b).all()),
             f"the PNG mask is the command's, {a.shape}",
         )
 

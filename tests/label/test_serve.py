@@ -10,9 +10,17 @@ from pathlib import Path
 import pytest
 
 from medseg.errors import RequestError
+from medseg.io.names import KINDS, file_kind
 from medseg.label import serve
 from medseg.label.accounts import Accounts
-from medseg.label.options import LabelOptions, default_state, is_loopback
+from medseg.label.options import ENDINGS, LabelOptions, default_state, is_loopback
+
+
+def test_all_files_that_are_read_whole_count_as_images_however_they_are_written() -> None:
+    kinds = ("nifti", "nrrd", "meta", "mgh", "picture")
+    assert {file_kind(f"a{ending}") for ending in ENDINGS} == set(kinds)
+    assert set(KINDS["picture"].images) <= set(ENDINGS)
+    assert {".JPG", ".TIF", ".jpeg", ".tiff"} <= set(ENDINGS)
 
 
 def test_it_listens_on_this_machine_and_asks_for_a_login_by_default(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from medseg.io.writers import to_numpy
 from medseg.label.annotations import segment_infos
 from medseg.label.app.pages import add_login_page, needs_login_page, with_token
 from medseg.label.guards import check_query
-from medseg.label.options import is_loopback
+from medseg.label.options import is_loopback, is_remote_store
 from medseg.label.segments import with_terms
 
 if TYPE_CHECKING:
@@ -51,8 +51,15 @@ def mend() -> None:
     infer.nifti_to_dicom_seg = _with_names(convert, corrected=False)
 
 
-def guard(app: Any, options: LabelOptions, pseudonyms: Pseudonyms) -> None:
-    """Look at every request before MONAI Label does, answer errors with their text, and log without names."""
+def guard(app: Any, options: LabelOptions, pseudonyms: Pseudonyms, *, learn: Callable[[], None]) -> None:
+    """Look at every request before MONAI Label does, answer errors with their text, and log without names.
+
+    Args:
+        app: FastAPI's.
+        options: of the server.
+        pseudonyms: what logs show instead of names.
+        learn: takes up the names of the images that there are now.
+    """
     if is_loopback(options.host):
         # A page from elsewhere must not reach this server under a name of its own.
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]", options.host])
@@ -65,6 +72,8 @@ def guard(app: Any, options: LabelOptions, pseudonyms: Pseudonyms) -> None:
     async def guarded(request: Any, proceed: Callable[[Any], Awaitable[Any]]) -> Any:
         start = time.perf_counter()
         query = request.query_params.multi_items()
+        if request.method == "POST" and not is_remote_store(options.studies):
+            learn()  # a job may log the name of a file that came after the start
         pseudonyms.learn([value for name, value in query if name in ("image", "label", "id", "session_id")])
         answer = _refusal(request.url.path, query) or (needs_login_page(request) if options.login else None)
         if answer is None:

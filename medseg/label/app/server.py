@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import logging.config
 import os
@@ -15,6 +16,7 @@ import uvicorn
 
 from medseg.errors import RequestError, in_a_line
 from medseg.label.accounts import Accounts
+from medseg.label.options import ENDINGS, is_remote_store
 from medseg.label.privacy import HidingFilter, Pseudonyms, read_key
 
 if TYPE_CHECKING:
@@ -64,7 +66,8 @@ def run(options: LabelOptions, *, certificate: Path | None = None, key: Path | N
         ) from error
     instance.pseudonyms = pseudonyms
     instance.learn_names()
-    guarding.guard(app, options, pseudonyms)
+    guarding.guard(app, options, pseudonyms, learn=instance.learn_names)
+    _tell_images(instance.datastore(), options)
     logger.info("serving on %s:%s, login %s", options.host, options.port, "on" if options.login else "off")
     uvicorn.run(
         app,
@@ -76,6 +79,18 @@ def run(options: LabelOptions, *, certificate: Path | None = None, key: Path | N
         ssl_certfile=certificate,
         ssl_keyfile=key,
     )
+
+
+def _tell_images(datastore: Any, options: LabelOptions) -> None:
+    """Log how many images there are, or what is wrong."""
+    try:
+        count = len(datastore.list_images())
+    except Exception as error:
+        # The server starts all the same: the store may come later.
+        logger.warning("the DICOMweb store '%s' does not answer yet: %s", options.studies, in_a_line(error))
+        return
+    where = "series match the filter of the store" if is_remote_store(options.studies) else "images in the folder"
+    logger.log(logging.INFO if count else logging.WARNING, "%d %s", count, where)
 
 
 def _realm(options: LabelOptions) -> str:
@@ -119,7 +134,7 @@ def _prepare(options: LabelOptions, realm: str) -> None:
     )
     defaults = {
         "MONAI_LABEL_CORS_ORIGINS": f'["{options.origin}"]',
-        "MONAI_LABEL_DATASTORE_FILE_EXT": '["*.nii.gz", "*.nii", "*.nrrd", "*.mha", "*.png", "*.jpg", "*.tif"]',
+        "MONAI_LABEL_DATASTORE_FILE_EXT": json.dumps([f"*{ending}" for ending in ENDINGS]),
         "MONAI_LABEL_DICOMWEB_CACHE_PATH": str(options.state / "dicomweb"),
         # Seconds for which lists of a store are believed; MONAI Label's two hours hide labels that were just saved.
         "MONAI_LABEL_DICOMWEB_CACHE_EXPIRY": "5",
