@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pickletools
 import re
 import stat
 import struct
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from medseg.bundle.catalog import Bundle, merged
 from medseg.bundle.trust import Finding, find_files, find_programs, load_json
+from medseg.bundle.weight_files import find_pickled
 from medseg.errors import BundleError, OutputError, RequestError, UntrustedBundleError
 from medseg.files import check_folder, replacing, sha256_file
 
@@ -35,7 +35,6 @@ MAX_FILES: Final = 1000
 MAX_FILE_BYTES: Final = 2_000_000_000
 MAX_BYTES: Final = 4_000_000_000
 _MAX_DIRECTORY_BYTES: Final = 2**20
-_MAX_PICKLE_BYTES: Final = 16 * 2**20
 _MAX_NAME: Final = 200
 _CHUNK: Final = 2**20
 
@@ -54,22 +53,6 @@ _MODE: Final = (stat.S_IFREG | 0o644) << 16
 _END: Final = struct.Struct("<4s4H2LH")
 _HEADER: Final = struct.Struct("<4s5H3L2H")
 _ZIP64_LOCATOR: Final = (20, b"PK\x06\x07")
-
-# What a state dict of tensors names in its pickle.
-_TENSOR_NAMES: Final = frozenset(
-    {
-        *("collections OrderedDict", "torch.storage UntypedStorage", "torch.storage TypedStorage"),
-        *(f"torch._utils _rebuild_{kind}" for kind in ("tensor", "tensor_v2", "tensor_v3", "parameter")),
-        *(
-            f"torch {kind}Storage"
-            for kind in ("BFloat16", "Bool", "Byte", "Char", "Double", "Float", "Half", "Int", "Long", "Short")
-        ),
-        *("torch Size", "torch uint16", "torch uint32", "torch uint64", "torch bfloat16"),
-        *(f"torch float{bits}" for bits in (16, 32, 64)),
-    }
-)
-# Opcodes that call or name things in ways that a state dict does not need.
-_CALLING: Final = frozenset({"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "PERSID"})
 
 
 @dataclass(frozen=True)
@@ -452,34 +435,4 @@ def _find_weights(root: Path, metadata: dict[str, Any]) -> Iterator[Finding]:
             yield Finding(name, "weights", sha256_file(path), False, "not the SHA-256 that the metadata lists")
     for path in sorted(root.glob("models/*.pt")):
         if path.is_file() and path.resolve().is_relative_to(root.resolve()):
-            yield from _find_pickled(path, path.relative_to(root).as_posix())
-
-
-def _find_pickled(path: Path, name: str) -> Iterator[Finding]:
-    """Yield what the pickles of a weight file would call besides making tensors. Nothing is unpickled."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            pickles = [info for info in archive.infolist() if info.filename.endswith(".pkl")]
-            if any(info.filename.endswith("/constants.pkl") for info in pickles):
-                yield Finding(name, "weights", "TorchScript", False, "a program, not tensors")
-                return
-            if not pickles or any(info.file_size > _MAX_PICKLE_BYTES for info in pickles):
-                yield Finding(name, "weights", f"{len(pickles)} pickles", False, "not what torch.save writes")
-                return
-            contents = [archive.read(info) for info in pickles]
-        for content in contents:
-            yield from (Finding(name, "weights", call, False, "more than tensors") for call in _calls(content))
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError, OSError, EOFError) as error:
-        reason = "not a file that torch.save writes since version 1.6"
-        yield Finding(name, "weights", f"{type(error).__name__}: {error}", False, reason)
-
-
-def _calls(content: bytes) -> list[str]:
-    """Return what a pickle names, besides what tensors need."""
-    found = []
-    for code, argument, _ in pickletools.genops(content):
-        if code.name in _CALLING:
-            found.append(f"{code.name} {argument or ''}".strip())
-        elif code.name == "GLOBAL" and argument not in _TENSOR_NAMES:
-            found.append(str(argument).replace(" ", "."))
-    return found
+            yield from find_pickled(path, path.relative_to(root).as_posix())

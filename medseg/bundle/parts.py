@@ -9,14 +9,15 @@ import hashlib
 import io
 import logging
 import pickle
-import struct
 import warnings
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from medseg.bundle.trust import load_json
+from medseg.bundle.weight_files import weights_problem
 from medseg.errors import RequestError, WeightsError
 from medseg.networks import UCTransNet
 from medseg.networks.uctransnet import transfer_unet
@@ -179,18 +180,21 @@ def read_state(content: bytes, path: str) -> Mapping[str, torch.Tensor]:
         WeightsError: it cannot be read, or holds anything but tensors.
     """
     try:
+        problem = _size_problem(content)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's remarks on odd pickles; they end in a refusal below
-            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            state = None if problem else torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise WeightsError(
             f"'{path}' holds more than tensors and was not loaded: it could run code. If you trust where it comes "
             "from, save its state dict alone: torch.save(network.state_dict(), FILE)"
         ) from error
-    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
+    except Exception as error:  # whatever torch makes of it
         raise WeightsError(
             f"'{path}' is no readable weight file ({type(error).__name__}); it may be cut off"
         ) from error
+    if problem:
+        raise WeightsError(f"'{path}' is {problem}: save its state dict anew, torch.save(network.state_dict(), FILE)")
     for wrapper in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
@@ -198,7 +202,28 @@ def read_state(content: bytes, path: str) -> Mapping[str, torch.Tensor]:
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
     ):
         raise WeightsError(f"'{path}' holds {type(state).__name__}, expected a state dict: names and tensors")
+    if odd := [name for name, tensor in state.items() if not _is_plain(tensor)]:
+        raise WeightsError(
+            f"'{path}' holds {odd[0]!r} in a form that no network has: sparse, quantized, complex, without data or "
+            "larger than what was stored; expected plain tensors"
+        )
     return state
+
+
+def _size_problem(content: bytes) -> str:
+    """Say why torch should not even read a file; files of its form before version 1.6 are never packed."""
+    file = io.BytesIO(content)
+    if not content.startswith(b"PK"):
+        return ""
+    with zipfile.ZipFile(file) as archive:
+        return weights_problem(archive, len(content))
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether every number of a tensor was in the file, once."""
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized or tensor.is_nested:
+        return False
+    return not tensor.is_complex() and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def load_state(network: nn.Module, state: Mapping[str, torch.Tensor], path: str) -> None:

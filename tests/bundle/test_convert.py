@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from monai.bundle import ConfigParser
 
+from medseg.bundle import convert as convert_module
 from medseg.bundle.catalog import Bundle
 from medseg.bundle.check import check_bundle
 from medseg.bundle.convert import SOURCE_NAMES, Conversion, convert
@@ -203,6 +205,22 @@ def _hostile_array(path: Path, marker: Path) -> None:
     np.savez(path, **{"final.weight": np.array([_Payload(marker)], dtype=object)})
 
 
+def _lying_array(path: Path) -> None:
+    """Write an array whose header claims a million times what memory can hold."""
+    header = b"{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000000000,), }\n"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("final.weight.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+
+
+def test_an_archive_of_arrays_that_unpacks_to_too_much_is_not_read(
+    like: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(convert_module, "_MAX_BYTES", 1000)
+    np.savez_compressed(tmp_path / "a.npz", **{"final.weight": np.zeros(1000)})
+    with pytest.raises(WeightsError, match="at most 1000 are taken"):
+        converted(tmp_path / "a.npz", tmp_path / "target_any_unet", like=like(2, 3, 2).root)
+
+
 @pytest.mark.parametrize(
     ("name", "spoil"),
     [
@@ -217,6 +235,7 @@ def _hostile_array(path: Path, marker: Path) -> None:
         ("i.pt", lambda path, marker: torch.save([torch.zeros(1)], path)),
         ("j.pt", lambda path, marker: torch.save({}, path)),
         ("k.pt", lambda path, marker: torch.save({"other": torch.zeros(1)}, path)),
+        ("l.npz", lambda path, marker: _lying_array(path)),
     ],
 )
 def test_hostile_and_foreign_files_are_refused_and_leave_nothing(

@@ -10,7 +10,7 @@ import torch
 
 from medseg.errors import RequestError, WeightsError
 from medseg.networks import UNet
-from medseg.networks.convert import SOURCES, from_reference
+from medseg.networks.convert import SOURCES, from_reference, read_reference
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -142,6 +142,28 @@ def test_a_tensor_of_another_shape_is_named_with_both_shapes():
 def test_a_file_of_something_else_is_refused(source, state):
     with pytest.raises(WeightsError, match=source):
         from_reference(source, state)
+
+
+FIRST = {
+    "unet-2015": "down0_conv1.weight",
+    "unet-port": "conv0_0.conv1.weight",
+    "unetpp-nnunet": "conv_blocks_context.0.blocks.0.conv.weight",
+    "banet": "pretrain_model.conv1.weight",
+    "uctransnet": "inc.conv.weight",
+}
+
+
+@pytest.mark.parametrize("source", FIRST)
+def test_a_tensor_with_too_few_axes_is_an_error_of_the_file(source):
+    deeper = {"conv1_0.conv1.weight", "down1.nConvs.0.conv.weight", "conv_blocks_context.1.0.blocks.0.conv.weight"}
+    state = dict.fromkeys({FIRST[source], *deeper}, torch.zeros(()))
+    with pytest.raises(WeightsError, match=f"do not fit source '{source}'"):
+        read_reference(source, state)
+
+
+def test_a_number_that_leaves_gaps_is_refused_at_once():
+    with pytest.raises(WeightsError, match="number a part 999999999 but hold 1 tensors"):
+        read_reference("unet-2015", {"down999999999_conv1.weight": torch.zeros(1, 1, 3, 3)})
 
 
 def test_long_lists_of_names_are_cut():

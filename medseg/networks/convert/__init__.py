@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from medseg.errors import RequestError, WeightsError
+from medseg.errors import MedsegError, RequestError, WeightsError
 from medseg.networks.convert import banet, uctransnet, unet, unetplusplus
 from medseg.networks.convert.reading import NAMES_SHOWN, Reference
 
@@ -66,7 +66,7 @@ def read_reference(source: str, state: Mapping[str, Tensor | NDArray[Any]], **co
     """Do what `from_reference` does, and tell how the network can be built again; same arguments and errors."""
     if source not in SOURCES:
         raise RequestError(f"Weights of source {source!r} are not known; choose one of {', '.join(SOURCES)}.")
-    reference = SOURCES[source](_tensors(state))
+    reference = _read(source, state)
     arguments = {**reference.arguments, **config}
     network = _built(source, reference, arguments)
     own = network.state_dict()
@@ -76,6 +76,18 @@ def read_reference(source: str, state: Mapping[str, Tensor | NDArray[Any]], **co
         logger.info("left out, because the reference never uses them: %s", ", ".join(sorted(reference.dead)))
     network.load_state_dict({ours: reference.tensors.get(theirs, own[ours]) for ours, theirs in names.items()})
     return Converted(network.eval(), arguments, tuple(sorted(reference.dead)))
+
+
+def _read(source: str, state: Mapping[str, Tensor | NDArray[Any]]) -> Reference:
+    try:
+        return SOURCES[source](_tensors(state))
+    except MedsegError:
+        raise
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise WeightsError(
+            f"The weights do not fit source {source!r}: its tensors have other shapes and types ({error}). Check that "
+            "the file belongs to this source."
+        ) from error
 
 
 def _built(source: str, reference: Reference, arguments: Mapping[str, Any]) -> nn.Module:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from medseg.errors import WeightsError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from torch import Tensor, nn
 
@@ -49,6 +49,13 @@ def shape(state: Mapping[str, Tensor], source: str, name: str) -> tuple[int, ...
     return tuple(state[name].shape)
 
 
-def deepest(state: Iterable[str], pattern: str) -> int:
-    """Return the highest number that the group of `pattern` takes among the names; 0 if it takes none."""
-    return max((int(found[1]) for name in state if (found := re.fullmatch(pattern, name))), default=0)
+def deepest(state: Collection[str], pattern: str) -> int:
+    """Return the highest number that the group of `pattern` takes among the names; 0 if it takes none.
+
+    Raises:
+        WeightsError: it is higher than there are names, so that some numbers below it are missing.
+    """
+    highest = max((int(found[1]) for name in state if (found := re.fullmatch(pattern, name))), default=0)
+    if highest > len(state):
+        raise WeightsError(f"The weights number a part {highest} but hold {len(state)} tensors: some are missing.")
+    return highest
