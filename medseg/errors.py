@@ -13,7 +13,7 @@
     └── SizeError             an array does not fit a network (also a ValueError)
 
 Each message says what was found, what was expected and what to do; `by` writes the sizes in it, `in_a_line` the
-errors of others.
+errors of others, `visible` what could disturb a terminal.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ __all__ = [
     "WeightsError",
     "by",
     "in_a_line",
+    "visible",
 ]
 
 
@@ -86,3 +87,10 @@ def in_a_line(error: BaseException) -> str:
     """Return the kind and the first line of an error that is not ours."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300].rstrip(":. ")
+
+
+def visible(text: str) -> str:
+    r"""Return a text from a file with its control characters and hidden ones written out: `\x1b` for Escape."""
+    if text.isprintable():
+        return text
+    return "".join(sign if sign.isprintable() or sign in "\n\t" else ascii(sign)[1:-1] for sign in text)

@@ -47,10 +47,20 @@ class Bundle:
 
     @property
     def label_names(self) -> dict[int, str]:
-        """Names of the classes without the background, by their value in a mask."""
-        outputs = self.metadata.get("network_data_format", {}).get("outputs", {})
-        channels: dict[str, str] = outputs.get("pred", {}).get("channel_def", {})
-        return {int(value): name for value, name in channels.items() if int(value) > 0}
+        """Names of the classes without the background, by their value in a mask.
+
+        Raises:
+            BundleError: the metadata list them in another form.
+        """
+        try:
+            outputs = self.metadata.get("network_data_format", {}).get("outputs", {})
+            channels: dict[str, str] = outputs.get("pred", {}).get("channel_def", {})
+            return {int(value): str(name) for value, name in channels.items() if int(value) > 0}
+        except (AttributeError, ValueError) as error:
+            raise BundleError(
+                f"'{self.config_path('metadata')}' does not list the labels as "
+                '"network_data_format": {"outputs": {"pred": {"channel_def": {"1": "liver"}}}}'
+            ) from error
 
     def config_path(self, name: str) -> Path:
         """Path of `configs/<name>.json`."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from medseg.bundle.recipes import read_recipe
 from medseg.bundle.trust import load_json
-from medseg.errors import BundleError
+from medseg.errors import BundleError, in_a_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -52,6 +52,8 @@ _OPTIONAL = (
 )
 _REFERENCE = re.compile(r"^@(\w+)")
 _NAME = re.compile(r"[a-z0-9]+(_[a-z0-9]+){2,}")
+# Our templates put less than a hundred into a config.
+_MAX_BLOCKS = 1000
 # MONAI Label chooses the kind of task by these words in a bundle's name.
 _MISLEADING_WORDS = ("deepedit", "deepgrow", "detection", "classification")
 
@@ -89,6 +91,15 @@ def compose(bundle: Config) -> dict[str, Config]:
         BundleError: a key, knob or block that nothing knows, a value of the wrong kind, or a network that does not
             fit the listed channels and labels. The message names the nearest known name.
     """
+    try:
+        return _composed(bundle)
+    except RecursionError as error:
+        raise BundleError("bundle.json: its blocks hold each other, or too many blocks") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise BundleError(f"bundle.json: an entry has a wrong form: {in_a_line(error)}") from error
+
+
+def _composed(bundle: Config) -> dict[str, Config]:
     _check_keys(bundle)
     template = _template(bundle["template"])
     recipe = read_recipe(bundle["recipe"], template["spatial_dims"]) if bundle.get("recipe") else {}
@@ -205,23 +216,26 @@ def _label_names(labels: Config, mapping: Config) -> dict[str, int]:
 
 
 def _config(skeleton: Config, blocks: Config, values: Config) -> Config:
-    body: Config = _expand(copy.deepcopy(skeleton), blocks)
+    body: Config = _expand(copy.deepcopy(skeleton), blocks, iter(range(_MAX_BLOCKS)))
     used = {name for name in _references(body) if name in values}
     return {name: value for name, value in values.items() if name in used} | body
 
 
-def _expand(node: Any, blocks: Config) -> Any:
+def _expand(node: Any, blocks: Config, left: Iterator[int]) -> Any:
+    """Put in the blocks, as long as there are some left: blocks that hold each other would never end."""
     if isinstance(node, dict):
         if set(node) == {"block"}:
             name = node["block"]
             if name not in blocks:
                 raise BundleError(f"bundle.json: unknown block {name!r}{nearest(str(name), blocks)}")
-            return _expand(copy.deepcopy(blocks[name]), blocks)
-        return {key: _expand(value, blocks) for key, value in node.items()}
+            if next(left, None) is None:
+                raise RecursionError
+            return _expand(copy.deepcopy(blocks[name]), blocks, left)
+        return {key: _expand(value, blocks, left) for key, value in node.items()}
     if isinstance(node, list):
         expanded: list[Any] = []
         for item in node:
-            value = _expand(item, blocks)
+            value = _expand(item, blocks, left)
             is_block = isinstance(item, dict) and set(item) == {"block"}
             expanded.extend(value) if is_block and isinstance(value, list) else expanded.append(value)
         return expanded

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 from medseg.bundle.compose import nearest
 from medseg.bundle.knobs import knobs
 from medseg.bundle.trust import require_trust
-from medseg.errors import MedsegError, OutputError, RequestError, SizeError, WeightsError, in_a_line
+from medseg.errors import BundleError, MedsegError, OutputError, RequestError, SizeError, WeightsError, in_a_line
 from medseg.files import check_folder, sha256_file
 
 if TYPE_CHECKING:
@@ -131,8 +131,7 @@ def export(
     from medseg.inferers.engines import quiet
 
     with quiet(), tempfile.TemporaryDirectory(prefix=".partial-", dir=target.absolute().parent) as folder:
-        network = _network(bundle, config, random=random)
-        shapes = _shapes(network, bundle, config)
+        network, shapes = _built(bundle, config, random=random)
         form = _half(network) if half else network
         written = Path(folder, target.name)
         try:
@@ -172,6 +171,20 @@ def _checked(bundle: Bundle, file_format: str, target: Path, *, random: bool, tr
         )
     check_folder(target.absolute().parent)
     return {**configs["inference.json"], "bundle_root": str(bundle.root)}
+
+
+def _built(bundle: Bundle, config: Config, *, random: bool) -> tuple[nn.Module, _Shapes]:
+    try:
+        network = _network(bundle, config, random=random)
+        return network, _shapes(network, bundle, config)
+    except MedsegError:
+        raise
+    except Exception as error:
+        causes = dict.fromkeys((in_a_line(error), in_a_line(error.__cause__ or error)))
+        raise BundleError(
+            f"the network of bundle '{bundle.root}' cannot be built and fed as its configs and metadata say: "
+            f"{'; '.join(causes)}. `medseg bundle check` tells more"
+        ) from error
 
 
 def _network(bundle: Bundle, config: Config, *, random: bool) -> nn.Module:

@@ -357,7 +357,7 @@ def _manifest(job: Job, path: Path) -> Manifest:
 
 def _output_names(job: Job, cases: Sequence[Mapping[str, str]]) -> dict[str, str]:
     """Return the file of each case: a mask of the wanted format, or the polygons of a slide."""
-    wanted = job.config.get("output_format") or ""
+    wanted = str(job.config.get("output_format") or "")
     slides = {case["name"] for case in cases if is_slide(case["image"], job.config)}
     return {case["name"]: case["name"] if case["name"] in slides else mask_name(case["name"], wanted) for case in cases}
 

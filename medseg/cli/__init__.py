@@ -58,7 +58,7 @@ def main() -> None:
     try:
         app()
     except MedsegError as error:
-        errors.print(f"[bold red]Error:[/] {_escaped(str(error))}", soft_wrap=True)
+        errors.print(f"[bold red]Error:[/] {_escaped(str(error))}", markup=True, soft_wrap=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         errors.print("Stopped. What was finished is kept; the same command with --resume goes on.")

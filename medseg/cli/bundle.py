@@ -13,7 +13,7 @@ from medseg.bundle import archive
 from medseg.bundle.build import build as build_bundle
 from medseg.bundle.catalog import find_bundle, shipped_bundles
 from medseg.bundle.trust import fingerprint
-from medseg.cli.console import BundleName, errors, output, progress
+from medseg.cli.console import BundleName, PlainConsole, errors, output, progress
 from medseg.errors import BundleError, RequestError
 
 if TYPE_CHECKING:
@@ -72,22 +72,21 @@ def check(
 
 def _print_outcomes(found: dict[str, dict[str, Outcome]]) -> None:
     """Print a row for each bundle, or each check of a single one; below it what failed or was skipped, and why."""
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     shown = {name: [f"[{_COLORS[one.status]}]{one.status}[/]" for one in row.values()] for name, row in found.items()}
     if len(found) == 1:
         ((name, row),) = found.items()
-        table = Table(name, "", "")
+        table = Table(escape(name), "", "")
         for check_name, one, status in zip(row, row.values(), shown[name], strict=True):
             table.add_row(check_name, status, escape(one.text) if one.status == "ok" else "")
     else:
         table = Table("bundle", *next(iter(found.values()), {}))
         for name, cells in shown.items():
-            table.add_row(name, *cells)
+            table.add_row(escape(name), *cells)
     # A console of its own: rich makes no print wider than its console
-    (output if len(found) == 1 else Console(width=_WIDE)).print(table, crop=False)
+    (output if len(found) == 1 else PlainConsole(width=_WIDE)).print(table, markup=True, crop=False)
     for name, row in found.items():
         for check_name, one in row.items():
             if one.status != "ok":
@@ -125,7 +124,8 @@ def inspect(
     counts = Counter(finding.allowed for _, finding in findings)
     if as_json:
         rows = [{"file": file, **vars(finding)} for file, finding in findings]
-        output.print_json(json.dumps({"bundle": bundle.name, "sha256": vouched, "findings": rows}))
+        content = {"bundle": bundle.name, "sha256": vouched, "findings": rows}
+        output.print_json(json.dumps(content), ensure_ascii=True)
         raise typer.Exit(1 if counts[False] else 0)
     for file, finding in sorted(findings, key=lambda item: item[1].allowed):
         output.print(f"{'ok ' if finding.allowed else 'NOT'} {file:15} {finding}", markup=False, soft_wrap=True)

@@ -6,19 +6,35 @@ import json
 import sys
 import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from medseg.errors import visible
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["BundleName", "Device", "Settings", "Trust", "errors", "output", "progress", "with_options"]
+    from rich.text import Text
 
-output = Console()
-errors = Console(stderr=True)
+__all__ = ["BundleName", "Device", "PlainConsole", "Settings", "Trust", "errors", "output", "progress", "with_options"]
+
+
+class PlainConsole(Console):
+    """A console on which names and messages from files stay what they are: no markup unless asked for, no controls."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Turn a text into what is printed."""
+        return super().render_str(visible(text), **options)
+
+
+output = PlainConsole()
+errors = PlainConsole(stderr=True)
 
 BundleName = Annotated[str, typer.Argument(help="A bundle folder, or the name of a shipped bundle.", metavar="BUNDLE")]
 Settings = Annotated[
@@ -51,10 +67,10 @@ def progress(unit: str) -> Iterator[Callable[[float, int, str], None]]:
     """
     if errors.is_terminal:
         with Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TaskProgressColumn(),
-            TextColumn("{task.fields[count]}"),
+            TextColumn("{task.fields[count]}", markup=False),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -64,7 +80,11 @@ def progress(unit: str) -> Iterator[Callable[[float, int, str], None]]:
 
             def show(done: float, total: int, note: str) -> None:
                 bar.update(
-                    task, completed=done, total=total, description=note, count=f"{int(done)}/{total} {unit}".rstrip()
+                    task,
+                    completed=done,
+                    total=total,
+                    description=visible(note),
+                    count=f"{int(done)}/{total} {unit}".rstrip(),
                 )
 
             yield show
@@ -94,5 +114,5 @@ class _Lines:
         speed = (done - first) / (now - since) if now > since else 0.0
         left = f", about {(total - done) / speed / 60:.1f} min left" if speed else ""
         counted = ", ".join(filter(None, (self.unit, note)))
-        sys.stderr.write(f"{done:.1f}/{total} {counted}{left}\n")
+        sys.stderr.write(f"{done:.1f}/{total} {visible(counted)}{left}\n")
         sys.stderr.flush()

@@ -125,7 +125,7 @@ def _print_cases(found: Report) -> None:
         table.add_column(column, overflow="ellipsis" if compact else "fold", no_wrap=compact)
     for case in found.cases[:_MAX_ROWS]:
         table.add_row(*_row(case.name, case.part, case.image, case.label, compact=compact))
-    output.print(table)
+    output.print(table, markup=True)
     if len(found.cases) > _MAX_ROWS:
         output.print(f"and {len(found.cases) - _MAX_ROWS} more; --json FILE has them all")
 
@@ -170,7 +170,7 @@ def _print_findings(findings: Sequence[Finding]) -> None:
     for (severity, kind), group in groups.items():
         repairable = sum(bool(item.repair) for item in group)
         note = f", {repairable} can be repaired with --fix" if repairable else ""
-        output.print(f"[bold {_COLORS[severity]}]{severity}[/] [bold]{kind}[/] ({len(group)}{note})")
+        output.print(f"[bold {_COLORS[severity]}]{severity}[/] [bold]{kind}[/] ({len(group)}{note})", markup=True)
         for item in group[:_SHOWN]:
             output.print(f"  {_named(item)}", markup=False, soft_wrap=True)
         if len(group) > _SHOWN:

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medseg.errors import MedsegError, RequestError
+from medseg.errors import MedsegError, RequestError, visible
 from medseg.files import check_folder
 from medseg.label.accounts import Accounts
 from medseg.label.offers import find_offers
@@ -123,7 +123,7 @@ def _server() -> Any:
 
 
 def _say(text: str) -> None:
-    sys.stderr.write(text + "\n")
+    sys.stderr.write(visible(text) + "\n")
 
 
 if __name__ == "__main__":

@@ -120,3 +120,22 @@ def test_an_unknown_block_within_a_block_is_refused(name: Any, tiny_source: dict
     tiny_source["blocks"] = {"augmentation": [{"block": name}]}
     with pytest.raises(BundleError, match="unknown block"):
         compose(tiny_source)
+
+
+def test_blocks_that_never_end_are_refused(tiny_source: dict[str, Any]) -> None:
+    loss = {"block": "loss"}
+    for block in (loss, [loss] * 2, {"a": {"b": loss}}):
+        with pytest.raises(BundleError, match="blocks hold each other"):
+            compose({**tiny_source, "blocks": {"loss": block}})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"network_def": []}, {"labels": 3}, {"knobs": [1]}, {"blocks": "x"}, {"name": 5}, {"label_mapping": {"x": "y"}}],
+    ids=str,
+)
+def test_an_entry_of_a_wrong_form_is_an_error_of_the_bundle(
+    changes: dict[str, Any], tiny_source: dict[str, Any]
+) -> None:
+    with pytest.raises(BundleError, match=r"bundle\.json"):
+        compose({**tiny_source, **changes})

@@ -251,6 +251,26 @@ def test_a_network_that_cannot_be_exported_gives_one_message_and_no_file(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("config", "changes", "said"),
+    [
+        ("inference", {"network_def": 3}, "no attribute 'state_dict'"),
+        ("inference", {"network_def": {"_target_": "medseg.networks.UNet", "width": 3}}, "argument 'width'"),
+        ("metadata", {"network_data_format": []}, "list indices"),
+        ("metadata", {"network_data_format": {}}, "inputs"),
+    ],
+)
+def test_a_bundle_whose_network_cannot_be_built_is_told_so(
+    config: str, changes: dict[str, Any], said: str, trained_copy: Bundle, tmp_path: Path
+) -> None:
+    path = trained_copy.config_path(config)
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(BundleError, match=f"cannot be built and fed.*{said}"):
+        export(trained_copy, "ts", tmp_path / "out" / "n.ts")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 def test_requests_that_cannot_be_are_refused_before_torch_is_needed(
     trained_copy: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -317,14 +317,28 @@ _NETWORK = {"_target_": "medseg.networks.UNet", "spatial_dims": 3, "in_channels"
         ({"evaluator": {"_target_": "medseg.bundle.parts.item", "value": 3}}, "no usable evaluator"),
         ({"preprocessing": 3}, "no usable preprocessing"),
         ({"note": "x@:::::y"}, "out of the range"),
+        ({"max_memory": [1]}, "SlidingWindowInferer"),
     ],
-    ids=["argument", "memory", "overflow", "no engine", "no transform", "odd text"],
+    ids=["argument", "memory", "overflow", "no engine", "no transform", "odd text", "kind"],
 )
 def test_parts_that_do_not_go_together_are_an_error_of_the_bundle(
     trained_copy: Bundle, tmp_path: Path, changes: dict[str, Any], said: str
 ) -> None:
     _with(trained_copy, "inference", **changes)
     with pytest.raises(BundleError, match=f"(?s)do not go together.*{said}"):
+        _predict(trained_copy, _oblique(tmp_path / "in", "a.nii.gz", False), tmp_path / "out")
+
+
+@pytest.mark.parametrize("labels", [["x"], {"liver": 1}, {"one": "liver"}])
+def test_labels_of_another_form_are_an_error_of_the_bundle(trained_copy: Bundle, labels: Any) -> None:
+    _with(trained_copy, "metadata", network_data_format={"outputs": {"pred": {"channel_def": labels}}})
+    with pytest.raises(BundleError, match="does not list the labels as"):
+        _ = trained_copy.label_names
+
+
+def test_an_output_format_of_another_kind_is_refused(trained_copy: Bundle, tmp_path: Path) -> None:
+    _with(trained_copy, "inference", output_format={"a": 1})
+    with pytest.raises(RequestError, match="'a': 1"):
         _predict(trained_copy, _oblique(tmp_path / "in", "a.nii.gz", False), tmp_path / "out")
 
 

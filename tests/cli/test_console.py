@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from rich.table import Table
 
 from medseg.cli import console
 
@@ -38,3 +39,25 @@ def test_a_unit_stands_before_the_note(clock: list[float], capsys: pytest.Captur
         clock[0] += 30
         report(0.5, 4, "loss 0.1")
     assert capsys.readouterr().err == "0.5/4 epochs, loss 0.1, about 3.5 min left\n"
+
+
+def test_signs_that_steer_a_terminal_are_shown_and_markup_is_text(capsys: pytest.CaptureFixture[str]) -> None:
+    table = Table("name", title="t\x1b[31mitle")
+    table.add_row("[/red]a\x1b]0;owned\x07b\u202e")
+    shown = console.PlainConsole(width=80)
+    shown.print(table)
+    shown.print("[/red]\rx\x9b")
+    printed = capsys.readouterr().out
+    assert "\\x1b]0;owned\\x07b\\u202e" in printed
+    assert "[/red]\\rx\\x9b" in printed
+    assert "t\\x1b[31mitle" in printed
+    assert printed.replace("\n", "").isprintable()
+
+
+def test_progress_in_a_log_shows_signs_that_steer_a_terminal(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with console.progress("images") as report:
+        clock[0] += 30
+        report(0.5, 4, "a\x1b[2J.nii")
+    assert "a\\x1b[2J.nii" in capsys.readouterr().err
