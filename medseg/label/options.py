@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
 from contextlib import contextmanager
@@ -172,6 +171,8 @@ class LabelOptions:
         Raises:
             RequestError: another server has it.
         """
+        import fcntl  # not on Windows, where MONAI Label's environment cannot be set up anyway
+
         check_folder(self.state)
         with (self.state / "lock").open("w") as lock:
             try:

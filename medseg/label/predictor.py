@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from medseg.bundle import runner
-from medseg.errors import RequestError
+from medseg.errors import CaseError, MedsegError, RequestError, in_a_line
 from medseg.files import sha256_file
 from medseg.io import find_cases
 from medseg.io.names import OUTPUT_FORMATS, mask_name, split_suffix
@@ -78,11 +78,19 @@ class Predictor:
         return self.results / case["name"]
 
     def uncertainty(self, image: Path, *, settings: Mapping[str, Any] | None = None) -> float:
-        """Return how unsure the network is of an image, 0 to 1 (see `medseg.label.uncertainty`)."""
+        """Return how unsure the network is of an image, 0 to 1 (see `medseg.label.uncertainty`).
+
+        Raises:
+            RequestError: an unknown knob, or no weights.
+            CaseError: the image cannot be used.
+        """
         case = self._case(image, "")
         with self._lock:
             loaded = self._ready(case["image"], settings or {})
-            return uncertainty(loaded.workflow, case)
+            try:
+                return uncertainty(loaded.workflow, case)
+            except Exception as error:
+                raise _own(error) or CaseError(f"{case['image']}: {in_a_line(error)}") from error
 
     def weights_sha256(self) -> str:
         """Return the hash of the weights that count now; empty where there are none."""
@@ -112,6 +120,13 @@ class Predictor:
             workflow = runner.open_workflow(job, "infer")
             self._loaded = _Loaded(key, workflow, runner.build_evaluator(workflow))
         return self._loaded
+
+
+def _own(error: BaseException | None) -> MedsegError | None:
+    """Return the error of ours that MONAI may have wrapped."""
+    while error is not None and not isinstance(error, MedsegError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _classes_alone(bundle: Bundle) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from medseg.errors import MedsegError
+from medseg.errors import MedsegError, RequestError
 from medseg.io import write_mask
 from medseg.io.dicom_seg import read_seg
 from medseg.label.annotations import Annotation
@@ -22,6 +22,7 @@ __all__ = ["annotations_of", "on_the_series"]
 logger = logging.getLogger("medseg.label")
 
 _FINAL: Final = "final"
+_TRIALS: Final = 5
 
 
 def annotations_of(datastore: Any) -> list[Annotation]:
@@ -29,15 +30,28 @@ def annotations_of(datastore: Any) -> list[Annotation]:
 
     Images are called by their ids: a file may be a link to one of another name.
     """
-    records = datastore.datalist()
-    images = [image for image, entry in datastore.json()["objects"].items() if _FINAL in entry["labels"]]
     found = []
-    for image, record in zip(images, records, strict=True):
+    for image, record in _labeled(datastore):
         info, label = datastore.get_label_info(image, _FINAL), Path(record["label"])
         given = info.get("label_info") or _names_in_store(label, info.get("SeriesInstanceUID", ""))
         entries = [entry for entry in given if isinstance(entry, dict)]
         found.append(Annotation(image, Path(record["image"]), label, entries))
     return found
+
+
+def _labeled(datastore: Any) -> list[tuple[str, dict[str, str]]]:
+    """Return the id and the paths of each image with a final label.
+
+    Raises:
+        RequestError: the store changes all the time.
+    """
+    for _ in range(_TRIALS):
+        records = datastore.datalist()
+        images = [image for image, entry in datastore.json()["objects"].items() if _FINAL in entry["labels"]]
+        # A store that watches its folder may change between the two answers.
+        if len(images) == len(records):
+            return list(zip(images, records, strict=True))
+    raise RequestError("the saved labels change while they are being listed: try again when nobody saves any")
 
 
 def on_the_series(convert: Callable[..., str | None]) -> Callable[..., str | None]:

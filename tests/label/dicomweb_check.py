@@ -63,9 +63,7 @@ def check_dicomweb(
             for uid, case in series.items():
                 path, mask = _check_series(checks, viewer, uid, case, place, wanted[case.name])
                 if uid == others:
-                    content = _without_empty_frames(path)
-                    requests.post(f"{address}/instances", data=content, timeout=30).raise_for_status()
-                    checks.say("     another program has stored a DICOM SEG that leaves out empty frames, as OHIF does")
+                    _store_as_ohif(viewer, _without_empty_frames(path))
                 else:
                     viewer.save_label(uid, mask, {"anterior": 1, "posterior": 2})
             _check_segmentations(checks, viewer, series, place, address, wanted)
@@ -177,6 +175,14 @@ def _check_series(checks: Checks, viewer: Any, uid: str, case: Any, place: Path,
     _check_object(checks, pydicom.dcmread(path), place / "series" / case.name, wanted, "DICOM SEG of the server")
     _check_terms(checks, pydicom.dcmread(path), "AUTOMATIC")
     return path, found
+
+
+def _store_as_ohif(viewer: Any, content: bytes) -> None:
+    """Send an object to the store through the server, as OHIF exports it."""
+    head = b"--part\r\nContent-Type: application/dicom\r\n\r\n"
+    kind = {"Content-Type": 'multipart/related; type="application/dicom"; boundary=part'}
+    body = head + content + b"\r\n--part--\r\n"
+    viewer.call("POST", "/proxy/dicom/wado/studies", data=body, headers=kind, note="a DICOM SEG without empty frames")
 
 
 def _without_empty_frames(path: Path) -> bytes:

@@ -269,6 +269,10 @@ def check_prediction(checks: Checks, viewer: Viewer, case: Case, place: Path, wa
     found, _ = viewer.infer(MODEL, case.name, place / "default")
     same_mask(checks, found, wanted, "NIfTI of the server against `medseg predict`")
     checks.hold(found.read_bytes() == wanted.read_bytes(), "and the two files are equal byte for byte")
+    answer = viewer.call("PUT", "/session/", files={"files": ("mine.nii.gz", case.image.read_bytes())}).json()
+    session = f"any&session_id={answer['session_id']}"
+    mine, _ = viewer.infer(MODEL, session, place / "session", **slicer)
+    same_mask(checks, mine, wanted, "an image that 3D Slicer has loaded itself and sent for a session")
     truth, mask = voxels(case.label)[0], voxels(found)[0]
     checks.say(f"     Dice of that mask against the truth: {dice(truth, mask):.4f}")
     again, _ = viewer.infer(MODEL, case.name, place / "again")

@@ -10,6 +10,7 @@ import pydicom
 import pytest
 from numpy.typing import NDArray
 
+from medseg.errors import RequestError
 from medseg.io.dicom_seg import write_seg
 from medseg.label.annotations import read_annotation
 from medseg.label.records import annotations_of, on_the_series
@@ -60,6 +61,16 @@ def test_images_that_are_links_are_called_by_their_ids_and_keep_the_names_of_the
     assert [(each.name, list(each.info)) for each in found] == [("b", info), ("c", [])]
     assert found[0].image.parent.name == "b"
     assert found[1].label == tmp_path / "labels" / "final" / "c.nii.gz"
+
+
+def test_a_store_that_changes_meanwhile_is_asked_again(tmp_path: Path) -> None:
+    store = _Store(tmp_path, {"a": _object({}), "b": _object({})})
+    answers = iter([{"objects": {}}, store.json()])
+    store.json = lambda: next(answers)  # type: ignore[method-assign]
+    assert [each.name for each in annotations_of(store)] == ["a", "b"]
+    store.json = lambda: {"objects": {}}  # type: ignore[method-assign]
+    with pytest.raises(RequestError, match="try again"):
+        annotations_of(store)
 
 
 @pytest.fixture

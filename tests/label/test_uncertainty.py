@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from medseg.bundle.catalog import Bundle
+from medseg.errors import CaseError
 from medseg.label.offers import find_offers
 from medseg.label.predictor import Predictor
 from medseg.label.uncertainty import mean_entropy
@@ -54,3 +55,20 @@ def test_a_trained_network_is_less_sure_of_noise_than_of_what_it_knows(
     assert all(0 <= value <= 1 for value in values)
     assert values[0] < values[1]
     assert predictor.uncertainty(known) == values[0]
+
+
+def test_an_image_that_cannot_be_measured_is_told_and_does_not_spoil_the_next(
+    trained: Bundle, tiny_data: Path, tmp_path: Path
+) -> None:
+    from PIL import Image
+
+    offer = find_offers(tmp_path / "tuned", folders=[trained.root]).offered[trained.name]
+    predictor = Predictor(offer, tmp_path / "results")
+    known = sorted((tiny_data / "imagesTr").iterdir())[0]
+    before = predictor.uncertainty(known)
+    Image.new("L", (8, 8)).save(tmp_path / "picture.png")
+    (tmp_path / "torn.nii.gz").write_bytes(known.read_bytes()[:2000])
+    for name in ("picture.png", "torn.nii.gz"):
+        with pytest.raises(CaseError, match=name):
+            predictor.uncertainty(tmp_path / name)
+    assert predictor.uncertainty(known) == before
