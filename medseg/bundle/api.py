@@ -18,7 +18,7 @@ from medseg.bundle.compose import compose, spatial_dims
 from medseg.bundle.ensembles import ensemble_of
 from medseg.bundle.knobs import changed
 from medseg.bundle.recipes import with_recipe
-from medseg.bundle.trust import load_json
+from medseg.bundle.trust import load_json, require_trust
 from medseg.errors import RequestError
 from medseg.files import check_folder, replace_text
 from medseg.io import find_cases, find_dataset
@@ -162,6 +162,7 @@ def train(
         runner.prepare("train", source, values, paths=paths, trust=trust)
         config = merged(source.load_configs("train"))
     else:
+        require_trust(source.root, source.load_configs("train"), trust)
         config = compose(_by_recipe(source, recipe))["train"]
         changed(config, values)
     config = {**config, **values}

@@ -34,8 +34,10 @@ def build(bundle: Bundle) -> list[Path]:
     """Write all configs of the bundle, each whole or not at all; return their paths.
 
     Raises:
-        BundleError: `bundle.json` is missing or wrong (see `compose`).
+        BundleError: `bundle.json` is missing or wrong (see `compose`), or `configs` is a link that leads elsewhere.
     """
+    if not (bundle.root / "configs").resolve().is_relative_to(bundle.root.resolve()):
+        raise BundleError(f"'{bundle.root / 'configs'}' is a link that leads out of the bundle; put a folder there")
     return [replace_text(bundle.root / name, text) for name, text in built_files(bundle).items()]
 
 

@@ -27,7 +27,7 @@ from medseg.bundle.build import build
 from medseg.bundle.catalog import Bundle, find_bundle, merged
 from medseg.bundle.compose import Config, compose
 from medseg.bundle.trust import load_json
-from medseg.errors import BundleError, MedsegError, RequestError
+from medseg.errors import BundleError, MedsegError, RequestError, in_a_line
 from medseg.files import check_folder, replace_text
 from medseg.io import find_dataset
 
@@ -138,7 +138,10 @@ def prune(
         CaseError: a case cannot be scored, so the levels cannot be compared.
     """
     found, root = find_bundle(bundle), Path(data).absolute()
-    _check_network(found)
+    try:
+        _check_network(found)
+    except (AttributeError, TypeError) as error:
+        raise BundleError(f"the configs of bundle '{found.name}' have a wrong form: {in_a_line(error)}") from error
     target = _check_selection(found, select, output)
     cases = find_dataset(root, split)
     paths = {"dataset_dir": str(root), "split": split}

@@ -32,6 +32,8 @@ All = Annotated[bool, typer.Option("--all", help="All shipped bundles.")]
 _COLORS = {"ok": "green", "failed": "bold red", "skipped": "yellow"}
 # More than the table of many bundles needs: none of its lines is cut, a narrower terminal breaks them.
 _WIDE = 1000
+# A bundle has about a hundred parts.
+_MAX_LINES = 2000
 
 
 @app.command()
@@ -127,8 +129,10 @@ def inspect(
         content = {"bundle": bundle.name, "sha256": vouched, "findings": rows}
         output.print_json(json.dumps(content), ensure_ascii=True)
         raise typer.Exit(1 if counts[False] else 0)
-    for file, finding in sorted(findings, key=lambda item: item[1].allowed):
+    for file, finding in sorted(findings, key=lambda item: item[1].allowed)[:_MAX_LINES]:
         output.print(f"{'ok ' if finding.allowed else 'NOT'} {file:15} {finding}", markup=False, soft_wrap=True)
+    if len(findings) > _MAX_LINES:
+        output.print(f"... and {len(findings) - _MAX_LINES} more; --json lists all")
     output.print(f"{counts[True]} allowed, {counts[False]} not")
     output.print(f"SHA-256 of the bundle: {vouched}", soft_wrap=True)
     raise typer.Exit(1 if counts[False] else 0)

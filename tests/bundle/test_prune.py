@@ -249,6 +249,17 @@ def test_a_bundle_that_is_scored_by_something_else_is_refused(full: Bundle, tiny
         prune(bundle.root, tiny_data)
 
 
+@pytest.mark.parametrize("changes", [{"validate": []}, {"validate": {"key_metric": {"a": 3}}}])
+def test_configs_of_a_wrong_form_are_refused(
+    changes: dict[str, Any], full: Bundle, tiny_data: Path, tmp_path: Path
+) -> None:
+    bundle = _copy(full, tmp_path)
+    config = json.loads(bundle.config_path("train").read_text())
+    bundle.config_path("train").write_text(json.dumps(config | changes))
+    with pytest.raises(BundleError, match="wrong form"):
+        prune(bundle.root, tiny_data)
+
+
 def test_a_network_without_levels_is_refused(trained: Bundle, tiny_data: Path) -> None:
     with pytest.raises(RequestError, match=r"medseg\.networks\.UNet, which cannot be pruned"):
         prune(trained.root, tiny_data)

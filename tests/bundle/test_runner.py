@@ -16,7 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-from medseg.bundle import runner
+from medseg.bundle import api, runner
+from medseg.bundle.build import build
 from medseg.bundle.catalog import Bundle
 from medseg.bundle.samples import write_samples
 from medseg.errors import BundleError, RequestError, UntrustedBundleError, WeightsError
@@ -334,6 +335,25 @@ def test_labels_of_another_form_are_an_error_of_the_bundle(trained_copy: Bundle,
     _with(trained_copy, "metadata", network_data_format={"outputs": {"pred": {"channel_def": labels}}})
     with pytest.raises(BundleError, match="does not list the labels as"):
         _ = trained_copy.label_names
+
+
+def test_nothing_of_a_bundle_with_links_that_lead_out_is_copied(trained_copy: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("secret")
+    (trained_copy.root / "LICENSE").unlink(missing_ok=True)
+    (trained_copy.root / "LICENSE").symlink_to(tmp_path / "secret")
+    for settings in ({}, {"recipe": ""}):
+        with pytest.raises(UntrustedBundleError, match="LICENSE"):
+            api.train(trained_copy.root, tmp_path, output=tmp_path / "new", settings=settings)
+    assert not (tmp_path / "new").exists()
+
+
+def test_configs_are_not_built_into_a_folder_elsewhere(trained_copy: Bundle, tmp_path: Path) -> None:
+    shutil.rmtree(trained_copy.root / "configs")
+    (tmp_path / "elsewhere").mkdir()
+    (trained_copy.root / "configs").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(BundleError, match="leads out of the bundle"):
+        build(trained_copy)
+    assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
 def test_an_output_format_of_another_kind_is_refused(trained_copy: Bundle, tmp_path: Path) -> None:

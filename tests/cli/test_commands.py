@@ -228,6 +228,17 @@ def test_inspect_shows_what_a_bundle_would_run_without_running_it(
     assert not (tmp_path / "out").exists()
 
 
+def test_inspect_shows_the_first_of_endless_findings(medseg: Any, trained_copy: Bundle) -> None:
+    path = trained_copy.root / "configs" / "other\x1b[2J.json"
+    path.write_text(json.dumps({"a": ["$x"] * 5000}))
+    code, out, _ = medseg("bundle", "inspect", trained_copy.root)
+    assert code == 1
+    assert 2000 < out.count("\n") < 2010
+    assert re.search(r"\.\.\. and \d+ more; --json lists all", out)
+    assert r"other\x1b[2J.json" in out
+    assert "\x1b" not in out
+
+
 def test_inspect_as_json_is_json(medseg: Any, trained: Bundle) -> None:
     code, out, _ = medseg("bundle", "inspect", trained.root, "--json")
     assert code == 0
