@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from typing import TYPE_CHECKING, Final
+from urllib.parse import unquote
 
 from medseg.errors import RequestError
 
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
-__all__ = ["check_query", "check_tag", "image_inside"]
+__all__ = ["check_path", "check_query", "check_tag", "image_inside"]
 
 _TAG: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 # Of a path, not of a name such as "3: T1", which 3D Slicer gives to series.
@@ -36,6 +37,22 @@ def check_query(query: Iterable[tuple[str, str]]) -> None:
             raise RequestError(f"'{name}' must be the id of an image or a label, not a path")
         if name == "uncompress" and value.lower() not in _NO:
             raise RequestError("archives are not unpacked here: send the files themselves, without 'uncompress'")
+
+
+def check_path(path: str) -> None:
+    """Refuse the path of an address that climbs, also where it does so only when it is decoded once more.
+
+    MONAI Label hands paths below `/proxy/` on to the DICOMweb store, with the store's password: who climbs there
+    reaches all that the store's machine serves.
+
+    Raises:
+        RequestError: it climbs.
+    """
+    decoded, earlier = path, ""
+    while decoded != earlier:
+        decoded, earlier = unquote(decoded), decoded
+        if ".." in decoded.replace("\\", "/").split("/"):
+            raise RequestError("the address must not hold '..'")
 
 
 def check_tag(tag: object) -> str:

@@ -60,6 +60,7 @@ def check_dicomweb(
             checks.hold(len(listed) == 3, f"OHIF sees {len(listed)} series through the server")
             viewer.call("POST", f"/infer/{MODEL}?image=1.2.3.4", expect=400, note="no such series")
             others = next(iter(series))
+            viewer.call("GET", "/proxy/dicom/%252e%252e/system", expect=400, note="out of the store's DICOMweb")
             for uid, case in series.items():
                 path, mask = _check_series(checks, viewer, uid, case, place, wanted[case.name])
                 if uid == others:

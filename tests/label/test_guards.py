@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from medseg.errors import RequestError
-from medseg.label.guards import check_query, check_tag, image_inside
+from medseg.label.guards import check_path, check_query, check_tag, image_inside
 
 
 @pytest.mark.parametrize(
@@ -47,6 +47,15 @@ def test_no_archive_is_unpacked(value: str) -> None:
     check_query([("uncompress", "false"), ("uncompress", "0")])
     with pytest.raises(RequestError, match="not unpacked"):
         check_query([("uncompress", value)])
+
+
+@pytest.mark.parametrize(
+    "path", ["/proxy/dicom/../system", "/proxy/dicom/%2e%2e/system", "/proxy/dicom/%252e%252e/a", "/a/..\\b", "/.."]
+)
+def test_addresses_that_climb_are_refused(path: str) -> None:
+    check_path("/proxy/dicom/wado/studies/1.2..3/series/metadata")
+    with pytest.raises(RequestError, match=r"'\.\.'"):
+        check_path(path)
 
 
 @pytest.mark.parametrize("tag", ["../x", "a/b", "", "a b", None, 3, "-x", "x" * 65])

@@ -25,7 +25,7 @@ from medseg.io import load
 from medseg.io.writers import to_numpy
 from medseg.label.annotations import segment_infos
 from medseg.label.app.pages import add_login_page, needs_login_page, with_token
-from medseg.label.guards import check_query
+from medseg.label.guards import check_path, check_query
 from medseg.label.options import is_loopback, is_remote_store
 from medseg.label.segments import with_terms
 
@@ -94,6 +94,7 @@ def _refusal(path: str, query: Sequence[tuple[str, str]]) -> Any:
     if path.rstrip("/") in _CLOSED:
         return JSONResponse({"detail": "closed"}, 404)
     try:
+        check_path(path)
         check_query(query)
     except RequestError as error:
         return JSONResponse({"detail": str(error)}, 400)
