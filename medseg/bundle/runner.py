@@ -314,6 +314,8 @@ def open_workflow(job: Job, kind: str) -> Any:
     else:
         # Not what the files hold by now, but what was checked.
         workflow.parser.read_config(dict(job.config))
+        if workflow.parser.get() != job.config:
+            raise BundleError(f"MONAI reads the configs of '{job.bundle.name}' in another way than they were checked")
     return workflow
 
 

@@ -51,6 +51,9 @@ _ESCAPES: Final = re.compile(r"^\s*(?:[/\\~]|[A-Za-z]:[/\\])|(?:^|[/\\])\s*\.\.\
 _IMPORT: Final = re.compile(r"\$\s*(?:import|from)\b")
 _INDEX: Final = re.compile(r"0|[1-9][0-9]{0,8}")
 _METADATA: Final = "_meta_"
+# MONAI renames the first to the second when it reads a config, over what stands there.
+_OLD_NAME: Final = "optional_packages_version"
+_NEW_NAME: Final = "required_packages_version"
 _INSIDE: Final = "medseg.bundle.parts.inside"
 _MISSING: Final = object()
 
@@ -119,6 +122,8 @@ def find_programs(
     if not metadata and _METADATA in config:
         # It would take the place of the metadata in the files, or not, by the way in which MONAI is called.
         walk.note((_METADATA,), "key", _METADATA, "only metadata.json holds metadata")
+    if _OLD_NAME in config and not (metadata and _NEW_NAME not in config):
+        walk.note((_OLD_NAME,), "key", _OLD_NAME, f"MONAI puts it in the place of {_NEW_NAME}")
     walk.visit(config, (_METADATA,) if metadata else ())
     return walk.findings
 

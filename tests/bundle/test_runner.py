@@ -296,6 +296,22 @@ def test_metadata_that_change_after_the_check_are_not_what_runs(trained_copy: Bu
     assert runner.open_workflow(job, "infer").parser["_meta_::labels"] == "none"
 
 
+def test_a_config_that_monai_reads_in_another_way_does_not_run(
+    trained_copy: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from monai.bundle import ReferenceResolver
+
+    paths = {"dataset_dir": str(tmp_path), "output_dir": str(tmp_path / "out")}
+    job = runner.prepare("predict", trained_copy, {}, paths=paths)
+
+    def renamed(self: Any, config: Any) -> Any:
+        return {**config, "overlap": "x"} if "overlap" in config else config
+
+    monkeypatch.setattr(ReferenceResolver, "normalize_meta_id", renamed)
+    with pytest.raises(BundleError, match="in another way than they were checked"):
+        runner.open_workflow(job, "infer")
+
+
 @pytest.mark.parametrize("place", ["runs", {"_target_": "medseg.bundle.parts.inside", "root": "runs", "path": "x"}])
 def test_a_bundle_does_not_choose_a_folder_where_the_user_is(trained_copy: Bundle, tmp_path: Path, place: Any) -> None:
     _with(trained_copy, "train", output_dir=place)

@@ -176,6 +176,7 @@ SMUGGLED = {
     "compiler of choice": (("loss", "compile_kwargs"), {"options": {"cpp.cxx": ["./evil"]}}, "argument"),
     "number for a flag": (("dataset", "weights_only"), 1, "argument"),
     "flag by a part": (("dataset", "weights_only"), {"_target_": "torch.cuda.is_available"}, "argument"),
+    "other name that MONAI gives": (("optional_packages_version",), "os.system", "key"),
     "metadata of its own": (("_meta_",), {"version": "2"}, "key"),
     "override key": (("preprocessing::transforms::0::reader",), "os.system", "key"),
     "old override key": (("loss#_target_",), "os.system", "key"),
@@ -424,6 +425,13 @@ def test_paths_cannot_come_in_through_the_metadata(reference, good, order):
     else:
         with pytest.raises(UntrustedBundleError, match="plain values"):
             trust.check(dict(files[::order]), "foreign")
+
+
+def test_the_old_name_of_an_entry_may_stand_in_metadata_but_not_beside_the_new_one():
+    old = {**METADATA, "optional_packages_version": {"x": "1"}}
+    trust.check({"train.json": DECLARATIVE, "metadata.json": old}, "foreign")
+    with pytest.raises(UntrustedBundleError, match="in the place of required_packages_version"):
+        trust.check({"train.json": DECLARATIVE, "metadata.json": {**old, "required_packages_version": {}}}, "foreign")
 
 
 def test_metadata_cannot_hide_a_path_behind_a_second_reference():
