@@ -40,9 +40,9 @@ _TYPES: Final[Mapping[str, str]] = MappingProxyType(
     }
 )
 _NAMES = {"uint8": "MET_UCHAR", "uint16": "MET_USHORT", "int32": "MET_INT", "float32": "MET_FLOAT"}
-# Names that mean the same, the usual one first.
+# Names that mean the same; of several in one header ITK takes the one that comes first here.
 _MATRIX = ("TransformMatrix", "Rotation", "Orientation")
-_OFFSET = ("Offset", "Position", "Origin")
+_OFFSET = ("Origin", "Offset", "Position")
 _SPACING = ("ElementSpacing", "ElementSize")
 _BIG_ENDIAN = ("BinaryDataByteOrderMSB", "ElementByteOrderMSB")
 _LEVEL = 2
@@ -220,7 +220,8 @@ def _affine(fields: Mapping[str, str], dims: int, path: Path) -> NDArray[np.floa
     if dims == 4 and (rows[3, :3].any() or rows[:3, 3].any()):
         raise GeometryError(f"{path} mixes its fourth axis with those in space: {rows.tolist()}. Split it.")
     spacing = _numbers(fields, _SPACING, dims, path)
-    offset = _numbers({"Offset": "0 " * dims, **fields}, (*_OFFSET[1:], "Offset"), dims, path)
+    given = any(name in fields for name in _OFFSET)
+    offset = _numbers(fields, _OFFSET, dims, path) if given else np.zeros(dims)
     affine: NDArray[np.float64] = np.eye(4)
     with np.errstate(invalid="ignore", over="ignore"):
         affine[:3, :3] = (rows[:3, :3] * spacing[:3, None]).T
@@ -256,7 +257,7 @@ def _data(header: _Header, path: Path) -> Iterator[BinaryIO]:
 def _new_place(grid: Grid) -> dict[str, str]:
     affine = grid.affine[:3] * _TO_RAS[:, None] + 0.0
     spacing = np.sqrt((affine[:, :3] ** 2).sum(axis=0))
-    numbers = {_MATRIX[0]: (affine[:, :3] / spacing).T.ravel(), _OFFSET[0]: affine[:, 3], _SPACING[0]: spacing}
+    numbers = {_MATRIX[0]: (affine[:, :3] / spacing).T.ravel(), "Offset": affine[:, 3], _SPACING[0]: spacing}
     return {name: " ".join(repr(float(value)) for value in values) for name, values in numbers.items()}
 
 
@@ -264,8 +265,8 @@ def _like_place(fields: Mapping[str, str]) -> dict[str, str]:
     """Return the text of the fields that place the voxels; of four axes the first three."""
     dims = int(fields["NDims"])
     place: dict[str, str] = {}
-    for names in (_MATRIX, _OFFSET, _SPACING):
+    for written, names in ((_MATRIX[0], _MATRIX), ("Offset", _OFFSET), (_SPACING[0], _SPACING)):
         words = next((fields[name] for name in names if fields.get(name)), "0 " * dims).split()
         rows = [words[start : start + 3] for start in range(0, len(words), dims)][:3]
-        place[names[0]] = " ".join(word for row in rows for word in row)
+        place[written] = " ".join(word for row in rows for word in row)
     return place

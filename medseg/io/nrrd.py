@@ -179,14 +179,19 @@ def _fields(file: BinaryIO, path: Path) -> dict[str, str]:
             break
         if file.tell() > _MAX_HEADER:
             raise CaseError(f"{path} has an NRRD header of more than {_MAX_HEADER:,} bytes: it is damaged.")
-        name, colon, value = text.partition(":")
-        if text.startswith("#") or value.startswith("="):  # a comment, or a key of the writer's own
+        if text.startswith("#") or _is_key(text):
             continue
+        name, colon, value = text.partition(":")
         name = _ALIASES.get(name.strip().lower(), name.strip().lower())
         if not colon or name in fields:
             raise CaseError(f"{path} has a corrupt NRRD header: {'twice ' if colon else ''}{text[:80]!r}.")
         fields[name] = value.strip()
     return fields
+
+
+def _is_key(text: str) -> bool:
+    """Tell whether a line is a key of the writer's own, which may hold colons, such as `dicom:0010,0010:=A`."""
+    return ":=" in text.partition(": ")[0]
 
 
 def _needed(fields: Mapping[str, str], name: str, path: Path) -> str:

@@ -93,10 +93,21 @@ def test_other_files_of_voxels_are_refused(tmp_path, values, name, part):
         {"BinaryDataByteOrderMSB": None, "ElementByteOrderMSB": "False"},
         {"AnatomicalOrientation": "LPS"},
         {"Offset": None},
+        {"Position": "50 60 70"},
+        {"Origin": "50 60 70"},
+        {"Position": "1 2 3", "Origin": "50 60 70"},
+        {"Orientation": "1 0 0 0 1 0 0 0 1", "Rotation": "0 0 1 0 1 0 1 0 0", "ElementSize": "9 9 9"},
+        {"TransformMatrix": None, "Orientation": "1 0 0 0 1 0 0 0 1", "Rotation": FIELDS["TransformMatrix"]},
     ],
 )
-def test_other_spellings_mean_what_they_mean_to_simpleitk(tmp_path, values, change):
-    assert_like_simpleitk(save(tmp_path / "a.mha", values, change))
+def test_other_spellings_mean_what_they_mean_to_simpleitk_and_the_mask_lies_there(tmp_path, values, change):
+    path = save(tmp_path / "a.mha", values, change)
+    assert_like_simpleitk(path)
+    write_mask(values > 0, tmp_path / "m.mha", like=path)
+    (_, image), (_, mask) = simpleitk(path), simpleitk(tmp_path / "m.mha")
+    assert mask.GetOrigin() == image.GetOrigin()
+    assert mask.GetDirection() == image.GetDirection()
+    assert mask.GetSpacing() == image.GetSpacing()
 
 
 def test_values_side_by_side_are_channels_only_if_asked_for(tmp_path, values):

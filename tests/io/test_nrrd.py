@@ -3,6 +3,7 @@ import gzip
 
 import numpy as np
 import pytest
+import SimpleITK
 import torch
 
 from medseg.errors import CaseError, GeometryError
@@ -153,6 +154,15 @@ def test_segmentations_of_slicer_are_labels(tmp_path):
     path = save(tmp_path / "a.seg.nrrd", labels.astype(np.uint8), {"type": "unsigned char"}, extra=extra)
     assert np.array_equal(load(path, label=True)[0].numpy(), labels)
     assert load(path, label=True).dtype == torch.int32
+
+
+def test_keys_of_the_writer_may_hold_colons_as_those_of_simpleitk_do(tmp_path, values):
+    image = simpleitk(save(tmp_path / "a.nrrd", values))[1]
+    for key in ("dicom:0010,0010", "dicom:0010,0020", "type", "sizes:x"):
+        image.SetMetaData(key, "9: 9")
+    SimpleITK.WriteImage(image, str(tmp_path / "b.nrrd"))
+    assert b"\ndicom:0010,0020:=9: 9\n" in (tmp_path / "b.nrrd").read_bytes()
+    assert_like_simpleitk(tmp_path / "b.nrrd")
 
 
 def test_the_mask_copies_the_text_of_the_place_and_nothing_else(tmp_path, values):
