@@ -58,6 +58,8 @@ _CONNECTION: Final = re.compile(
     r"[Cc]onnection (?:closed|reset|refused)|gloo[/\\]transport|Broken pipe|DistBackendError|DistNetworkError|"
     r"Socket Timeout|ncclRemoteError|recvValue failed|remote process exited"
 )
+# How MONAI begins when a part of a config fails, the one that runs the training among them.
+_OF_A_PART: Final = "Failed to instantiate component"
 _SHOWN: Final = 400
 _MEMORY_EVENTS: Final = (Path("/sys/fs/cgroup/memory.events"), Path("/sys/fs/cgroup/memory/memory.oom_control"))
 
@@ -111,7 +113,7 @@ class Note:
 def note_of(error: BaseException) -> Note:
     """Return what is to be told of an exception."""
     own = next((link for link in _chain(error) if isinstance(link, MedsegError)), None)
-    shown = own or error
+    shown = own or _unwrapped(error)
     message = str(shown).strip()
     frames = traceback.extract_tb(shown.__traceback__)
     place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
@@ -124,6 +126,13 @@ def note_of(error: BaseException) -> Note:
         exit_code=own.exit_code if own else 0,
         connection=own is None and bool(_CONNECTION.search(f"{type(shown).__name__}: {shown}")),
     )
+
+
+def _unwrapped(error: BaseException) -> BaseException:
+    """Return what went wrong within a part of a config, of which MONAI's own error only says which part it was."""
+    while error.__cause__ is not None and str(error).startswith(_OF_A_PART):
+        error = error.__cause__
+    return error
 
 
 def case_of(error: BaseException) -> str:

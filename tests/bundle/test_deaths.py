@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from monai.utils import instantiate
 
 from medseg.bundle import deaths
 from medseg.bundle.deaths import Note, case_of, describe_exit, explain, note_of
@@ -66,6 +67,28 @@ def test_an_error_of_ours_speaks_for_itself_even_when_wrapped(kind: Any, code: i
     raised = explain(_raised(wrap))
     assert isinstance(raised, kind)
     assert str(raised) == "the file is empty"
+
+
+@pytest.mark.parametrize(
+    ("error", "advice", "connection"),
+    [
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "batch_size", False),
+        (ConnectionResetError(104, "Connection reset by peer"), "", True),
+        (ValueError("Invalid learning rate: -1.0"), "", False),
+    ],
+)
+def test_the_cause_is_told_and_not_the_part_of_the_config_that_met_it(
+    error: Exception, advice: str, connection: bool
+) -> None:
+    def fail(*, engine: int) -> None:
+        raise error
+
+    note = note_of(_raised(lambda: instantiate(lambda **_: instantiate(fail, "default", engine=1), "default", value=1)))
+    assert note.message == str(error)
+    assert note.kind == type(error).__name__
+    assert advice in note.advice
+    assert bool(note.advice) == bool(advice)
+    assert note.connection is connection
 
 
 @pytest.mark.parametrize(
