@@ -19,6 +19,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,11 +34,13 @@ __all__ = [
     "SPLIT_FILE",
     "Dataset",
     "common_folder",
+    "entry_source",
     "find_dataset",
     "label_options",
     "prediction_entries",
     "read_dataset",
     "read_json",
+    "read_split",
     "split_stems",
 ]
 
@@ -45,6 +48,7 @@ SPLIT_FILE = "split.json"
 _NNUNET_FOLDS = "splits_final.json"
 DATASET_FILE = "dataset.json"
 _SECTIONS = {"train": "training", "val": "validation"}
+_NUMBER = re.compile(r"[0-9]{1,18}")
 
 
 @dataclass(frozen=True)
@@ -179,13 +183,30 @@ def prediction_entries(listing: Path) -> list[Path]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file whose outermost value is an object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RequestError(f"{path} cannot be read as JSON: {error}.") from error
+    content = _json(path)
     if not isinstance(content, dict):
         raise RequestError(f"{path} holds a {type(content).__name__}: expected a JSON object {{...}}.")
     return content
+
+
+def read_split(root: Path) -> tuple[Path, dict[str, Any]] | None:
+    """Return the file beside a data set that splits it and what it holds, unchecked; None where there is none.
+
+    That is `split.json`, or without one nnU-Net's `splits_final.json`, of which the first fold counts.
+    """
+    path, folds = root / SPLIT_FILE, root / _NNUNET_FOLDS
+    if path.is_file():
+        return path, read_json(path)
+    return (folds, _first_fold(folds)) if folds.is_file() else None
+
+
+def entry_source(path: Path) -> Path | None:
+    """Return the file or folder that an entry of a listing means, without the series in it; None if it is not there."""
+    try:
+        source = split_series(path)[0]
+        return source if source.exists() else None
+    except OSError:  # a name that no file has, such as one of thousands of letters
+        return None
 
 
 def common_folder(paths: Iterable[Path]) -> Path:
@@ -235,8 +256,8 @@ def _entry_path(listing: Path, section: str, entry: Any, key: str) -> Path:
     path = absolute(root / text)
     if Path(text).is_absolute() or not path.is_relative_to(root):
         raise RequestError(f"{listing}: {text!r} in '{section}' leads out of {root}: use paths below that folder.")
-    source = split_series(path)[0]
-    if not source.exists():
+    source = entry_source(path)
+    if source is None:
         raise RequestError(f"{listing}: {text!r} in '{section}' does not exist: {path} is no file.")
     if source.is_dir() and not any(is_dicom(where / name) for where, _, names in _walk(source) for name in names):
         raise RequestError(f"{listing}: {text!r} in '{section}' is a folder without DICOM files: name a file.")
@@ -250,7 +271,7 @@ def _named_values(labels: Any, listing: Path) -> dict[str, int]:
     values: dict[str, int] = {}
     known: set[str] = set()
     for key, item in labels.items():
-        turned = key.isdigit() and not isinstance(item, int)
+        turned = _NUMBER.fullmatch(key) and not isinstance(item, int)
         value, names = (int(key), item if isinstance(item, list) else [item]) if turned else (item, [key])
         if type(value) is not int or not all(isinstance(name, str) for name in names):
             raise RequestError(
@@ -353,9 +374,9 @@ def _stem(path: Path, base: Path) -> str:
 
 
 def _read_split(path: Path, dataset: Dataset, wanted: Sequence[str]) -> dict[str, list[str]]:
-    folds = path.parent / _NNUNET_FOLDS
-    if not path.is_file() and path.name == SPLIT_FILE and folds.is_file():
-        path, content = folds, _first_fold(folds)
+    found = read_split(path.parent) if path.name == SPLIT_FILE else None
+    if found is not None:
+        path, content = found
     elif path.is_file():
         content = read_json(path)
     else:
@@ -373,13 +394,19 @@ def _read_split(path: Path, dataset: Dataset, wanted: Sequence[str]) -> dict[str
 
 def _first_fold(path: Path) -> dict[str, Any]:
     """Return the first of nnU-Net's folds, an object with "train" and "val"."""
-    try:
-        folds = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RequestError(f"{path} cannot be read as JSON: {error}.") from error
+    folds = _json(path)
     if not isinstance(folds, list) or not folds or not isinstance(folds[0], dict):
         raise RequestError(f'{path} is no list of folds: expected [{{"train": [...], "val": [...]}}, ...].')
     return folds[0]
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RequestError(f"{path} cannot be read as JSON: {error}.") from error
+    except RecursionError as error:
+        raise RequestError(f"{path} cannot be read as JSON: its values lie too deep within each other.") from error
 
 
 def _refuse_unknown(stems: Iterable[str], dataset: Dataset, source: Path) -> None:

@@ -225,7 +225,7 @@ def _image_findings(subject: Subject, image: Opened, modality: str) -> Iterator[
             "no numbers",
             f"{facts.nonfinite:,} values of {facts.file} are NaN or infinite; replace them by a background value.",
             here,
-            "nan" if facts.format == "nifti" and facts.channels == 1 else "",
+            "nan" if facts.header is not None and facts.channels == 1 else "",
         )
     if facts.minimum == facts.maximum:
         yield Finding("warning", "constant image", f"Every voxel of {facts.file} is {facts.minimum:g}.", here)

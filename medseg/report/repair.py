@@ -17,16 +17,15 @@ out, and the file is copied as it is.
 
 from __future__ import annotations
 
-import gzip
-import io
 import json
 import math
 import re
 import shutil
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 import nibabel as nib
 import numpy as np
@@ -35,10 +34,10 @@ from numpy.typing import NDArray
 from medseg.errors import CaseError, GeometryError, RequestError
 from medseg.files import check_folder, replace_text, replacing
 from medseg.io import load, read_grid, write_mask
-from medseg.io.datasets import read_json
 from medseg.io.dicom.marks import DIRECTORY_FILE, image_kind, split_series
 from medseg.io.geometry import GRID_TOLERANCE, Grid, corner_distance
 from medseg.io.names import WRITTEN, absolute, file_kind, split_suffix
+from medseg.io.streams import coding_of, gzip_writer, neighbor, opened
 from medseg.io.survey import count_values
 from medseg.report.doctor import Progress, Report
 from medseg.report.set_checks import Examined
@@ -49,6 +48,8 @@ __all__ = ["Change", "repair", "resample_nearest"]
 _KEPT_FIRST = ("test", "val", "", "train")
 _DATA_FILE = re.compile(r"^(?:data ?file:|ElementDataFile\s*=)\s*(\S.*?)\s*$", re.IGNORECASE | re.MULTILINE)
 _MAX_HEADER = 1 << 20
+_HERE = ("LOCAL", "Local", "local")
+_PIECE = 1 << 20
 _STRETCHED = 0.01
 _LABEL_REPAIRS = ("header", "resample", "integers")
 
@@ -218,21 +219,23 @@ class _Job:
         self.changes.append(Change(self.name(source), what, before, after))
 
     def copy_listing(self, listing: Path, dropped: Sequence[Subject]) -> None:
-        """Copy a `dataset.json` or `split.json` without the cases that were left out."""
+        """Copy a `dataset.json` or the file of the split without the cases that were left out."""
         target = self.target / listing.name
         if not dropped:
             _copy(listing, target)
             return
-        content, root = read_json(listing), self.found.collection.root
-        before = _lengths(content)
+        content, root = json.loads(listing.read_text(encoding="utf-8")), self.found.collection.root
+        folds = content if isinstance(content, list) else [content]  # nnU-Net lists several splits
+        before = _lengths(folds[0])
         images = {absolute(subject.image) for subject in dropped}
-        for key in (*PARTS, *PARTS.values()):
-            if isinstance(content.get(key), list):
-                content[key] = [entry for entry in content[key] if not _names_one(entry, root, images)]
-        if "numTraining" in content and isinstance(content.get("training"), list):
-            content["numTraining"] = len(content["training"])
+        for fold in folds:
+            for key in (*PARTS, *PARTS.values()):
+                if isinstance(fold, dict) and isinstance(fold.get(key), list):
+                    fold[key] = [entry for entry in fold[key] if not _names_one(entry, root, images)]
+        if "numTraining" in folds[0] and isinstance(folds[0].get("training"), list):
+            folds[0]["numTraining"] = len(folds[0]["training"])
         replace_text(target, json.dumps(content, indent=1) + "\n")
-        self.changes.append(Change(listing.name, "cases left out", before, _lengths(content)))
+        self.changes.append(Change(listing.name, "cases left out", before, _lengths(folds[0])))
 
 
 def _names_one(entry: Any, root: Path, images: set[Path]) -> bool:
@@ -256,14 +259,19 @@ def _lengths(content: dict[str, Any]) -> str:
 
 def _copy(source: Path, target: Path) -> None:
     """Copy a file, and of a header (`.nhdr`, `.mhd`) the file of its voxels."""
+    _copy_one(source, target)
+    if source.suffix.lower() in (".nhdr", ".mhd"):
+        with source.open("rb") as file:
+            match = _DATA_FILE.search(file.read(_MAX_HEADER).decode("utf-8", "replace"))
+        with suppress(CaseError):  # that it names no such file was told when it was read
+            if match and match[1] not in _HERE:
+                _copy_one(neighbor(source, match[1]), target.parent / match[1])
+
+
+def _copy_one(source: Path, target: Path) -> None:
     if not target.exists():
         with replacing(target) as temporary:
             shutil.copyfile(source, temporary)
-    if source.suffix.lower() in (".nhdr", ".mhd"):
-        match = _DATA_FILE.search(source.read_bytes()[:_MAX_HEADER].decode("utf-8", "replace"))
-        name = match[1] if match else ""
-        if name and name == Path(name).name and (source.parent / name).is_file():
-            _copy(source.parent / name, target.parent / name)
 
 
 def _rewrite_label(source: Path, target: Path, image: Path, repairs: list[str]) -> list[tuple[str, str, str]]:
@@ -300,7 +308,8 @@ def _fill_nonfinite(path: Path, value: float) -> tuple[str, str]:
     """Replace what is not finite in a copied NIfTI file."""
     image = cast("Any", nib.load(path))
     array = np.array(np.asanyarray(image.dataobj))
-    wrong = ~np.isfinite(array)
+    with np.errstate(over="ignore"):
+        wrong = ~np.isfinite(array.astype(np.float32))  # as images are read
     array[wrong] = value
     header = image.header.copy()
     header.set_data_dtype(array.dtype)
@@ -311,19 +320,22 @@ def _fill_nonfinite(path: Path, value: float) -> tuple[str, str]:
 
 def _fix_nifti(path: Path) -> list[tuple[str, str, str]]:
     """Repair the header of a NIfTI file; every byte after it stays."""
-    packed = path.read_bytes()
-    zipped = packed[:2] == b"\x1f\x8b"
     try:
-        content = gzip.decompress(packed) if zipped else packed
-        kind = nib.Nifti2Header if content[:4] in (b"\x1c\x02\0\0", b"\0\0\x02\x1c") else nib.Nifti1Header
-        header = kind.from_fileobj(io.BytesIO(content), check=False)
-        changes = [change for fix in (_squeeze, _copy_sform, _copy_zooms) for change in fix(header)]
+        with opened(path) as stream:
+            start = stream.read(4)
+            kind = nib.Nifti2Header if start in (b"\x1c\x02\0\0", b"\0\0\x02\x1c") else nib.Nifti1Header
+            header = kind(start + stream.read(kind.sizeof_hdr - 4), check=False)
+            changes = [change for fix in (_squeeze, _copy_sform, _copy_zooms) for change in fix(header)]
+            while changes and stream.read(_PIECE):  # all of it can be unpacked
+                pass
     except Exception:  # a damaged file raises many types; it is copied as it is, and its finding stays
         return []
     if changes:
-        block = header.binaryblock + content[header.sizeof_hdr :]
-        with replacing(path) as temporary:
-            temporary.write_bytes(gzip.compress(block, 6, mtime=0) if zipped else block)
+        with replacing(path) as temporary, opened(path) as stream, temporary.open("wb") as file:
+            stream.seek(header.sizeof_hdr)
+            with gzip_writer(cast("BinaryIO", file)) if coding_of(path) == "gzip" else nullcontext(file) as out:
+                out.write(header.binaryblock)
+                shutil.copyfileobj(stream, out, _PIECE)
     return changes
 
 

@@ -6,6 +6,7 @@ same. Nothing beyond the standard library is imported and no image is opened.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,14 +16,14 @@ from medseg.errors import RequestError
 from medseg.io.cases import LeftOut, list_cases
 from medseg.io.datasets import (
     DATASET_FILE,
-    SPLIT_FILE,
     common_folder,
+    entry_source,
     label_options,
     read_dataset,
     read_json,
+    read_split,
     split_stems,
 )
-from medseg.io.dicom.marks import split_series
 from medseg.io.names import StrPath, absolute, split_suffix
 
 __all__ = ["PARTS", "Collection", "Finding", "Subject", "find_subjects"]
@@ -33,6 +34,7 @@ Severity: TypeAlias = Literal["error", "warning", "note"]
 PARTS: Mapping[str, str] = {"training": "train", "validation": "val", "test": "test"}
 _LAYOUTS = (("imagesTr", "labelsTr"), ("images", "labels"))
 _SHOWN = 3
+_NUMBER = re.compile(r"-?[0-9]{1,18}")
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Collection:
         labels: value -> name, where `dataset.json` has them.
         modality: such as "CT", where `dataset.json` says.
         channels: values per voxel, where `dataset.json` says.
-        listings: the `dataset.json` and `split.json` that were read.
+        listings: the `dataset.json` and the file of the split (see `read_split`) that were read.
         label_options: how labels that are DICOM objects are read (see `medseg.io.datasets.label_options`).
     """
 
@@ -149,7 +151,7 @@ def _listed(root: Path, listing: Path, content: Mapping[str, Any]) -> Collection
     findings: list[Finding] = []
     entries: list[tuple[str, Path, Path | None]] = []
     for section, part in PARTS.items():
-        for entry in content.get(section) or []:
+        for entry in _section(content, section, listing, findings):
             image, label = (_entry_file(root, entry, key, listing, findings) for key in ("image", "label"))
             if image is not None:
                 entries.append((part, image, label))
@@ -162,6 +164,15 @@ def _listed(root: Path, listing: Path, content: Mapping[str, Any]) -> Collection
     decided = [(parts[image] if listings else part, image, label) for part, image, label in entries]
     subjects = _named(decided, root)
     return _collection(root, subjects, findings, content, [listing, *listings])
+
+
+def _section(content: Mapping[str, Any], section: str, listing: Path, findings: list[Finding]) -> list[Any]:
+    entries = content.get(section) or []
+    if isinstance(entries, list):
+        return entries
+    text = f"{listing.name}: '{section}' is a {type(entries).__name__}: expected a list of cases."
+    findings.append(Finding("error", "listing", text))
+    return []
 
 
 def _paired(root: Path, listing: Path, content: Mapping[str, Any]) -> Collection:
@@ -229,7 +240,7 @@ def _entry_file(root: Path, entry: Any, key: str, listing: Path, findings: list[
     if Path(text).is_absolute() or not path.is_relative_to(root):
         findings.append(Finding("error", "listing", f"{listing.name}: {text!r} leads out of the data set's folder."))
         return None
-    if not split_series(path)[0].exists():
+    if entry_source(path) is None:
         findings.append(Finding("error", "missing file", f"{text} is listed in {listing.name} and is not there."))
         return None
     return path
@@ -238,16 +249,19 @@ def _entry_file(root: Path, entry: Any, key: str, listing: Path, findings: list[
 def _parts_of(
     root: Path, base: Path, images: Mapping[Path, str], content: Mapping[str, Any], findings: list[Finding]
 ) -> tuple[dict[Path, str], list[Path]]:
-    """Return the part of each image: that of `dataset.json` if it has both, else of `split.json`."""
-    path = root / SPLIT_FILE
-    if content.get("validation") or not path.is_file():
+    """Return the part of each image: that of `dataset.json` if it has both, else of the file of the split."""
+    if content.get("validation"):
         return dict(images), []
     try:
-        split = read_json(path)
+        found = read_split(root)
     except RequestError as error:
         findings.append(Finding("error", "listing", str(error).replace(f"{root}/", "")))
         return dict(images), []
-    part_of = {str(stem): part for part in PARTS.values() for stem in split.get(part) or []}
+    if found is None:
+        return dict(images), []
+    path, split = found
+    listed = {part: split[part] for part in PARTS.values() if isinstance(split.get(part), list)}
+    part_of = {str(stem): part for part, stems in listed.items() for stem in stems}
     stems = {image: split_suffix(image.relative_to(base).as_posix())[0] for image in images}
     # nnU-Net's channel number is no part of a case's name.
     return {image: part_of.get(stem, part_of.get(stem[:-5], "")) for image, stem in stems.items()}, [path]
@@ -284,7 +298,7 @@ def _label_names(labels: Any) -> dict[int, str]:
     """Return value -> name from a Decathlon's `labels`, or from nnU-Net's, which are the other way round."""
     names: dict[int, str] = {}
     for key, value in labels.items() if isinstance(labels, dict) else ():
-        if str(key).lstrip("-").isdigit():
+        if _NUMBER.fullmatch(str(key)):
             names[int(key)] = " or ".join(map(str, value)) if isinstance(value, list) else str(value)
             continue
         for number in value if isinstance(value, list) else [value]:

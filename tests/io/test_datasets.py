@@ -177,6 +177,7 @@ def test_one_stem_twice_is_refused(pictures):
         ({"image": "/x.nii", "label": "labelsTr/a.nii.gz"}, "'/x.nii'"),
         ({"image": "imagesTr/a.nii.gz", "label": "labelsTr/../../x.nii"}, "leads out of"),
         ({"image": "imagesTr/missing.nii.gz", "label": "labelsTr/a.nii.gz"}, "missing.nii.gz"),
+        ({"image": "a" * 5000, "label": "labelsTr/a.nii.gz"}, "does not exist"),
         ({"image": "imagesTr/a.nii.gz", "label": "labelsTr/missing.nii.gz"}, "labelsTr/missing.nii.gz"),
         ({"image": "imagesTr/a.nii.gz"}, "has no 'label'"),
         ({"image": ["imagesTr/a.nii.gz"], "label": "labelsTr/a.nii.gz"}, "expected one path"),

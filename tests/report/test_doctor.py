@@ -378,6 +378,56 @@ def test_a_split_that_repeats_a_case_is_an_error(dataset: Path) -> None:
     assert "leak" in kinds(report, "error")
 
 
+@pytest.mark.parametrize("section", ["training", "validation", "test"])
+@pytest.mark.parametrize("value", [5, {"a": 1}, "imagesTr"])
+def test_a_section_that_is_no_list_is_a_finding(dataset: Path, section: str, value: object) -> None:
+    edit_listing(dataset, lambda content: content.update({"validation": content["training"], section: value}))
+    report = examine(dataset)
+    assert any(f"'{section}' is a {type(value).__name__}" in item.message for item in report.findings)
+    assert report.cases
+
+
+@pytest.mark.parametrize("name", ["²", "--5", "9" * 5000])
+def test_label_keys_that_only_look_like_numbers_are_names(dataset: Path, name: str) -> None:
+    edit_listing(dataset, lambda content: content["labels"].update({name: 7}))
+    assert examine(dataset).collection.labels[7] == name
+
+
+@pytest.mark.parametrize("text", ["a" * 5000, "a" * 5000 + "::3", "a\0b"])
+def test_names_that_no_file_has_are_missing_files(dataset: Path, text: str) -> None:
+    edit_listing(dataset, lambda content: content["training"][0].update(image=text))
+    assert one(examine(dataset), "missing file").severity == "error"
+
+
+@pytest.mark.parametrize("split", [{"train": 5, "val": ["a"]}, {"train": [["a"]], "val": ["b"]}])
+def test_a_split_that_lists_no_names_is_a_finding(tmp_path: Path, split: object) -> None:
+    root = _folders(tmp_path, ["a", "b"], ["a", "b"])
+    (root / "split.json").write_text(json.dumps(split))
+    assert "expected a list of case names" in one(examine(root), "listing").message
+
+
+@pytest.mark.parametrize("name", ["dataset.json", "split.json", "splits_final.json"])
+def test_json_that_is_too_deep_is_told(tmp_path: Path, name: str) -> None:
+    root = _folders(tmp_path, ["a", "b"], ["a", "b"])
+    (root / name).write_text("[" * 100_000)
+    if name == "dataset.json":
+        with pytest.raises(RequestError, match="too deep"):
+            examine(root)
+    else:
+        assert any("too deep" in item.message for item in examine(root).findings)
+
+
+def test_the_first_fold_of_nnunet_tells_the_parts_and_their_leaks(tmp_path: Path) -> None:
+    root = _folders(tmp_path, ["a", "b", "c"], ["a", "b", "c"])
+    shutil.copy(root / "images" / "a.nii.gz", root / "images" / "c.nii.gz")
+    folds = [{"train": ["a", "b"], "val": ["c"]}, {"train": ["c"], "val": ["a", "b"]}]
+    (root / "splits_final.json").write_text(json.dumps(folds))
+    report = examine(root)
+    assert [case.part for case in report.cases] == ["train", "train", "val"]
+    assert one(report, "leak").cases == ("a", "c")
+    assert "no split" not in kinds(report)
+
+
 def _folders(tmp_path: Path, stems: list[str], labels: list[str]) -> Path:
     root = tmp_path / "folders"
     for number, stem in enumerate(stems):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -283,6 +285,83 @@ def test_series_archives_and_headers_with_data_beside_them_are_copied(
     out, changes = repaired(root)
     assert changes == []
     assert hashes(out) == hashes(root)
+
+
+@pytest.mark.parametrize("name", ["./b.raw", "below/b.raw", "below/../b.raw"])
+def test_voxels_that_a_header_names_come_along(tmp_path: Path, name: str) -> None:
+    root = tmp_path / "in"
+    (root / "below").mkdir(parents=True)
+    for number, (file, field) in enumerate((("b.nhdr", "data file: "), ("c.mhd", "ElementDataFile = "))):
+        sitk.WriteImage(sitk.GetImageFromArray(noise(number)), str(root / file))
+        text, voxels = (root / file).read_text(), next(root.glob(f"{file[0]}.*raw*"))
+        there = name.replace("b.", f"{file[0]}.")
+        (root / file).write_text(text.replace(f"{field}{voxels.name}", f"{field}{there}"))
+        voxels.rename(root / there)
+    out, changes = repaired(root)
+    assert changes == []
+    assert hashes(out) == hashes(root)
+    assert [case.image is not None for case in examine(out).cases] == [True, True]
+
+
+def test_headers_that_name_each_other_end(tmp_path: Path) -> None:
+    root = tmp_path / "in"
+    write_nifti(root / "a.nii.gz", noise(0))
+    (root / "b.nhdr").write_text("NRRD0004\ndata file: c.mhd\n\n")
+    (root / "c.mhd").write_text("NDims = 3\nElementDataFile = b.nhdr\n")
+    out, changes = repaired(root)
+    assert changes == []
+    assert hashes(out) == hashes(root)
+
+
+def test_copies_are_taken_out_of_every_fold_of_nnunet(tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    for number, stem in enumerate("abc"):
+        write_nifti(root / "images" / f"{stem}.nii.gz", noise(number % 2))
+        write_nifti(root / "labels" / f"{stem}.nii.gz", ball(center=0.4 + 0.1 * (number % 2)))
+    folds = [{"train": ["a", "b"], "val": ["c"]}, {"train": ["c", "a"], "val": ["b"]}]
+    (root / "splits_final.json").write_text(json.dumps(folds))
+    out, _ = repaired(root)
+    assert json.loads((out / "splits_final.json").read_text()) == [
+        {"train": ["b"], "val": ["c"]},
+        {"train": ["c"], "val": ["b"]},
+    ]
+    assert examine(out).errors == 0
+
+
+def test_a_header_is_repaired_without_unpacking_the_file_into_memory(tmp_path: Path) -> None:
+    path = write_nifti(tmp_path / "in" / "a.nii.gz", noise(0)[..., None])
+    content = gzip.decompress(path.read_bytes())
+    path.write_bytes(gzip.compress(content + bytes(200 << 20), 1))
+    found = examine(path.parent)
+    tracemalloc.start()
+    try:
+        changes = repair(found, tmp_path / "out")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert [change.what for change in changes] == ["axes of length 1 taken off"]
+    assert peak < 50 << 20
+    assert nib.load(tmp_path / "out" / "a.nii.gz").shape == SHAPE
+
+
+def test_values_beyond_what_images_are_read_as_are_replaced_too(tmp_path: Path) -> None:
+    values = noise(0).astype(np.float64)
+    values[1, 2, 3], values[4, 5, 6] = 1e300, np.nan
+    write_nifti(tmp_path / "in" / "a.nii.gz", values)
+    out, changes = repaired(tmp_path / "in")
+    assert [(change.what, change.before) for change in changes] == [
+        ("values that are no numbers replaced", f"2 of {values.size:,}")
+    ]
+    assert examine(out).errors == 0
+
+
+def test_a_packed_file_of_a_plain_name_does_not_stop_the_repair(tmp_path: Path) -> None:
+    values = noise(0).astype(np.float32)
+    values[1, 2, 3] = np.nan
+    path = write_nifti(tmp_path / "in" / "a.nii", values)
+    path.write_bytes(gzip.compress(path.read_bytes()))
+    _, changes = repaired(path.parent)
+    assert changes == []
 
 
 @pytest.mark.parametrize("taken", ["file", "folder"])
