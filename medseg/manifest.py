@@ -23,19 +23,21 @@ whole after each case, so a run that is killed leaves a valid file that says `"s
     peak_memory       object   host_bytes int?, device_bytes int? (null: unknown or unused)
     counts            object   done, failed, skipped: int
     cases             [object] sorted by name: name str, status "done" | "failed" | "skipped", seconds float,
-                               error str?, output str?, metrics object (metric -> float?)
+                               error str?, output str?, metrics object (metric -> float?),
+                               source str? (what `stamp` gives of the input: a checksum)
 
 A trailing ? marks a field that may be null; a metric is null where it is no finite number, such as a distance to an
 empty mask.
 
 Privacy: no host or user name, no image header value, no command line and no input folder is recorded, and a knob that
-holds an absolute path is cut to its last part. What can still speak of a person is what the user named: the name of a
-case and its output (the input's file name; needed to say which case failed), and an error message, which names the
-file and may name its folder.
+holds an absolute path is cut to its last part. A checksum tells whether two inputs are the same, and nothing of them.
+What can still speak of a person is what the user named: the name of a case and its output (the input's file name;
+needed to say which case failed), and an error message, which names the file and may name its folder.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -43,7 +45,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import KW_ONLY, asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path, PurePath
@@ -58,7 +60,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-__all__ = ["BundleRecord", "CaseRecord", "Manifest"]
+__all__ = ["BundleRecord", "CaseRecord", "Manifest", "stamp"]
 
 MANIFEST_VERSION = 1
 PACKAGES = ("torch", "monai", "numpy", "nibabel", "SimpleITK", "pydicom")
@@ -88,6 +90,7 @@ class CaseRecord:
         error: message of what went wrong; None if nothing did.
         output: file name of the result, relative to the manifest's folder.
         metrics: metric -> value; not finite means undefined and is written as null.
+        source: what `stamp` gave of the input; None if nobody asked.
     """
 
     name: str
@@ -96,10 +99,32 @@ class CaseRecord:
     error: str | None = None
     output: str | None = None
     metrics: dict[str, float | None] = field(default_factory=dict)
+    source: str | None = None
 
     def fail(self, error: BaseException) -> None:
         """Mark the case as failed; an output that was announced is taken back."""
         self.status, self.error, self.output = "failed", _message(error), None
+
+
+def stamp(source: str) -> str:
+    """Return a checksum by which the same input is known again: of its place, and the sizes and times of its files.
+
+    Nothing is read. After a copy, a move or a change an input counts as another one; voxels in a file of their own
+    beside a header are not looked at.
+
+    Args:
+        source: a file, or a folder and the files right in it; maybe with `::` and the number of a series.
+    """
+    place = Path(source)
+    if not place.exists() and "::" in source:
+        place = Path(source.rpartition("::")[0])
+    files = sorted(path for path in place.iterdir() if path.is_file()) if place.is_dir() else [place]
+    digest = hashlib.sha256(os.fsencode(os.path.abspath(source)))  # noqa: PTH100  (links are places of their own)
+    for file in files:
+        with suppress(OSError):
+            state = file.stat()
+            digest.update(b"\0" + os.fsencode(file.name) + f"\0{state.st_size} {state.st_mtime_ns}".encode())
+    return digest.hexdigest()[:32]
 
 
 def _utc_now() -> str:
@@ -166,6 +191,7 @@ class Manifest:
         stages: stage -> seconds so far.
         validations: epoch and metrics of each validation so far.
         cases: case name -> record.
+        earlier: names of the cases that were taken over from an earlier run and not done anew; not in the file.
     """
 
     command: str
@@ -188,6 +214,7 @@ class Manifest:
     validations: list[dict[str, float]] = field(default_factory=list)
     peak_memory: dict[str, int | None] = field(default_factory=lambda: {"host_bytes": None, "device_bytes": None})
     cases: dict[str, CaseRecord] = field(default_factory=dict)
+    earlier: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
     _read_back: bool = field(default=False, init=False, repr=False, compare=False)
 
     def __enter__(self) -> Self:
@@ -203,15 +230,15 @@ class Manifest:
         self._save()
 
     @contextmanager
-    def case(self, name: str) -> Iterator[CaseRecord]:
-        """Time one case and record its outcome.
+    def case(self, name: str, *, source: str | None = None) -> Iterator[CaseRecord]:
+        """Time one case and record its outcome, and what `stamp` gave of its input.
 
         A `CaseError` marks the case as failed and goes no further, so the next case can start; look at
         `record.status` afterward. Any other exception marks it as failed too and is raised again, because it is not
         about this case alone. The body may set `output`, `metrics` and, for a case with nothing to do,
         `status = "skipped"`.
         """
-        record = CaseRecord(name)
+        record = CaseRecord(name, source=source)
         start = time.perf_counter()
         try:
             yield record
@@ -236,13 +263,18 @@ class Manifest:
     def add_case(self, record: CaseRecord) -> None:
         """Take in a finished case, in place of an earlier record of that name, and bring the file up to date."""
         self.cases[record.name] = record
+        self.earlier.discard(record.name)
         self._save()
 
-    def resume(self) -> set[str]:
+    def resume(self, sources: Mapping[str, str] | None = None) -> set[str]:
         """Take over the finished cases of an earlier run of the same work from the file at `path`.
 
         Call it before the run starts to write there, that is, before `with`. The cases keep their records, so they
         stay in the file even if this run is killed too. Whether their outputs still exist is for the caller to see.
+
+        Args:
+            sources: what `stamp` gives of the inputs by the names of their cases; a case of that name whose input was
+                another is not taken over.
 
         Returns:
             Their names; empty if there is no such file, or it tells of another bundle, other knobs or other seeds.
@@ -252,8 +284,14 @@ class Manifest:
         earlier = Manifest.read(self.path)
         if not self.same_work(earlier):
             return set()
-        found = {name: record for name, record in earlier.cases.items() if earlier.is_done(name)}
+        wanted = sources or {}
+        found = {
+            name: record
+            for name, record in earlier.cases.items()
+            if earlier.is_done(name) and wanted.get(name, record.source) == record.source
+        }
         self.cases.update(found)
+        self.earlier = set(found)
         return set(found)
 
     def add_validation(self, epoch: int, metrics: Mapping[str, float]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path, PurePosixPath
@@ -12,7 +13,7 @@ import pytest
 
 from medseg import manifest as manifest_module
 from medseg.errors import CaseError, OutputError, RequestError, SizeError
-from medseg.manifest import BundleRecord, CaseRecord, Manifest
+from medseg.manifest import BundleRecord, CaseRecord, Manifest, stamp
 
 BUNDLE = BundleRecord("liver_ct_unet", "1.2.0", "c" * 64, "d" * 64)
 FIELDS = [
@@ -363,3 +364,40 @@ def test_names_beyond_ascii_survive(path):
     manifest.add_case(CaseRecord("Müller-肝"))
     assert "Müller-肝" in manifest.write(path).read_text(encoding="utf-8")
     assert Manifest.read(path).cases.keys() == {"Müller-肝"}
+
+
+def test_a_case_of_the_same_name_and_another_input_is_not_resumed(path, tmp_path):
+    first, second = (tmp_path / folder / "scan.nii.gz" for folder in ("one", "two"))
+    for file in (first, second):
+        file.parent.mkdir()
+        file.write_bytes(b"same")
+    with Manifest("predict", path=path) as manifest, manifest.case("scan", source=stamp(str(first))) as record:
+        record.output = "scan.nii.gz"
+    again, other = Manifest("predict", path=path), Manifest("predict", path=path)
+    assert again.resume({"scan": stamp(str(first))}) == again.earlier == {"scan"}
+    assert other.resume({"scan": stamp(str(second))}) == set()
+
+
+@pytest.mark.parametrize("series", ["", "::2"])
+def test_an_input_that_changed_has_another_stamp(tmp_path, series):
+    (tmp_path / "scan").mkdir()
+    file = tmp_path / "scan" / "1.dcm"
+    file.write_bytes(b"one")
+    before = stamp(f"{tmp_path / 'scan'}{series}")
+    assert stamp(f"{tmp_path / 'scan'}{series}") == before
+    assert stamp(f"{tmp_path / 'scan'}::1") != before
+    state = file.stat()
+    os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns + 1))
+    changed = stamp(f"{tmp_path / 'scan'}{series}")
+    (tmp_path / "scan" / "2.dcm").write_bytes(b"two")
+    assert len({before, changed, stamp(f"{tmp_path / 'scan'}{series}")}) == 3
+
+
+def test_what_is_done_anew_is_not_earlier(path):
+    with Manifest("predict", path=path) as manifest, manifest.case("a") as record:
+        record.output = "a.nii.gz"
+    again = Manifest("predict", path=path)
+    assert again.resume() == {"a"}
+    with again, again.case("a"):
+        pass
+    assert again.earlier == set()

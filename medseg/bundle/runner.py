@@ -23,7 +23,7 @@ from medseg.bundle.trust import leads_inside, require_trust
 from medseg.errors import BundleError, CaseError, MedsegError, RequestError, WeightsError, in_a_line
 from medseg.files import sha256_file
 from medseg.io.names import mask_name
-from medseg.manifest import BundleRecord, Manifest
+from medseg.manifest import BundleRecord, Manifest, stamp
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -152,7 +152,7 @@ def predict(
         job: from `prepare("predict", ...)`.
         cases: from `medseg.io.find_cases`.
         output: folder, made if missing.
-        resume: leave out cases that an earlier run with the same settings has done.
+        resume: leave out cases that an earlier run with the same settings has done, of the same files.
         report: told about each finished window.
         announce: told what a case will take in time and memory, after its first window.
     """
@@ -162,7 +162,8 @@ def predict(
     check_slides(cases, job.config, output)
     workflow = open_workflow(job, "infer")
     manifest = _manifest(job, output / "manifest.json")
-    earlier = manifest.resume() if resume else set()
+    sources = {case["name"]: stamp(case["image"]) for case in cases}
+    earlier = manifest.resume(sources) if resume else set()
     with manifest:
         with manifest.stage("load"):
             evaluator = build_evaluator(workflow)
@@ -173,7 +174,7 @@ def predict(
         # under a limit, the next image would take from what was promised to this one
         prepared = _prepared(workflow, pictures, ahead=not job.config.get("max_memory"))
         for number, (case, data) in enumerate(zip(pictures, prepared, strict=True), len(cases) - len(todo)):
-            with manifest.case(case["name"]) as record:
+            with manifest.case(case["name"], source=sources[case["name"]]) as record:
                 record.output = names[case["name"]]
                 _tell_windows(workflow.inferer, number, len(cases), case["name"], report, announce)
                 run_case(evaluator, data, case)
@@ -183,7 +184,7 @@ def predict(
                 evaluator = build_evaluator(workflow)
         predictor: Any = _guarded(lambda: workflow.parser.get_parsed_content("slides")) if slides else None
         for number, case in enumerate(slides, len(cases) - len(slides)):
-            with manifest.case(case["name"]) as record:
+            with manifest.case(case["name"], source=sources[case["name"]]) as record:
                 record.output = names[case["name"]]
                 _tell_windows(predictor.inferer, number, len(cases), case["name"], report, announce)
                 predictor(
@@ -358,16 +359,33 @@ def _manifest(job: Job, path: Path) -> Manifest:
 
 
 def _output_names(job: Job, cases: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """Return the file of each case: a mask of the wanted format, or the polygons of a slide."""
+    """Return the file of each case: a mask of the wanted format, or the polygons of a slide.
+
+    Raises:
+        RequestError: two cases would share one.
+    """
     wanted = str(job.config.get("output_format") or "")
     slides = {case["name"] for case in cases if is_slide(case["image"], job.config)}
-    return {case["name"]: case["name"] if case["name"] in slides else mask_name(case["name"], wanted) for case in cases}
+    names: dict[str, str] = {}
+    taken: dict[str, str] = {}
+    for case in cases:
+        name = case["name"] if case["name"] in slides else mask_name(case["name"], wanted)
+        if name in taken:
+            raise RequestError(
+                f"{taken[name]} and {case['image']} would share the mask {name}: rename or leave out one"
+            )
+        taken[name] = case["image"]
+        names[case["name"]] = name
+    return names
 
 
 def _check_output(cases: Sequence[Mapping[str, str]], names: Mapping[str, str], output: Path) -> None:
+    images = {Path(case["image"]).resolve(): case["image"] for case in cases}
     for case in cases:
-        if (output / names[case["name"]]).resolve() == Path(case["image"]).resolve():
-            raise RequestError(f"the mask of '{case['image']}' would replace the image itself; choose another folder")
+        replaced = images.get((output / names[case["name"]]).resolve())
+        if replaced is not None:
+            which = "itself" if replaced == case["image"] else f"'{replaced}'"
+            raise RequestError(f"the mask of '{case['image']}' would replace the image {which}; choose another folder")
 
 
 def _prepared(

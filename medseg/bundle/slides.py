@@ -82,9 +82,17 @@ def check_slides(cases: Sequence[Mapping[str, str]], config: Mapping[str, Any], 
     wanted = config.get("output_format") or ""
     if wanted not in _OUTPUTS:
         raise RequestError(f"'{first}' is a slide: its polygons may come with a label image as tiff, not as {wanted!r}")
+    images = {Path(case["image"]).resolve(): case["image"] for case in cases}
+    masks = {mask_name(case["name"], wanted): case["image"] for case in cases if case not in slides}
     for case in slides:
-        if _label_image(output / case["name"]).resolve() == Path(case["image"]).resolve():
-            raise RequestError(f"the results of '{case['image']}' might replace the slide; choose another folder")
+        label_image = _label_image(output / case["name"])
+        replaced = images.get(label_image.resolve())
+        if replaced is not None:
+            which = "the slide" if replaced == case["image"] else f"'{replaced}'"
+            raise RequestError(f"the results of '{case['image']}' might replace {which}; choose another folder")
+        shared = masks.get(label_image.relative_to(output).as_posix())
+        if wanted and shared is not None:
+            raise RequestError(f"{case['image']} and {shared} would share the mask {label_image.name}: rename one")
 
 
 class SlidePredictor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -106,25 +107,37 @@ class _Announcement:
 
 
 def _write_overlays(bundle: Bundle, cases: list[dict[str, str]], manifest: Manifest, out: Path) -> None:
-    from medseg.io.names import case_stem
     from medseg.report.overlay import write_overlay
 
     # The values of such masks are numbers of objects, which have no names
     names = None if manifest.knobs.get("number_objects") else bundle.label_names
-    for case in cases:
-        if manifest.is_done(case["name"]):
-            mask = out / (manifest.cases[case["name"]].output or case["name"])
-            picture = mask.with_name(f"{case_stem(mask.name)}_overlay.png")
-            try:
-                write_overlay(case["image"], mask, picture, labels=names)
-            except CaseError as error:
-                errors.print(f"no picture of {mask.name}: {error}", markup=False, soft_wrap=True)
+    done = [case for case in cases if manifest.is_done(case["name"])]
+    masks = [out / (manifest.cases[case["name"]].output or case["name"]) for case in done]
+    for case, mask, picture in zip(done, masks, _pictures(masks), strict=True):
+        try:
+            write_overlay(case["image"], mask, picture, labels=names)
+        except CaseError as error:
+            errors.print(f"no picture of {mask.name}: {error}", markup=False, soft_wrap=True)
+
+
+def _pictures(masks: list[Path]) -> list[Path]:
+    """Return where the picture of each mask goes: never where a mask is, or the picture of another."""
+    from medseg.io.names import case_stem
+
+    short = [mask.with_name(f"{case_stem(mask.name)}_overlay.png") for mask in masks]
+    taken = Counter([*masks, *short])
+    return [
+        mask.with_name(f"{mask.name}_overlay.png") if taken[picture] > 1 else picture
+        for mask, picture in zip(masks, short, strict=True)
+    ]
 
 
 def _summarize(manifest: Manifest, out: Path) -> None:
     for record in manifest.cases.values():
         if record.status == "failed":
             errors.print(f"failed: {record.name}: {record.error}", markup=False, soft_wrap=True)
-    counts = manifest.counts
-    skipped = f", {counts['skipped']} done before" if counts["skipped"] else ""
-    output.print(f"{counts['done']} masks written{skipped}, {counts['failed']} failed; see {out / 'manifest.json'}")
+    counts, before = manifest.counts, len(manifest.earlier)
+    skipped = f", {before} done before" if before else ""
+    output.print(
+        f"{counts['done'] - before} masks written{skipped}, {counts['failed']} failed; see {out / 'manifest.json'}"
+    )

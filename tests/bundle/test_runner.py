@@ -219,6 +219,31 @@ def test_masks_never_replace_their_images(trained: Bundle, tmp_path: Path) -> No
     assert path.read_bytes() == before
 
 
+def test_masks_never_replace_images_of_other_cases(trained: Bundle, tmp_path: Path) -> None:
+    _oblique(tmp_path / "in", "a.nii.gz", False)
+    below = _oblique(tmp_path / "in" / "sub", "a.nii.gz", True)
+    before = below.read_bytes()
+    with pytest.raises(RequestError, match=r"would replace the image '.*sub.a\.nii\.gz'"):
+        _predict(trained, tmp_path / "in", tmp_path / "in" / "sub")
+    assert below.read_bytes() == before
+
+
+def test_masks_that_an_output_format_gives_one_name_are_refused(trained: Bundle, tmp_path: Path) -> None:
+    _oblique(tmp_path / "in", "a.nii.gz", False)
+    _oblique(tmp_path / "in", "a.nii", True)
+    with pytest.raises(RequestError, match=r"share the mask a\.nrrd"):
+        _predict(trained, tmp_path / "in", tmp_path / "out", output_format="nrrd")
+
+
+def test_resume_does_not_take_the_mask_of_another_image_of_that_name(trained: Bundle, tmp_path: Path) -> None:
+    first, second = _oblique(tmp_path / "one", "a.nii.gz", False), _oblique(tmp_path / "two", "a.nii.gz", True)
+    _predict(trained, first, tmp_path / "out", resume=True)
+    manifest = _predict(trained, second, tmp_path / "out", resume=True)
+    assert manifest.earlier == set()
+    mask, image = nibabel.load(tmp_path / "out" / "a.nii.gz"), nibabel.load(second)
+    assert mask.affine.tobytes() == image.affine.tobytes()
+
+
 def test_evaluation_scores_on_the_native_grid_like_a_plain_dice(
     trained: Bundle, tiny_data: Path, tmp_path: Path
 ) -> None:

@@ -248,6 +248,13 @@ def test_results_never_replace_a_slide_nor_each_other(rgb_bundle: Bundle, tmp_pa
         medseg.predict(rgb_bundle.root, tmp_path, tmp_path / "out", settings=settings)
 
 
+def test_a_slides_label_image_and_a_pictures_mask_share_no_name(rgb_bundle: Bundle, tmp_path: Path) -> None:
+    write_slide(tmp_path / "in" / "a.svs", picture())
+    write_slide(tmp_path / "in" / "a.tif", picture())
+    with pytest.raises(RequestError, match=r"would share the mask a\.tif"):
+        medseg.predict(rgb_bundle.root, tmp_path / "in", tmp_path / "out", settings={"output_format": "tiff"})
+
+
 @pytest.mark.parametrize("name", BLOCKS["intensity"])
 def test_a_step_that_looks_at_more_than_a_pixel_is_refused_by_name(
     make_bundle: Any, tiny_source: dict[str, Any], tmp_path: Path, name: str

@@ -53,6 +53,25 @@ def test_predict_writes_masks_manifest_and_pictures(medseg: Any, trained: Bundle
     assert manifest["peak_memory"]["host_bytes"] > 0
 
 
+def test_pictures_of_masks_replace_no_mask_and_no_other_picture(medseg: Any, trained: Bundle, tmp_path: Path) -> None:
+    for name in ("a.nii.gz", "a.nii"):
+        _volume(tmp_path / "in" / name)
+    code, _, _ = medseg("predict", trained.root, tmp_path / "in", "-o", tmp_path / "out", "--overlay")
+    assert code == 0
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == [
+        "a.nii.gz_overlay.png",
+        "a.nii_overlay.png",
+    ]
+
+
+def test_resume_tells_what_was_done_before(medseg: Any, trained: Bundle, tmp_path: Path) -> None:
+    _volume(tmp_path / "in" / "a.nii.gz")
+    request = ("predict", trained.root, tmp_path / "in", "-o", tmp_path / "out", "--resume")
+    assert "1 masks written, 0 failed" in medseg(*request)[1]
+    _volume(tmp_path / "in" / "b.nii.gz")
+    assert "1 masks written, 1 done before, 0 failed" in medseg(*request)[1]
+
+
 def test_several_files_and_a_knob(medseg: Any, trained: Bundle, tmp_path: Path) -> None:
     files = [_volume(tmp_path / "in" / name) for name in ("a.nii.gz", "b.nii.gz")]
     code, out, _ = medseg("predict", trained.root, *files, "-o", tmp_path / "out", "--set", "overlap=0")
