@@ -61,7 +61,7 @@ def _print_table(manifest: Manifest) -> None:
             worst = min(values)
             table.add_row(label, f"{fmean(numbers):.4f}", f"{spread:.4f}", f"{worst[0]:.4f}", worst[1])
         else:
-            table.add_row(label, "-", "-", "-", "in no mask and no label")
+            table.add_row(label, "-", "-", "-", "in no label")
     output.print(table)
     for record in manifest.cases.values():
         if record.status == "failed":

@@ -155,12 +155,12 @@ class SlidingWindowInferer(monai.inferers.SlidingWindowInferer):  # type: ignore
         return super().__call__(inputs, network, *args, **kwargs)
 
     def weights(self, roi: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Return the importance `(*roi)` of the voxels of a window; computed once."""
+        """Return the importance `(*roi)` of the voxels of a window; computed once for windows of one size."""
         key = (roi, dtype, device)
         if key not in self._weights:
-            self._weights[key] = compute_importance_map(
-                roi, mode=self.mode, sigma_scale=self.sigma_scale, device=device, dtype=dtype
-            )
+            own = compute_importance_map(roi, mode=self.mode, sigma_scale=self.sigma_scale, device=device, dtype=dtype)
+            # only the last ones: where a window is the whole image, each image has others as large as itself
+            self._weights = {key: own}
         return self._weights[key]
 
 

@@ -246,3 +246,10 @@ def test_the_forecast_comes_after_the_first_pass_and_counts_all_windows() -> Non
     assert told[0].peak_bytes > 0
     assert math.isfinite(told[0].seconds)
     assert told[0].describe().startswith("49 windows, 4 at a time: about ")
+
+
+def test_weights_of_images_that_are_windows_themselves_are_not_kept():
+    inferer = SlidingWindowInferer((-1, -1), mode="gaussian")
+    for size in (8, 9, 10):
+        inferer(torch.zeros(1, 1, size, size), torch.nn.Identity())
+    assert [tuple(kept.shape) for kept in inferer._weights.values()] == [(10, 10)]
