@@ -55,14 +55,24 @@ def built_files(bundle: Bundle) -> dict[str, str]:
 def stale_files(bundle: Bundle) -> list[str]:
     """Return the files of the bundle that are not what `build` would write, as paths relative to it.
 
+    Weights that the metadata lists may be absent: a container image comes without them.
+
     Raises:
-        BundleError: `bundle.json` is missing or wrong.
+        BundleError: `bundle.json` is missing or wrong, or a config is no JSON.
     """
-    return [
-        name
-        for name, text in built_files(bundle).items()
-        if not (bundle.root / name).is_file() or (bundle.root / name).read_text(encoding="utf-8") != text
-    ]
+    return [name for name, text in built_files(bundle).items() if not _is_current(bundle, name, text)]
+
+
+def _is_current(bundle: Bundle, name: str, text: str) -> bool:
+    path = bundle.root / name
+    if not path.is_file():
+        return False
+    if path.read_text(encoding="utf-8") == text:
+        return True
+    if name != "configs/metadata.json" or bundle.weights.is_file():
+        return False
+    listed = {key: value for key, value in bundle.metadata.items() if key != "weights"}
+    return json.dumps(listed, indent=2) + "\n" == text
 
 
 def metadata(source: Config, inference: Config, weights: Path) -> Config:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from medseg.bundle import check as checking
+from medseg.bundle.build import build
 from medseg.bundle.catalog import Bundle, shipped_bundles
 from medseg.bundle.check import CHECKS, FULL_CHECKS, Outcome, check_bundle, examine
 from tests.bundle.shipped import shipped
@@ -56,6 +57,15 @@ def test_each_fault_shows_in_its_own_column(trained_copy: Bundle) -> None:
     assert "inference.json differ" in faults["built"]
     assert "$print(1)" in faults["declarative"]
     assert "schema" not in faults
+
+
+def test_weights_that_an_image_comes_without_are_no_fault(trained_copy: Bundle) -> None:
+    build(trained_copy)
+    assert "weights" in trained_copy.metadata
+    trained_copy.weights.unlink()
+    assert check_bundle(trained_copy)["built"] == ""
+    _edited(trained_copy, "metadata", version="9.9.9")
+    assert "metadata.json differ" in check_bundle(trained_copy)["built"]
 
 
 def test_a_program_is_not_run_to_check_it(trained_copy: Bundle, tmp_path: Path) -> None:
