@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from medseg.bundle.runner import Announce, Report
     from medseg.manifest import Manifest
 
-__all__ = ["evaluate", "predict", "train"]
+__all__ = ["evaluate", "predict", "train", "train_config"]
 
 
 def predict(
@@ -160,20 +160,17 @@ def train(
     recipe = values.pop("recipe", None)
     if recipe is None:
         runner.prepare("train", source, values, paths=paths, trust=trust)
-        config = merged(source.load_configs("train"))
     else:
         require_trust(source.root, source.load_configs("train"), trust)
-        config = compose(_by_recipe(source, recipe))["train"]
-        changed(config, values)
-    config = {**config, **values}
+    known = train_config(source, recipe)
+    changed(known, values)
+    config = {**known, **values}
     launch.check_processes(devices, config)
     for split in ("train", "val"):
         find_dataset(root, split, split_file=_split_file(config, split))
-    if target.weights.is_file() and not (resume or overwrite):
-        raise RequestError(
-            f"'{target.weights}' exists and training would replace it: give --output NEW_FOLDER to train a copy, "
-            "--resume to go on, or --overwrite"
-        )
+    _check_target(target, config, resume=resume, overwrite=overwrite)
+    if (target.root / "configs").is_dir():
+        _check_same(target, known, recipe, resume=resume)
     check_folder(target.root)
     _copy(source, target)
     if recipe is not None:
@@ -190,6 +187,15 @@ def _split_file(config: Mapping[str, Any], split: str) -> str | None:
     return given if isinstance(given, str) and given and split != "test" else None
 
 
+def train_config(bundle: Bundle, recipe: Any = None) -> dict[str, Any]:
+    """Return the config that a bundle, or a copy of it, trains by: its own, or that of a recipe.
+
+    Raises:
+        RequestError: an unknown recipe, or a bundle whose configs do not come from its `bundle.json`.
+    """
+    return merged(bundle.load_configs("train")) if recipe is None else compose(_by_recipe(bundle, recipe))["train"]
+
+
 def _by_recipe(bundle: Bundle, recipe: Any) -> dict[str, Any]:
     """Return what `bundle.json` has to say for the bundle to be trained by a recipe.
 
@@ -204,6 +210,40 @@ def _by_recipe(bundle: Bundle, recipe: Any) -> dict[str, Any]:
         )
     description = load_json(bundle.root / "bundle.json")
     return with_recipe(description, str(recipe), spatial_dims(description))
+
+
+def _check_target(target: Bundle, config: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
+    """Refuse to replace what an earlier training has made.
+
+    Raises:
+        RequestError: there are weights, or the state of a training that was interrupted before it had any.
+    """
+    given = config.get("output_dir")
+    state = (Path(given) if isinstance(given, str) else target.root / "runs" / "train") / "previous.pt"
+    found = next((path for path in (target.weights, state) if path.is_file()), None)
+    if found is not None and not (resume or overwrite):
+        raise RequestError(
+            f"'{found}' exists and training would replace it: give --output NEW_FOLDER to train a copy, --resume to "
+            "go on, or --overwrite"
+        )
+
+
+def _check_same(target: Bundle, known: Mapping[str, Any], recipe: str | None, *, resume: bool) -> None:
+    """Refuse to train a bundle that is not the copy it is taken for, or to go on by another recipe.
+
+    Raises:
+        RequestError: its configs are others than those that were asked for.
+    """
+    if resume and recipe is not None and merged(target.load_configs("train")) != train_config(target, recipe):
+        raise RequestError(
+            f"'{target.root}' was not begun with recipe={recipe!r}, so it cannot go on with it: leave the recipe out, "
+            "or give --overwrite in place of --resume to train anew"
+        )
+    if not resume and train_config(target, recipe) != known:
+        raise RequestError(
+            f"'{target.root}' holds another bundle than the one to train a copy of: train it under its own name, or "
+            "give another --output"
+        )
 
 
 def _copy(source: Bundle, target: Bundle) -> None:

@@ -144,12 +144,12 @@ def cross_validate(
     source, root, out = find_bundle(bundle), absolute(data), absolute(output)
     if fold is not None and not 0 <= fold < folds:
         raise RequestError(f"--fold {fold}: there are folds 0 to {folds - 1}")
-    known, values = merged(source.load_configs("train")), dict(settings or {})
-    if "recipe" not in values:
-        changed(known, {**values, "split_file": SPLIT_FILE})
-    config = {**known, **values}
+    values = dict(settings or {})
+    known = api.train_config(source, values.get("recipe"))
+    own = {name: value for name, value in values.items() if name != "recipe"}
+    config = {**known, **changed(known, {**own, "split_file": SPLIT_FILE})}
     check_processes(devices, config)
-    dealt = make_folds(root, folds, int(config.get("seed", 0)))
+    dealt = make_folds(root, folds, _seed(config.get("seed", 0)))
     chosen = list(range(folds)) if fold is None else [fold]
     targets = {number: Bundle(out / f"fold_{number}") for number in chosen}
     begun = [target.root.name for target in targets.values() if target.weights.is_file() or _has_state(target)]
@@ -161,7 +161,7 @@ def cross_validate(
     _write_folds(dealt, out)
     for number, target in targets.items():
         replace_text(target.root / SPLIT_FILE, json.dumps(dealt.split(number), indent=2, ensure_ascii=False) + "\n")
-        run = _FoldRun(source, target, root, number, folds, values, report)
+        run = _FoldRun(source, target, root, number, folds, values, known, report)
         run.complete(devices, resume=resume)
     return _summarize(source, out, root, dealt)
 
@@ -182,6 +182,7 @@ class _FoldRun:
     number: int
     count: int
     settings: dict[str, Any]
+    config: Mapping[str, Any]
     report: Report | None
 
     @property
@@ -191,6 +192,8 @@ class _FoldRun:
 
     def complete(self, devices: int, *, resume: bool) -> None:
         """Train the fold and score it, as far as that is not done."""
+        if resume:
+            self._check_config()
         trained = resume and self.is_trained()
         if not trained:
             api.train(
@@ -219,6 +222,15 @@ class _FoldRun:
         manifest = Manifest.read(path)
         self._check_settings(manifest)
         return manifest.status == "done"
+
+    def _check_config(self) -> None:
+        """Refuse a fold that was begun from another bundle, or by another recipe."""
+        known = self.target.config_path("train").is_file()
+        if known and merged(self.target.load_configs("train")) != self.config:
+            raise RequestError(
+                f"'{self.target.root}' was begun with another bundle or recipe than '{self.source.name}' is now: folds "
+                "are compared only if they were trained alike. Give the same ones, or another --output"
+            )
 
     def _check_settings(self, manifest: Manifest) -> None:
         known = {name: value for name, value in self.settings.items() if name not in (*_PLACES, "recipe")}
@@ -294,6 +306,12 @@ def _summarize(source: Bundle, out: Path, data: Path, dealt: Folds) -> Scores | 
     write_scores(scores, out / CROSS_VALIDATION)
     write_ensemble(members, out)
     return scores
+
+
+def _seed(value: Any) -> int:
+    if not isinstance(value, int):
+        raise RequestError(f"seed={value!r}: expected a whole number, which decides who is in which fold")
+    return value
 
 
 def _has_state(bundle: Bundle) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from medseg.bundle.compose import Config, checked_value, nearest
 from medseg.errors import RequestError
@@ -12,6 +12,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 __all__ = ["changed", "knobs", "parse_settings"]
+
+# Entries of a config that a command fills in itself, and where from.
+_GIVEN: Final = {
+    "bundle_root": "the bundle",
+    "dataset_dir": "the data, such as --data",
+    "resume": "--resume",
+}
 
 
 def knobs(config: Config) -> Config:
@@ -46,12 +53,15 @@ def changed(config: Config, settings: Mapping[str, Any]) -> Config:
     replaced by a text.
 
     Raises:
-        RequestError: an unknown knob (names the nearest one) or a value of the wrong kind.
+        RequestError: an unknown knob (names the nearest one), a value of the wrong kind, or an entry that the command
+            fills in itself.
     """
     known = knobs(config) | {name: "" for name, value in config.items() if _is_path(value)}
     for name in settings:
         if name not in known:
             raise RequestError(f"this bundle has no knob '{name}'{nearest(name, known)}")
+        if name in _GIVEN:
+            raise RequestError(f"'{name}' is no knob to set: it comes from {_GIVEN[name]}")
         if not _is_plain(settings[name]):
             raise RequestError(f"'{name}' takes a plain value, not {settings[name]!r}, which MONAI would evaluate")
     return {name: checked_value(name, value, known[name]) for name, value in settings.items()}

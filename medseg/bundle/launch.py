@@ -124,8 +124,23 @@ def train(job: Job, processes: int, *, report: Report | None = None) -> Manifest
     Raises:
         MedsegError: training failed or a process died; an error of ours is raised as it was.
     """
-    if processes == 1:
-        return _train_here(job, report)
+    path = run_folder(job) / "manifest.json"
+    earlier = path.read_text(encoding="utf-8") if job.config.get("resume") and path.is_file() else ""
+    try:
+        return _train_here(job, report) if processes == 1 else _train_together(job, processes, report)
+    except MedsegError:
+        _keep_record(path, earlier)
+        raise
+
+
+def _keep_record(path: Path, earlier: str) -> None:
+    """Put back the record of a run that could not be continued, where the new one lacks what that run found."""
+    with suppress(RequestError, ValueError):
+        if earlier and json.loads(earlier)["validations"] and not Manifest.read(path).validations:
+            replace_text(path, earlier)
+
+
+def _train_together(job: Job, processes: int, report: Report | None) -> Manifest:
     folder = run_folder(job)
     logs = folder / "logs"
     check_folder(logs)

@@ -248,6 +248,28 @@ def test_an_ensemble_is_the_mean_of_its_members(trained: Bundle, tmp_path: Path)
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [("inferer", {"activation": "sigmoid"}), ("postprocessing", {"transforms": [{"sigmoid": True}]})],
+)
+def test_channels_that_may_overlap_are_averaged_one_by_one(
+    trained: Bundle, tmp_path: Path, part: str, change: dict[str, Any]
+) -> None:
+    members = [_member(trained, tmp_path / str(scale), scale) for scale in (1.0, 0.7)]
+    for member in members:
+        config = json.loads(member.config_path("inference").read_text())
+        config[part] = {**config[part], **change}
+        member.config_path("inference").write_text(json.dumps(config))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("medseg.bundle.ensembles.require_trust", lambda *_: None)
+        together = write_ensemble(members, tmp_path / "mean")
+    image = torch.rand(1, 1, 16, 24, 24)
+    with torch.no_grad():
+        found = _network(together)(image).sigmoid()
+        expected = sum(_network(member)(image).sigmoid() for member in members) / 2
+    torch.testing.assert_close(found, expected)
+
+
 def _network(bundle: Bundle) -> torch.nn.Module:
     from monai.bundle import ConfigParser
 
@@ -277,3 +299,24 @@ def test_bundles_that_do_not_fit_together_are_not_averaged(
 
 def test_scoring_anew_is_needed_after_other_weights(trained_copy: Bundle) -> None:
     assert not folds.is_scored(trained_copy)
+
+
+@pytest.mark.parametrize("recipe", ["unet2015", "unetplusplus2018"])
+def test_a_fold_of_another_recipe_is_neither_kept_nor_joined(
+    calls: _Calls, trained: Bundle, data: Path, tmp_path: Path, recipe: str
+) -> None:
+    out = tmp_path / "out"
+    cross_validate(trained.root, data, out, folds=2, fold=0)
+    calls.made.clear()
+    with pytest.raises(RequestError, match="begun with another bundle or recipe"):
+        cross_validate(trained.root, data, out, folds=2, settings={"recipe": recipe}, resume=True)
+    assert calls.made == []
+
+
+@pytest.mark.parametrize("settings", [{"seed": "abc", "recipe": "unet2015"}, {"seed": None}])
+def test_a_seed_that_is_no_number_is_refused(
+    trained: Bundle, data: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    with pytest.raises(RequestError, match="seed"):
+        cross_validate(trained.root, data, tmp_path / "out", folds=2, settings=settings)
+    assert not (tmp_path / "out").exists()

@@ -52,6 +52,7 @@ def test_whole_numbers_pass_for_floats_and_paths_may_be_replaced() -> None:
         ({"max_epochs": "$__import__('os')"}, "takes a plain value"),
         ({"weights": "%other.json::x"}, "takes a plain value"),
         ({"roi_size": ["@max_epochs", 8]}, "takes a plain value"),
+        ({"resume": True}, "comes from --resume"),
     ],
 )
 def test_what_is_no_knob_or_no_value_is_refused(settings: dict[str, Any], message: str) -> None:
