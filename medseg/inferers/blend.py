@@ -14,7 +14,17 @@ import torch.nn.functional as F
 from medseg.errors import CaseError
 from medseg.inferers.windows import Windows
 
-__all__ = ["Place", "Slab", "TensorWindows", "WindowSource", "in_batches", "one_thread", "padded", "stream"]
+__all__ = [
+    "Place",
+    "Slab",
+    "TensorWindows",
+    "WindowSource",
+    "check_numbers",
+    "in_batches",
+    "one_thread",
+    "padded",
+    "stream",
+]
 
 # Planes that are handed on together: whoever takes them makes copies of this many.
 _PLANES = 16
@@ -174,11 +184,7 @@ class _Accumulators:
         if not everywhere:
             totals.masked_fill_(~covered, 1.0)
         sums /= totals
-        if not bool(torch.isfinite(sums.sum())) and not bool(torch.isfinite(sums).all()):
-            raise CaseError(
-                "The network's output holds values that are no numbers. In float16 or bfloat16 they may have grown too "
-                "large: run again with precision float32, and check the image's intensities."
-            )
+        check_numbers(sums)
         first = self.start + low - self.windows.padding[self.windows.axis][0]
         for at in range(0, high - low, _PLANES):
             part = slice(at, at + _PLANES)
@@ -202,6 +208,19 @@ class _Accumulators:
             self.totals[low:high] = self.totals[low + count : high + count]
         self.sums[:, kept:] = 0
         self.totals[kept:] = 0
+
+
+def check_numbers(logits: torch.Tensor) -> None:
+    """Refuse logits of which some are not finite: a class that is no number loses to every other, without a word.
+
+    Raises:
+        CaseError: they are not.
+    """
+    if not bool(torch.isfinite(logits.sum())) and not bool(torch.isfinite(logits).all()):
+        raise CaseError(
+            "The network's output holds values that are no numbers. In float16 or bfloat16 they may have grown too "
+            "large: run again with precision float32, and check the image's intensities."
+        )
 
 
 def _joined(windows: list[torch.Tensor]) -> torch.Tensor:

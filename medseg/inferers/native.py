@@ -13,7 +13,7 @@ import torch
 from monai.data import MetaTensor, decollate_batch
 
 from medseg.errors import RequestError
-from medseg.inferers.blend import Slab
+from medseg.inferers.blend import Slab, check_numbers
 from medseg.inferers.placement import Placement, find_placement
 from medseg.inferers.restore import Restorer
 from medseg.inferers.scores import ACTIVATIONS, OUTPUTS
@@ -117,7 +117,11 @@ class NativeInferer(monai.inferers.Inferer):  # type: ignore[misc]  # MONAI publ
         self.inferer.on_progress = listener  # type: ignore[attr-defined]
 
     def __call__(self, inputs: torch.Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Return the result `(B, 1 or K, *native)` for images `(B, in_channels, *spatial)`."""
+        """Return the result `(B, 1 or K, *native)` for images `(B, in_channels, *spatial)`.
+
+        Raises:
+            CaseError: the logits are not finite.
+        """
         logits = self.inferer(inputs, network, *args, **kwargs)
         return self.result.of(_slabs(logits.detach()), inputs, 0)
 
@@ -132,7 +136,9 @@ def _slabs(logits: torch.Tensor) -> Iterator[Slab]:
     plain = logits.as_tensor() if isinstance(logits, MetaTensor) else logits
     for number, own in enumerate(plain):
         for start in range(0, own.shape[1], _PLANES):
-            yield Slab(number, start, own[:, start : start + _PLANES], None)
+            part = own[:, start : start + _PLANES]
+            check_numbers(part)
+            yield Slab(number, start, part, None)
 
 
 def _placements(images: torch.Tensor) -> list[Placement]:

@@ -20,7 +20,7 @@ from monai.transforms import (
     SpatialPadd,
 )
 
-from medseg.errors import RequestError
+from medseg.errors import CaseError, RequestError
 from medseg.inferers import NativeInferer, RotationTTAInferer, SlidingWindowInferer
 
 # A top class that wins by less than this in the reference may lose to rounding.
@@ -230,6 +230,11 @@ def test_rotations_come_to_the_native_grid_and_tell_their_progress() -> None:
     inferer.on_progress = lambda done, total: told.append(done / total)
     assert inferer(batch["image"], _Blobs(3)).shape == (1, 1, 36, 32, 28)
     assert told[-1] == 1
+
+
+def test_logits_of_other_inferers_that_are_no_numbers_are_an_error() -> None:
+    with pytest.raises(CaseError, match="no numbers"):
+        NativeInferer(MonaiInferer((16, 16)))(torch.zeros(1, 2, 20, 20), lambda x: x / 0)
 
 
 def test_native_logits_are_not_offered() -> None:
