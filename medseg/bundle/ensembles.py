@@ -45,6 +45,8 @@ def write_ensemble(members: Sequence[Bundle], root: Path) -> Bundle:
         _check_alike(members[0], configs[0]["inference.json"], member, found["inference.json"])
     networks = [found["inference.json"]["network_def"] for found in configs]
     network = {"_target_": "medseg.inferers.Ensemble", "networks": networks}
+    if _overlapping(configs[0]["inference.json"]):
+        network["activation"] = "sigmoid"
     _write_weights(members, root / _WEIGHTS)
     for name, config in configs[0].items():
         changed = {**config, "network_def": network} if "network_def" in config else config
@@ -84,6 +86,14 @@ def _check_alike(first: Bundle, wanted: dict[str, Any], member: Bundle, found: d
             f"'{first.name}' and '{member.name}' cannot be averaged: their labels are {first.label_names} and "
             f"{member.label_names}"
         )
+
+
+def _overlapping(config: Any) -> bool:
+    """Tell whether some part of a config makes probabilities of each channel by itself."""
+    if isinstance(config, dict):
+        own = config.get("activation") == "sigmoid" or config.get("sigmoid") is True
+        return own or any(_overlapping(value) for name, value in config.items() if name != "network_def")
+    return isinstance(config, list) and any(map(_overlapping, config))
 
 
 def _write_weights(members: Sequence[Bundle], path: Path) -> None:

@@ -250,7 +250,10 @@ def test_an_ensemble_is_the_mean_of_its_members(trained: Bundle, tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("part", "change"),
-    [("inferer", {"activation": "sigmoid"}), ("postprocessing", {"transforms": [{"sigmoid": True}]})],
+    [
+        ("inferer", {"activation": "sigmoid"}),
+        ("postprocessing", {"transforms": [{"_target_": "monai.transforms.Activationsd", "sigmoid": True}]}),
+    ],
 )
 def test_channels_that_may_overlap_are_averaged_one_by_one(
     trained: Bundle, tmp_path: Path, part: str, change: dict[str, Any]
@@ -260,9 +263,7 @@ def test_channels_that_may_overlap_are_averaged_one_by_one(
         config = json.loads(member.config_path("inference").read_text())
         config[part] = {**config[part], **change}
         member.config_path("inference").write_text(json.dumps(config))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("medseg.bundle.ensembles.require_trust", lambda *_: None)
-        together = write_ensemble(members, tmp_path / "mean")
+    together = write_ensemble(members, tmp_path / "mean")
     image = torch.rand(1, 1, 16, 24, 24)
     with torch.no_grad():
         found = _network(together)(image).sigmoid()
