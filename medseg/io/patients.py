@@ -108,6 +108,9 @@ def _patient_id(image: Path) -> str:
     if not (image.is_dir() or file_kind(image) == "dicom"):
         return ""
     from medseg.io.dicom import open_series
+    from medseg.io.dicom_objects import reading
 
-    header = next(iter(open_series(image).headers()))
-    return str(header.get("PatientID") or "").strip()
+    series = open_series(image)
+    with reading(image):
+        header = next(series.headers())
+        return str(header.get("PatientID") or "").strip()

@@ -9,7 +9,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, cast
 
 from pydicom.dataset import Dataset
 from pydicom.filereader import read_partial
@@ -208,7 +208,6 @@ def _content(stream: BinaryIO, source: Source) -> tuple[Dataset, int]:
 
     Of pixels in compressed frames the length is what follows in the file.
     """
-    _refuse_large_deflate(stream)
     length = start = 0
 
     def at_pixels(tag: int, _representation: str | None, claimed: int) -> bool:
@@ -217,32 +216,38 @@ def _content(stream: BinaryIO, source: Source) -> tuple[Dataset, int]:
             length, start = claimed, stream.tell()
         return tag >= _PIXEL_DATA
 
-    content = read_partial(stream, stop_when=at_pixels, force=True, specific_tags=list(_TAGS))
+    bounded = cast("BinaryIO", _Bounded(stream))
+    content = read_partial(bounded, stop_when=at_pixels, force=True, specific_tags=list(_TAGS))
     if length and _syntax(content) != _DEFLATED:
         rest = max(0, source.size - start)
         length = rest if length == _UNDEFINED_LENGTH else min(length, rest)
     return content, length
 
 
-def _refuse_large_deflate(stream: BinaryIO) -> None:
-    """Refuse a deflated file that unpacks to more than a gigabyte; the parser would unpack it at once."""
-    start = stream.read(1024)
-    stream.seek(0)
-    if _DEFLATED.encode() not in start:
-        return
-    packed = zlib.decompressobj(-zlib.MAX_WBITS)
-    stream.seek(_meta_length(start))
+class _Bounded:
+    """A stream whose rest is read at once only if it inflates to less than a gigabyte: so a parser inflates it."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def read(self, size: int = -1) -> bytes:
+        found = self._stream.read(size)
+        if size < 0:
+            _refuse_large_deflate(found)
+        return found
+
+
+def _refuse_large_deflate(packed: bytes) -> None:
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
     size = 0
-    while (chunk := packed.unconsumed_tail or stream.read(1 << 16)) and size <= _MAX_INFLATED:
-        size += len(packed.decompress(chunk, 1 << 20))
-    stream.seek(0)
+    while packed and not inflater.eof and size <= _MAX_INFLATED:
+        size += len(inflater.decompress(packed, 1 << 20))
+        packed = inflater.unconsumed_tail
     if size > _MAX_INFLATED:
         raise _DamageError(f"it is deflated and unpacks to more than {_MAX_INFLATED:,} bytes")
-
-
-def _meta_length(start: bytes) -> int:
-    """Return where the meta information ends: mark, group length element, and the length that it holds."""
-    return 144 + int.from_bytes(start[140:144], "little")
 
 
 def _syntax(content: Dataset) -> str:
@@ -362,7 +367,7 @@ def _getter(group: Dataset, shared: list[Dataset], content: Dataset) -> Callable
 def _plane(frame: int, get: Callable[[str], Any]) -> Plane:
     position = _numbers(get, "ImagePositionPatient", 3)
     orientation = _numbers(get, "ImageOrientationPatient", 6)
-    apart = _numbers(get, "SpacingBetweenSlices", 1) or _numbers(get, "SliceThickness", 1)
+    depths = (_numbers(get, keyword, 1) or (0.0,) for keyword in ("SpacingBetweenSlices", "SliceThickness"))
     slope, inter = _numbers(get, "RescaleSlope", 1), _numbers(get, "RescaleIntercept", 1)
     marks = ((mark, str(get(mark))) for mark in _MARKS if get(mark) not in (None, ""))
     return Plane(
@@ -370,7 +375,7 @@ def _plane(frame: int, get: Callable[[str], Any]) -> Plane:
         position=position,
         orientation=orientation,
         spacing=_numbers(get, "PixelSpacing", 2),
-        thickness=abs(apart[0]) if apart and apart[0] else None,
+        thickness=next((abs(depth) for (depth, *_) in depths if depth), None),
         slope=slope[0] if slope else 1.0,
         inter=inter[0] if inter else 0.0,
         marks=tuple(marks),

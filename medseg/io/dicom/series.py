@@ -181,7 +181,8 @@ def _endings(uids: Sequence[str]) -> dict[str, str]:
     longest = max((len(uid) for uid in uids), default=0)
     while length < longest and len({uid[-length:] for uid in uids}) < len(uids):
         length += 1
-    return {uid: uid[-length:].strip(".") for uid in uids}
+    # Masks are called by it, so whatever else a file has in its place must not lead into another folder.
+    return {uid: re.sub(r"[^\w.-]", "_", uid[-length:]).strip(".") for uid in uids}
 
 
 def _numeric(number: str) -> tuple[int, str]:

@@ -7,17 +7,16 @@ import os
 import stat
 import warnings
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, NoReturn, cast
 
 from pydicom.filereader import read_dataset, read_file_meta_info
 
-from medseg.errors import CaseError
+from medseg.errors import CaseError, in_a_line, visible
 from medseg.io.dicom.marks import DIRECTORY_FILE, is_dicom, is_dicom_start
 
 __all__ = ["Source", "file_source", "find_sources", "quiet", "streams"]
@@ -124,9 +123,14 @@ def quiet() -> Iterator[None]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    for where, subfolders, names in os.walk(folder):
+    for where, subfolders, names in os.walk(folder, onerror=_refuse_unreadable):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith(".") and name != "__MACOSX")
         yield from (Path(where, name) for name in sorted(names) if not name.startswith("."))
+
+
+def _refuse_unreadable(error: OSError) -> NoReturn:
+    # Its images may belong to the same volume.
+    raise CaseError(f"{error.filename} cannot be searched ({error.strerror}): make it readable.") from error
 
 
 @contextmanager
@@ -134,8 +138,11 @@ def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
     try:
         with zipfile.ZipFile(path) as archive:
             yield archive
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError) as error:
-        raise CaseError(f"{path} is a damaged archive, or packed in a way that is not read ({error}).") from error
+    except (CaseError, MemoryError):
+        raise
+    except Exception as error:  # each way of packing has errors of its own, and damaged lists raise still others
+        reason = visible(in_a_line(error))
+        raise CaseError(f"{path} is a damaged archive, or packed in a way that is not read ({reason}).") from error
 
 
 def _members(path: Path) -> list[Source]:

@@ -18,7 +18,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from medseg.errors import CaseError, GeometryError
+from medseg.errors import CaseError, GeometryError, in_a_line
 from medseg.io.dicom.headers import Header, Plane
 from medseg.io.dicom.sources import streams
 from medseg.io.geometry import GRID_TOLERANCE, MAX_SHEAR, Grid
@@ -121,9 +121,14 @@ def _without_copies(headers: Sequence[Header]) -> list[Header]:
 
 def _digest(header: Header) -> str:
     digest = hashlib.sha256()
-    for _, stream in streams([header.source]):
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
+    try:
+        for _, stream in streams([header.source]):
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
+    except (CaseError, OSError, MemoryError):
+        raise
+    except Exception as error:  # each way of packing an archive has errors of its own
+        raise CaseError(f"{header.source} cannot be unpacked ({in_a_line(error)}): copy it again.") from error
     return digest.hexdigest()
 
 

@@ -51,6 +51,19 @@ def test_a_folder_that_is_one_series_is_named_like_the_folder(tree):
     assert find_cases(tree / "p1" / "ct") == [{"image": str(tree / "p1" / "ct"), "name": "ct.nii.gz"}]
 
 
+def test_masks_of_series_with_paths_for_uids_stay_in_the_folder_of_results(write_series, tmp_path):
+    for number in "12":
+        for file in write_series(tmp_path / "in", uid=f"1.2.30.40.5000{number}").files:
+            path = tmp_path / f"{number}_{file.name}"
+            path.write_bytes(file.read_bytes().replace(b"1.2.30.40.5000", b"1.2/../../5000"))
+    shutil.rmtree(tmp_path / "in")
+    cases = find_cases(tmp_path)
+    assert len(cases) == 2
+    for case in cases:
+        assert "/" not in case["name"]
+        assert load(case["image"]).shape == (1, 6, 5, 4)
+
+
 def test_a_pattern_chooses_among_series_by_their_names(tree):
     assert names(find_cases(tree, pattern="3_*")) == ["p2/3_11112222.nii.gz"]
     assert names(find_cases(tree, pattern="p1/*")) == ["p1/ct.nii.gz"]

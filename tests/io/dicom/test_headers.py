@@ -125,6 +125,22 @@ def test_a_deflated_file_is_read_and_a_bomb_is_refused(slice_of, save_image, tmp
         load(path)
 
 
+def test_a_bomb_behind_a_long_or_wrong_meta_header_is_refused(slice_of, save_image, tmp_path, monkeypatch):
+    ds = slice_of(PIXELS)
+    ds.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.1.99"
+    ds.file_meta.FileMetaInformationVersion = bytes(3000)
+    ds.PixelData += bytes(8 << 20)
+    path = save_image(ds, tmp_path / "a.dcm")
+    content = bytearray(path.read_bytes())
+    monkeypatch.setattr(headers, "_MAX_INFLATED", 4 << 20)
+    with pytest.raises(CaseError, match="unpacks to more than"):
+        load(path)
+    content[140:144] = bytes(4)
+    path.write_bytes(content)
+    with pytest.raises(CaseError, match="unpacks to more than"):
+        load(path)
+
+
 def test_nothing_of_the_patient_is_in_messages_or_logs(write_series, tmp_path, caplog):
     caplog.set_level(logging.DEBUG)
     write_series(tmp_path / "a", series_number=1)

@@ -1,3 +1,4 @@
+import os
 import shutil
 import warnings
 import zipfile
@@ -62,6 +63,48 @@ def test_a_folder_is_searched_deeply_but_not_where_it_is_hidden(write_series, tm
     (tmp_path / "notes.txt").write_text("text")
     (tmp_path / "a" / "loop").symlink_to(tmp_path)
     assert [source.path for source in find_sources(tmp_path)] == sorted(series.files)
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_archives_damaged_anywhere_are_refused(write_series, tmp_path, compression):
+    series = write_series(tmp_path / "in", shape=(6, 5, 2))
+    path = pack(tmp_path / "study.zip", {file.name: file.read_bytes() for file in series.files}, compression)
+    content = path.read_bytes()
+    ends = [0, content.index(b"PK\x01\x02"), content.index(b"PK\x05\x06")]
+    places = {start + offset for start in ends for offset in range(0, 44) if start + offset < len(content)}
+    refused = 0
+    for position in sorted(places):
+        path.write_bytes(content[:position] + b"\xff\xff" + content[position + 2 :])
+        try:
+            load(path)
+        except CaseError:
+            refused += 1
+    assert refused > len(places) / 3
+
+
+def test_a_copy_that_cannot_be_unpacked_is_refused(write_series, tmp_path):
+    series = write_series(tmp_path / "in", shape=(60, 50, 4))
+    content = [file.read_bytes() for file in series.files]
+    marked = content[0][:-8] + b"marked12"
+    path = pack(tmp_path / "a.zip", dict(zip("abcde", [*content, marked], strict=True)), zipfile.ZIP_STORED)
+    path.write_bytes(path.read_bytes().replace(b"marked12", content[0][-8:]))
+    with pytest.raises(CaseError, match=r"cannot be unpacked .*CRC"):
+        load(path)
+
+
+def test_a_folder_that_cannot_be_searched_is_not_passed_over(write_series, tmp_path, monkeypatch):
+    series = write_series(tmp_path / "a")
+    (tmp_path / "a" / "more").mkdir()
+    scan = os.scandir
+
+    def refuse(folder):
+        if str(folder).endswith("more"):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scan(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(CaseError, match=r"more cannot be searched \(Permission denied\)"):
+        load(series.folder)
 
 
 def test_an_archive_reads_as_its_folder_and_is_not_unpacked(write_series, tmp_path):

@@ -246,7 +246,8 @@ def test_directions_that_cannot_be_are_refused(write_series, tmp_path, orientati
 
 
 @pytest.mark.parametrize(
-    ("between", "thickness", "expected"), [("4", "2", 4.0), (None, "2", 2.0), (None, None, 1.0), ("-3", "2", 3.0)]
+    ("between", "thickness", "expected"),
+    [("4", "2", 4.0), (None, "2", 2.0), (None, None, 1.0), ("-3", "2", 3.0), ("0", "2", 2.0)],
 )
 def test_a_single_slice_is_as_thick_as_it_says(write_series, tmp_path, caplog, between, thickness, expected):
     def edit(ds, k):
