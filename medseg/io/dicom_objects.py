@@ -15,7 +15,7 @@ import logging
 import os
 import uuid
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -40,6 +40,7 @@ __all__ = [
     "SourceSeries",
     "add_instance",
     "add_patient_and_study",
+    "by_number",
     "check_mask",
     "check_same_frame",
     "choose_labels",
@@ -248,6 +249,21 @@ def reading(source: object) -> Iterator[None]:
         raise CaseError(f"{source} does not fit into memory.") from error
     except Exception as error:  # readers raise many types on damaged files, with values in their text
         raise CaseError(f"{source} {_damage(error)}: copy or export it again.") from error
+
+
+def by_number(items: Iterable[Dataset], keyword: str, source: object) -> dict[int, Dataset]:
+    """Return items by the number that each has under a keyword.
+
+    Raises:
+        CaseError: several have one number, so that nothing says which of them counts.
+    """
+    numbered: dict[int, Dataset] = {}
+    for item in items:
+        number = int(getattr(item, keyword))
+        if number in numbered:
+            raise CaseError(f"{source} has several items with the {keyword} {number}: expected one. Export it again.")
+        numbered[number] = item
+    return numbered
 
 
 def check_same_frame(found: str, source: SourceSeries, what: str) -> None:

@@ -32,6 +32,7 @@ from medseg.io.dicom_objects import (
     SourceSeries,
     add_instance,
     add_patient_and_study,
+    by_number,
     check_mask,
     check_same_frame,
     choose_labels,
@@ -136,7 +137,8 @@ def read_seg(
         dataset = _read(file, max_voxels)
         if source is not None:
             check_same_frame(str(dataset.get("FrameOfReferenceUID", "")), source, str(file))
-        names = {int(item.SegmentNumber): str(item.get("SegmentLabel", ""))[:64] for item in dataset.SegmentSequence}
+        segments = by_number(dataset.SegmentSequence, "SegmentNumber", file)
+        names = {number: str(item.get("SegmentLabel", ""))[:64] for number, item in segments.items()}
         values = choose_labels(names, labels, file, what="segment", optional=optional)
         frames = read_frames(dataset, file)
         grid = source.grid if source else like if isinstance(like, Grid) else span_grid(frames, dataset, file)
@@ -258,7 +260,8 @@ def _stand_ins(source: SourceSeries) -> list[Dataset]:
         images = [_stand_in(source, sop_class, sop_uid) for sop_class, sop_uid, _ in references]
         for image, item in zip(images, slices, strict=True):
             image.ImagePositionPatient = list(item.plane.position or ())
-            image.ImageOrientationPatient = list(item.plane.orientation or ())
+            # The one of the first: they differ by rounding alone, which highdicom would refuse.
+            image.ImageOrientationPatient = list(slices[0].plane.orientation or ())
             _set_measures(image, source)
         return images
     image, (shared, measures, orientation) = _stand_in(source, *references[0][:2]), _datasets(3)
@@ -308,7 +311,7 @@ def _complete(dataset: Dataset, source: SourceSeries, uid: str, created: datetim
     dataset.ContentDate, dataset.ContentTime = dataset.InstanceCreationDate, dataset.InstanceCreationTime
     for item in dataset.ContributingEquipmentSequence:
         item.ContributionDateTime = f"{created:%Y%m%d%H%M%S}"
-    _refer_toread_frames(dataset, [frame for _, _, frame in source.references()])
+    _refer_to_frames(dataset, source.references())
     dimensions = derived_uid("dimensions", uid)
     for item in (*dataset.DimensionOrganizationSequence, *dataset.DimensionIndexSequence):
         item.DimensionOrganizationUID = dimensions
@@ -319,8 +322,8 @@ def _complete(dataset: Dataset, source: SourceSeries, uid: str, created: datetim
         dataset.CodingSchemeIdentificationSequence[0].CodingSchemeName = "medseg: names of labels without a code"
 
 
-def _refer_toread_frames(dataset: Dataset, numbers: Sequence[int | None]) -> None:
-    """Number the frames of a multi-frame source as they are in its file; highdicom was shown them slice by slice."""
+def _refer_to_frames(dataset: Dataset, references: Sequence[tuple[str, str, int | None]]) -> None:
+    """Name the frames of a multi-frame source as they are in its files; highdicom was shown them slice by slice."""
     # Frames of one slice share their item.
     items = {
         id(item): item
@@ -329,7 +332,13 @@ def _refer_toread_frames(dataset: Dataset, numbers: Sequence[int | None]) -> Non
         if "ReferencedFrameNumber" in item
     }
     for item in items.values():
-        item.ReferencedFrameNumber = numbers[int(item.ReferencedFrameNumber) - 1]
+        _, item.ReferencedSOPInstanceUID, item.ReferencedFrameNumber = references[int(item.ReferencedFrameNumber) - 1]
+    if items:
+        files = dict.fromkeys((sop_class, uid) for sop_class, uid, _ in references)
+        instances = _datasets(len(files))
+        for instance, file in zip(instances, files, strict=True):
+            instance.ReferencedSOPClassUID, instance.ReferencedSOPInstanceUID = file
+        dataset.ReferencedSeriesSequence[0].ReferencedInstanceSequence = instances
 
 
 def _read(file: Path, max_voxels: int) -> Dataset:

@@ -36,6 +36,7 @@ from medseg.io.dicom_objects import (
     SourceSeries,
     add_instance,
     add_patient_and_study,
+    by_number,
     check_mask,
     check_same_frame,
     choose_labels,
@@ -149,9 +150,9 @@ def read_rtstruct(
     canvas = Canvas(source.grid.shape, on_overlap)
     with reading(file):
         dataset = read_object(file, {RTSTRUCT_CLASS}, "a structure set")
-        regions = {int(item.ROINumber): item for item in dataset.StructureSetROISequence}
+        regions = by_number(dataset.StructureSetROISequence, "ROINumber", file)
         names = {number: str(item.get("ROIName", ""))[:64] for number, item in regions.items()}
-        drawn = {int(item.ReferencedROINumber): item for item in dataset.ROIContourSequence}
+        drawn = by_number(dataset.ROIContourSequence, "ReferencedROINumber", file)
         for number, value in choose_labels(names, labels, file, what="region", optional=optional):
             what = f"Region '{names[number]}' of {file}"
             if number in drawn and drawn[number].get("ContourSequence"):

@@ -186,6 +186,51 @@ def test_probabilities_that_round_to_nothing_are_an_empty_object(source: Any, tm
     assert not read_seg(path)[0].any()
 
 
+def test_a_source_of_several_multi_frame_files_is_referred_to_file_by_file(
+    write_enhanced: Callable[..., Any], tmp_path: Path
+) -> None:
+    def shift(dataset: Dataset) -> None:
+        dataset.SeriesInstanceUID = series
+        for group in dataset.PerFrameFunctionalGroupsSequence:
+            place = group.PlanePositionSequence[0]
+            place.ImagePositionPatient = [x + 4 * s for x, s in zip(place.ImagePositionPatient, step, strict=True)]
+
+    lower = write_enhanced(tmp_path / "mr" / "a.dcm")
+    series, step = lower.uid, ((LPS @ lower.affine)[:3, 2]).tolist()
+    upper = write_enhanced(tmp_path / "mr" / "b.dcm", edit=shift)
+    mask = np.full((6, 5, 8), 2)
+    path = write_seg(mask, tmp_path / "seg.dcm", lower.folder, labels=LABELS)
+    sources = {ds.SOPInstanceUID: ds for ds in map(pydicom.dcmread, (*lower.files, *upper.files))}
+    written = pydicom.dcmread(path)
+    referred = set()
+    for frame in written.PerFrameFunctionalGroupsSequence:
+        item = frame.DerivationImageSequence[0].SourceImageSequence[0]
+        image = sources[item.ReferencedSOPInstanceUID]
+        shown = image.PerFrameFunctionalGroupsSequence[item.ReferencedFrameNumber - 1]
+        assert np.allclose(
+            shown.PlanePositionSequence[0].ImagePositionPatient,
+            frame.PlanePositionSequence[0].ImagePositionPatient,
+            atol=1e-6,
+        )
+        referred.add((item.ReferencedSOPInstanceUID, item.ReferencedFrameNumber))
+    assert len(referred) == 8
+    listed = written.ReferencedSeriesSequence[0].ReferencedInstanceSequence
+    assert {item.ReferencedSOPInstanceUID for item in listed} == set(sources)
+    assert np.array_equal(read_seg(path, like=lower.folder, labels={"liver": 2})[0], mask)
+
+
+def test_a_series_whose_orientations_differ_by_rounding_takes_a_mask(
+    write_series: Callable[..., Any], tmp_path: Path
+) -> None:
+    def turn(ds: Dataset, k: int) -> None:
+        ds.ImageOrientationPatient = [f"{float(value) + 1e-5 * (k % 2):.6f}" for value in ds.ImageOrientationPatient]
+
+    source = write_series(tmp_path / "ct", edit=turn)
+    mask = random_mask(source.values.shape)
+    path = write_seg(mask, tmp_path / "seg.dcm", source.folder, labels=LABELS)
+    assert np.array_equal(read_seg(path, like=source.folder, labels={1: 2, 2: 4, 3: 7})[0], mask)
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_an_enhanced_source_is_referred_to_frame_by_frame(
     write_enhanced: Callable[..., Any], tmp_path: Path, shared: bool
@@ -355,6 +400,10 @@ def lose_segments(dataset: Dataset) -> None:
     del dataset.SegmentSequence
 
 
+def number_twice(dataset: Dataset) -> None:
+    dataset.SegmentSequence[1].SegmentNumber = 1
+
+
 def be_an_image(dataset: Dataset) -> None:
     dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.2"
 
@@ -380,6 +429,7 @@ def spoil_axes(dataset: Dataset) -> None:
         (undescribe, "does not describe"),
         (forget_place, "without ImagePositionPatient"),
         (lose_segments, "no SegmentSequence"),
+        (number_twice, "several items with the SegmentNumber 1"),
         (be_an_image, "expected a segmentation"),
         (use_odd_bits, "32 bits"),
         (spoil_position, "incomplete"),

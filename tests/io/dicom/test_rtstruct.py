@@ -282,6 +282,10 @@ def unknown_type(dataset: Dataset) -> None:
     dataset.ROIContourSequence[0].ContourSequence[0].ContourGeometricType = "SPLINE"
 
 
+def draw_twice(dataset: Dataset) -> None:
+    dataset.ROIContourSequence[1].ReferencedROINumber = dataset.ROIContourSequence[0].ReferencedROINumber
+
+
 def be_a_plan(dataset: Dataset) -> None:
     dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.481.5"
 
@@ -293,6 +297,7 @@ def be_a_plan(dataset: Dataset) -> None:
         (two_points, "a contour of 6 coordinates"),
         (odd_number, "coordinates: expected x, y and z"),
         (unknown_type, "type 'SPLINE'"),
+        (draw_twice, "several items with the ReferencedROINumber"),
         (be_a_plan, "expected a structure set"),
     ],
 )
