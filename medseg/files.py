@@ -39,9 +39,12 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def replace_text(path: Path, text: str) -> Path:
-    """Write `text` to `path` atomically, as UTF-8; return the path."""
+    r"""Write `text` to `path` atomically, as UTF-8; return the path.
+
+    What UTF-8 lacks, the bytes of a file name that is in another coding, becomes `\udce9`, which JSON reads back.
+    """
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     return path
 
 

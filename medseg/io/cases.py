@@ -205,6 +205,8 @@ def _expected() -> str:
 
 def _refusal(path: Path) -> str:
     """Say why a file is no image that medseg reads; empty if it is one."""
+    if path.exists() and not path.is_file():
+        return "a pipe or device, no regular file"
     kind = file_kind(path)
     if kind not in (None, "dicom"):
         return ""

@@ -137,6 +137,8 @@ def _door(path: StrPath) -> tuple[Path, Reader]:
     source, _ = split_series(file)
     if not source.exists():
         raise CaseError(f"{source} does not exist: check the path.")
+    if not (source.is_file() or source.is_dir()):  # opening it might never end
+        raise CaseError(f"{source} is a pipe or device: expected a regular file. Copy what it gives to one.")
     kind = image_kind(file)
     if kind is None:
         raise CaseError(f"{file} is in no format that medseg reads: expected {', '.join(IMAGE_SUFFIXES)}, or DICOM.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,6 +15,9 @@ from monai.data.utils import to_affine_nd
 from monai.transforms import Spacingd, SpatialResample
 from monai.transforms.inverse import TraceableTransform
 from numpy.typing import NDArray
+
+from medseg.errors import GeometryError, by
+from medseg.io.geometry import MAX_VOXELS
 
 __all__ = ["SeparableResample", "SeparableSpacingd"]
 
@@ -35,6 +39,9 @@ class SeparableSpacingd(Spacingd):  # type: ignore[misc]  # MONAI publishes no t
         pixdim: voxel size in mm along each axis, of the model's grid.
         diagonal: turn the grid to the world's axes; such grids are resampled by MONAI.
         allow_missing_keys: pass over keys that a case lacks.
+
+    Raises:
+        GeometryError: an image would have more than 2^31 voxels.
     """
 
     def __init__(
@@ -72,6 +79,7 @@ class SeparableResample(SpatialResample):  # type: ignore[misc]
         source = np.asarray(to_affine_nd(dims, img.affine.cpu().numpy()))
         matrix = np.linalg.solve(source, np.asarray(to_affine_nd(dims, torch.as_tensor(dst_affine).cpu().numpy())))
         size = tuple(int(each) for each in spatial_size)
+        _refuse_large(size, img)
         unchanged = size == tuple(img.shape[1:]) and np.allclose(matrix, np.eye(dims + 1), atol=_MONAI_NEAR)
         if unchanged or not _straight(matrix, size):
             return super().__call__(img, dst_affine, spatial_size, **options)
@@ -92,6 +100,16 @@ class SeparableResample(SpatialResample):  # type: ignore[misc]
         )
         resampled = _resampled(img.as_tensor(), size, matrix)
         return MetaTensor(resampled).copy_meta_from(noted)
+
+
+def _refuse_large(size: tuple[int, ...], image: MetaTensor) -> None:
+    """Refuse what could not be held: a wrong unit in a header makes an image a thousand times as long."""
+    if math.prod(size) > MAX_VOXELS:
+        raise GeometryError(
+            f"{image.meta.get('filename_or_obj', 'An image')} has {by(image.shape[1:])} voxels and would have "
+            f"{by(size)} on the model's grid: the limit is {MAX_VOXELS:,}. Check the voxel size in its header, or "
+            "work on a coarser grid (spacing)."
+        )
 
 
 def _straight(matrix: NDArray[np.float64], size: Sequence[int]) -> bool:

@@ -44,6 +44,17 @@ def test_headers_of_two_file_images_are_left_out_with_the_way_out(tmp_path):
     assert [".nii.gz" in item.reason for item in list_cases(tmp_path).left_out] == [True, True]
 
 
+def test_pipes_are_left_out(tmp_path):
+    touch(tmp_path, "a.nii")
+    os.mkfifo(tmp_path / "b.nii")
+    os.mkfifo(tmp_path / "c")
+    found = list_cases(tmp_path)
+    assert names(found.cases) == ["a.nii"]
+    assert ["a pipe" in item.reason for item in found.left_out] == [True, True]
+    with pytest.raises(RequestError, match="a pipe or device"):
+        list_cases(tmp_path / "b.nii")
+
+
 def test_links_to_folders_are_reported_and_not_followed(tmp_path):
     touch(tmp_path, "in/a.nii", "elsewhere/b.nii")
     (tmp_path / "in" / "loop").symlink_to(tmp_path / "elsewhere", target_is_directory=True)

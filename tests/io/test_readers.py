@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -26,6 +28,13 @@ def test_what_is_no_readable_file_is_refused_by_name(tmp_path, read, name, part)
         read(tmp_path / name)
     assert str(tmp_path / name) in str(error.value)
     assert part in str(error.value)
+
+
+@pytest.mark.parametrize("read", [load, read_grid])
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path, read):
+    os.mkfifo(tmp_path / "a.nii.gz")
+    with pytest.raises(CaseError, match="is a pipe or device"):
+        read(tmp_path / "a.nii.gz")
 
 
 def test_arrays_are_no_paths():

@@ -8,6 +8,7 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import Spacingd
 
+from medseg.errors import GeometryError
 from medseg.transforms import SeparableSpacingd
 
 
@@ -53,3 +54,10 @@ def test_pictures_are_resampled_in_two_dimensions() -> None:
     image = MetaTensor(torch.rand(3, 30, 20), affine=torch.eye(4, dtype=torch.float64))
     expected = Spacingd("i", (0.7, 1.6), mode="bilinear", padding_mode="border", dtype=np.float64)({"i": image})["i"]
     assert torch.allclose(SeparableSpacingd("i", (0.7, 1.6))({"i": image})["i"], expected, atol=1e-6)
+
+
+def test_an_image_that_no_memory_would_hold_is_refused_with_the_way_out() -> None:
+    image = MetaTensor(torch.rand(1, 10, 10, 10), affine=torch.diag(torch.tensor([900.0, 900, 900, 1])).double())
+    image.meta["filename_or_obj"] = "scan.nii"
+    with pytest.raises(GeometryError, match=r"scan.nii has 10x10x10 voxels and would have 8101x8101x8101 on"):
+        SeparableSpacingd("i", 1.0)({"i": image})
