@@ -21,8 +21,8 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterable, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -153,26 +153,37 @@ class _Job:
         return self.found.collection.relative(str(split_series(path)[0]))
 
     def copy_case(self, case: Examined) -> None:
-        """Copy image and label, repaired."""
+        """Copy image and label, repaired; what is no file any more, such as a broken link, is left out and noted."""
         repairs = {item.repair for item in self.found.findings if item.repair and case.name in item.cases}
-        image = self.copy_image(case, repairs)
-        if case.subject.label is not None:
-            self.copy_label(case.subject, image, repairs)
+        image, label = case.subject.image, case.subject.label
+        with self.noting(image):
+            self.copy_image(case, repairs)
+        if label is not None:
+            with self.noting(label):
+                self.copy_label(case.subject, self.target / self.name(image), repairs)
 
-    def copy_image(self, case: Examined, repairs: set[str]) -> Path:
-        """Copy an image, and return where it is now."""
+    @contextmanager
+    def noting(self, path: str) -> Iterator[None]:
+        """Note a file that cannot be copied."""
+        try:
+            yield
+        except CaseError as error:
+            self.note(path, "not copied", str(error), "not there")
+
+    def copy_image(self, case: Examined, repairs: set[str]) -> None:
+        """Copy an image, repaired."""
         source = case.subject.image
         file = split_series(source)[0]
         target = self.target / self.name(source)
         if file.is_dir() or file.name.upper() == DIRECTORY_FILE:
-            return self.copy_series(source)
+            self.copy_series(source)
+            return
         _copy(file, target)
         if "nan" in repairs and case.image is not None and case.image.nonfinite:
             self.note(source, "values that are no numbers replaced", *_fill_nonfinite(target, case.image.minimum))
         self.fix_header(source, target)
-        return target
 
-    def copy_series(self, source: str) -> Path:
+    def copy_series(self, source: str) -> None:
         """Copy the files of a DICOM series; a damaged one is copied with all that lies in its folder."""
         from medseg.io.dicom import open_series
 
@@ -186,7 +197,6 @@ class _Job:
             _copy(folder, self.target / folder.relative_to(root))
         for file in files:
             _copy(file, self.target / file.relative_to(root))
-        return self.target / folder.relative_to(root)
 
     def copy_label(self, subject: Subject, image: Path, repairs: set[str]) -> None:
         """Copy a label, rewritten if its voxels or its place change."""
@@ -269,6 +279,8 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _copy_one(source: Path, target: Path) -> None:
+    if not source.is_file():
+        raise CaseError(f"{source.name} is no file: expected one that can be copied.")
     if not target.exists():
         with replacing(target) as temporary:
             shutil.copyfile(source, temporary)

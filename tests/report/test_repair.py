@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
 import shutil
 import tracemalloc
 from collections.abc import Callable
@@ -311,6 +312,28 @@ def test_headers_that_name_each_other_end(tmp_path: Path) -> None:
     out, changes = repaired(root)
     assert changes == []
     assert hashes(out) == hashes(root)
+
+
+def test_what_is_no_file_any_more_is_left_out_and_the_rest_copied(dataset: Path) -> None:
+    image(dataset).unlink()
+    os.mkfifo(image(dataset))
+    label(dataset, 1).unlink()
+    os.mkfifo(label(dataset, 1))
+    out = dataset.parent / "out"
+    changes = repair(examine(dataset), out)
+    assert [(change.file, change.what) for change in changes] == [
+        ("imagesTr/case0.nii.gz", "not copied"),
+        ("labelsTr/case1.nii.gz", "not copied"),
+    ]
+    assert len(hashes(out)) == len(hashes(dataset)) == 7
+
+
+def test_a_broken_link_does_not_stop_the_repair(tmp_path: Path) -> None:
+    write_nifti(tmp_path / "in" / "b.nii.gz", noise(0))
+    (tmp_path / "in" / "a.nii.gz").symlink_to("nowhere")
+    changes = repair(examine(tmp_path / "in"), tmp_path / "out")
+    assert [(change.file, change.what) for change in changes] == [("a.nii.gz", "not copied")]
+    assert list(hashes(tmp_path / "out")) == ["b.nii.gz"]
 
 
 def test_copies_are_taken_out_of_every_fold_of_nnunet(tmp_path: Path) -> None:
