@@ -97,8 +97,10 @@ def _step(levels: NDArray[np.float64], told: float, file: Path) -> float:
     """Return the distance of slices: the one told if all levels fit to it, else the smallest between two of them."""
     gaps = np.diff(levels)
     for step in (told, gaps.min(initial=np.inf)):
-        if 0 < step < np.inf and np.abs(gaps / step - np.rint(gaps / step)).max(initial=0) <= GRID_TOLERANCE:
-            return float(step)
+        if 0 < step < np.inf:
+            slices = np.maximum(np.rint(gaps / step), 1)  # a slice may be far thicker than slices are apart
+            if np.abs(gaps / step - slices).max(initial=0) <= GRID_TOLERANCE:
+                return float(step)
     raise GeometryError(
         f"{file} has {len(levels)} slices and does not say how far they are apart, or they lie at uneven distances: "
         "give the series that was segmented."

@@ -309,6 +309,19 @@ def test_the_order_of_frames_does_not_matter(source: Any, tmp_path: Path, write_
     assert np.array_equal(found, mask)
 
 
+def test_slices_far_thicker_than_they_are_apart_do_not_fall_together(source: Any, tmp_path: Path) -> None:
+    def thicken(dataset: Dataset) -> None:
+        measures = dataset.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0]
+        del measures.SpacingBetweenSlices
+        measures.SliceThickness = 100
+
+    mask = random_mask(source.values.shape)
+    path = write_seg(mask, tmp_path / "seg.dcm", source.folder, labels=LABELS)
+    found, grid = read_seg(edited(path, thicken), labels={1: 2, 2: 4, 3: 7})
+    assert np.array_equal(found, mask[:, :, 1:])
+    assert np.allclose(grid.spacing, np.linalg.norm(source.affine[:3, :3], axis=0), atol=1e-4)
+
+
 def test_without_a_series_the_grid_is_the_smallest_that_the_frames_span(source: Any, tmp_path: Path) -> None:
     mask = np.zeros(source.values.shape, np.uint8)
     mask[2, 3, 1] = mask[4, 1, 4] = 1  # slices 2 and 3 have no frames
