@@ -292,6 +292,11 @@ def _other(header: Header, *, has_rows: bool) -> str:
 
 def _sized(header: Header, content: Dataset) -> Header:
     """Add what is told of the pixels."""
+    if "MOSAIC" in header.image_type:
+        raise _DamageError(
+            "it is a mosaic, slices side by side in one image, whose places only private elements tell (dcm2niix "
+            "unpacks it)"
+        )
     allocated = _whole(content, "BitsAllocated")
     stored = _whole(content, "BitsStored", allocated)
     header = replace(

@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 _GREY: Final = ("MONOCHROME1", "MONOCHROME2", "")
 _FLOAT: Final = np.dtype(np.float32)
+# Values of 16 bits moved by less than this are int32.
+_FAR: Final = 2**30
 
 
 def read_grid(path: Path, *, spatial_dims: int | None = None, max_voxels: int = MAX_VOXELS) -> Grid:
@@ -87,7 +89,10 @@ def _channel_count(series: Series, channels: int | None, dims: int, path: Path) 
 
 def _image_type(slices: Sequence[Slice], *, stored: bool) -> np.dtype[Any]:
     """Return the type to read images as: with `stored` a narrow one of whole numbers, widened later if it must be."""
-    whole = all(item.plane.slope == 1 and item.plane.inter == int(item.plane.inter) for item in slices)
+    whole = all(
+        item.plane.slope == 1 and item.plane.inter == int(item.plane.inter) and abs(item.plane.inter) < _FAR
+        for item in slices
+    )
     if not stored or not whole or any(item.header.bits_allocated > 16 for item in slices):
         return _FLOAT
     plain = all(item.plane.inter == 0 and not item.header.signed for item in slices)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, cast
 
 from pydicom.filereader import read_dataset, read_file_meta_info
+from pydicom.uid import ImplicitVRLittleEndian
 
 from medseg.errors import CaseError, in_a_line, visible
 from medseg.io.dicom.marks import DIRECTORY_FILE, is_dicom, is_dicom_start
@@ -222,7 +223,8 @@ def _records(directory: Path) -> Sequence[Any]:
             meta = read_file_meta_info(directory)
             # After 128 bytes of preamble, the mark, and the element that holds the length of the meta information.
             file.seek(128 + 4 + 12 + int(meta.FileMetaInformationGroupLength))
-            content = read_dataset(file, is_implicit_VR=False, is_little_endian=True)
+            implicit = meta.get("TransferSyntaxUID") == ImplicitVRLittleEndian  # though the standard wants it explicit
+            content = read_dataset(file, is_implicit_VR=implicit, is_little_endian=True)
             return list(content.get("DirectoryRecordSequence") or [])
     except OSError:
         raise

@@ -110,6 +110,15 @@ def test_files_cut_anywhere_are_refused_and_not_left_out_of_their_series(write_s
         load(series.folder)
 
 
+def test_a_mosaic_of_slices_is_refused(write_series, tmp_path):
+    def lay_side_by_side(ds, k):
+        ds.ImageType = ["ORIGINAL", "PRIMARY", "M", "ND", "MOSAIC"]
+
+    write_series(tmp_path, edit=lay_side_by_side, modality="MR")
+    with pytest.raises(CaseError, match="is a mosaic"):
+        load(tmp_path)
+
+
 def test_a_deflated_file_is_read_and_a_bomb_is_refused(slice_of, save_image, tmp_path, monkeypatch):
     ds = slice_of(PIXELS)
     ds.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.1.99"

@@ -102,6 +102,15 @@ def test_stored_whole_numbers_keep_the_narrowest_type_that_holds_them(
     assert np.array_equal(image.numpy(), load(tmp_path).numpy())
 
 
+def test_an_intercept_beyond_whole_numbers_of_32_bits_does_not_wrap_around(write_series, tmp_path):
+    def rescale(ds, k):
+        ds.RescaleIntercept, ds.RescaleSlope = 3_000_000_000, 1
+
+    series = write_series(tmp_path, edit=rescale)
+    image = load(tmp_path, dtype="stored").numpy()[0]
+    assert np.allclose(image, series.values + 3e9, rtol=1e-6)
+
+
 def test_a_label_is_read_as_whole_numbers(write_series, tmp_path):
     series = write_series(tmp_path, dtype="uint8")
     image = load(tmp_path, label=True)

@@ -8,7 +8,7 @@ import pytest
 from pydicom import dcmwrite
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sequence import Sequence
-from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, generate_uid
 
 from medseg.errors import CaseError
 from medseg.io import load
@@ -27,7 +27,7 @@ def members(series):
     return {f"../up/{file.name}": file.read_bytes() for file in series.files}
 
 
-def write_directory(folder, names, *, loop=False):
+def write_directory(folder, names, *, loop=False, syntax=ExplicitVRLittleEndian):
     """Write a DICOMDIR that lists files by the parts of their names."""
     records = []
     for parts in names:
@@ -42,7 +42,7 @@ def write_directory(folder, names, *, loop=False):
         records.append(record)
     ds = Dataset()
     ds.file_meta = FileMetaDataset()
-    ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    ds.file_meta.TransferSyntaxUID = syntax
     ds.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.1.3.10"
     ds.file_meta.MediaStorageSOPInstanceUID = generate_uid()
     ds.FileSetID = "X"
@@ -191,6 +191,13 @@ def test_a_dicomdir_names_the_files_also_in_another_case_and_in_loops(write_seri
     found = load(directory)
     assert np.array_equal(found.numpy()[0], series.values)
     assert np.allclose(found.affine.numpy(), series.affine, atol=1e-6)
+
+
+def test_a_dicomdir_of_implicit_types_is_read(write_series, tmp_path):
+    series = write_series(tmp_path / "SUB", name="IM{:03d}")
+    names = [["SUB", file.name] for file in series.files]
+    found = load(write_directory(tmp_path, names, syntax=ImplicitVRLittleEndian))
+    assert np.array_equal(found.numpy()[0], series.values)
 
 
 @pytest.mark.parametrize("parts", [["..", "x"], ["SUB", "..", "..", "x"], ["/etc/passwd"], ["SUB/x"]])
