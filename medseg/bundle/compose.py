@@ -10,6 +10,7 @@ in turn, and `bundle.json` once more; both may only use names that the template 
 from __future__ import annotations
 
 import copy
+import math
 import re
 from difflib import get_close_matches
 from pathlib import Path
@@ -174,7 +175,13 @@ def _merged_knobs(template: Config, *layers: Config) -> Config:
 
 
 def checked_value(name: str, value: Any, default: Any) -> Any:
-    """Return `value` if it is of the kind of `default` (whole numbers pass for floats), else raise `BundleError`."""
+    """Return `value` if it is finite and of the kind of `default` (whole numbers pass for floats).
+
+    Raises:
+        BundleError: it is not.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BundleError(f"'{name}' must be a finite number, found {value!r}")
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if default is None or value is None or type(value) is type(default):

@@ -11,7 +11,7 @@ from medseg.inferers.windows import count_windows
 from medseg.planning.choices import bundle_name, look_at
 from medseg.planning.facts import shown
 from medseg.planning.schedule import Schedule, epoch_steps, fixed_schedule, schedule_for, schedule_without_limit
-from medseg.planning.search import Candidate, Found, candidates, find, overlap_for, pace_of
+from medseg.planning.search import Candidate, Found, candidates, find, overlap_for, pace_of, whole_number
 from medseg.planning.widths import strides_note
 
 if TYPE_CHECKING:
@@ -103,9 +103,11 @@ def make_plan(
         gpu: whether training will run on a GPU.
 
     Raises:
-        RequestError: the data, the memory or the time do not allow a plan.
+        RequestError: the data, the memory or the time do not allow a plan, or a setting counts fewer than one.
         BundleError: a setting that the template does not know.
     """
+    for knob in ("max_epochs", "val_interval"):
+        whole_number(knob, request.settings.get(knob, 1))
     look = look_at(fingerprint, request)
     name = bundle_name(request, folder, look, fingerprint)
     trial = Schedule(1, 1, 0.0, "")

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from medseg.planning.facts import Fingerprint
     from medseg.planning.request import PlanRequest
 
-__all__ = ["Candidate", "Found", "Measure", "candidates", "find", "overlap_for", "pace_of"]
+__all__ = ["Candidate", "Found", "Measure", "candidates", "find", "overlap_for", "pace_of", "whole_number"]
 
 # Given a candidate, measures a bundle planned around it.
 Measure: TypeAlias = Callable[["Candidate"], Measurement]
@@ -219,7 +219,15 @@ def _candidate(
 
 def _whole(request: PlanRequest, knob: str, planned: int) -> int:
     """Return what the user set a knob to, or else what is planned."""
-    value = request.settings.get(knob, planned)
+    return whole_number(knob, request.settings.get(knob, planned))
+
+
+def whole_number(knob: str, value: Any) -> int:
+    """Return a number that a knob may count something by.
+
+    Raises:
+        RequestError: it is no whole number from 1 up.
+    """
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise RequestError(f"{knob}={value!r} must be a whole number from 1 up.")
     return value

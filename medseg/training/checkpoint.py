@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from ignite.engine import Events
 
-from medseg.errors import WeightsError
+from medseg.errors import RequestError, WeightsError
 from medseg.files import replace_text, replacing, sha256_file
 from medseg.training.distributed import is_first_process
 from medseg.training.handlers import completes_step
@@ -47,6 +47,7 @@ class Checkpoints:
         save_minutes: minutes of an epoch after which its state is saved too; 0 for never.
 
     Raises:
+        RequestError: the minutes are below 0.
         WeightsError: on resuming, when there is nothing to resume from, or it is damaged or of another run.
     """
 
@@ -60,6 +61,8 @@ class Checkpoints:
         resume: bool = False,
         save_minutes: float = 0.0,
     ) -> None:
+        if not save_minutes >= 0:
+            raise RequestError(f"save_minutes={save_minutes}: expected minutes, or 0 to save after epochs alone")
         self.bundle_root = Path(bundle_root)
         self.files = RunFiles(Path(output_dir))
         self.validator = validator

@@ -108,9 +108,14 @@ class ClipGradients:
     Args:
         network: whose gradient.
         max_norm: largest L2 norm over all parameters; 0 leaves gradients alone.
+
+    Raises:
+        RequestError: the norm is below 0.
     """
 
     def __init__(self, network: nn.Module, max_norm: float) -> None:
+        if not max_norm >= 0:
+            raise RequestError(f"gradient_clip={max_norm}: expected a norm above 0, or 0 for no clipping")
         self.network = network
         self.max_norm = max_norm
 
@@ -140,9 +145,14 @@ class WeightAverage:
         network: the network that is trained.
         validator: engine that validates it.
         decay: share of the average that one step of the optimizer keeps, 0 (no averaging) to below 1.
+
+    Raises:
+        RequestError: the share is outside of that range.
     """
 
     def __init__(self, network: nn.Module, validator: Engine, decay: float) -> None:
+        if not 0 <= decay < 1:
+            raise RequestError(f"ema_decay={decay}: expected a share from 0 (no averaging) to below 1, such as 0.99")
         self.network = network
         self.validator = validator
         self.decay = decay

@@ -141,7 +141,11 @@ class RandWarpd(Randomizable, MapTransform, MultiSampleTrait):  # type: ignore[m
         self.patch_size = _patch_size(patch_size)
         self.label_key = label_key
         self.label_keys = (label_key,) if label_keys is None else _names(label_keys)
+        if num_samples < 1:
+            raise RequestError(f"num_samples={num_samples}: expected 1 patch of a case, or more.")
         self.num_samples = num_samples
+        chances = {"foreground": foreground, "flip_prob": flip_prob, "rotate_prob": rotate_prob}
+        _check_chances({**chances, "zoom_prob": zoom_prob, "elastic_prob": elastic_prob})
         self.foreground = foreground
         dims = len(self.patch_size)
         self.margin = _margin(margin, self.patch_size)
@@ -424,6 +428,12 @@ def _per_axis(option: str, value: float | Sequence[float], dims: int) -> NDArray
     if np.size(value) not in (1, dims):
         raise RequestError(f"{option}={value!r} came for {dims} axes: give one number, or {dims}.")
     return np.broadcast_to(np.asarray(value, dtype=float), dims)
+
+
+def _check_chances(chances: Mapping[str, float | Sequence[float]]) -> None:
+    for option, value in chances.items():
+        if not (np.min(value) >= 0 and np.max(value) <= 1):
+            raise RequestError(f"{option}={value!r}: expected a probability from 0 to 1.")
 
 
 def _angles(rotate_range: _Range, dims: int) -> list[tuple[float, float]]:

@@ -49,6 +49,8 @@ def test_whole_numbers_pass_for_floats_and_paths_may_be_replaced() -> None:
         ({"network": "x"}, "no knob 'network'"),
         ({"train::trainer::max_epochs": 3}, "no knob"),
         ({"max_epochs": 2.5}, "must be a whole number"),
+        ({"learning_rate": float("inf")}, "must be a finite number"),
+        ({"roi_size": [8, float("nan")]}, "must be a finite number"),
         ({"max_epochs": "$__import__('os')"}, "takes a plain value"),
         ({"weights": "%other.json::x"}, "takes a plain value"),
         ({"roi_size": ["@max_epochs", 8]}, "takes a plain value"),

@@ -248,6 +248,9 @@ def test_settings_are_kept_and_said_to_be_the_users(volumes: Any) -> None:
         ({"spacing": [1, 0, 1]}, "above 0"),
         ({"batch_size": 0}, "from 1 up"),
         ({"max_epochs": "many"}, "max_epochs"),
+        ({"max_epochs": -1}, "max_epochs=-1"),
+        ({"val_interval": 0}, "val_interval=0"),
+        ({"learning_rate": float("nan")}, "finite"),
     ],
 )
 def test_a_setting_that_cannot_be_is_refused(settings: dict[str, Any], message: str, volumes: Any) -> None:

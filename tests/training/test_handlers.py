@@ -15,6 +15,7 @@ from torch import nn
 from medseg.errors import RequestError
 from medseg.networks import UNet
 from medseg.training import (
+    Checkpoints,
     ClipGradients,
     EarlyStop,
     SeedEpochs,
@@ -281,6 +282,10 @@ def test_the_last_epoch_is_always_validated(interval: int, epochs: int, expected
     [
         (lambda: Validation(0, None), "val_interval=0"),
         (lambda: EarlyStop(Engine(lambda e, b: None), -1), "patience=-1"),
+        (lambda: WeightAverage(nn.Linear(2, 2), Engine(lambda e, b: None), 1.0), "ema_decay=1.0"),
+        (lambda: WeightAverage(nn.Linear(2, 2), Engine(lambda e, b: None), -0.5), "ema_decay=-0.5"),
+        (lambda: ClipGradients(nn.Linear(2, 2), float("nan")), "gradient_clip=nan"),
+        (lambda: Checkpoints("", "", Engine(lambda e, b: None), {}, save_minutes=-1.0), "save_minutes=-1.0"),
         (lambda: needs_scaler("float16", "cpu"), "precision=float16 needs a CUDA device"),
     ],
 )
