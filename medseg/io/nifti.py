@@ -124,6 +124,11 @@ def _read_header(stream: BinaryIO, path: Path, max_voxels: int) -> _Header:
         dtype, offset = fixed.get_data_dtype(), int(fixed.get_data_offset())
     except (HeaderDataError, ValueError, OverflowError) as error:
         raise CaseError(f"{path} has a corrupt NIfTI header: {error}.") from error
+    if offset < raw.sizeof_hdr + 4:
+        raise CaseError(
+            f"{path} has a NIfTI header whose voxels start at byte {offset}, within it, where programs read different "
+            f"ones: expected vox_offset to be {raw.sizeof_hdr + 4} or more. Repair its header."
+        )
     count = int(raw["dim"][0])
     if not 2 <= count <= 7:
         raise CaseError(f"{path} has a NIfTI header with {count} axes: expected 2 to 7.")

@@ -244,6 +244,7 @@ def cut(path, keep):
         (setter(datatype=32, bitpix=64), CaseError, "complex"),
         (setter(datatype=77), CaseError, "corrupt NIfTI header"),
         (setter(vox_offset=16), CaseError, "corrupt NIfTI header"),
+        (setter(vox_offset=0), CaseError, "start at byte 0, within it"),
         (setter(vox_offset=np.nan), CaseError, "corrupt NIfTI header"),
         (setter(scl_slope=2, scl_inter=np.nan), CaseError, "corrupt NIfTI header"),
         (setter(magic=b"ni1"), CaseError, "NIfTI pair"),
