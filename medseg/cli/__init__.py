@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from typing import Final
 
 import typer
 
@@ -14,6 +15,9 @@ from medseg.cli.console import errors
 from medseg.errors import MedsegError
 
 __all__ = ["app", "main"]
+
+# The exit code that Typer gives an interruption by Ctrl-C, which it does not pass on.
+_INTERRUPTED: Final = 130
 
 app = typer.Typer(
     name="medseg",
@@ -60,9 +64,10 @@ def main() -> None:
     except MedsegError as error:
         errors.print(f"[bold red]Error:[/] {_escaped(str(error))}", markup=True, soft_wrap=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        errors.print("Stopped. What was finished is kept; the same command with --resume goes on.")
-        sys.exit(130)
+    except SystemExit as ended:
+        if ended.code == _INTERRUPTED:
+            errors.print("Stopped. What was finished is kept; the same command with --resume goes on.")
+        raise
 
 
 def _escaped(text: str) -> str:
