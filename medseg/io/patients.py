@@ -23,7 +23,8 @@ from typing import Any, Final
 
 from medseg.errors import RequestError
 from medseg.io.datasets import DATASET_FILE, SPLIT_FILE, Dataset, read_dataset, read_json
-from medseg.io.names import StrPath, absolute, file_kind
+from medseg.io.dicom.marks import image_kind
+from medseg.io.names import StrPath, absolute
 
 __all__ = ["find_patients", "patient_of"]
 
@@ -105,7 +106,7 @@ def _text(patient: Any, source: Path) -> str:
 
 
 def _patient_id(image: Path) -> str:
-    if not (image.is_dir() or file_kind(image) == "dicom"):
+    if image_kind(image) != "dicom":
         return ""
     from medseg.io.dicom import open_series
     from medseg.io.dicom_objects import reading

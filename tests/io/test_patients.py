@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydicom.dataset import Dataset
 
 from medseg.errors import RequestError
 from medseg.io import patients
 from medseg.io.patients import find_patients
+from tests.io.dicom.conftest import make_series
 
 
 def _folder(root: Path, names: list[str], split: dict[str, Any] | None = None) -> Path:
@@ -57,6 +59,29 @@ def test_entries_of_a_listing_name_patients_by_text_or_number(tmp_path: Path) ->
     expected = {"x": "x", "y": "y", "z": "x"}
     assert find_patients(root) == expected
     assert find_patients(root / "dataset.json") == expected
+
+
+def test_series_and_files_called_anything_tell_their_patient(tmp_path: Path) -> None:
+    for number, patient in enumerate(("SECRET-1", "SECRET-2", "SECRET-1"), start=1):
+
+        def name(ds: Dataset, _: int, patient: str = patient) -> None:
+            ds.PatientID = patient
+
+        make_series(tmp_path / f"images/all/{number}", shape=(6, 5, 2), series_number=number, edit=name)
+    first = min((tmp_path / "images/all/1").iterdir())
+    (tmp_path / "images/single").write_bytes(first.read_bytes())
+    images = ["images/all::1", "images/all::2", "images/all::3", "images/single"]
+    entries = [{"image": image, "label": f"labels/{place}.nii.gz"} for place, image in enumerate(images)]
+    (tmp_path / "labels").mkdir()
+    for entry in entries:
+        (tmp_path / entry["label"]).write_bytes(b"x")
+    (tmp_path / "dataset.json").write_text(json.dumps({"training": entries}))
+    assert find_patients(tmp_path) == {
+        "all::1": "all::1",
+        "all::2": "all::2",
+        "all::3": "all::1",
+        "single": "all::1",
+    }
 
 
 def test_dicom_numbers_tell_patients_and_are_not_told_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
