@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from medseg.errors import RequestError
+from medseg.errors import CaseError, RequestError
 
 __all__ = ["Forecast", "NetworkProbe", "fitting_batch", "parse_memory", "resident_bytes", "shown_bytes"]
 
@@ -80,12 +80,12 @@ def fitting_batch(limit: int, wanted: int, *, held: int, slab: int, result: int,
         window: what one window takes while the network runs.
 
     Raises:
-        RequestError: not even one window at a time fits.
+        CaseError: not even one window at a time fits; a smaller image may.
     """
     room = limit - held - slab - result
     batch = min(wanted, room // max(window, 1))
     if batch < 1:
-        raise RequestError(
+        raise CaseError(
             f"this does not fit into {shown_bytes(limit)}: {shown_bytes(held)} are held already (programs, weights and "
             f"the image), and needed are {shown_bytes(slab)} for the slab, {shown_bytes(result)} for the result and "
             f"{shown_bytes(window)} for one window in the network. Allow more memory, or choose a smaller roi_size"

@@ -99,7 +99,7 @@ class Passes:
             read_ahead: bytes that are read before they are due.
 
         Raises:
-            RequestError: not even one window at a time fits.
+            CaseError: not even one window at a time fits.
         """
         probe = NetworkProbe()
         classes = self._run(window.to(self.device)).shape[1]

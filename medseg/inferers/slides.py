@@ -68,8 +68,9 @@ def label_strips(
         wanted: says which windows are run; all by default. Where none was run is background.
 
     Raises:
-        RequestError: an inferer that decides otherwise than by the highest class, or a `max_memory` that is too small.
-        CaseError: the network's output is no logits of the windows' size, or not finite; or the image is damaged.
+        RequestError: an inferer that decides otherwise than by the highest class.
+        CaseError: the network's output is no logits of the windows' size, or not finite; the image is damaged, or does
+            not fit into `max_memory`.
     """
     if inferer.native.activation == "sigmoid" or inferer.foreground is not None:
         raise RequestError(

@@ -12,7 +12,7 @@ from monai.data import MetaTensor
 from monai.data.utils import compute_importance_map
 from monai.utils import convert_to_dst_type
 
-from medseg.errors import RequestError
+from medseg.errors import CaseError, RequestError, SizeError
 from medseg.inferers.allocator import reuse_memory
 from medseg.inferers.blend import Place, Slab, TensorWindows, in_batches, stream
 from medseg.inferers.foreground import windows_with_foreground
@@ -139,13 +139,18 @@ class SlidingWindowInferer(monai.inferers.SlidingWindowInferer):  # type: ignore
         """Return the result for images `(B, in_channels, *spatial)`, a MetaTensor if the images are one.
 
         Raises:
-            CaseError: the network's output is not finite, or does not fit into the memory of the GPU.
-            RequestError: `max_memory` is too small.
+            CaseError: the network's output is not finite; or the image does not fit into the memory that may be taken
+                or that the GPU has, or is too small for the network where a window is as long as the image.
+            RequestError: `roi_size` or `overlap` do not fit the image's axes.
         """
         if self.with_coord or "condition" in kwargs:
             return self._by_monai(inputs, network, args, kwargs)
         try:
             return _Run(self, inputs, network, args, kwargs).result()
+        except SizeError as error:
+            if all((size or 0) > 0 for size in per_axis(self.roi_size, inputs.ndim - 2)):
+                raise
+            raise CaseError(str(error)) from error  # the windows are as this image is
         except NotStreamableError as error:
             if self.output != "logits":
                 raise RequestError(f"{error}; only output 'logits' can be had from it") from None
@@ -266,5 +271,5 @@ class _Run:
 def _overlap(inferer: SlidingWindowInferer, images: torch.Tensor) -> tuple[float, ...]:
     overlap = tuple(float(value or 0.0) for value in per_axis(inferer.overlap, images.ndim - 2))
     if any(not 0 <= value < 1 for value in overlap):
-        raise ValueError(f"overlap must be >= 0 and < 1, got {inferer.overlap}.")
+        raise RequestError(f"overlap must be >= 0 and < 1, got {inferer.overlap}.")
     return overlap

@@ -7,6 +7,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from medseg.errors import RequestError
+
 __all__ = ["Windows", "count_windows", "cut_windows", "per_axis"]
 
 
@@ -70,7 +72,13 @@ def count_windows(image_size: Sequence[int], roi_size: Sequence[int] | int, over
 
 
 def per_axis(value: Sequence[float] | float | None, dims: int) -> tuple[float | None, ...]:
-    """Return one value for each of `dims` axes: a single one stands for all."""
+    """Return one value for each of `dims` axes: a single one stands for all.
+
+    Raises:
+        RequestError: there are more or fewer values than axes.
+    """
+    if isinstance(value, Sequence) and len(value) != dims:
+        raise RequestError(f"{tuple(value)} are {len(value)} values for {dims} spatial axes: give one, or {dims}")
     return tuple(value) if isinstance(value, Sequence) else (value,) * dims
 
 

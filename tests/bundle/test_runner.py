@@ -211,6 +211,25 @@ def test_resume_leaves_out_what_is_done_and_does_what_failed(trained: Bundle, tm
     assert (tmp_path / "out" / "a.nii.gz").stat().st_mtime_ns != before
 
 
+def test_one_image_too_large_for_the_limit_does_not_stop_the_others(
+    trained: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.nii.gz", "b.nii.gz"):
+        _oblique(tmp_path / "in", name, False)
+    held = iter([1 << 60, 0])
+    monkeypatch.setattr("medseg.inferers.passes.resident_bytes", lambda: next(held))
+    manifest = _predict(trained, tmp_path / "in", tmp_path / "out", max_memory="900G")
+    assert [manifest.cases[name].status for name in ("a.nii.gz", "b.nii.gz")] == ["failed", "done"]
+    assert "does not fit into" in str(manifest.cases["a.nii.gz"].error)
+
+
+def test_what_a_transform_found_wrong_is_told_without_its_place_in_memory(trained: Bundle, tmp_path: Path) -> None:
+    image = _oblique(tmp_path / "in", "a.nii.gz", False)
+    manifest = _predict(trained, image, tmp_path / "out", orientation="XYZ")
+    assert " at 0x" not in str(manifest.cases["a.nii.gz"].error)
+    assert "axis codes" in str(manifest.cases["a.nii.gz"].error)
+
+
 def test_masks_never_replace_their_images(trained: Bundle, tmp_path: Path) -> None:
     path = _oblique(tmp_path / "in", "a.nii.gz", False)
     before = path.read_bytes()

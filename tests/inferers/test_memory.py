@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from medseg.errors import RequestError
+from medseg.errors import CaseError, RequestError
 from medseg.inferers.memory import fitting_batch, parse_memory, shown_bytes
 
 MEBI = 1 << 20
@@ -31,7 +31,7 @@ def test_the_batch_fills_what_is_left() -> None:
     parts = {"held": 500 * MEBI, "slab": 100 * MEBI, "result": 50 * MEBI, "window": 100 * MEBI}
     assert fitting_batch(1000 * MEBI, 8, **parts) == 3
     assert fitting_batch(1000 * MEBI, 2, **parts) == 2
-    with pytest.raises(RequestError, match=r"700 MiB.*500 MiB are held"):
+    with pytest.raises(CaseError, match=r"700 MiB.*500 MiB are held"):
         fitting_batch(700 * MEBI, 8, **parts)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-from medseg.errors import CaseError, RequestError
+from medseg.errors import CaseError, RequestError, SizeError
 from medseg.inferers import SlidingWindowInferer, count_windows
 from medseg.inferers.windows import cut_windows
 
@@ -231,7 +231,7 @@ def test_a_memory_limit_chooses_the_batch() -> None:
     assert batches[0] == 1  # the trial
     assert max(batches) == 4
     assert torch.equal(wide, SlidingWindowInferer((16, 16), 4, 0.5)(image, lambda x: x * 2))
-    with pytest.raises(RequestError, match=r"does not fit into 2 MiB.*slab.*window"):
+    with pytest.raises(CaseError, match=r"does not fit into 2 MiB.*slab.*window"):
         SlidingWindowInferer((16, 16), 4, 0.5, max_memory="2M")(image, network)
 
 
@@ -253,3 +253,21 @@ def test_weights_of_images_that_are_windows_themselves_are_not_kept():
     for size in (8, 9, 10):
         inferer(torch.zeros(1, 1, size, size), torch.nn.Identity())
     assert [tuple(kept.shape) for kept in inferer._weights.values()] == [(10, 10)]
+
+
+@pytest.mark.parametrize(("roi", "error"), [((-1, 16), CaseError), ((8, 16), SizeError)])
+def test_an_image_too_small_for_the_network_is_about_that_image_alone(roi, error) -> None:
+    def network(x: torch.Tensor) -> torch.Tensor:
+        raise SizeError("needs 16 voxels")
+
+    with pytest.raises(error, match="needs 16 voxels"):
+        SlidingWindowInferer(roi)(_image((8, 16), 1), network)
+
+
+@pytest.mark.parametrize(
+    ("roi", "overlap", "message"),
+    [((16, 16), 1.0, "overlap must be"), ((16, 16), (0.5,), "1 values for 2"), ((16, 16, 16), 0.5, "3 values for 2")],
+)
+def test_windows_that_cannot_be_are_refused(roi, overlap, message) -> None:
+    with pytest.raises(RequestError, match=message):
+        SlidingWindowInferer(roi, overlap=overlap)(_image((20, 20), 1), torch.nn.Identity())
