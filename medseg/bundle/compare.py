@@ -18,6 +18,8 @@ __all__ = ["Comparison", "Difference", "Standing", "compare"]
 _SAMPLES: Final = 10_000
 _SEED: Final = 0
 _INTERVAL: Final = (2.5, 97.5)
+# Of fewer patients all differences have the same sign by chance alone in over 5 %, and no draw could then hold zero.
+_FEWEST: Final = 6
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,11 @@ class Comparison:
     def verdict(self) -> str:
         """One sentence: which run is the best, and whether that is clear."""
         best = self.standings[0]
+        if self.patients < _FEWEST:
+            return (
+                f"best: {best.name} (mean Dice {best.mean:.4f}); whether that is clear cannot be told from cases of "
+                f"{self.patients} patients, since the intervals of fewer than {_FEWEST} are too narrow: score more"
+            )
         unclear = [each.name for each in self.differences if not each.is_clear]
         if not unclear:
             return f"best: {best.name} (mean Dice {best.mean:.4f}); the differences to all others are clear"

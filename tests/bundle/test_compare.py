@@ -93,6 +93,14 @@ def test_a_difference_that_may_be_chance_is_called_so(tmp_path: Path) -> None:
     assert "is not clear" in found.verdict
 
 
+@pytest.mark.parametrize("cases", [1, 2, 5])
+def test_a_handful_of_patients_makes_nothing_clear(tmp_path: Path, cases: int) -> None:
+    found = compare([_run(tmp_path / "one", _cases(1, 0.2, cases)), _run(tmp_path / "two", _cases(1, 0.0, cases))])
+    assert found.differences[0].is_clear
+    assert found.verdict.startswith("best: one (")
+    assert f"cannot be told from cases of {cases} patients" in found.verdict
+
+
 def test_cases_of_one_patient_count_as_one_piece_of_evidence(tmp_path: Path) -> None:
     one, two = _cases(1, 0.01), _cases(2, 0.0)
     apart = compare([_run(tmp_path / "a" / "x", one), _run(tmp_path / "a" / "y", two)])
