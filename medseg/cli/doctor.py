@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +11,7 @@ import typer
 
 from medseg.bundle.catalog import find_bundle, merged
 from medseg.cli.console import errors, output, progress
-from medseg.errors import RequestError, by
+from medseg.errors import BundleError, RequestError, by
 from medseg.files import replace_text
 from medseg.io.dicom.marks import split_series
 
@@ -30,6 +31,9 @@ _MAX_ROWS = 40
 _FULL_ROWS = 10
 _SHOWN = 3
 _VALUES = 6
+# A key of a label mapping, and the directions of three axes.
+_VALUE = re.compile(r"other|-?[0-9]{1,18}")
+_AXES = re.compile(r"(?!.*[LR].*[LR])(?!.*[AP].*[AP])(?!.*[IS].*[IS])[LRAPIS]{3}")
 
 
 def doctor(
@@ -82,28 +86,41 @@ def _check_target(target: Path, source: Path) -> None:
 
 
 def _bundle_needs(name: str) -> Needs:
-    """Read from its configs what a bundle asks of its data."""
+    """Read from its configs what a bundle asks of its data; knobs of another form do not count."""
     bundle = find_bundle(name)
-    shape = bundle.metadata.get("network_data_format", {}).get("inputs", {}).get("image")
-    if not shape:
-        raise RequestError(f"bundle '{bundle.name}' does not describe its input: expected network_data_format.")
+    try:
+        shape = bundle.metadata["network_data_format"]["inputs"]["image"]
+        spatial_dims, channels = len(shape["spatial_shape"]), int(shape["num_channels"])
+        modality = shape.get("modality")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise BundleError(
+            f"bundle '{bundle.name}' does not describe its input: expected metadata.json to give spatial_shape and "
+            "num_channels of the image under network_data_format."
+        ) from error
     train = merged(bundle.load_configs("train")) if bundle.config_path("train").is_file() else {}
-    mapping, spatial_dims = train.get("label_mapping"), len(shape["spatial_shape"])
+    mapping, orientation = _numbers_by_name(train.get("label_mapping")), train.get("orientation")
+    spacing = _numbers(train.get("spacing"), 3) if spatial_dims == 3 else None
     window = _numbers(train.get("intensity_range"), 2)
     from medseg.report.suitability import Needs
 
     return Needs(
         name=bundle.name,
         spatial_dims=spatial_dims,
-        channels=int(shape["num_channels"]),
-        mapping=mapping if isinstance(mapping, dict) else None,
-        modality=str(shape.get("modality", "")),
-        label_names=dict(train.get("label_names") or {}),
+        channels=channels,
+        mapping=mapping if all(map(_VALUE.fullmatch, mapping or ())) else None,
+        modality=str(modality or ""),
+        label_names=_numbers_by_name(train.get("label_names")) or {},
         classes=bundle.label_names,
-        spacing=_numbers(train.get("spacing"), spatial_dims),
-        orientation=str(train.get("orientation", "RAS")),
+        spacing=spacing if spacing and min(spacing) > 0 else None,
+        orientation=orientation if isinstance(orientation, str) and _AXES.fullmatch(orientation) else "RAS",
         intensity_range=(window[0], window[1]) if window else None,
     )
+
+
+def _numbers_by_name(value: Any) -> dict[str, int] | None:
+    """Return the value of a knob that is an object of whole numbers."""
+    fits = isinstance(value, dict) and all(type(number) is int for number in value.values())
+    return dict(value) if fits else None
 
 
 def _numbers(value: Any, count: int) -> tuple[float, ...] | None:

@@ -109,6 +109,57 @@ def test_a_bundle_says_what_it_cannot_read(medseg: Run, data: Path) -> None:
     assert "not for this bundle (3)" in out
 
 
+def _foreign(folder: Path, edit: Callable[[dict[str, Any], dict[str, Any]], Any]) -> Path:
+    """Write a bundle whose input and knobs of training are changed."""
+    image: dict[str, Any] = {"spatial_shape": [32, 32, 32], "num_channels": 1, "modality": "MR"}
+    train: dict[str, Any] = {"label_mapping": {"0": 0, "1": 1}, "spacing": [1, 1, 1], "orientation": "RAS"}
+    edit(image, train)
+    labels = {"0": "background", "1": "ball"}
+    formats = {"inputs": {"image": image}, "outputs": {"pred": {"channel_def": labels}}}
+    (folder / "configs").mkdir(parents=True)
+    (folder / "configs" / "metadata.json").write_text(json.dumps({"network_data_format": formats}))
+    (folder / "configs" / "inference.json").write_text("{}")
+    (folder / "configs" / "train.json").write_text(json.dumps(train))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda image, train: train.update(label_mapping={"ball": 1}),
+        lambda image, train: train.update(label_mapping={"²": 1}),
+        lambda image, train: train.update(label_mapping={"1": "ball"}),
+        lambda image, train: train.update(label_names=["ball"]),
+        lambda image, train: train.update(orientation="RA"),
+        lambda image, train: train.update(orientation=5),
+        lambda image, train: train.update(spacing=[0, 0, 0]),
+    ],
+)
+def test_knobs_of_another_form_in_foreign_bundles_do_not_count(
+    medseg: Run, data: Path, tmp_path: Path, edit: Callable[..., Any]
+) -> None:
+    code, out, _ = medseg("doctor", data, "--bundle", _foreign(tmp_path / "other", edit))
+    assert code == 0
+    assert "3 cases" in out
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda image, train: image.pop("spatial_shape"),
+        lambda image, train: image.update(spatial_shape=3),
+        lambda image, train: image.pop("num_channels"),
+        lambda image, train: image.update(num_channels="one"),
+    ],
+)
+def test_a_foreign_bundle_that_does_not_describe_its_input_is_refused(
+    medseg: Run, data: Path, tmp_path: Path, edit: Callable[..., Any]
+) -> None:
+    code, _, err = medseg("doctor", data, "--bundle", _foreign(tmp_path / "other", edit))
+    assert code == 2
+    assert "does not describe its input" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
