@@ -11,6 +11,7 @@ import torch
 from ignite.engine import Events
 
 from medseg.files import replacing
+from medseg.io.names import split_suffix
 from medseg.io.readers import load
 from medseg.report.overlay import draw_picture, draw_volume
 from medseg.training.distributed import is_first_process
@@ -67,13 +68,18 @@ class PredictionPictures:
         epoch = self.trainer.state.epoch
         try:
             batch, output = validator.state.batch[0], validator.state.output[0]
-            name = Path(str(batch.get("name") or f"case {validator.state.iteration}")).name.split(".")[0]
+            name = _folder_name(str(batch.get("name") or f"case {validator.state.iteration}"))
             drawing = _drawn(batch, output, f"{name}, epoch {epoch}")
             with replacing(self.folder / name / f"epoch_{epoch:05d}.png") as temporary:
                 drawing.save(temporary, format="PNG")
             self.log.picture(f"prediction/{name}", np.asarray(drawing.convert("RGB")), epoch)
         except Exception as error:
             logger.warning(f"no picture of epoch {epoch}: {type(error).__name__}: {error}")
+
+
+def _folder_name(case: str) -> str:
+    """Return a folder's name for a case: `a/scan.1.nii.gz` and `b/scan.2.nii.gz` have one each."""
+    return split_suffix(case)[0].replace("/", "_").lstrip(".") or "case"
 
 
 def _drawn(batch: Any, output: Any, title: str) -> Image.Image:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 from medseg.bundle import runner
 from medseg.bundle.catalog import Bundle
 from medseg.bundle.samples import write_samples
+from medseg.report import training_pictures
 from medseg.report.drawing import PALETTE
 from medseg.report.training_pictures import PredictionPictures
 
@@ -87,3 +89,29 @@ def test_only_every_so_many_validations_are_drawn(
             validator.run([0, 0])
         tried += [number] * len(caplog.records)
     assert tried == drawn
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        ("case_3.nii.gz", "case_3"),
+        ("scan.1.nii.gz", "scan.1"),
+        ("1.2.840.10008.nii.gz", "1.2.840.10008"),
+        ("a/scan.png", "a_scan"),
+        ("../../scan.png", "_.._scan"),
+    ],
+)
+def test_each_case_has_a_folder_of_its_own_within_the_run(
+    name: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training_pictures, "_drawn", lambda *_: Image.new("RGB", (4, 4)))
+    validator = Engine(lambda e, b: None)
+    pictures = PredictionPictures(str(tmp_path), validator, SimpleNamespace(picture=lambda *_: None))  # type: ignore[arg-type]
+    pictures.attach(Engine(lambda e, b: None))
+    validator.run([0])
+    validator.state.batch, validator.state.output = [{"name": name}], [{}]
+    pictures.validations = 1
+    pictures.draw(validator)
+    assert [path.relative_to(tmp_path / "pictures").as_posix() for path in tmp_path.rglob("*.png")] == [
+        f"{folder}/epoch_00000.png"
+    ]
