@@ -162,6 +162,9 @@ def _check_network(bundle: Config) -> None:
             raise BundleError(
                 f"bundle.json: {listed} must be numbered '0', '1', ... in order, found {list(bundle[listed])}"
             )
+    names = list(map(str, bundle["labels"].values()))
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise BundleError(f"bundle.json: labels names {twice!r} twice; scores and masks need a name for each")
 
 
 def _merged_knobs(template: Config, *layers: Config) -> Config:

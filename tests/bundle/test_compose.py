@@ -78,6 +78,7 @@ def test_a_bundle_replaces_a_block(tiny_source: dict[str, Any]) -> None:
         ({"name": "Liver CT"}, "should read <target>_<modality>_<network>"),
         ({"labels": {"0": "background", "1": "a"}}, "out_channels=3, but labels lists 2"),
         ({"channels": {"1": "MRI"}}, "must be numbered"),
+        ({"labels": {"0": "background", "1": "a", "2": "a"}}, "labels names 'a' twice"),
     ],
 )
 def test_a_wrong_source_is_refused_with_the_nearest_name(
