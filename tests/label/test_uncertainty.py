@@ -39,15 +39,24 @@ def test_background_does_not_dilute() -> None:
     assert mean_entropy(_voxels(*[[1.0, 0.0]] * 9), "softmax") == 0
 
 
+@pytest.fixture
+def predictor(trained: Bundle, tmp_path: Path) -> Predictor:
+    offer = find_offers(tmp_path / "tuned", folders=[trained.root]).offered[trained.name]
+    return Predictor(offer, tmp_path / "results")
+
+
+@pytest.fixture
+def known(tiny_data: Path) -> Path:
+    """An image that the network was trained on."""
+    return sorted((tiny_data / "imagesTr").iterdir())[0]
+
+
 def test_a_trained_network_is_less_sure_of_noise_than_of_what_it_knows(
-    trained: Bundle, tiny_data: Path, tmp_path: Path
+    predictor: Predictor, known: Path, tmp_path: Path
 ) -> None:
     import nibabel
     import numpy as np
 
-    offer = find_offers(tmp_path / "tuned", folders=[trained.root]).offered[trained.name]
-    predictor = Predictor(offer, tmp_path / "results")
-    known = sorted((tiny_data / "imagesTr").iterdir())[0]
     loaded = nibabel.load(known)
     noise = np.random.default_rng(0).normal(100, 40, loaded.shape).astype(np.int16)
     nibabel.save(nibabel.Nifti1Image(noise, loaded.affine), tmp_path / "noise.nii.gz")
@@ -58,13 +67,10 @@ def test_a_trained_network_is_less_sure_of_noise_than_of_what_it_knows(
 
 
 def test_an_image_that_cannot_be_measured_is_told_and_does_not_spoil_the_next(
-    trained: Bundle, tiny_data: Path, tmp_path: Path
+    predictor: Predictor, known: Path, tmp_path: Path
 ) -> None:
     from PIL import Image
 
-    offer = find_offers(tmp_path / "tuned", folders=[trained.root]).offered[trained.name]
-    predictor = Predictor(offer, tmp_path / "results")
-    known = sorted((tiny_data / "imagesTr").iterdir())[0]
     before = predictor.uncertainty(known)
     Image.new("L", (8, 8)).save(tmp_path / "picture.png")
     (tmp_path / "torn.nii.gz").write_bytes(known.read_bytes()[:2000])
