@@ -218,8 +218,7 @@ def _check_target(target: Bundle, config: Mapping[str, Any], *, resume: bool, ov
     Raises:
         RequestError: there are weights, or the state of a training that was interrupted before it had any.
     """
-    given = config.get("output_dir")
-    state = (Path(given) if isinstance(given, str) else target.root / "runs" / "train") / "previous.pt"
+    state = launch.run_folder(target, config) / "previous.pt"
     found = next((path for path in (target.weights, state) if path.is_file()), None)
     if found is not None and not (resume or overwrite):
         raise RequestError(

@@ -101,13 +101,13 @@ def prepare(bundle: Bundle, settings: Mapping[str, Any], *, paths: Mapping[str, 
     return runner.checked_places(replace(job, config_files=files, config=config))
 
 
-def run_folder(job: Job) -> Path:
+def run_folder(bundle: Bundle, config: Mapping[str, Any]) -> Path:
     """Return the folder of a run: where its manifest, its state and its logs are."""
-    given = job.config.get("output_dir")
+    given = config.get("output_dir")
     if isinstance(given, str):
         return Path(given)
     inside = given.get("path") if isinstance(given, dict) else None
-    return job.bundle.root / (inside if isinstance(inside, str) else "runs/train")
+    return bundle.root / (inside if isinstance(inside, str) else "runs/train")
 
 
 def train(job: Job, processes: int, *, report: Report | None = None) -> Manifest:
@@ -124,7 +124,7 @@ def train(job: Job, processes: int, *, report: Report | None = None) -> Manifest
     Raises:
         MedsegError: training failed or a process died; an error of ours is raised as it was.
     """
-    path = run_folder(job) / "manifest.json"
+    path = run_folder(job.bundle, job.config) / "manifest.json"
     earlier = path.read_text(encoding="utf-8") if job.config.get("resume") and path.is_file() else ""
     try:
         return _train_here(job, report) if processes == 1 else _train_together(job, processes, report)
@@ -141,7 +141,7 @@ def _keep_record(path: Path, earlier: str) -> None:
 
 
 def _train_together(job: Job, processes: int, report: Report | None) -> Manifest:
-    folder = run_folder(job)
+    folder = run_folder(job.bundle, job.config)
     logs = folder / "logs"
     check_folder(logs)
     for log in logs.glob("process_*.log"):
@@ -167,7 +167,7 @@ def _train_here(job: Job, report: Report | None) -> Manifest:
     except MedsegError:
         raise
     except Exception as error:
-        log = run_folder(job) / "logs" / "process_0.log"
+        log = run_folder(job.bundle, job.config) / "logs" / "process_0.log"
         replace_text(log, "".join(traceback.format_exception(error)))
         raise explain(error, log) from error
 
