@@ -20,7 +20,7 @@ from medseg.bundle import api, runner
 from medseg.bundle.build import build
 from medseg.bundle.catalog import Bundle
 from medseg.bundle.samples import write_samples
-from medseg.errors import BundleError, RequestError, UntrustedBundleError, WeightsError
+from medseg.errors import BundleError, RequestError, UntrustedBundleError, WeightsError, own_error
 from medseg.files import sha256_file
 from medseg.io import find_cases, find_dataset
 from tests.deploy.deploy_check import write_series
@@ -252,6 +252,16 @@ def test_masks_that_an_output_format_gives_one_name_are_refused(trained: Bundle,
     _oblique(tmp_path / "in", "a.nii", True)
     with pytest.raises(RequestError, match=r"share the mask a\.nrrd"):
         _predict(trained, tmp_path / "in", tmp_path / "out", output_format="nrrd")
+
+
+def test_plain_monai_refuses_them_too(trained: Bundle, tmp_path: Path) -> None:
+    _oblique(tmp_path / "in", "a.nii.gz", False)
+    _oblique(tmp_path / "in", "a.nii", True)
+    paths = {"dataset_dir": str(tmp_path / "in"), "output_dir": str(tmp_path / "out")}
+    with pytest.raises(RuntimeError) as caught:
+        _monai_run_here(trained, "inference", **paths, output_format="nrrd")
+    assert "would share the mask name a.nrrd" in str(own_error(caught.value))
+    assert not (tmp_path / "out").exists()
 
 
 def test_resume_does_not_take_the_mask_of_another_image_of_that_name(trained: Bundle, tmp_path: Path) -> None:
