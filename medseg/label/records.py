@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import re
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from medseg.errors import MedsegError, RequestError
+from medseg.errors import CaseError, RequestError, in_a_line, own_error, visible
 from medseg.io import write_mask
 from medseg.io.dicom_seg import read_seg
 from medseg.label.annotations import Annotation
@@ -23,6 +24,7 @@ logger = logging.getLogger("medseg.label")
 
 _FINAL: Final = "final"
 _TRIALS: Final = 5
+_UID: Final = re.compile(r"[0-9.]*[0-9]")
 
 
 def annotations_of(datastore: Any) -> list[Annotation]:
@@ -69,8 +71,8 @@ def on_the_series(convert: Callable[..., str | None]) -> Callable[..., str | Non
             return convert(folder, is_seg)
         try:
             return str(_on_image(Path(folder)))
-        except MedsegError as error:
-            logger.warning("a DICOM SEG of the store was left out: %s", error)
+        except Exception as error:  # one object of somebody else's must not hide all other labels
+            logger.warning("a DICOM SEG of the store was left out: %s", own_error(error) or in_a_line(error))
             return None
 
     return converted
@@ -78,9 +80,11 @@ def on_the_series(convert: Callable[..., str | None]) -> Callable[..., str | Non
 
 def _on_image(folder: Path) -> Path:
     """Write a segmentation, each segment with its number, on the grid of the series that lies in the same cache."""
-    file = next(iter(sorted(folder.iterdir())))
-    series = _header(file).ReferencedSeriesSequence[0].SeriesInstanceUID
-    image = folder.parents[2] / str(series)
+    file = min(folder.iterdir())
+    series = str(_header(file).ReferencedSeriesSequence[0].SeriesInstanceUID)
+    if not _UID.fullmatch(series):
+        raise CaseError(f"it refers to the series {visible(series)!r}, which is no UID")
+    image = folder.parents[2] / series
     labels, _ = read_seg(file, like=image)
     # NRRD, since NIfTI would be taken for a label that a viewer sent, which no object of the store replaces.
     target = Path(tempfile.gettempdir()) / f"{folder.name}.nrrd"

@@ -118,5 +118,24 @@ def test_a_segmentation_that_cannot_be_read_is_left_out_with_the_reason(cache: P
     assert "left out" in caplog.text
 
 
+def _without_its_series(dataset: pydicom.Dataset) -> None:
+    del dataset.ReferencedSeriesSequence
+
+
+def _of_a_series_elsewhere(dataset: pydicom.Dataset) -> None:
+    with pydicom.config.disable_value_validation():
+        dataset.ReferencedSeriesSequence[0].SeriesInstanceUID = "../../1.2.3.4"
+
+
+@pytest.mark.parametrize("spoil", [_without_its_series, _of_a_series_elsewhere])
+def test_a_segmentation_of_no_known_series_is_left_out_too(cache: Path, caplog, spoil) -> None:
+    file = _segmentation(cache, np.ones((7, 5, 6), np.uint8), {1: "anterior"}) / "1.dcm"
+    dataset = pydicom.dcmread(file)
+    spoil(dataset)
+    dataset.save_as(file)
+    assert on_the_series(_never)(str(file.parent), is_seg=True) is None
+    assert "left out" in caplog.text
+
+
 def test_images_are_converted_as_before() -> None:
     assert on_the_series(lambda folder, is_seg=False: f"{folder} {is_seg}")("series") == "series False"

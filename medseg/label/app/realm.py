@@ -88,8 +88,9 @@ def _handler(realm: Realm) -> type[BaseHTTPRequestHandler]:
                 self.answer({"realm": "medseg", "public_key": realm.public_key()})
 
         def do_POST(self) -> None:
-            length = int(self.headers.get("Content-Length", 0))
-            if not self.path.endswith("/token") or length > _LONGEST_FORM:
+            told = self.headers.get("Content-Length", "")
+            length = int(told) if told.isdecimal() else 0
+            if not self.path.endswith("/token") or not 0 < length <= _LONGEST_FORM:
                 self.answer({"error": "invalid_request"}, HTTPStatus.BAD_REQUEST)
                 return
             form = parse_qs(self.rfile.read(length).decode("utf-8", "replace"))
