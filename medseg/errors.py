@@ -13,12 +13,13 @@
     └── SizeError             an array does not fit a network (also a ValueError)
 
 Each message says what was found, what was expected and what to do; `by` writes the sizes in it, `in_a_line` the
-errors of others, `visible` what could disturb a terminal.
+errors of others, `visible` what could disturb a terminal. MONAI wraps what goes wrong within a transform or a part of a
+config: `own_error` finds the error of ours in it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 __all__ = [
     "BundleError",
@@ -32,6 +33,8 @@ __all__ = [
     "WeightsError",
     "by",
     "in_a_line",
+    "links",
+    "own_error",
     "visible",
 ]
 
@@ -87,6 +90,21 @@ def in_a_line(error: BaseException) -> str:
     """Return the kind and the first line of an error that is not ours."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300].rstrip(":. ")
+
+
+def links(error: BaseException) -> Iterator[BaseException]:
+    """Give an error, the one that it was raised from or during, and so on to the first."""
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        yield link
+        link = link.__cause__ or link.__context__
+
+
+def own_error(error: BaseException) -> MedsegError | None:
+    """Return the error of ours that `error` is or wraps; None if there is none."""
+    return next((link for link in links(error) if isinstance(link, MedsegError)), None)
 
 
 def visible(text: str) -> str:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from medseg.errors import CaseError, MedsegError, RequestError
+from medseg.errors import CaseError, MedsegError, RequestError, links, own_error
 
 __all__ = ["Note", "case_of", "describe_exit", "explain", "memory_kills", "note_of"]
 
@@ -112,7 +112,7 @@ class Note:
 
 def note_of(error: BaseException) -> Note:
     """Return what is to be told of an exception."""
-    own = next((link for link in _chain(error) if isinstance(link, MedsegError)), None)
+    own = own_error(error)
     shown = own or _unwrapped(error)
     message = str(shown).strip()
     frames = traceback.extract_tb(shown.__traceback__)
@@ -140,7 +140,7 @@ def case_of(error: BaseException) -> str:
 
     It is looked for in the innermost function that has a case (a mapping with `name` and `image`) among its values.
     """
-    for link in reversed(list(_chain(error))):
+    for link in reversed(list(links(error))):
         found = ""
         trace = link.__traceback__
         while trace is not None:
@@ -203,11 +203,3 @@ def _names(values: Mapping[str, Any]) -> Iterator[str]:
     for value in list(values.values()):
         if isinstance(value, Mapping) and "image" in value and isinstance(value.get("name"), str):
             yield value["name"]
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        error = error.__cause__ or error.__context__

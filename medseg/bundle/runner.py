@@ -20,7 +20,7 @@ from medseg.bundle.catalog import Bundle, merged
 from medseg.bundle.knobs import changed, knobs
 from medseg.bundle.slides import check_slides, is_slide, named_slides
 from medseg.bundle.trust import leads_inside, require_trust
-from medseg.errors import BundleError, CaseError, MedsegError, RequestError, WeightsError, in_a_line
+from medseg.errors import BundleError, CaseError, RequestError, WeightsError, in_a_line, links, own_error
 from medseg.files import sha256_file
 from medseg.io.names import mask_name
 from medseg.manifest import BundleRecord, Manifest, stamp
@@ -333,10 +333,10 @@ def build_evaluator(workflow: Any) -> Any:
         if missing or not hasattr(evaluator, "state"):
             raise TypeError(f"no usable {', '.join(missing) or 'evaluator'}")
     except Exception as error:
-        own = _own_error(error)
+        own = own_error(error)
         if own is not None:
             raise own from error
-        *_, first = _chain(error)
+        *_, first = links(error)
         causes = dict.fromkeys((in_a_line(error), in_a_line(first)))
         raise BundleError(
             f"the parts of bundle '{workflow.config_root_path.parent}' do not go together: {'; '.join(causes)}. "
@@ -419,13 +419,11 @@ def run_case(evaluator: Any, data: Callable[[], Mapping[str, Any]], case: Mappin
         evaluator.state.epoch_length = 1
         evaluator.run()
     except Exception as error:
-        own = _own_error(error)
+        own = own_error(error)
         if own is not None:
             raise own from error
-        reason: BaseException = error
-        while reason.__cause__ is not None:  # MONAI tells the transform's place in memory, and why by its cause
-            reason = reason.__cause__
-        raise CaseError(f"{case['image']}: {type(reason).__name__}: {reason}") from error
+        *_, first = links(error)  # MONAI tells the transform's place in memory, and why by its cause
+        raise CaseError(f"{case['image']}: {type(first).__name__}: {first}") from error
 
 
 def _tell_windows(
@@ -443,20 +441,10 @@ def _guarded(action: Callable[[], Any]) -> Any:
     try:
         return action()
     except Exception as error:
-        own = _own_error(error)
+        own = own_error(error)
         if own is None:
             raise
         raise own from error
-
-
-def _own_error(error: BaseException) -> MedsegError | None:
-    return next((link for link in _chain(error) if isinstance(link, MedsegError)), None)
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def known_mean(values: Sequence[float]) -> float:

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from medseg.bundle import runner
-from medseg.errors import CaseError, MedsegError, RequestError, in_a_line
+from medseg.errors import CaseError, RequestError, in_a_line, own_error
 from medseg.files import sha256_file
 from medseg.io import find_cases
 from medseg.io.names import OUTPUT_FORMATS, mask_name, split_suffix
@@ -90,7 +90,7 @@ class Predictor:
             try:
                 return uncertainty(loaded.workflow, case)
             except Exception as error:
-                raise _own(error) or CaseError(f"{case['image']}: {in_a_line(error)}") from error
+                raise own_error(error) or CaseError(f"{case['image']}: {in_a_line(error)}") from error
 
     def weights_sha256(self) -> str:
         """Return the hash of the weights that count now; empty where there are none."""
@@ -120,13 +120,6 @@ class Predictor:
             workflow = runner.open_workflow(job, "infer")
             self._loaded = _Loaded(key, workflow, runner.build_evaluator(workflow))
         return self._loaded
-
-
-def _own(error: BaseException | None) -> MedsegError | None:
-    """Return the error of ours that MONAI may have wrapped."""
-    while error is not None and not isinstance(error, MedsegError):
-        error = error.__cause__ or error.__context__
-    return error
 
 
 def _classes_alone(bundle: Bundle) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medseg.errors import MedsegError, RequestError, in_a_line
+from medseg.errors import RequestError, in_a_line, own_error
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -231,16 +231,6 @@ def _now(device: Any) -> float:
     return time.perf_counter()
 
 
-def _own_error(error: BaseException) -> str:
-    """Return what to tell of an error: our own message, which MONAI may have wrapped, or a line about it."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, MedsegError):
-            return str(cause)
-        cause = cause.__cause__ or cause.__context__
-    return in_a_line(error)
-
-
 def _main() -> int:
     task_file, answer_file = map(Path, sys.argv[1:3])
     task = json.loads(task_file.read_text(encoding="utf-8"))
@@ -251,7 +241,8 @@ def _main() -> int:
     except Exception as error:  # whatever it is, the parent tells it in one line
         if "not enough memory" in str(error) or "out of memory" in str(error):
             return _KILLED
-        content = {"error": _own_error(error)}
+        own = own_error(error)
+        content = {"error": str(own) if own else in_a_line(error)}
     answer_file.write_text(json.dumps(content), encoding="utf-8")
     return 0
 

@@ -24,7 +24,7 @@ from monai.transforms import (
 )
 from torch.utils.data import get_worker_info
 
-from medseg.errors import CaseError, MedsegError, RequestError
+from medseg.errors import CaseError, MedsegError, RequestError, links, own_error
 from medseg.inferers.blend import one_thread
 from medseg.inferers.memory import shown_bytes
 from medseg.training.cache import DiskCache, bare, memory_bound, size_of
@@ -186,11 +186,10 @@ class SeededDataset(Dataset):  # type: ignore[misc]  # MONAI publishes no types
 
     def _explained(self, index: int, error: Exception) -> MedsegError:
         """Name the case, and the error that MONAI has wrapped."""
-        link: BaseException = error
-        while not isinstance(link, MedsegError) and (link.__cause__ or link.__context__):
-            link = link.__cause__ or link.__context__ or link
-        said = str(link) if isinstance(link, MedsegError) else f"{type(link).__name__}: {link}"
-        if isinstance(link, MemoryError) or "can't allocate memory" in said:
+        *_, first = links(error)
+        shown = own_error(error) or first
+        said = str(shown) if isinstance(shown, MedsegError) else f"{type(shown).__name__}: {shown}"
+        if isinstance(shown, MemoryError) or "can't allocate memory" in said:
             said += ". There is not enough memory: lower num_workers, cache_memory or patch_size"
         return CaseError(f"{self.describe(index)} cannot be used: {said}")
 
