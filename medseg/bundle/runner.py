@@ -422,8 +422,10 @@ def run_case(evaluator: Any, data: Callable[[], Mapping[str, Any]], case: Mappin
         own = own_error(error)
         if own is not None:
             raise own from error
-        *_, first = links(error)  # MONAI tells the transform's place in memory, and why by its cause
-        raise CaseError(f"{case['image']}: {type(first).__name__}: {first}") from error
+        reason: BaseException = error
+        while reason.__cause__ is not None:  # MONAI tells the transform's place in memory, and why by its cause
+            reason = reason.__cause__
+        raise CaseError(f"{case['image']}: {type(reason).__name__}: {reason}") from error
 
 
 def _tell_windows(
