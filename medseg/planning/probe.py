@@ -241,8 +241,7 @@ def _main() -> int:
     except Exception as error:  # whatever it is, the parent tells it in one line
         if "not enough memory" in str(error) or "out of memory" in str(error):
             return _KILLED
-        own = own_error(error)
-        content = {"error": str(own) if own else in_a_line(error)}
+        content = {"error": str(own_error(error) or in_a_line(error))}
     answer_file.write_text(json.dumps(content), encoding="utf-8")
     return 0
 
