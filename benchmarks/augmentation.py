@@ -11,7 +11,7 @@ Patches, from a case to a patch of image (linear) and label (nearest):
 
 - `hippocampus`: 35x51x35 to 40x56x40, rotation about all axes and zoom
 - `ct`: 512x512x100 to 96x96x96 around a voxel of a random class, rotation and zoom; `ct-noted` with the places of the
-  classes noted beforehand (`ClassPlacesd`, `ClassesToIndicesd`)
+  classes noted beforehand (`ClassIndicesd`, `ClassesToIndicesd`)
 - `picture`: 775x522, three channels, to 224x224, flips, rotation by any angle and zoom
 
 `medseg` is `RandWarpd`. `monai` is a chain of padding, affine warp and crop in the order that bundles of the model zoo
@@ -121,7 +121,7 @@ def hippocampus() -> dict[str, Contestants]:
     """Return the contestants on a small volume, with and without a warp."""
     from monai.transforms import RandAffined, RandSpatialCropd, SpatialPadd
 
-    from medseg.transforms import RandWarpd
+    from medseg.transforms.warp import RandWarpd
 
     keys, size = ["image", "label"], (40, 56, 40)
     case = _case((35, 51, 35), 1, 3)
@@ -143,12 +143,12 @@ def ct() -> dict[str, Contestants]:
     """Return the contestants on a large volume, with and without noted places, with and without a warp."""
     from monai.transforms import ClassesToIndicesd, RandAffined, RandCropByLabelClassesd, SpatialPadd
 
-    from medseg.transforms import ClassPlacesd, RandWarpd
+    from medseg.transforms.warp import ClassIndicesd, RandWarpd
 
     keys, size, classes = ["image", "label"], (96, 96, 96), 3
     case = _case((512, 512, 100), 1, classes)
     indexed = ClassesToIndicesd("label", num_classes=classes)(case)
-    noted = ClassPlacesd("label")(case)
+    noted = ClassIndicesd("label")(case)
     warp = {"rotate_range": [0.26] * 3, "scale_range": [0.2] * 3, "mode": ["bilinear", "nearest"]}
     rows = {}
     for name, prob in {"ct": 1.0, "ct plain": 0.0, "ct-noted": 1.0, "ct-noted plain": 0.0}.items():
@@ -176,7 +176,7 @@ def picture() -> dict[str, Contestants]:
     """Return the contestants on a color picture, with and without a warp."""
     from monai.transforms import RandAffined, RandFlipd, RandSpatialCropd, SpatialPadd
 
-    from medseg.transforms import RandWarpd
+    from medseg.transforms.warp import RandWarpd
 
     keys, size = ["image", "label"], (224, 224)
     case = _case((775, 522), 3, 2)
@@ -200,7 +200,7 @@ def elastic() -> dict[str, Contestants]:
     """Return the contestants that deform whole images."""
     from monai.transforms import Rand2DElasticd, Rand3DElasticd
 
-    from medseg.transforms import RandElasticd
+    from medseg.transforms.elastic import RandElasticd
 
     keys, modes = ["image", "label"], ["bilinear", "nearest"]
     shapes = {"elastic-picture": (775, 522), "elastic-hippocampus": (35, 51, 35), "elastic-patch": (96, 96, 96)}

@@ -17,12 +17,12 @@ from typing import Any
 
 from medseg.bundle.build import build
 from medseg.bundle.catalog import Bundle
-from medseg.bundle.export import FORMATS, TOLERANCE, export
 from medseg.errors import MedsegError
 from medseg.networks import NETWORKS, small
+from medseg.tools.export import FORMATS, TOLERANCE, export
 
 SUBJECTS: list[tuple[str, str, dict[str, Any], list[int] | None]] = [
-    *((network.__name__, network.__name__, {}, None) for network in NETWORKS),
+    *((name, name, {}, None) for name in NETWORKS),
     ("UNet++ pruned to L2", "UNetPlusPlus", {"head": 2}, None),
     ("U-Net, valid", "UNet", {"padding": "valid", "features": [8, 16, 32]}, [60, 76, 60]),
 ]
@@ -40,7 +40,7 @@ def bundle_of(folder: Path, name: str, dims: int, options: dict[str, Any], windo
         "authors": "The medseg authors",
         "channels": {"0": "MRI"},
         "labels": {"0": "background", "1": "a", "2": "b"},
-        "network_def": {"_target_": f"medseg.networks.{name}", **definition},
+        "network_def": {"_target_": f"medseg.components.{name}", **definition},
         "knobs": {"roi_size": (window or WINDOW[dims])[:dims]},
     }
     bundle = Bundle(folder / f"shapes_mri_network_{dims}d_{time.monotonic_ns()}")

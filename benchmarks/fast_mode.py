@@ -26,7 +26,7 @@ from side_by_side.settings import EXACT, FAST, FAST_CT, RESULTS
 import medseg
 from medseg.bundle.catalog import find_bundle
 from medseg.io import find_dataset, load
-from medseg.transforms import MapLabelsd
+from medseg.transforms.labels import MapLabelsd
 
 MODES = {"exact": EXACT, "fast": FAST, "fast with foreground": FAST_CT}
 

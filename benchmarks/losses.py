@@ -3,7 +3,7 @@
     python benchmarks/losses.py [--rounds N] [--threads N] [--json FILE]
 
 prints a markdown table. Value and gradient of random logits and labels are computed in turn by
-`medseg.losses.SoftDiceCELoss` and by `monai.losses.DiceCELoss(softmax=True, to_onehot_y=True, include_background=False,
+`SoftDiceCELoss` and by `monai.losses.DiceCELoss(softmax=True, to_onehot_y=True, include_background=False,
 batch=True)`; the times are medians over the rounds, on the clock and of the processor. Memory (MiB) is the largest
 resident set of a fresh process less that before the loss, so the gradient of the logits is part of it. `difference` is
 the largest one of the two gradients, divided by the largest gradient. Needs Linux.
@@ -116,7 +116,7 @@ def _batch(shape: tuple[int, ...]) -> tuple[Any, Any]:
 def _loss(name: str) -> Any:
     from monai.losses import DiceCELoss
 
-    from medseg.losses import SoftDiceCELoss
+    from medseg.losses.dice_ce import SoftDiceCELoss
 
     if name == "medseg":
         return SoftDiceCELoss()

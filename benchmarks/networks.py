@@ -42,7 +42,7 @@ def main() -> None:
 
     rows = [
         _in_child(network.__name__, form, dims, options.limit)
-        for network in NETWORKS
+        for network in (entry.load() for entry in NETWORKS.values())
         for form in FORMS
         for dims in SIDES
     ]
@@ -161,13 +161,13 @@ def _train(network: Any, image: Any) -> None:
     import torch
     from monai.losses import DiceCELoss
 
-    from medseg.losses import TrainingLoss
-    from medseg.training import TrainingOutputs
+    from medseg.losses.training import TrainingLoss
+    from medseg.training.wrapper import TrainingWrapper
 
     network.train()
     optimizer = torch.optim.AdamW(network.parameters())
     loss = TrainingLoss(DiceCELoss(softmax=True, to_onehot_y=True))
-    loss(TrainingOutputs(network)(image), (image > 0.5).float()).backward()
+    loss(TrainingWrapper(network)(image), (image > 0.5).float()).backward()
     optimizer.step()
 
 

@@ -22,8 +22,8 @@ from typing import Any
 
 from side_by_side.machine import describe
 
-from medseg.bundle import runner
 from medseg.bundle.catalog import Bundle, find_bundle
+from medseg.jobs import runner
 
 BUNDLES = {"hippocampus_mri_unet": "msd_hippocampus", "gland_pathology_unet": "glas"}
 TARGET = 0.05

@@ -8,15 +8,15 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from medseg.bundle.api import evaluate, predict, train
-    from medseg.io import load
+from medseg.version import __version__
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from medseg.io import load
+    from medseg.jobs.api import evaluate, predict, train
 
 __all__ = ["__version__", "evaluate", "load", "predict", "train"]
 
-_HOMES = {"evaluate": "bundle.api", "predict": "bundle.api", "train": "bundle.api", "load": "io"}
+_HOMES = {"evaluate": "jobs.api", "predict": "jobs.api", "train": "jobs.api", "load": "io"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,20 +1,24 @@
-"""Writing files whole or not at all, and their checksums."""
+"""Files: writing them whole or not at all, checksums, and JSON that has one meaning only."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import os
 import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
 
-from medseg.errors import OutputError
+from medseg.errors import BundleError, OutputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["check_folder", "replace_text", "replacing", "sha256_file"]
+__all__ = ["check_folder", "load_json", "replace_text", "replacing", "sha256_file"]
+
+MAX_CONFIG_BYTES: Final = 16 * 2**20
 
 
 @contextmanager
@@ -71,3 +75,42 @@ def check_folder(folder: Path) -> None:
         raise OutputError(
             f"cannot write to '{folder}': {error.strerror}; choose a folder where you may write"
         ) from error
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """Read a config file so that no two readers can see different things in it.
+
+    Args:
+        path: a JSON file that holds an object, in UTF-8, of at most `MAX_CONFIG_BYTES`.
+
+    Raises:
+        BundleError: the file cannot be read, is too large or too deeply nested, is not JSON, repeats a key, or holds
+            a number that is not finite.
+    """
+    try:
+        if not path.is_file() or path.stat().st_size > MAX_CONFIG_BYTES:
+            raise BundleError(f"{path} is not a file of at most {MAX_CONFIG_BYTES} bytes, which a config must be")
+        text = path.read_bytes().decode("utf-8")
+        content = json.loads(text, object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
+    except RecursionError as error:
+        raise BundleError(f"{path} is nested too deeply for a config") from error
+    except (OSError, ValueError) as error:
+        raise BundleError(f"cannot read the config {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise BundleError(f"{path} holds a {type(content).__name__}; a config is a JSON object")
+    return content
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in content:
+            raise ValueError(f"the key {json.dumps(key)} stands there twice")
+        content[key] = value
+    return content
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(float(text)):
+        raise ValueError(f"{text} is not a finite number")
+    return float(text)

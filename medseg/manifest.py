@@ -51,9 +51,9 @@ from datetime import datetime, timezone
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Literal
 
-from medseg import __version__
 from medseg.errors import CaseError, MedsegError, RequestError
 from medseg.files import replace_text
+from medseg.version import __version__
 
 if TYPE_CHECKING:
     from types import TracebackType

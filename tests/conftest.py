@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from medseg.bundle import runner
 from medseg.bundle.build import build
 from medseg.bundle.catalog import Bundle
-from medseg.bundle.samples import write_samples
+from medseg.jobs import runner
+from medseg.tools.samples import write_samples
 
 # OpenVINO reports its import over the network, from a forked process, unless it is here.
 os.environ.setdefault("CI", "true")
@@ -42,7 +42,7 @@ TINY: dict[str, Any] = {
     "channels": {"0": "MRI"},
     "labels": {"0": "background", "1": "small", "2": "large"},
     "network_def": {
-        "_target_": "medseg.networks.UNet",
+        "_target_": "medseg.components.UNet",
         "spatial_dims": 3,
         "in_channels": 1,
         "out_channels": 3,

@@ -16,14 +16,16 @@ import medseg
 PACKAGE = Path(medseg.__file__).parent
 # A room imports from lower floors only; rooms of one floor do not know each other.
 FLOORS = {
-    0: ("errors", "types", "files", "manifest"),
+    0: ("errors", "types", "version", "files", "machine", "manifest", "components"),
     1: ("networks", "losses", "metrics", "io"),
     2: ("transforms", "inferers"),
-    3: ("training",),
-    4: ("bundle", "report", "planning"),
-    5: ("label", "studies"),
-    6: ("cli",),
-    7: ("__main__",),
+    3: ("bundle", "training", "checks", "scoring", "reporting"),
+    4: ("jobs",),
+    5: ("planning", "diagnosis", "tools"),
+    6: ("cluster",),
+    7: ("label", "service", "studies"),
+    8: ("cli",),
+    9: ("__main__",),
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 MODULES = sorted(name for _, name, _ in pkgutil.walk_packages([str(PACKAGE)], "medseg.") if name != "medseg.__main__")

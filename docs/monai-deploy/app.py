@@ -29,7 +29,7 @@ from pydicom.sr.coding import Code
 
 from medseg.errors import CaseError, MedsegError
 from medseg.io.dicom import Series
-from medseg.io.dicom_terms import segment_term
+from medseg.io.dicom.terms import segment_term
 
 
 class WholeSeriesOperator(DICOMSeriesSelectorOperator):

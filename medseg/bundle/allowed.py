@@ -17,37 +17,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from medseg import components
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["ALLOWED", "ARGUMENTS", "MEDSEG", "PLACES"]
-
-# Room -> the names it exports for use in configs. A new part is added here; a test looks every name up.
-MEDSEG: Final[Mapping[str, str]] = {
-    "medseg.networks": "BANet UCTransNet UNet UNetPlusPlus",
-    "medseg.losses": """
-        BCEDiceLoss BoundaryMultiTaskLoss DeepSupervision SelfRegLoss SelfRegularizedLoss SoftDiceCELoss TrainingLoss
-        WeightedCrossEntropyLoss
-    """,
-    "medseg.transforms": """
-        BorderWeightMapd ClassPlacesd EdgeTruthd LoadCased MapLabelsd NumberObjectsd RandElasticd RandWarpd SaveMaskd
-        SeparableSpacingd
-    """,
-    "medseg.inferers": "Ensemble MirrorTTA NativeInferer OverlapTileInferer RotationTTAInferer SlidingWindowInferer",
-    "medseg.training": """
-        Checkpoints ClipGradients EarlyStop EndlessBatches RunLog SeedEpochs SeedSteps SeededDataset Tap TrainingLoader
-        TrainingOutputs Validation WeightAverage deterministic_kernels needs_scaler seed_everything
-    """,
-    "medseg.training.distributed": "ValidationShare distributed_network process_device start_processes stop_processes",
-    "medseg.report.training_pictures": "PredictionPictures",
-    "medseg.io": "find_cases find_dataset",
-    "medseg.bundle.slides": "SlidePredictor",
-    "medseg.bundle.parts": "inside item load_weights on_device parameters run select_device start_from",
-}
+__all__ = ["ALLOWED", "ARGUMENTS", "PLACES"]
 
 # Kind -> module -> names.
 ALLOWED: Final[Mapping[str, Mapping[str, str]]] = {
-    "medseg": MEDSEG,
+    "medseg": {"medseg.components": " ".join(components.__all__)},
     "network": {
         "monai.networks.nets": """
             AHNet AttentionUnet BasicUNet BasicUNetPlusPlus DAF3D DynUNet FlexibleUNet HighResNet MedNeXt MedNeXtB
@@ -162,8 +141,8 @@ ARGUMENTS: Final[Mapping[str, Mapping[str, tuple[bool | str | None, ...]]]] = {
         "mmap_mode": (None, "c", "r"),
         "data_root_dir": ("",),  # MONAI joins the way from it to the image, which may lead up, to the output folder
     },
-    "medseg.networks.UCTransNet": {"backbone": ("paper", "unet")},
-    "medseg.networks.BANet": {"backbone": ("resnet50", "resnet101", "resnet152")},
+    "medseg.components.UCTransNet": {"backbone": ("paper", "unet")},
+    "medseg.components.BANet": {"backbone": ("resnet50", "resnet101", "resnet152")},
     "monai.networks.nets.FlexibleUNet": {
         "backbone": (
             *(f"efficientnet-{size}" for size in ("b0", "b1", "b2", "b3", "b4", "b5", "b6", "b7", "b8", "l2")),
@@ -174,11 +153,11 @@ ARGUMENTS: Final[Mapping[str, Mapping[str, tuple[bool | str | None, ...]]]] = {
 
 # Part that writes files -> the argument that says where: the run's `output_dir`, or a folder inside the bundle.
 PLACES: Final[Mapping[str, str]] = {
-    "medseg.report.training_pictures.PredictionPictures": "output_dir",
-    "medseg.training.Checkpoints": "output_dir",
-    "medseg.training.RunLog": "output_dir",
-    "medseg.training.SeededDataset": "cache_dir",
-    "medseg.transforms.SaveMaskd": "output_dir",
+    "medseg.components.PredictionPictures": "output_dir",
+    "medseg.components.Checkpoints": "output_dir",
+    "medseg.components.RunLog": "output_dir",
+    "medseg.components.SeededDataset": "cache_dir",
+    "medseg.components.SaveMaskd": "output_dir",
     "monai.data.PersistentDataset": "cache_dir",
     "monai.handlers.CheckpointSaver": "save_dir",
     "monai.handlers.MetricsSaver": "save_dir",

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from medseg.bundle.catalog import Bundle, merged
-from medseg.bundle.trust import Finding, find_files, find_programs, load_json
+from medseg.bundle.trust import Finding, find_files, find_programs
 from medseg.bundle.weight_files import find_pickled
 from medseg.errors import BundleError, OutputError, RequestError, UntrustedBundleError
-from medseg.files import check_folder, replacing, sha256_file
+from medseg.files import check_folder, load_json, replacing, sha256_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

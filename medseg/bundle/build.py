@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from medseg import __version__
 from medseg.bundle.compose import Config, compose
-from medseg.bundle.trust import load_json
+from medseg.bundle.upgrade import upgraded
 from medseg.errors import BundleError
-from medseg.files import replace_text, sha256_file
+from medseg.files import load_json, replace_text, sha256_file
+from medseg.version import __version__
 
 if TYPE_CHECKING:
     from medseg.bundle.catalog import Bundle
@@ -38,7 +38,14 @@ def build(bundle: Bundle) -> list[Path]:
     """
     if not (bundle.root / "configs").resolve().is_relative_to(bundle.root.resolve()):
         raise BundleError(f"'{bundle.root / 'configs'}' is a link that leads out of the bundle; put a folder there")
+    _upgrade(bundle.root / "bundle.json")
     return [replace_text(bundle.root / name, text) for name, text in built_files(bundle).items()]
+
+
+def _upgrade(path: Path) -> None:
+    """Rewrite a `bundle.json` that names parts as an earlier layout did."""
+    if path.is_file() and (source := load_json(path)) != (current := upgraded(source)):
+        replace_text(path, json.dumps(current, indent=2) + "\n")
 
 
 def built_files(bundle: Bundle) -> dict[str, str]:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medseg.bundle.compose import Config, nearest
-from medseg.bundle.trust import load_json
 from medseg.errors import BundleError
+from medseg.files import load_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

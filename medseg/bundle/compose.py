@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medseg.bundle.recipes import read_recipe
-from medseg.bundle.trust import load_json
 from medseg.errors import BundleError, in_a_line
+from medseg.files import load_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

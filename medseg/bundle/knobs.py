@@ -76,4 +76,4 @@ def _is_plain(value: Any) -> bool:
 
 
 def _is_path(value: Any) -> bool:
-    return isinstance(value, dict) and value.get("_target_") == "medseg.bundle.parts.inside"
+    return isinstance(value, dict) and value.get("_target_") == "medseg.components.inside"

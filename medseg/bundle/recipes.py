@@ -10,8 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medseg.bundle.trust import load_json
 from medseg.errors import RequestError
+from medseg.files import load_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

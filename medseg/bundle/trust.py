@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
 import stat
@@ -22,8 +21,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from medseg.bundle.allowed import ALLOWED, ARGUMENTS, PLACES
+from medseg.bundle.upgrade import current_target
 from medseg.errors import BundleError, UntrustedBundleError
-from medseg.files import sha256_file
+from medseg.files import load_json, sha256_file
+from medseg.version import __version__
 
 __all__ = [
     "SETTINGS",
@@ -33,11 +34,9 @@ __all__ = [
     "find_programs",
     "fingerprint",
     "leads_inside",
-    "load_json",
     "require_trust",
 ]
 
-MAX_CONFIG_BYTES: Final = 16 * 2**20
 MAX_DEPTH: Final = 64
 SETTINGS: Final = "--set"
 
@@ -54,7 +53,7 @@ _METADATA: Final = "_meta_"
 # MONAI renames the first to the second when it reads a config, over what stands there.
 _OLD_NAME: Final = "optional_packages_version"
 _NEW_NAME: Final = "required_packages_version"
-_INSIDE: Final = "medseg.bundle.parts.inside"
+_INSIDE: Final = "medseg.components.inside"
 _MISSING: Final = object()
 
 
@@ -79,30 +78,6 @@ class Finding:
     def __str__(self) -> str:
         verdict = f" ({self.reason})" if self.reason else ""
         return f"{_shown(self.where)[1:-1]}: {self.kind} {_shown(self.value)}{verdict}"
-
-
-def load_json(path: Path) -> dict[str, Any]:
-    """Read a config file so that no two readers can see different things in it.
-
-    Args:
-        path: a JSON file that holds an object, in UTF-8, of at most `MAX_CONFIG_BYTES`.
-
-    Raises:
-        BundleError: the file cannot be read, is too large or too deeply nested, is not JSON, repeats a key, or holds
-            a number that is not finite.
-    """
-    try:
-        if not path.is_file() or path.stat().st_size > MAX_CONFIG_BYTES:
-            raise BundleError(f"{path} is not a file of at most {MAX_CONFIG_BYTES} bytes, which a config must be")
-        text = path.read_bytes().decode("utf-8")
-        content = json.loads(text, object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
-    except RecursionError as error:
-        raise BundleError(f"{path} is nested too deeply for a config") from error
-    except (OSError, ValueError) as error:
-        raise BundleError(f"cannot read the config {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise BundleError(f"{path} holds a {type(content).__name__}; a config is a JSON object")
-    return content
 
 
 def find_programs(
@@ -333,7 +308,11 @@ class _Walk:
 def _target_problem(target: object) -> str:
     if not isinstance(target, str) or "." not in target:
         return "must be the full dotted name of a part"
-    return "" if target in _TARGETS else "not on the list of allowed parts"
+    if target in _TARGETS:
+        return ""
+    if (now := current_target(target)) is not None:
+        return f"its name before medseg {__version__}; `medseg bundle build` on the bundle's folder renames it to {now}"
+    return "not on the list of allowed parts"
 
 
 def _forbidden(configs: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
@@ -373,21 +352,6 @@ def _shown(text: str, limit: int = 100) -> str:
     """Quote text so that control characters and look-alike letters show, cut to `limit` characters."""
     quoted = ascii(text if len(text) <= limit else text[:limit])
     return quoted if len(text) <= limit else f"{quoted[:-1]}...{quoted[-1]}"
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in content:
-            raise ValueError(f"the key {_shown(key)} stands there twice")
-        content[key] = value
-    return content
-
-
-def _finite(text: str) -> float:
-    if not math.isfinite(float(text)):
-        raise ValueError(f"{text} is not a finite number")
-    return float(text)
 
 
 def _files(root: Path) -> Iterator[tuple[str, Path]]:

@@ -9,10 +9,10 @@ from typing import Final
 
 import typer
 
-from medseg import __version__
 from medseg.cli import bundle, compare, convert, demo, doctor, evaluate, export, plan, predict, prune, train
 from medseg.cli.console import errors
 from medseg.errors import MedsegError
+from medseg.version import __version__
 
 __all__ = ["app", "main"]
 

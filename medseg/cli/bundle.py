@@ -18,7 +18,7 @@ from medseg.errors import BundleError, RequestError
 
 if TYPE_CHECKING:
     from medseg.bundle.catalog import Bundle
-    from medseg.bundle.check import Outcome
+    from medseg.tools.check import Outcome
 
 __all__ = ["app", "build", "check", "inspect", "list_bundles", "pack", "unpack"]
 
@@ -57,7 +57,7 @@ def check(
 
     Exit code 1 if anything failed.
     """
-    from medseg.bundle.check import examine
+    from medseg.tools.check import examine
 
     bundles = _chosen(names, every=every)
     found: dict[str, dict[str, Outcome]] = {}

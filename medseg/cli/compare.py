@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from medseg.bundle.compare import compare as compare_runs
 from medseg.cli.console import output
 from medseg.files import replace_text
+from medseg.scoring.comparison import compare as compare_runs
 
 if TYPE_CHECKING:
-    from medseg.bundle.compare import Comparison
+    from medseg.scoring.comparison import Comparison
 
 __all__ = ["compare"]
 

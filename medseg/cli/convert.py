@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from medseg.bundle import convert as conversion
 from medseg.bundle.knobs import parse_settings
 from medseg.cli.console import output
+from medseg.tools import convert as conversion
 
 __all__ = ["convert"]
 

@@ -13,16 +13,16 @@ from medseg.bundle.catalog import find_bundle, merged
 from medseg.cli.console import errors, output, progress
 from medseg.errors import BundleError, RequestError, by
 from medseg.files import replace_text
-from medseg.io.dicom.marks import split_series
+from medseg.io.dicom.detect import split_series
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from medseg.checks.subjects import Finding
+    from medseg.checks.suitability import Needs
+    from medseg.diagnosis.doctor import Report
+    from medseg.diagnosis.repair import Change
     from medseg.io.survey import FileFacts
-    from medseg.report.doctor import Report
-    from medseg.report.repair import Change
-    from medseg.report.subjects import Finding
-    from medseg.report.suitability import Needs
 
 __all__ = ["doctor"]
 
@@ -54,7 +54,7 @@ def doctor(
     needs = _bundle_needs(bundle) if bundle else None
     if fix is not None:
         _check_target(fix, split_series(path)[0])
-    from medseg.report.doctor import examine
+    from medseg.diagnosis.doctor import examine
 
     with progress("cases") as report:
         found = examine(path, needs=needs, report=report)
@@ -63,7 +63,7 @@ def doctor(
     changes: Sequence[Change] = ()
     remaining = found
     if fix is not None:
-        from medseg.report.repair import repair
+        from medseg.diagnosis.repair import repair
 
         with progress("cases") as report:
             changes = repair(found, fix, report=report)
@@ -101,7 +101,7 @@ def _bundle_needs(name: str) -> Needs:
     mapping, orientation = _numbers_by_name(train.get("label_mapping")), train.get("orientation")
     spacing = _numbers(train.get("spacing"), 3) if spatial_dims == 3 else None
     window = _numbers(train.get("intensity_range"), 2)
-    from medseg.report.suitability import Needs
+    from medseg.checks.suitability import Needs
 
     return Needs(
         name=bundle.name,
@@ -202,7 +202,7 @@ def _named(finding: Finding) -> str:
 def _write_changes(folder: Path, changes: Sequence[Change], remaining: Report) -> None:
     from dataclasses import asdict
 
-    from medseg import __version__
+    from medseg.version import __version__
 
     content: dict[str, Any] = {
         "medseg": __version__,

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from medseg.bundle import api
 from medseg.bundle.knobs import parse_settings
 from medseg.cli.console import BundleName, Device, Settings, Trust, errors, output, progress, with_options
+from medseg.jobs import api
 
 if TYPE_CHECKING:
     from medseg.manifest import Manifest

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from medseg.bundle import export as exporting
 from medseg.bundle.catalog import find_bundle
 from medseg.cli.console import BundleName, Trust, output
+from medseg.tools import export as exporting
 
 __all__ = ["export"]
 

@@ -10,10 +10,9 @@ import typer
 
 from medseg.bundle.catalog import Bundle
 from medseg.bundle.knobs import parse_settings
-from medseg.bundle.trust import load_json
 from medseg.cli.console import Device, Settings, errors, output, progress, with_options
 from medseg.errors import BundleError, RequestError
-from medseg.files import check_folder, replace_text
+from medseg.files import check_folder, load_json, replace_text
 from medseg.io import find_dataset
 from medseg.planning import PlanRequest, parse_duration, parse_network, parse_size
 
@@ -54,7 +53,7 @@ def plan(
     ] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Plan an untrained bundle anew.")] = False,
 ) -> None:
-    """Look at a data set, choose grid, patch, network and schedule for it, and write them as a bundle."""
+    """DatasetAnalysis at a data set, choose grid, patch, network and schedule for it, and write them as a bundle."""
     request = _request(network, dims, memory, budget, name, parse_settings(with_options(settings, device_name=device)))
     if request.budget is not None and not measure_it:
         raise RequestError("--budget needs the measurement that --no-measure leaves out")
@@ -112,7 +111,7 @@ def _fingerprint(data: Path, bundle: Bundle, request: PlanRequest) -> Fingerprin
 
 def _plan(data: Path, bundle: Bundle, request: PlanRequest, found: Fingerprint, *, measure_it: bool) -> Plan:
     from medseg.bundle.compose import compose
-    from medseg.bundle.parts import select_device
+    from medseg.jobs.config_functions import select_device
     from medseg.planning import make_plan, measure
 
     case = find_dataset(data, "train")[found.middle_case()]
@@ -131,7 +130,7 @@ def _plan(data: Path, bundle: Bundle, request: PlanRequest, found: Fingerprint, 
 
 def _write(bundle: Bundle, made: Plan, found: Fingerprint, request: PlanRequest) -> None:
     from medseg.bundle.build import build
-    from medseg.planning.card import card
+    from medseg.planning.model_card import card
 
     check_folder(bundle.root)
     replace_text(bundle.root / "bundle.json", json.dumps(made.bundle, indent=2) + "\n")
@@ -147,7 +146,7 @@ def _write_record(bundle: Bundle, content: Mapping[str, Any]) -> None:
 def _print(made: Plan, bundle: Bundle, request: PlanRequest, data: Path) -> None:
     from rich.table import Table
 
-    from medseg.planning.card import forecast_rows
+    from medseg.planning.model_card import forecast_rows
 
     for knob, reason in made.bundle["plan"].items():
         value = made.bundle["knobs"].get(knob)

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from medseg.bundle import api
 from medseg.bundle.catalog import find_bundle
 from medseg.bundle.knobs import parse_settings
 from medseg.cli.console import BundleName, Device, Settings, Trust, errors, output, progress, with_options
 from medseg.errors import CaseError
 from medseg.io import list_cases
+from medseg.jobs import api
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -107,7 +107,7 @@ class _Announcement:
 
 
 def _write_overlays(bundle: Bundle, cases: list[dict[str, str]], manifest: Manifest, out: Path) -> None:
-    from medseg.report.overlay import write_overlay
+    from medseg.reporting.overlay import write_overlay
 
     # The values of such masks are numbers of objects, which have no names
     names = None if manifest.knobs.get("number_objects") else bundle.label_names

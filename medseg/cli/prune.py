@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from medseg.bundle.knobs import parse_settings
-from medseg.bundle.prune import prune as measure_levels
 from medseg.cli.console import BundleName, Device, Settings, Trust, output, progress, with_options
 from medseg.files import check_folder, replace_text
+from medseg.tools.prune import prune as measure_levels
 
 if TYPE_CHECKING:
-    from medseg.bundle.prune import PruneTable
+    from medseg.tools.prune import PruneTable
 
 __all__ = ["prune"]
 

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from medseg.bundle import api, folds
 from medseg.bundle.catalog import find_bundle
 from medseg.bundle.knobs import parse_settings
 from medseg.cli.console import BundleName, Device, Settings, Trust, output, progress, with_options
 from medseg.errors import RequestError
+from medseg.jobs import api, folds
 
 if TYPE_CHECKING:
-    from medseg.bundle.scores import Scores
     from medseg.manifest import Manifest
+    from medseg.scoring.scores import Scores
 
 __all__ = ["train"]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from medseg.inferers.placement import Placement
+from medseg.inferers.grid_mapping import GridMapping
 
 __all__ = ["Axis"]
 
@@ -39,11 +39,11 @@ class Axis:
         return len(self.low)
 
     @classmethod
-    def of(cls, placement: Placement, model_axis: int, native_axis: int) -> Axis:
+    def of(cls, mapping: GridMapping, model_axis: int, native_axis: int) -> Axis:
         """Return the axis of a grid that is not oblique."""
-        last = placement.model_shape[model_axis] - 1
-        where = placement.along(model_axis, native_axis)
-        valid = (where >= -placement.reach) & (where <= last + placement.reach)
+        last = mapping.model_shape[model_axis] - 1
+        where = mapping.along(model_axis, native_axis)
+        valid = (where >= -mapping.border) & (where <= last + mapping.border)
         inside = np.clip(where, 0, last)
         low = np.floor(inside).astype(np.int64)
         fraction = torch.from_numpy((inside - low).astype(np.float32))

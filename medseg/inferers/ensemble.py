@@ -38,7 +38,7 @@ class MirrorTTA(nn.Module):
         activation: what makes probabilities of the logits, "softmax" or "sigmoid".
 
     Attributes:
-        valid_sizes: the network's, if it is unpadded (see `medseg.inferers.OverlapTileInferer`).
+        valid_sizes: the network's, if it is unpadded (see `medseg.components.OverlapTileInferer`).
 
     Raises:
         RequestError: an axis twice or below 0, or an option that is not known.
@@ -95,7 +95,7 @@ class Ensemble(nn.Module):
         activation: what makes probabilities of the logits, "softmax" or "sigmoid".
 
     Attributes:
-        valid_sizes: of the first network, if it is unpadded (see `medseg.inferers.OverlapTileInferer`).
+        valid_sizes: of the first network, if it is unpadded (see `medseg.components.OverlapTileInferer`).
 
     Raises:
         RequestError: no network, weights that do not fit, or an option that is not known.

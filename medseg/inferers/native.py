@@ -14,8 +14,8 @@ from monai.data import MetaTensor, decollate_batch
 
 from medseg.errors import RequestError
 from medseg.inferers.blend import Slab, check_numbers
-from medseg.inferers.placement import Placement, find_placement
-from medseg.inferers.restore import Restorer
+from medseg.inferers.grid_mapping import GridMapping, find_grid_mapping
+from medseg.inferers.restore import NativeResampler
 from medseg.inferers.scores import ACTIVATIONS, OUTPUTS
 
 __all__ = ["NativeInferer", "NativeResult", "check_choice"]
@@ -50,10 +50,10 @@ class NativeResult:
             images: what was fed to the network, with its metadata.
             axis: the axis along which the slabs come.
         """
-        places = _placements(images)
+        places = _grid_mappings(images)
         finished: list[torch.Tensor] = []
         for _, own in itertools.groupby(slabs, key=lambda slab: slab.image):
-            restorer: Restorer | None = None
+            restorer: NativeResampler | None = None
             for slab in own:
                 restorer = restorer or self._restorer(places[len(finished)], slab, axis)
                 restorer.add(slab)
@@ -66,11 +66,11 @@ class NativeResult:
         """Return how large the result of these images is."""
         channels = 1 if self.output == "labels" and self.activation != "sigmoid" else classes
         each = {"labels": 1 if classes <= 256 else 4, "uint8": 1, "float16": 2}[self.output]
-        return sum(math.prod(place.native_shape) for place in _placements(images)) * channels * each
+        return sum(math.prod(place.native_shape) for place in _grid_mappings(images)) * channels * each
 
-    def _restorer(self, placement: Placement, slab: Slab, axis: int) -> Restorer:
-        return Restorer(
-            placement,
+    def _restorer(self, mapping: GridMapping, slab: Slab, axis: int) -> NativeResampler:
+        return NativeResampler(
+            mapping,
             len(slab.logits),
             axis=axis,
             output=self.output,
@@ -141,18 +141,18 @@ def _slabs(logits: torch.Tensor) -> Iterator[Slab]:
             yield Slab(number, start, part, None)
 
 
-def _placements(images: torch.Tensor) -> list[Placement]:
+def _grid_mappings(images: torch.Tensor) -> list[GridMapping]:
     if not isinstance(images, MetaTensor):
-        return [Placement.identity(tuple(images.shape[2:]))] * len(images)
+        return [GridMapping.identity(tuple(images.shape[2:]))] * len(images)
     each = decollate_batch(images) if images.is_batch else list(images)
-    places = [find_placement(image) for image in each]
+    places = [find_grid_mapping(image) for image in each]
     shapes = {place.native_shape for place in places}
     if len(shapes) > 1:
         raise RequestError(f"images loaded with different shapes {sorted(shapes)} in one batch: use batch size 1")
     return places
 
 
-def _on_native_grid(results: torch.Tensor, images: MetaTensor, places: list[Placement]) -> MetaTensor:
+def _on_native_grid(results: torch.Tensor, images: MetaTensor, places: list[GridMapping]) -> MetaTensor:
     restored = MetaTensor(results).copy_meta_from(images)
     affines = torch.stack([torch.from_numpy(place.affine) for place in places])
     restored.affine = affines if images.is_batch else affines[0]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from medseg.inferers.placement import Placement
+from medseg.inferers.grid_mapping import GridMapping
 from medseg.inferers.scores import Decision, empty_result, packed
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class ObliqueGrid:
 
     def __init__(
         self,
-        placement: Placement,
+        mapping: GridMapping,
         axis: int,
         classes: int,
         wanted: list[Decision],
@@ -37,18 +37,18 @@ class ObliqueGrid:
         activation: str,
         device: torch.device,
     ) -> None:
-        self.placement = placement
+        self.mapping = mapping
         self.decisions = wanted
         self.output = output
         self.device = device
-        self.models = [axis, *(a for a in range(len(placement.model_shape)) if a != axis)]
-        self.rim = np.array([placement.rim[a] for a in self.models]).T
-        self.size = [placement.model_shape[a] for a in self.models]
-        self.matrix = placement.matrix[[*self.models, len(self.models)]]
+        self.models = [axis, *(a for a in range(len(mapping.model_shape)) if a != axis)]
+        self.valid_extent = np.array([mapping.valid_extent[a] for a in self.models]).T
+        self.size = [mapping.model_shape[a] for a in self.models]
+        self.matrix = mapping.matrix[[*self.models, len(self.models)]]
         # the native axis that crosses the planes most steeply: few voxels of each of its lines lie in a slab
         self.line = int(np.abs(self.matrix[0, :-1]).argmax())
         channels = len(wanted) or classes
-        self.out = empty_result((channels, *placement.native_shape), output, classes, activation)
+        self.out = empty_result((channels, *mapping.native_shape), output, classes, activation)
 
     def fill(self, first: int, planes: list[Plane], pool: ThreadPoolExecutor | None, *, ends: bool) -> None:
         """Fill the native voxels from model plane `first` to before the last of `planes`, or beyond at the end."""
@@ -65,13 +65,16 @@ class ObliqueGrid:
 
     def _voxels(self, low: float, high: float) -> Iterator[NDArray[np.int64]]:
         """Yield native indices `(n, dims)` of voxels whose position on the stream's axis is in `[low, high)`."""
-        shape = self.placement.native_shape
+        shape = self.mapping.native_shape
         others = [axis for axis in range(len(shape)) if axis != self.line]
         grid = np.meshgrid(*(np.arange(shape[a]) for a in others), indexing="ij")
         lines = np.stack(grid, -1).reshape(-1, len(others))
         step = self.matrix[0, self.line]
         # positions beyond the rim count as on it, so the slab with the rim takes them
-        from_, to = (-math.inf if low <= self.rim[0, 0] else low), (math.inf if high > self.rim[1, 0] else high)
+        from_, to = (
+            (-math.inf if low <= self.valid_extent[0, 0] else low),
+            (math.inf if high > self.valid_extent[1, 0] else high),
+        )
         chunk = max(1, _CHUNK // (int(min(shape[self.line], abs((to - from_) / step))) + 3))
         for start in range(0, len(lines), chunk):
             part = lines[start : start + chunk]
@@ -84,15 +87,15 @@ class ObliqueGrid:
             voxels[:, others] = np.repeat(part, counts, 0)
             voxels[:, self.line] = np.repeat(bounds[0], counts) + offsets
             # the same sum decides here for every slab, so that no voxel is filled twice or never
-            along = np.clip(voxels @ self.matrix[0, :-1] + self.matrix[0, -1], *self.rim[:, 0])
+            along = np.clip(voxels @ self.matrix[0, :-1] + self.matrix[0, -1], *self.valid_extent[:, 0])
             yield voxels[(along >= low) & (along < high)]
 
     def _fill(self, voxels: NDArray[np.int64], first: int, scores: torch.Tensor, labels: list[torch.Tensor]) -> None:
         where = voxels @ self.matrix[:-1, :-1].T + self.matrix[:-1, -1]
-        where = np.clip(where, *self.rim)
+        where = np.clip(where, *self.valid_extent)
         last = np.array(self.size) - 1
-        reach = self.placement.reach
-        inside = ((where >= -reach) & (where <= last + reach)).all(1)
+        border = self.mapping.border
+        inside = ((where >= -border) & (where <= last + border)).all(1)
         voxels, where = voxels[inside], np.clip(where[inside], 0, last)
         low = np.floor(where).astype(np.int64)
         fraction = torch.from_numpy((where - low).astype(np.float32).T.copy()).to(self.device)

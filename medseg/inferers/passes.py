@@ -19,7 +19,7 @@ from medseg.inferers.windows import Windows
 if TYPE_CHECKING:
     from medseg.inferers.sliding_window import SlidingWindowInferer
 
-__all__ = ["Network", "NotStreamableError", "Passes", "no_room_for_a_window"]
+__all__ = ["Network", "NotStreamableError", "WindowRunner", "no_room_for_a_window"]
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class NotStreamableError(Exception):
     """The network's output is no tensor of the windows' size."""
 
 
-class Passes:
+class WindowRunner:
     """Runs a network on windows; called with windows `(N, C, *roi)` it returns logits `(N, K, *roi)`.
 
     What does not fit into a GPU's memory runs in halves, then and from then on. After each pass the inferer's listeners

@@ -16,11 +16,11 @@ import torch
 
 from medseg.inferers.axes import Axis
 from medseg.inferers.blend import Slab
+from medseg.inferers.grid_mapping import GridMapping
 from medseg.inferers.oblique import ObliqueGrid
-from medseg.inferers.placement import Placement
 from medseg.inferers.scores import Decision, activate, background, decisions, empty_result, packed
 
-__all__ = ["NativeGrid", "Plane", "Restorer", "StraightGrid"]
+__all__ = ["AxisAlignedGrid", "NativeGrid", "NativeResampler", "Plane"]
 
 
 # Scores that are interpolated together; a few copies of them are held by each thread.
@@ -45,7 +45,7 @@ class NativeGrid(Protocol):
         """Return the result `(C, *native)`."""
 
 
-class Restorer:
+class NativeResampler:
     """Takes the slabs of one image in order and builds its result on the native grid.
 
     Args:
@@ -61,7 +61,7 @@ class Restorer:
 
     def __init__(
         self,
-        placement: Placement,
+        mapping: GridMapping,
         classes: int,
         *,
         axis: int,
@@ -70,15 +70,15 @@ class Restorer:
         threshold: float,
         device: torch.device,
     ) -> None:
-        self.shape = placement.model_shape
+        self.shape = mapping.model_shape
         self.axis = axis
         self.classes = classes
         self.activation = activation
         self.decisions = decisions(classes, activation, threshold) if output == "labels" else []
-        oblique = placement.native_axes() is None
-        grid = ObliqueGrid if oblique else StraightGrid
-        self.grid: NativeGrid = grid(placement, axis, classes, self.decisions, output, activation, device)
-        self.swap = not oblique and StraightGrid.swaps(placement, axis)
+        oblique = mapping.native_axes() is None
+        grid = ObliqueGrid if oblique else AxisAlignedGrid
+        self.grid: NativeGrid = grid(mapping, axis, classes, self.decisions, output, activation, device)
+        self.swap = not oblique and AxisAlignedGrid.swaps(mapping, axis)
         self.device = device
         self.carried: list[Plane] = []
         self.done = 0
@@ -122,12 +122,12 @@ class Restorer:
         return Plane(own, [decision.decide(own[decision.classes]) for decision in self.decisions])
 
 
-class StraightGrid:
+class AxisAlignedGrid:
     """A native grid whose axes run along the model's, permuted and flipped or not."""
 
     def __init__(
         self,
-        placement: Placement,
+        mapping: GridMapping,
         axis: int,
         classes: int,
         wanted: list[Decision],
@@ -135,8 +135,8 @@ class StraightGrid:
         activation: str,
         device: torch.device,
     ) -> None:
-        self.natives, models = self._orders(placement, axis)
-        axes = [Axis.of(placement, m, n) for m, n in zip(models, self.natives, strict=True)]
+        self.natives, models = self._orders(mapping, axis)
+        axes = [Axis.of(mapping, m, n) for m, n in zip(models, self.natives, strict=True)]
         self.along = axes[0]
         self.rows, self.columns = (a.to(device) for a in (axes[1:] if len(axes) == 3 else [Axis.single(), axes[1]]))
         self.decisions = wanted
@@ -146,16 +146,16 @@ class StraightGrid:
         self.out = empty_result(shape, output, classes, activation)
 
     @staticmethod
-    def _orders(placement: Placement, axis: int) -> tuple[list[int], list[int]]:
+    def _orders(mapping: GridMapping, axis: int) -> tuple[list[int], list[int]]:
         """Return native and model axes of (stream, rows, columns); the fastest native axis of files comes last."""
-        natives = placement.native_axes() or ()
+        natives = mapping.native_axes() or ()
         models = [axis, *sorted((a for a in range(len(natives)) if a != axis), key=lambda a: -natives[a])]
         return [natives[m] for m in models], models
 
     @classmethod
-    def swaps(cls, placement: Placement, axis: int) -> bool:
+    def swaps(cls, mapping: GridMapping, axis: int) -> bool:
         """Tell whether rows and columns of the model's planes have to change places."""
-        others = cls._orders(placement, axis)[1][1:]
+        others = cls._orders(mapping, axis)[1][1:]
         return others != sorted(others)
 
     def fill(self, first: int, planes: list[Plane], pool: ThreadPoolExecutor | None, *, ends: bool) -> None:

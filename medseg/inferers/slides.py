@@ -20,7 +20,7 @@ from torch import nn
 
 from medseg.errors import CaseError, RequestError
 from medseg.inferers.blend import Place, Slab, WindowSource, in_batches, padded, stream
-from medseg.inferers.passes import NotStreamableError, Passes, no_room_for_a_window
+from medseg.inferers.passes import NotStreamableError, WindowRunner, no_room_for_a_window
 from medseg.inferers.scores import activate, top_class
 from medseg.inferers.sliding_window import SlidingWindowInferer
 from medseg.inferers.windows import Windows, cut_windows, per_axis
@@ -39,7 +39,7 @@ Labels = NDArray[np.integer[Any]]
 
 
 class PixelSource(Protocol):
-    """An image `(C, x, y)` that is read in pieces, such as a `medseg.io.slides.Slide`."""
+    """An image `(C, x, y)` that is read in pieces, such as a `medseg.io.slides.slide.Slide`."""
 
     shape: tuple[int, int, int]
 
@@ -115,7 +115,7 @@ class _Run:
         self.device = torch.device(inferer.sw_device or ("cpu" if parameter is None else parameter.device))
         self.windows, self.columns, self.rows = _cut(slide.shape[1:], inferer)
         self.source = _SlideWindows(slide, self.windows, prepare, inferer.padding_mode, inferer.cval)
-        self.passes = Passes(
+        self.passes = WindowRunner(
             inferer,
             network,
             self.windows,

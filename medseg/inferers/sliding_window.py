@@ -18,7 +18,7 @@ from medseg.inferers.blend import Place, Slab, TensorWindows, in_batches, stream
 from medseg.inferers.foreground import windows_with_foreground
 from medseg.inferers.memory import Forecast, parse_memory
 from medseg.inferers.native import NativeResult
-from medseg.inferers.passes import Network, NotStreamableError, Passes, no_room_for_a_window
+from medseg.inferers.passes import Network, NotStreamableError, WindowRunner, no_room_for_a_window
 from medseg.inferers.windows import cut_windows, per_axis
 
 __all__ = ["SlidingWindowInferer"]
@@ -72,7 +72,7 @@ class SlidingWindowInferer(monai.inferers.SlidingWindowInferer):  # type: ignore
 
     Raises:
         RequestError: an unknown choice; precision or memory_format without a backend; or a preprocessing that cannot be
-            undone (see `find_placement`).
+            undone (see `find_grid_mapping`).
     """
 
     on_progress: Callable[[int, int], None] | None = None
@@ -186,7 +186,7 @@ class _Run:
         axis = 0 if inferer.output == "logits" else None
         self.windows = cut_windows(self.images.shape[2:], inferer.roi_size, _overlap(inferer, self.images), axis=axis)
         self.places = self._places()
-        self.passes = Passes(
+        self.passes = WindowRunner(
             inferer,
             network,
             self.windows,

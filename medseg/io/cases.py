@@ -24,7 +24,7 @@ from medseg.io.datasets import (
     read_json,
     split_stems,
 )
-from medseg.io.dicom.marks import DIRECTORY_FILE, is_dicom, named_file, split_series
+from medseg.io.dicom.detect import DIRECTORY_FILE, is_dicom, named_file, split_series
 from medseg.io.names import IMAGE_SUFFIXES, StrPath, absolute, file_kind, mask_name, split_suffix
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ def _slide_part(path: Path) -> str | None:
         return None
     from medseg.io.dicom.headers import read_headers
     from medseg.io.dicom.sources import file_source
-    from medseg.io.slide_dicom import slide_part
+    from medseg.io.slides.dicom import slide_part
 
     return slide_part(read_headers([file_source(path)])[0])
 
@@ -191,7 +191,7 @@ def _refuse_slices(files: Sequence[Path]) -> None:
                 "their folder instead."
             )
     for group in groups:
-        if group.placed and len(group.headers) > 1:
+        if group.has_geometry and len(group.headers) > 1:
             first = min(str(header.source) for header in group.headers)
             raise RequestError(
                 f"{len(group.headers)} of the files, such as {first}, are slices of the DICOM series {group.name}: "
@@ -269,7 +269,7 @@ def _series_images(files: Sequence[Path], base: Path) -> tuple[list[_Image], lis
         paths = [header.source.path for header in group.headers]
         if group.localizer:
             left_out += [LeftOut(str(path), f"a localizer (series {group.name})") for path in paths]
-        elif group.placed:
+        elif group.has_geometry:
             images.append(_folder_image(group, groups, base))
         else:
             images += [_file_image(path) for path in paths]
@@ -277,14 +277,14 @@ def _series_images(files: Sequence[Path], base: Path) -> tuple[list[_Image], lis
 
 
 def _left_out(header: Header) -> LeftOut:
-    from medseg.io.slide_dicom import slide_part
+    from medseg.io.slides.dicom import slide_part
 
     part = "a slide, which is read from its folder alone" if _is_slide(header) else slide_part(header)
     return LeftOut(str(header.source), part or header.other)
 
 
 def _is_slide(header: Header) -> bool:
-    from medseg.io.slide_dicom import slide_part
+    from medseg.io.slides.dicom import slide_part
 
     return slide_part(header) == ""
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from medseg.errors import RequestError
-from medseg.io.dicom.marks import is_dicom, named_file, split_series
+from medseg.io.dicom.detect import is_dicom, named_file, split_series
 from medseg.io.names import IMAGE_SUFFIXES, StrPath, absolute, file_kind, mask_name, split_suffix
 
 __all__ = [
@@ -99,7 +99,7 @@ def find_dataset(
 
     Returns:
         One `{"image": ..., "label": ..., "name": ...}` per case: two absolute paths and the name of a result. With a
-        DICOM label "label_options" as well, for `medseg.transforms.LoadCased`.
+        DICOM label "label_options" as well, for `medseg.components.LoadCased`.
 
     Raises:
         RequestError: the set, a file of it or the split is missing, incomplete or contradictory.

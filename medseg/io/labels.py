@@ -17,15 +17,15 @@ from monai.data import MetaTensor
 from numpy.typing import NDArray
 
 from medseg.errors import CaseError, GeometryError, RequestError
+from medseg.io.dicom.detect import image_kind, is_dicom, split_series
 from medseg.io.dicom.headers import read_headers
-from medseg.io.dicom.marks import image_kind, is_dicom, split_series
+from medseg.io.dicom.objects import OnOverlap
+from medseg.io.dicom.rtstruct import RTSTRUCT_CLASS, read_rtstruct
+from medseg.io.dicom.seg import SEG_CLASSES, read_seg
 from medseg.io.dicom.sources import find_sources
-from medseg.io.dicom_objects import OnOverlap
-from medseg.io.dicom_seg import SEG_CLASSES, read_seg
 from medseg.io.geometry import MAX_VOXELS, Grid
 from medseg.io.names import StrPath, absolute, file_kind
 from medseg.io.readers import load, placed_tensor, read_grid
-from medseg.io.rtstruct import RTSTRUCT_CLASS, read_rtstruct
 
 __all__ = ["find_object", "load_label"]
 

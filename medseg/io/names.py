@@ -53,7 +53,7 @@ KINDS: Final[Mapping[str, Kind]] = MappingProxyType(
         "mgh": Kind(images=(".mgz", ".mgh"), masks=(".mgz", ".mgh")),
         "dicom": Kind(images=(".dcm",), masks=(".nii.gz", ".nii")),
         "picture": Kind(images=(".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"), masks=(".png",)),
-        # Read in pieces by medseg.io.slides, never whole.
+        # Read in pieces by medseg.io.slides.slide, never whole.
         "slide": Kind(images=(".svs", ".ndpi", ".scn", ".mrxs", ".bif", ".vms"), masks=(".geojson",)),
     }
 )

@@ -23,7 +23,7 @@ from typing import Any, Final
 
 from medseg.errors import RequestError
 from medseg.io.datasets import DATASET_FILE, SPLIT_FILE, Dataset, read_dataset, read_json
-from medseg.io.dicom.marks import image_kind
+from medseg.io.dicom.detect import image_kind
 from medseg.io.names import StrPath, absolute
 
 __all__ = ["find_patients", "patient_of"]
@@ -54,7 +54,7 @@ def find_patients(path: StrPath) -> dict[str, str]:
     The name of a case stands for the patient so that nothing of a DICOM header is told.
 
     Args:
-        path: data set as `medseg.io.find_dataset` takes it.
+        path: data set as `medseg.components.find_dataset` takes it.
 
     Raises:
         RequestError: there is no data set, or an entry about patients cannot be understood.
@@ -109,7 +109,7 @@ def _patient_id(image: Path) -> str:
     if image_kind(image) != "dicom":
         return ""
     from medseg.io.dicom import open_series
-    from medseg.io.dicom_objects import reading
+    from medseg.io.dicom.objects import reading
 
     series = open_series(image)
     with reading(image):

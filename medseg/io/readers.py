@@ -21,7 +21,7 @@ from monai.data import MetaTensor
 from numpy.typing import NDArray
 
 from medseg.errors import CaseError, RequestError
-from medseg.io.dicom.marks import image_kind, split_series
+from medseg.io.dicom.detect import image_kind, split_series
 from medseg.io.geometry import MAX_VOXELS, Grid
 from medseg.io.names import IMAGE_SUFFIXES, StrPath, absolute
 from medseg.io.voxels import ReadOptions, refuse_nonfinite
@@ -46,12 +46,12 @@ class Reader(Protocol):
 # Kind of file -> the module that reads it.
 READERS: Final[Mapping[str, str]] = MappingProxyType(
     {
-        "nifti": "medseg.io.nifti",
-        "nrrd": "medseg.io.nrrd",
-        "meta": "medseg.io.meta",
-        "mgh": "medseg.io.mgh",
+        "nifti": "medseg.io.formats.nifti",
+        "nrrd": "medseg.io.formats.nrrd",
+        "meta": "medseg.io.formats.metaimage",
+        "mgh": "medseg.io.formats.mgh",
         "dicom": "medseg.io.dicom.reader",
-        "picture": "medseg.io.pictures",
+        "picture": "medseg.io.formats.raster",
     }
 )
 
@@ -95,7 +95,7 @@ def load(
     """
     if dtype not in ("float32", "stored"):
         raise RequestError(f"An image is read as 'float32' or as 'stored', got {dtype!r}.")
-    file, reader = _door(path)
+    file, reader = _resolve(path)
     options = ReadOptions(
         spatial_dims=spatial_dims,
         channels=1 if label and channels is None else channels,
@@ -125,12 +125,12 @@ def placed_tensor(array: NDArray[Any], grid: Grid, file: Path) -> MetaTensor:
 
 def read_grid(path: StrPath, *, spatial_dims: int | None = None, max_voxels: int = MAX_VOXELS) -> Grid:
     """Return where a file lies in space, from its header alone; checks and errors as in `load`."""
-    file, reader = _door(path)
+    file, reader = _resolve(path)
     with _decoding(file):
         return reader.read_grid(file, spatial_dims=spatial_dims, max_voxels=max_voxels)
 
 
-def _door(path: StrPath) -> tuple[Path, Reader]:
+def _resolve(path: StrPath) -> tuple[Path, Reader]:
     if not isinstance(path, str | os.PathLike):
         raise RequestError(f"An image is read from a path: expected text, got {type(path).__name__}.")
     file = absolute(path)

@@ -30,8 +30,8 @@ __all__ = [
     "Voxels",
     "check_capacity",
     "coding_of",
+    "detached_data_file",
     "gzip_writer",
-    "neighbor",
     "opened",
     "read_voxels",
     "unpacked",
@@ -161,7 +161,7 @@ def check_capacity(path: Path, coding: Coding, needed: int, *, skipped: int = 0)
         )
 
 
-def neighbor(header: Path, name: str) -> Path:
+def detached_data_file(header: Path, name: str) -> Path:
     """Return the file of voxels that a header names.
 
     Raises:

@@ -20,7 +20,7 @@ from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 from numpy.typing import NDArray
 
 from medseg.errors import CaseError
-from medseg.io.dicom.marks import image_kind
+from medseg.io.dicom.detect import image_kind
 from medseg.io.geometry import Grid, corner_distance
 from medseg.io.labels import load_label
 from medseg.io.names import StrPath, absolute
@@ -111,7 +111,7 @@ class FileFacts:
     patient: str = field(default="", repr=False)
 
     @property
-    def placed(self) -> bool:
+    def has_geometry(self) -> bool:
         """Whether it says where it lies."""
         return bool(self.orientation)
 
@@ -278,18 +278,18 @@ def _facts(
     path: StrPath, file: str, array: NDArray[Any], grid: Grid, *, nonfinite: int = 0, label: bool = False
 ) -> FileFacts:
     kind = str(image_kind(path))
-    placed = kind != "picture" and not (len(grid.shape) == 2 and np.array_equal(grid.affine, np.eye(4)))
+    has_geometry = kind != "picture" and not (len(grid.shape) == 2 and np.array_equal(grid.affine, np.eye(4)))
     header = nifti_header(path)
     low, high, parts = _statistics(array, sampled=not label)
-    digest, slices = _digests(array, grid if placed and len(grid.shape) == 3 else None)
+    digest, slices = _digests(array, grid if has_geometry and len(grid.shape) == 3 else None)
     modality, patient = _dicom_facts(path) if kind == "dicom" and not label else ("", "")
     return FileFacts(
         file=file,
         format=kind,
         shape=grid.shape,
         channels=len(array),
-        spacing=tuple(round(step, 6) for step in grid.spacing) if placed else (),
-        orientation=grid.orientation if placed else "",
+        spacing=tuple(round(step, 6) for step in grid.spacing) if has_geometry else (),
+        orientation=grid.orientation if has_geometry else "",
         dtype=header.dtype if header else str(array.dtype),
         minimum=low,
         percentiles=parts,

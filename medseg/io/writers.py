@@ -43,11 +43,11 @@ class Writer(Protocol):
 # Kind of file -> the module that writes it.
 WRITERS: Final[Mapping[str, str]] = MappingProxyType(
     {
-        "nifti": "medseg.io.nifti",
-        "nrrd": "medseg.io.nrrd",
-        "meta": "medseg.io.meta",
-        "mgh": "medseg.io.mgh",
-        "picture": "medseg.io.pictures",
+        "nifti": "medseg.io.formats.nifti",
+        "nrrd": "medseg.io.formats.nrrd",
+        "meta": "medseg.io.formats.metaimage",
+        "mgh": "medseg.io.formats.mgh",
+        "picture": "medseg.io.formats.raster",
     }
 )
 _WITH_CHANNELS = ("nifti", "nrrd", "meta")

@@ -52,7 +52,7 @@ class Collected:
     """A data set that was made of saved labels.
 
     Attributes:
-        root: its folder, for `medseg.io.find_dataset`.
+        root: its folder, for `medseg.components.find_dataset`.
         train: pseudonyms of the cases to train on.
         val: pseudonyms of the cases to validate on.
         left_out: pseudonym of each label that cannot be used, to the reason.

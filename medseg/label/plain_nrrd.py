@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-__all__ = ["as_viewers_read"]
+__all__ = ["to_viewer_nrrd"]
 
 _TYPES: Final = ("uint8", "uint16", "int16", "int32")
 
 
-def as_viewers_read(path: Path, *, dtype: str | None = None, compress: bool | None = None) -> None:
+def to_viewer_nrrd(path: Path, *, dtype: str | None = None, compress: bool | None = None) -> None:
     """Rewrite a mask that medseg wrote, where it is NRRD and not yet as asked for.
 
     Viewers in a browser read plain NRRD of one type only. Other formats hold any type, and are left as they are.

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from medseg.bundle import runner
 from medseg.errors import CaseError, RequestError, in_a_line, own_error
 from medseg.files import sha256_file
 from medseg.io import find_cases
 from medseg.io.names import OUTPUT_FORMATS, mask_name, split_suffix
+from medseg.jobs import runner
 from medseg.label.uncertainty import uncertainty
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from medseg.bundle.catalog import Bundle
-    from medseg.label.offers import Offer
+    from medseg.label.served_bundles import Offer
 
 __all__ = ["Predictor"]
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from medseg.errors import CaseError, RequestError, in_a_line, own_error, visible
 from medseg.io import write_mask
-from medseg.io.dicom_seg import read_seg
+from medseg.io.dicom.seg import read_seg
 from medseg.label.annotations import Annotation
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from medseg.io.dicom_terms import Coded, default_color, segment_term
+from medseg.io.dicom.terms import Coded, default_color, segment_term
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

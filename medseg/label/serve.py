@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 from medseg.errors import MedsegError, RequestError, visible
 from medseg.files import check_folder
 from medseg.label.accounts import Accounts
-from medseg.label.offers import find_offers
 from medseg.label.options import LabelOptions, default_state, is_remote_store
+from medseg.label.served_bundles import find_offers
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from medseg.label.offers import Offers
+    from medseg.label.served_bundles import Offers
 
 __all__ = ["main"]
 

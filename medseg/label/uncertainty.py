@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from medseg.inferers import MirrorTTA, NativeInferer
+from medseg.inferers.ensemble import MirrorTTA
+from medseg.inferers.native import NativeInferer
 from medseg.inferers.results import plain, probabilities
 
 if TYPE_CHECKING:

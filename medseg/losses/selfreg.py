@@ -187,7 +187,7 @@ class SelfRegLoss(nn.Module):
     Students are all taps but the teacher `D1` and, as in the authors' code, the first encoder block `E1`. Computed in
     float32 also under autocast. A term whose weight is 0 is not computed and draws nothing.
 
-    Channels are drawn from torch's global generator, so that a run seeded per step (`medseg.training.SeedSteps`)
+    Channels are drawn from torch's global generator, so that a run seeded per step (`medseg.components.SeedSteps`)
     repeats its draws when resumed. The count of warm-up steps and the state of a private generator are part of
     `state_dict`.
 
@@ -345,7 +345,7 @@ class SelfRegularizedLoss(nn.Module):
     `squared_pred` and `batch` on, `smooth_nr` and `smooth_dr` 1e-5, `lambda_dice` 0.6 and `lambda_ce` 0.4.
 
     Args:
-        loss: takes a training output and labels `(B, 1, *spatial)`, returns a scalar: `medseg.losses.TrainingLoss`
+        loss: takes a training output and labels `(B, 1, *spatial)`, returns a scalar: `medseg.components.TrainingLoss`
             around a loss of logits, or any other loss over training outputs.
         regularizer: the SelfReg terms; the authors' weights by default.
     """
@@ -366,7 +366,7 @@ class SelfRegularizedLoss(nn.Module):
         if "features" not in output:
             raise RequestError(
                 "SelfReg reads the features of a training output, but there are none, only "
-                f"{_listed(output)}. Wrap the network in medseg.training.TrainingOutputs; for a network of "
+                f"{_listed(output)}. Wrap the network in medseg.training.TrainingWrapper; for a network of "
                 'another library give taps="auto" there.'
             )
         terms: SelfRegTerms = self.regularizer(output["features"])

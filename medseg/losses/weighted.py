@@ -42,7 +42,7 @@ class WeightedCrossEntropyLoss(nn.Module):
         Args:
             logits: `(B, C, *spatial)`.
             target: `(B, 2, *spatial)`: the class (of one channel: 0 or 1) and the weight, 0 or more, as
-                `medseg.transforms.BorderWeightMapd` makes them.
+                `medseg.components.BorderWeightMapd` makes them.
 
         Raises:
             SizeError: the target is not of that shape.

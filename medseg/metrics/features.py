@@ -1,7 +1,7 @@
 """What the features of a network look like: alike channels, alike blocks, and where a block looks.
 
 The questions are those of SelfReg (Zhu et al., MICCAI 2024, arXiv 2406.14896, figure 1). All functions take `features`
-as in `medseg.types.TrainingOutput`: from `forward_train`, or recorded by `medseg.training.FeatureTaps`.
+as in `medseg.types.TrainingOutput`: from `forward_train`, or recorded by `medseg.training.taps.FeatureTaps`.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def attention_maps(output: TrainingOutput, label: Tensor | None = None) -> dict[
     """
     logits, features = output["logits"], output.get("features")
     if not features:
-        raise RequestError("the training output holds no features; record them with medseg.training.FeatureTaps.")
+        raise RequestError("the training output holds no features; record them with medseg.training.taps.FeatureTaps.")
     if not logits.requires_grad:
         raise RequestError("attention maps need gradients; run the network outside torch.no_grad().")
     summed = {name: logits.new_zeros(len(logits), *logits.shape[2:], dtype=torch.float32) for name in features}

@@ -1,13 +1,26 @@
-"""Segmentation networks: MONAI-style `nn.Module` classes with one contract (`medseg.types.SegmentationNetwork`)."""
+"""Segmentation networks: MONAI-style `nn.Module` classes with one contract (`medseg.types.SegmentationNetwork`).
+
+The classes are loaded on first use, so that the registry can be read without torch.
+"""
 
 from __future__ import annotations
 
-from medseg.networks.banet import BANet
+from typing import TYPE_CHECKING, Any
+
 from medseg.networks.presets import small
-from medseg.networks.uctransnet import UCTransNet
-from medseg.networks.unet import UNet
-from medseg.networks.unetplusplus import UNetPlusPlus
+from medseg.networks.registry import NETWORKS
 
-__all__ = ["NETWORKS", "BANet", "UCTransNet", "UNet", "UNetPlusPlus", "small"]
+if TYPE_CHECKING:
+    from torch import nn
 
-NETWORKS = (UNet, UNetPlusPlus, UCTransNet, BANet)
+__all__ = ["NETWORKS", "small", *NETWORKS]
+
+
+def __getattr__(name: str) -> type[nn.Module] | Any:
+    if name not in NETWORKS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return NETWORKS[name].load()
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -62,7 +62,7 @@ class UCTransNet(nn.Module):
         act: MONAI factory name or (name, arguments) after these.
         upsample: "nearest", or "deconv", a learned up-convolution.
         backbone: "paper": one convolution at level 1, and each decoder level but the first already narrows to the level
-            above. "unet": the widths of `medseg.networks.UNet`, whose weights can be taken over (see `transfer_unet`).
+            above. "unet": the widths of `UNet`, whose weights can be taken over (see `transfer_unet`).
         skip_levels: which levels keep their skip: "all", "none", or their numbers, 1 the finest.
         skip_mode: a level without skip is "remove"d from the decoder's first convolution, or "zeros" take its place, so
             that one set of weights can be probed with every choice.
@@ -402,7 +402,7 @@ class Transfer:
 def transfer_unet(network: UCTransNet, state: Mapping[str, Tensor], *, cat_order: str | None = None) -> Transfer:
     """Start a `UCTransNet` from a trained U-Net, the paper's pre-training; everything stays trainable.
 
-    The U-Net is a `medseg.networks.UNet` (for a network built with `backbone="unet"`, its `features`, `strides` and,
+    The U-Net is a `medseg.components.UNet` (for a network built with `backbone="unet"`, its `features`, `strides` and,
     where it has up-convolutions, `upsample="deconv"`), or a `UCTransNet` without CCT and CCA, as made from the
     authors' U-Net by `medseg.networks.convert`. This network joins [skip, enlarged], a `UNet` by default
     [enlarged, skip]: both halves are equally wide in the paper's widths, so that a plain copy would go unnoticed and

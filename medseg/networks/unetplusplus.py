@@ -48,7 +48,7 @@ class UNetPlusPlus(nn.Module):
     Each node is two 3^d convolutions. X(i,0) is the encoder; X(i,j) joins the earlier nodes of its row with the
     enlarged X(i+1,j-1), which closes the semantic gap between encoder and decoder step by step. A 1^d convolution, the
     head j, makes logits of X(0,j) at full resolution, and needs only the nodes with i+k <= j: `prune` keeps those.
-    Train all heads with `medseg.losses.DeepSupervision`, choose a head or their mean on validation data.
+    Train all heads with `medseg.components.DeepSupervision`, choose a head or their mean on validation data.
 
     Args:
         spatial_dims: 2 or 3.

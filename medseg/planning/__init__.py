@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from medseg.planning.request import PlanRequest, parse_duration, parse_network, parse_size
 
 if TYPE_CHECKING:
-    from medseg.planning.facts import Fingerprint
+    from medseg.planning.case_stats import Fingerprint
     from medseg.planning.fingerprint import take_fingerprint
     from medseg.planning.plan import Plan, make_plan
     from medseg.planning.probe import Measurement, measure
@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 _LATER = {
-    "Fingerprint": "facts",
+    "Fingerprint": "case_stats",
     "Measurement": "probe",
     "Plan": "plan",
     "make_plan": "plan",

@@ -8,17 +8,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from medseg.errors import RequestError
-from medseg.planning.facts import quantile
+from medseg.planning.case_stats import quantile
 from medseg.planning.geometry import target_spacing
 from medseg.planning.labels import Classes, classes_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from medseg.planning.facts import Fingerprint
+    from medseg.planning.case_stats import Fingerprint
     from medseg.planning.request import PlanRequest
 
-__all__ = ["Look", "bundle_name", "look_at"]
+__all__ = ["DatasetAnalysis", "analyze", "bundle_name"]
 
 _HOUNSFIELD_LOW = -100.0
 _HOUNSFIELD_HIGH = 35_000.0
@@ -33,7 +33,7 @@ _SHORT: Final = {"ct_volume": "ct", "mr_volume": "mri", "rgb_image": "rgb", "gre
 
 
 @dataclass
-class Look:
+class DatasetAnalysis:
     """What the data decide.
 
     Attributes:
@@ -67,7 +67,7 @@ class Look:
         return "batch" if self.spatial_dims == 2 and "intensity_range" in self.knobs else "instance"
 
 
-def look_at(fingerprint: Fingerprint, request: PlanRequest) -> Look:
+def analyze(fingerprint: Fingerprint, request: PlanRequest) -> DatasetAnalysis:
     """Decide what the data decide.
 
     Raises:
@@ -81,31 +81,31 @@ def look_at(fingerprint: Fingerprint, request: PlanRequest) -> Look:
         )
     template, why = _template(fingerprint)
     spacing, reason = _spacing(fingerprint, request.settings)
-    look = Look(
+    analysis = DatasetAnalysis(
         template,
         _channel_names(fingerprint, template),
         classes_of(fingerprint),
         spacing,
         fingerprint.median_shape(spacing),
     )
-    look.reasons["template"] = why
-    look.reasons["labels"] = look.classes.reason
+    analysis.reasons["template"] = why
+    analysis.reasons["labels"] = analysis.classes.reason
     if spacing:
-        look.knobs["spacing"] = list(spacing)
-        look.reasons["spacing"] = reason
-    _set_intensities(look, fingerprint)
-    _set_microns(look, fingerprint)
-    return look
+        analysis.knobs["spacing"] = list(spacing)
+        analysis.reasons["spacing"] = reason
+    _set_intensities(analysis, fingerprint)
+    _set_microns(analysis, fingerprint)
+    return analysis
 
 
-def bundle_name(request: PlanRequest, folder: str, look: Look, fingerprint: Fingerprint) -> str:
+def bundle_name(request: PlanRequest, folder: str, analysis: DatasetAnalysis, fingerprint: Fingerprint) -> str:
     """Return the bundle's name: the given one, that of its folder if it will do, or data set, modality and network."""
     if request.name:
         return request.name
     if _NAME.fullmatch(folder):
         return folder
     plain = re.sub(r"[^a-z0-9]+", "_", fingerprint.dataset.lower()).strip("_") or "dataset"
-    return f"{plain}_{_SHORT[look.template]}_{request.network_name}"
+    return f"{plain}_{_SHORT[analysis.template]}_{request.network_name}"
 
 
 def _template(fingerprint: Fingerprint) -> tuple[str, str]:
@@ -158,20 +158,20 @@ def _spacing(fingerprint: Fingerprint, settings: Mapping[str, Any]) -> tuple[tup
     return tuple(float(value) for value in given), "set by the user"
 
 
-def _set_intensities(look: Look, fingerprint: Fingerprint) -> None:
-    if look.template == "ct_volume":
-        _set_window(look, fingerprint)
-    elif look.template == "rgb_image":
-        _set_color(look, fingerprint)
+def _set_intensities(analysis: DatasetAnalysis, fingerprint: Fingerprint) -> None:
+    if analysis.template == "ct_volume":
+        _set_window(analysis, fingerprint)
+    elif analysis.template == "rgb_image":
+        _set_color(analysis, fingerprint)
     else:
         tops = [case.percentiles[-1] for case in fingerprint.cases if case.percentiles]
-        look.reasons["normalization"] = (
+        analysis.reasons["normalization"] = (
             f"each image to mean 0 and standard deviation 1: the 99th percentile of the training images runs from "
             f"{min(tops):.4g} to {max(tops):.4g}, and no scale is the same everywhere"
         )
 
 
-def _set_window(look: Look, fingerprint: Fingerprint) -> None:
+def _set_window(analysis: DatasetAnalysis, fingerprint: Fingerprint) -> None:
     low = min(channel.low for channel in fingerprint.intensities)
     high = max(channel.high for channel in fingerprint.intensities)
     width = max(high - low, _NARROWEST)
@@ -180,36 +180,36 @@ def _set_window(look: Look, fingerprint: Fingerprint) -> None:
         10.0 * math.floor((middle - width * (0.5 + _MARGIN)) / 10),
         10.0 * math.ceil((middle + width * (0.5 + _MARGIN)) / 10),
     ]
-    look.knobs["intensity_range"] = window
+    analysis.knobs["intensity_range"] = window
     first = fingerprint.intensities[0]
-    look.reasons["intensity_range"] = (
+    analysis.reasons["intensity_range"] = (
         f"what is marked lies between {low:.4g} and {high:.4g} HU (0.5th and 99.5th percentile of {first.samples:,} "
         f"voxels, mean {first.mean:.4g}, standard deviation {first.std:.4g}); a tenth more on each side, so that its "
         "border is not clipped"
     )
 
 
-def _set_color(look: Look, fingerprint: Fingerprint) -> None:
+def _set_color(analysis: DatasetAnalysis, fingerprint: Fingerprint) -> None:
     tops = [case.percentiles[-1] for case in fingerprint.cases if case.percentiles]
     dark, bright = quantile(tops, 0.1), quantile(tops, 0.9)
     if bright > _COMPARABLE * max(dark, 1e-6):
-        look.blocks["intensity"] = [{"_target_": "monai.transforms.NormalizeIntensityd", "keys": "image"}]
-        look.reasons["normalization"] = (
+        analysis.blocks["intensity"] = [{"_target_": "monai.transforms.NormalizeIntensityd", "keys": "image"}]
+        analysis.reasons["normalization"] = (
             f"each picture to mean 0 and standard deviation 1 over its three channels: the 99th percentile runs from "
             f"{dark:.4g} to {bright:.4g} (10th and 90th percentile of the pictures), so one scale does not fit all"
         )
         return
     highest = max(case.high for case in fingerprint.cases)
     top = 255.0 if highest <= 255 else float(math.ceil(highest))
-    look.knobs["intensity_range"] = [0.0, top]
-    look.reasons["intensity_range"] = (
+    analysis.knobs["intensity_range"] = [0.0, top]
+    analysis.reasons["intensity_range"] = (
         f"pixel values reach {highest:.4g}, and the 99th percentile is alike in all pictures ({dark:.4g} to "
         f"{bright:.4g}): one scale keeps the colors of a stain"
     )
 
 
-def _set_microns(look: Look, fingerprint: Fingerprint) -> None:
+def _set_microns(analysis: DatasetAnalysis, fingerprint: Fingerprint) -> None:
     known = {case.microns for case in fingerprint.cases}
-    if look.template == "rgb_image" and len(known) == 1 and known != {0.0}:
-        look.knobs["microns_per_pixel"] = known.pop()
-        look.reasons["microns_per_pixel"] = f"all {len(fingerprint.cases)} training pictures say so in their files"
+    if analysis.template == "rgb_image" and len(known) == 1 and known != {0.0}:
+        analysis.knobs["microns_per_pixel"] = known.pop()
+        analysis.reasons["microns_per_pixel"] = f"all {len(fingerprint.cases)} training pictures say so in their files"

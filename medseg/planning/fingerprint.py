@@ -19,10 +19,10 @@ from PIL import Image
 from medseg.errors import CaseError, GeometryError, RequestError
 from medseg.io import find_dataset, grid_difference, read_grid
 from medseg.io.datasets import DATASET_FILE, read_json
-from medseg.io.dicom.marks import split_series
+from medseg.io.dicom.detect import split_series
 from medseg.io.names import absolute, file_kind
 from medseg.io.survey import open_image, open_label
-from medseg.planning.facts import CaseFacts, Fingerprint, Intensity
+from medseg.planning.case_stats import CaseStats, Fingerprint, Intensity
 from medseg.planning.labels import names_of_labels
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def take_fingerprint(
     """Return the fingerprint of a data set's training cases.
 
     Args:
-        path: data set as `medseg.io.find_dataset` takes it.
+        path: data set as `medseg.components.find_dataset` takes it.
         spatial_dims: 2 or 3 to refuse everything else; by default what the images are.
         known: an earlier fingerprint; it is returned if the files are still those.
         report: told about each case that is done.
@@ -68,7 +68,7 @@ def take_fingerprint(
         return known
     names = names_of_labels(listing)
     drawn: list[Array] = []
-    facts: list[CaseFacts] = []
+    facts: list[CaseStats] = []
     faults: list[str] = []
     for number, case in enumerate(cases):
         if report is not None:
@@ -124,7 +124,7 @@ def _channel_names(listing: dict[str, Any]) -> tuple[str, ...]:
     return tuple(map(str, names.values())) if isinstance(names, dict) else (str(names),)
 
 
-def _case(case: dict[str, Any], spatial_dims: int | None, *, seed: int, draw: int) -> tuple[CaseFacts, Array]:
+def _case(case: dict[str, Any], spatial_dims: int | None, *, seed: int, draw: int) -> tuple[CaseStats, Array]:
     """Return the facts of a case, and values drawn from its foreground, `(C, n)` float32."""
     dims = _axes(case["image"], spatial_dims)
     image = open_image(case["image"], case["name"], spatial_dims=dims)
@@ -155,13 +155,13 @@ def _axes(path: str, wanted: int | None) -> int | None:
     return wanted
 
 
-def _facts(case: dict[str, Any], image: Opened, label: Opened) -> CaseFacts:
+def _facts(case: dict[str, Any], image: Opened, label: Opened) -> CaseStats:
     facts = image.facts
     turn = _turn(facts)
     values = label.facts.labels
     marked = [value for value in values if value > 0]
     objects, single, sizes = _pieces(label.array)
-    return CaseFacts(
+    return CaseStats(
         name=case["name"],
         shape=tuple(facts.shape[axis] for axis in turn),
         spacing=tuple(facts.spacing[axis] for axis in turn) if facts.spacing else (),
@@ -185,7 +185,7 @@ def _facts(case: dict[str, Any], image: Opened, label: Opened) -> CaseFacts:
 
 def _turn(facts: FileFacts) -> list[int]:
     """Return which axis of the file each axis of the model is: R, A, S of a volume."""
-    if len(facts.shape) < 3 or not facts.placed:
+    if len(facts.shape) < 3 or not facts.has_geometry:
         return list(range(len(facts.shape)))
     nearest = [int(axis) for axis in io_orientation(facts.grid.affine)[:, 0]]
     return [nearest.index(axis) for axis in range(3)]
@@ -277,7 +277,7 @@ def _refuse(faults: list[str], count: int) -> None:
         )
 
 
-def _refuse_mixed(cases: list[CaseFacts]) -> None:
+def _refuse_mixed(cases: list[CaseStats]) -> None:
     for case in cases:
         if len(case.shape) != len(cases[0].shape):
             raise RequestError(

@@ -17,12 +17,12 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from medseg.planning.facts import shown
+from medseg.planning.case_stats import shown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from medseg.planning.facts import Fingerprint
+    from medseg.planning.case_stats import Fingerprint
 
 __all__ = ["Layout", "lay_out", "target_spacing"]
 

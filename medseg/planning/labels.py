@@ -14,7 +14,7 @@ from medseg.errors import RequestError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from medseg.planning.facts import CaseFacts, Fingerprint
+    from medseg.planning.case_stats import CaseStats, Fingerprint
 
 __all__ = ["Classes", "classes_of", "names_of_labels"]
 
@@ -96,7 +96,7 @@ def classes_of(fingerprint: Fingerprint) -> Classes:
     return Classes(labels, mapping, "two values" if len(values) == 2 else "classes", f"{text}{_shares(fingerprint)}")
 
 
-def _refuse_values(cases: Sequence[CaseFacts], values: Sequence[int], names: Mapping[int, str]) -> None:
+def _refuse_values(cases: Sequence[CaseStats], values: Sequence[int], names: Mapping[int, str]) -> None:
     if len(values) < 2:
         raise RequestError(
             f"All {len(cases)} training labels hold only the value {_listed(values)}: there is nothing to learn."
@@ -126,7 +126,7 @@ def _named(values: Sequence[int], names: Mapping[int, str]) -> Classes:
     return Classes(labels, mapping, "classes", text)
 
 
-def _objects_reason(cases: Sequence[CaseFacts]) -> str:
+def _objects_reason(cases: Sequence[CaseStats]) -> str:
     """Return why the numbers count objects; empty if they do not."""
     filled = [case for case in cases if case.distinct]
     counts = [case.distinct for case in filled]

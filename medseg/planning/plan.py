@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from medseg.inferers.memory import shown_bytes
 from medseg.inferers.windows import count_windows
-from medseg.planning.choices import bundle_name, look_at
-from medseg.planning.facts import shown
+from medseg.planning.case_stats import shown
+from medseg.planning.choices import analyze, bundle_name
+from medseg.planning.network_sizing import strides_note
 from medseg.planning.schedule import Schedule, epoch_steps, fixed_schedule, schedule_for, schedule_without_limit
 from medseg.planning.search import Candidate, Found, candidates, find, overlap_for, pace_of, whole_number
-from medseg.planning.widths import strides_note
 
 if TYPE_CHECKING:
-    from medseg.planning.choices import Look
-    from medseg.planning.facts import Fingerprint
+    from medseg.planning.case_stats import Fingerprint
+    from medseg.planning.choices import DatasetAnalysis
     from medseg.planning.probe import Measurement
     from medseg.planning.request import PlanRequest
-    from medseg.planning.schedule import Pace
+    from medseg.planning.schedule import Throughput
 
 __all__ = ["Forecast", "Plan", "make_plan"]
 
@@ -108,23 +108,23 @@ def make_plan(
     """
     for knob in ("max_epochs", "val_interval"):
         whole_number(knob, request.settings.get(knob, 1))
-    look = look_at(fingerprint, request)
-    name = bundle_name(request, folder, look, fingerprint)
+    analysis = analyze(fingerprint, request)
+    name = bundle_name(request, folder, analysis, fingerprint)
     trial = Schedule(1, 1, 0.0, "")
 
-    every = list(candidates(look, fingerprint, request))
+    every = list(candidates(analysis, fingerprint, request))
 
     def config(candidate: Candidate) -> Mapping[str, Any]:
-        return compose(_bundle(name, look, fingerprint, request, Found(candidate, None, 0, 0), trial))["train"]
+        return compose(_bundle(name, analysis, fingerprint, request, Found(candidate, None, 0, 0), trial))["train"]
 
     config(every[-1])  # names and values are checked before anything is measured
     measure = None if probe is None else _measuring(probe, config, request)
-    found = find(every, look, fingerprint, request, measure, gpu=gpu)
+    found = find(every, analysis, fingerprint, request, measure, gpu=gpu)
     pace = None
     if found.measured is not None:
-        pace = pace_of(found.candidate, found.measured, look, fingerprint, request)
+        pace = pace_of(found.candidate, found.measured, analysis, fingerprint, request)
     schedule = _schedule(request, fingerprint, found.candidate, pace)
-    bundle = _bundle(name, look, fingerprint, request, found, schedule)
+    bundle = _bundle(name, analysis, fingerprint, request, found, schedule)
     compose(bundle)
     return Plan(bundle, _forecast(found, pace, schedule, gpu=gpu), found.measured)
 
@@ -141,7 +141,9 @@ def _chosen_precision(measured: Measurement, request: PlanRequest) -> Measuremen
     return replace(measured, step_seconds=wanted or measured.step_seconds)
 
 
-def _schedule(request: PlanRequest, fingerprint: Fingerprint, candidate: Candidate, pace: Pace | None) -> Schedule:
+def _schedule(
+    request: PlanRequest, fingerprint: Fingerprint, candidate: Candidate, pace: Throughput | None
+) -> Schedule:
     epochs = request.settings.get("max_epochs")
     interval = request.settings.get("val_interval")
     if isinstance(epochs, int) and epochs > 0:
@@ -155,7 +157,7 @@ def _steps(request: PlanRequest, fingerprint: Fingerprint, candidate: Candidate)
     return epoch_steps(len(fingerprint.cases), candidate.batch_size, request.settings.get("steps_per_epoch"))
 
 
-def _forecast(found: Found, pace: Pace | None, schedule: Schedule, *, gpu: bool) -> Forecast:
+def _forecast(found: Found, pace: Throughput | None, schedule: Schedule, *, gpu: bool) -> Forecast:
     memory = found.candidate.memory(gpu=gpu)
     if pace is None or found.measured is None:
         return Forecast(memory)
@@ -173,7 +175,7 @@ def _forecast(found: Found, pace: Pace | None, schedule: Schedule, *, gpu: bool)
 
 def _bundle(
     name: str,
-    look: Look,
+    analysis: DatasetAnalysis,
     fingerprint: Fingerprint,
     request: PlanRequest,
     found: Found,
@@ -181,16 +183,16 @@ def _bundle(
 ) -> dict[str, Any]:
     """Return the content of the `bundle.json`."""
     candidate = found.candidate
-    knobs, reasons = _knobs(look, fingerprint, request, found, schedule)
-    blocks, block_reasons = _blocks(look, request)
+    knobs, reasons = _knobs(analysis, fingerprint, request, found, schedule)
+    blocks, block_reasons = _blocks(analysis, request)
     reasons |= block_reasons
     for knob in request.settings:
         reasons[knob] = "set by the user"
-    labels = ", ".join(list(look.classes.labels.values())[1:])
+    labels = ", ".join(list(analysis.classes.labels.values())[1:])
     sizes = f"{len(fingerprint.cases)} training and {fingerprint.validation_cases} validation cases"
     bundle: dict[str, Any] = {
         "name": name,
-        "template": look.template,
+        "template": analysis.template,
         "version": "0.1.0",
         "changelog": {"0.1.0": "planned from its data set"},
         "description": f"Segments {labels} with a {request.network}. Planned by medseg for the data set "
@@ -198,11 +200,11 @@ def _bundle(
         "authors": "not stated",
         "data_source": fingerprint.dataset,
         "intended_use": "Research. Not for diagnosis or treatment decisions",
-        "channels": look.channels,
-        "labels": look.classes.labels,
+        "channels": analysis.channels,
+        "labels": analysis.classes.labels,
     }
-    if not look.classes.is_plain:
-        bundle["label_mapping"] = look.classes.mapping
+    if not analysis.classes.is_plain:
+        bundle["label_mapping"] = analysis.classes.mapping
     bundle["network_def"] = dict(candidate.definition)
     if blocks:
         bundle["blocks"] = blocks
@@ -210,47 +212,47 @@ def _bundle(
 
 
 def _knobs(
-    look: Look, fingerprint: Fingerprint, request: PlanRequest, found: Found, schedule: Schedule
+    analysis: DatasetAnalysis, fingerprint: Fingerprint, request: PlanRequest, found: Found, schedule: Schedule
 ) -> tuple[dict[str, Any], dict[str, str]]:
     item = found.candidate
     layout = item.layout
     steps = _steps(request, fingerprint, item) * schedule.epochs
-    sampled, sampled_because = _sampling(look, fingerprint, item)
+    sampled, sampled_because = _sampling(analysis, fingerprint, item)
     knobs: dict[str, Any] = {
-        **look.knobs,
+        **analysis.knobs,
         "patch_size": list(layout.patch),
         "roi_size": list(layout.patch),
         "sw_batch_size": 2
-        if look.spatial_dims == 3 and layout.voxels <= 100_000
+        if analysis.spatial_dims == 3 and layout.voxels <= 100_000
         else 1
-        if look.spatial_dims == 3
+        if analysis.spatial_dims == 3
         else 4,
-        "overlap": overlap_for(look, item),
+        "overlap": overlap_for(analysis, item),
         "batch_size": item.batch_size,
         "patches_per_case": item.patches_per_case,
         "foreground_sampling": sampled,
         "max_epochs": schedule.epochs,
         "val_interval": schedule.interval,
         "warmup_epochs": max(1, schedule.epochs // _WARMUP_SHARE),
-        "learning_rate": _learning_rate(request, look),
+        "learning_rate": _learning_rate(request, analysis),
         "ema_decay": _average(steps),
         "precision": found.measured.precision if found.measured else "float32",
     }
     reasons = {
-        **look.reasons,
-        "network_def": _network_reason(look, request, found),
-        "patch_size": _patch_reason(look, item),
+        **analysis.reasons,
+        "network_def": _network_reason(analysis, request, found),
+        "patch_size": _patch_reason(analysis, item),
         "roi_size": f"the size that the network is trained at, {shown(layout.patch)}",
         "sw_batch_size": f"windows of {layout.voxels:,} voxels in a pass",
-        "overlap": _overlap_reason(look, item),
-        "batch_size": _batch_reason(look, fingerprint, item),
+        "overlap": _overlap_reason(analysis, item),
+        "batch_size": _batch_reason(analysis, fingerprint, item),
         "patches_per_case": _patches_reason(item),
         "foreground_sampling": sampled_because,
         "max_epochs": schedule.reason,
         "val_interval": f"every {schedule.interval} of {schedule.epochs} epochs and after the last: enough to catch "
         "the best weights, and about a tenth of the time at most",
         "warmup_epochs": f"the first {_WARMUP_SHARE}th of {schedule.epochs} epochs, one at least",
-        "learning_rate": _rate_reason(request, look),
+        "learning_rate": _rate_reason(request, analysis),
         "ema_decay": f"the average reaches over {1 / (1 - _average(steps)):.0f} of {steps:,} steps: about the last "
         "fortieth, over which the learning rate is almost 0",
         "precision": _precision_reason(found.measured),
@@ -270,36 +272,36 @@ def _knobs(
     return knobs, reasons
 
 
-def _blocks(look: Look, request: PlanRequest) -> tuple[dict[str, Any], dict[str, str]]:
-    blocks = dict(look.blocks)
-    loss: dict[str, Any] = {"_target_": "medseg.losses.TrainingLoss", "loss": {"block": "loss"}}
+def _blocks(analysis: DatasetAnalysis, request: PlanRequest) -> tuple[dict[str, Any], dict[str, str]]:
+    blocks = dict(analysis.blocks)
+    loss: dict[str, Any] = {"_target_": "medseg.components.TrainingLoss", "loss": {"block": "loss"}}
     shares = (
         "Dice and cross-entropy in equal parts: Dice does not care how rare a class is, cross-entropy gives every voxel"
     )
     why = f"{shares} a gradient from the start"
     if request.network == "UNetPlusPlus":
-        loss = {"_target_": "medseg.losses.DeepSupervision", "loss": {"block": "loss"}}
+        loss = {"_target_": "medseg.components.DeepSupervision", "loss": {"block": "loss"}}
         why += "; taken at every head of the UNet++, as its paper trains it"
     elif request.network == "BANet":
         loss = {
-            "_target_": "medseg.losses.BoundaryMultiTaskLoss",
+            "_target_": "medseg.components.BoundaryMultiTaskLoss",
             "preset": "paper",
             "main_loss": {"block": "loss"},
             "seg_loss": {"block": "loss"},
         }
         why += "; for the stages' maps too, with binary cross-entropy for their edges"
     if request.selfreg:
-        loss = {"_target_": "medseg.losses.SelfRegularizedLoss", "loss": loss}
+        loss = {"_target_": "medseg.components.SelfRegularizedLoss", "loss": loss}
         why += "; SelfReg is added, because it was asked for"
     if request.network in ("UNetPlusPlus", "BANet") or request.selfreg:
         blocks["training_loss"] = loss
     return blocks, {"loss": why}
 
 
-def _sampling(look: Look, fingerprint: Fingerprint, item: Candidate) -> tuple[float, str]:
+def _sampling(analysis: DatasetAnalysis, fingerprint: Fingerprint, item: Candidate) -> tuple[float, str]:
     """Return the share of patches that are centered in the foreground, and why."""
     foreground = sum(share for value, share in fingerprint.shares().items() if value != 0)
-    sizes = f"{shown(item.layout.patch)} of a median image of {shown(look.shape)}"
+    sizes = f"{shown(item.layout.patch)} of a median image of {shown(analysis.shape)}"
     if item.layout.whole:
         return 0.0, f"a patch holds the median image ({sizes}), and with it the foreground"
     share = next(share for limit, share in _FOREGROUND if foreground >= limit)
@@ -316,19 +318,19 @@ def _patches_reason(item: Candidate) -> str:
     return f"only {room} of the prepared cases stay in memory; several patches of a case spare loading it again"
 
 
-def _learning_rate(request: PlanRequest, look: Look) -> float:
-    return 0.002 if look.spatial_dims == 3 and request.network in ("UNet", "UNetPlusPlus") else 0.001
+def _learning_rate(request: PlanRequest, analysis: DatasetAnalysis) -> float:
+    return 0.002 if analysis.spatial_dims == 3 and request.network in ("UNet", "UNetPlusPlus") else 0.001
 
 
-def _rate_reason(request: PlanRequest, look: Look) -> str:
-    return f"AdamW with warm-up and cosine; for a {request.network} of this size in {look.spatial_dims}D"
+def _rate_reason(request: PlanRequest, analysis: DatasetAnalysis) -> str:
+    return f"AdamW with warm-up and cosine; for a {request.network} of this size in {analysis.spatial_dims}D"
 
 
 def _average(steps: int) -> float:
     return max((decay for decay in _AVERAGES if 1 / (1 - decay) <= steps / 40), default=_AVERAGES[0])
 
 
-def _network_reason(look: Look, request: PlanRequest, found: Found) -> str:
+def _network_reason(analysis: DatasetAnalysis, request: PlanRequest, found: Found) -> str:
     item = found.candidate
     layout = item.layout
     step = " x ".join(map(str, layout.step))
@@ -336,9 +338,9 @@ def _network_reason(look: Look, request: PlanRequest, found: Found) -> str:
         f"{request.network} of width {item.width}, {item.cost.parameters:,} weights, {len(layout.strides)} poolings: "
         f"{shown(layout.bottom)} voxels at the bottom (total stride {step}; {strides_note(request.network)})"
     )
-    if look.spatial_dims == 3 and len(set(layout.step)) > 1:
+    if analysis.spatial_dims == 3 and len(set(layout.step)) > 1:
         text += ", and axes of coarse voxels are pooled later than fine ones"
-    text += f"; {_norm_reason(look)}"
+    text += f"; {_norm_reason(analysis)}"
     if found.slower:
         text += f"; {found.slower} larger choices would not leave time for enough steps"
     if found.larger:
@@ -348,46 +350,48 @@ def _network_reason(look: Look, request: PlanRequest, found: Found) -> str:
     return text
 
 
-def _norm_reason(look: Look) -> str:
-    if look.spatial_dims == 3:
+def _norm_reason(analysis: DatasetAnalysis) -> str:
+    if analysis.spatial_dims == 3:
         return "instance norm, since a step holds few patches"
-    if look.norm == "batch":
+    if analysis.norm == "batch":
         return "batch norm: one scale fits all pictures, so how bright or red a patch is as a whole says something"
     return "instance norm: the pictures have no scale in common"
 
 
-def _patch_reason(look: Look, item: Candidate) -> str:
+def _patch_reason(analysis: DatasetAnalysis, item: Candidate) -> str:
     layout = item.layout
-    grid = f" on the grid of {shown(look.spacing)} mm" if look.spacing else ""
+    grid = f" on the grid of {shown(analysis.spacing)} mm" if analysis.spacing else ""
     if layout.whole:
         return (
-            f"holds the median image, {shown(look.shape)}{grid}, rounded up to multiples of the strides "
+            f"holds the median image, {shown(analysis.shape)}{grid}, rounded up to multiples of the strides "
             f"{shown(layout.step)}"
         )
-    side = [n * mm for n, mm in zip(layout.patch, look.spacing or (1.0,) * len(layout.patch), strict=True)]
-    unit = "mm" if look.spacing else "pixels"
+    side = [n * mm for n, mm in zip(layout.patch, analysis.spacing or (1.0,) * len(layout.patch), strict=True)]
+    unit = "mm" if analysis.spacing else "pixels"
     return (
-        f"{shown(side, 3)} {unit} of a median image of {shown(look.shape)}{grid}: near to a cube, in multiples of the "
-        f"strides {shown(layout.step)}, as large as memory and time allow"
+        f"{shown(side, 3)} {unit} of a median image of {shown(analysis.shape)}{grid}: near to a cube, in multiples of "
+        f"the strides {shown(layout.step)}, as large as memory and time allow"
     )
 
 
-def _overlap_reason(look: Look, item: Candidate) -> str:
+def _overlap_reason(analysis: DatasetAnalysis, item: Candidate) -> str:
     if item.layout.whole:
-        return f"one window holds the median image, {shown(look.shape)}; larger ones get windows that overlap by half"
-    share = overlap_for(look, item)
-    count = count_windows(look.shape, item.layout.patch, share)
+        return (
+            f"one window holds the median image, {shown(analysis.shape)}; larger ones get windows that overlap by half"
+        )
+    share = overlap_for(analysis, item)
+    count = count_windows(analysis.shape, item.layout.patch, share)
     return f"{share:g} of a window, so that its uncertain border counts little: {count} windows for the median image"
 
 
-def _batch_reason(look: Look, fingerprint: Fingerprint, item: Candidate) -> str:
+def _batch_reason(analysis: DatasetAnalysis, fingerprint: Fingerprint, item: Candidate) -> str:
     cases = len(fingerprint.cases)
     text = f"{item.batch} patch{'es' * (item.batch > 1)} of {item.layout.voxels:,} voxels a step"
     if item.patches_per_case > 1:
         text += f", {item.patches_per_case} from {_cases(item)}"
     if item.batch_size >= cases:
         text += f"; there are {cases} training cases"
-    norm = "batch norm needs several" if look.norm == "batch" else "instance norm does not need more"
+    norm = "batch norm needs several" if analysis.norm == "batch" else "instance norm does not need more"
     return f"{text}: {norm}"
 
 

@@ -137,7 +137,7 @@ def _probe(task: Mapping[str, Any]) -> Measurement:
     samples = _drawn(dataset, 0)
     start = time.perf_counter()
     draws = max(2, math.ceil(_DRAWS / len(samples)))
-    drawn = [sample for lap in range(draws) for sample in _drawn(dataset, lap)]
+    drawn = [sample for epoch in range(draws) for sample in _drawn(dataset, epoch)]
     draw = (time.perf_counter() - start) / len(drawn)
     batch = _collated(drawn, int(task["config"]["batch_size"]) * len(samples))
     device = parser.get_parsed_content("device")
@@ -155,11 +155,11 @@ def _probe(task: Mapping[str, Any]) -> Measurement:
     return Measurement(name, torch.get_num_threads(), steps, draw, load, window, peak, program, workers, busy)
 
 
-def _drawn(dataset: Any, lap: int) -> list[Any]:
+def _drawn(dataset: Any, epoch: int) -> list[Any]:
     """Return the patches of the case in one pass over the cases; each pass draws others."""
     from medseg.training.dataset import SeededDataset
 
-    sample = dataset[(lap, 0) if isinstance(dataset, SeededDataset) else 0]
+    sample = dataset[(epoch, 0) if isinstance(dataset, SeededDataset) else 0]
     return list(sample) if isinstance(sample, list) else [sample]
 
 

@@ -9,8 +9,8 @@ from typing import Any
 from medseg.errors import RequestError
 
 __all__ = [
-    "Pace",
     "Schedule",
+    "Throughput",
     "epoch_steps",
     "fixed_schedule",
     "needed_steps",
@@ -36,7 +36,7 @@ _STEPS_OF_FEW = 50
 
 
 @dataclass(frozen=True)
-class Pace:
+class Throughput:
     """How long things take, in seconds.
 
     Attributes:
@@ -84,13 +84,13 @@ def needed_steps(steps_per_epoch: int) -> int:
     return min(max(_NEEDED_EPOCHS * steps_per_epoch, _NEEDED_STEPS[0]), _NEEDED_STEPS[1])
 
 
-def steps_within(budget: float, pace: Pace) -> float:
+def steps_within(budget: float, pace: Throughput) -> float:
     """Return how many training steps a budget holds beside loading and validation."""
     room = budget * _USED - _START_SECONDS - pace.load
     return max(room, 0.0) * (1 - _VALIDATION_SHARE) / pace.epoch * pace.steps
 
 
-def schedule_for(budget: float, pace: Pace) -> Schedule:
+def schedule_for(budget: float, pace: Throughput) -> Schedule:
     """Return the schedule that fills a budget.
 
     Raises:
@@ -118,7 +118,7 @@ def schedule_for(budget: float, pace: Pace) -> Schedule:
     )
 
 
-def schedule_without_limit(steps_per_epoch: int, pace: Pace | None) -> Schedule:
+def schedule_without_limit(steps_per_epoch: int, pace: Throughput | None) -> Schedule:
     """Return a schedule for which no time was given."""
     epochs = min(max(math.ceil(_STEPS / steps_per_epoch), _EPOCHS[0]), _EPOCHS[1])
     interval = _interval(epochs, _VALIDATIONS)
@@ -130,13 +130,13 @@ def schedule_without_limit(steps_per_epoch: int, pace: Pace | None) -> Schedule:
     return Schedule(epochs, interval, _total(schedule, pace) if pace else 0.0, reason)
 
 
-def fixed_schedule(epochs: int, interval: int | None, pace: Pace | None) -> Schedule:
+def fixed_schedule(epochs: int, interval: int | None, pace: Throughput | None) -> Schedule:
     """Return the schedule of a number of epochs that the user set."""
     schedule = Schedule(epochs, interval or _interval(epochs, _VALIDATIONS), 0.0, "set by the user")
     return Schedule(epochs, schedule.interval, _total(schedule, pace) if pace else 0.0, schedule.reason)
 
 
-def _total(schedule: Schedule, pace: Pace) -> float:
+def _total(schedule: Schedule, pace: Throughput) -> float:
     work = schedule.epochs * pace.epoch + schedule.validations * pace.validation
     return _START_SECONDS + pace.load + work
 

@@ -15,18 +15,18 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from medseg.errors import RequestError
 from medseg.inferers.memory import shown_bytes
 from medseg.inferers.windows import count_windows
+from medseg.planning.case_stats import shown
 from medseg.planning.estimate import Cost, count
-from medseg.planning.facts import shown
 from medseg.planning.geometry import Layout, lay_out
+from medseg.planning.network_sizing import SIZE_LADDER, max_poolings, network_def
 from medseg.planning.probe import Measurement
-from medseg.planning.schedule import Pace, epoch_steps, needed_steps, steps_within
-from medseg.planning.widths import RUNGS, max_poolings, network_def
+from medseg.planning.schedule import Throughput, epoch_steps, needed_steps, steps_within
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from medseg.planning.choices import Look
-    from medseg.planning.facts import Fingerprint
+    from medseg.planning.case_stats import Fingerprint
+    from medseg.planning.choices import DatasetAnalysis
     from medseg.planning.request import PlanRequest
 
 __all__ = ["Candidate", "Found", "Measure", "candidates", "find", "overlap_for", "pace_of", "whole_number"]
@@ -51,7 +51,7 @@ class Candidate:
     """One network with its patch.
 
     Attributes:
-        width: see `medseg.planning.widths`.
+        width: see `medseg.planning.network_sizing`.
         layout: patch and strides.
         batch: patches per step.
         batch_size: cases per step.
@@ -105,22 +105,22 @@ class Found:
     slower: int
 
 
-def candidates(look: Look, fingerprint: Fingerprint, request: PlanRequest) -> Iterator[Candidate]:
+def candidates(analysis: DatasetAnalysis, fingerprint: Fingerprint, request: PlanRequest) -> Iterator[Candidate]:
     """Yield networks and patches, each with less work in a step than the one before."""
     least: float = math.inf
-    for width, limit in RUNGS[look.spatial_dims]:
-        layout = _layout(look, request, limit)
-        item = _candidate(look, fingerprint, request, width, layout)
+    for width, limit in SIZE_LADDER[analysis.spatial_dims]:
+        layout = _layout(analysis, request, limit)
+        item = _candidate(analysis, fingerprint, request, width, layout)
         if item.work < least:
             least = item.work
             yield item
-    if look.spatial_dims == 3 and "batch_size" not in request.settings:
-        yield _candidate(look, fingerprint, request, width, layout, batch=1)
+    if analysis.spatial_dims == 3 and "batch_size" not in request.settings:
+        yield _candidate(analysis, fingerprint, request, width, layout, batch=1)
 
 
 def find(
     every: Sequence[Candidate],
-    look: Look,
+    analysis: DatasetAnalysis,
     fingerprint: Fingerprint,
     request: PlanRequest,
     measure: Measure | None,
@@ -131,7 +131,7 @@ def find(
 
     Args:
         every: from `candidates`.
-        look: what the data decided.
+        analysis: what the data decided.
         fingerprint: of the data.
         request: with memory and budget.
         measure: measures a candidate; None measures nothing.
@@ -141,8 +141,8 @@ def find(
         RequestError: nothing fits the memory.
     """
     if request.budget is not None and measure is not None:
-        return _within_budget(every, look, fingerprint, request, measure, gpu=gpu)
-    start = 0 if gpu else _cpu_rung(every, look.spatial_dims)
+        return _within_budget(every, analysis, fingerprint, request, measure, gpu=gpu)
+    start = 0 if gpu else _cpu_rung(every, analysis.spatial_dims)
     fits = (place for place in range(start, len(every)) if every[place].memory(gpu=gpu) <= request.memory)
     place = next(fits, None)
     if place is None:
@@ -153,22 +153,26 @@ def find(
 
 
 def pace_of(
-    candidate: Candidate, measured: Measurement, look: Look, fingerprint: Fingerprint, request: PlanRequest
-) -> Pace:
+    candidate: Candidate,
+    measured: Measurement,
+    analysis: DatasetAnalysis,
+    fingerprint: Fingerprint,
+    request: PlanRequest,
+) -> Throughput:
     """Return how fast a candidate trains.
 
     Args:
         candidate: whose pace.
         measured: its measurement.
-        look: shape of the median image.
+        analysis: shape of the median image.
         fingerprint: numbers of cases.
         request: what the user set.
     """
     compute = measured.step_seconds[measured.precision] * _OVERHEAD
     data = candidate.batch * measured.draw_seconds
-    windows = count_windows(look.shape, candidate.layout.patch, overlap_for(look, candidate))
+    windows = count_windows(analysis.shape, candidate.layout.patch, overlap_for(analysis, candidate))
     cases = len(fingerprint.cases)
-    return Pace(
+    return Throughput(
         step=_together(compute, data, measured),
         validation=fingerprint.validation_cases * (measured.load_seconds + windows * measured.window_seconds),
         load=cases * measured.load_seconds,
@@ -185,34 +189,45 @@ def _together(compute: float, data: float, measured: Measurement) -> float:
     return compute + data / max(measured.threads, 1)
 
 
-def overlap_for(look: Look, candidate: Candidate) -> float:
+def overlap_for(analysis: DatasetAnalysis, candidate: Candidate) -> float:
     """Return the overlap of windows: half, or a quarter where that would be more than 64 of them."""
-    return 0.5 if count_windows(look.shape, candidate.layout.patch, 0.5) <= 64 else 0.25
+    return 0.5 if count_windows(analysis.shape, candidate.layout.patch, 0.5) <= 64 else 0.25
 
 
-def _layout(look: Look, request: PlanRequest, limit: int) -> Layout:
-    poolings = max_poolings(request.network, look.spatial_dims)
-    spacing = look.spacing or (1.0,) * look.spatial_dims
+def _layout(analysis: DatasetAnalysis, request: PlanRequest, limit: int) -> Layout:
+    poolings = max_poolings(request.network, analysis.spatial_dims)
+    spacing = analysis.spacing or (1.0,) * analysis.spatial_dims
     given = request.settings.get("patch_size")
     if given is None:
-        return lay_out(look.shape, spacing, limit, poolings)
-    if not isinstance(given, list) or len(given) != look.spatial_dims or not all(isinstance(n, int) for n in given):
-        raise RequestError(f"patch_size={given!r} must be {look.spatial_dims} whole numbers of voxels.")
+        return lay_out(analysis.shape, spacing, limit, poolings)
+    if not isinstance(given, list) or len(given) != analysis.spatial_dims or not all(isinstance(n, int) for n in given):
+        raise RequestError(f"patch_size={given!r} must be {analysis.spatial_dims} whole numbers of voxels.")
     strides = lay_out(given, spacing, math.prod(given), poolings).strides
-    whole = all(p >= n for p, n in zip(given, look.shape, strict=True))
+    whole = all(p >= n for p, n in zip(given, analysis.shape, strict=True))
     return Layout(tuple(given), strides, whole)
 
 
 def _candidate(
-    look: Look, fingerprint: Fingerprint, request: PlanRequest, width: int, layout: Layout, batch: int | None = None
+    analysis: DatasetAnalysis,
+    fingerprint: Fingerprint,
+    request: PlanRequest,
+    width: int,
+    layout: Layout,
+    batch: int | None = None,
 ) -> Candidate:
-    wanted = batch or _batch(look.spatial_dims, layout)
-    total, room = _cached(look, fingerprint), int(_CACHE_SHARE * request.memory)
+    wanted = batch or _batch(analysis.spatial_dims, layout)
+    total, room = _cached(analysis, fingerprint), int(_CACHE_SHARE * request.memory)
     patches = _whole(request, "patches_per_case", 1 if wanted == 1 or total <= room else 2)
     size = _whole(request, "batch_size", max(1, wanted // patches))
     wanted = size * patches
     definition = network_def(
-        request.network, look.spatial_dims, len(look.channels), len(look.classes.labels), width, layout, look.norm
+        request.network,
+        analysis.spatial_dims,
+        len(analysis.channels),
+        len(analysis.classes.labels),
+        width,
+        layout,
+        analysis.norm,
     )
     return Candidate(width, layout, wanted, size, definition, min(total, room), total <= room)
 
@@ -239,10 +254,10 @@ def _batch(dims: int, layout: Layout) -> int:
     return min(max(1 << int(math.log2(room)), least), most)
 
 
-def _cached(look: Look, fingerprint: Fingerprint) -> int:
+def _cached(analysis: DatasetAnalysis, fingerprint: Fingerprint) -> int:
     """Bytes of all prepared cases: float32 for each channel, and labels of four bytes."""
-    voxels = sum(math.prod(shape) for shape in fingerprint.shapes(look.spacing))
-    return voxels * 4 * (len(look.channels) + 1)
+    voxels = sum(math.prod(shape) for shape in fingerprint.shapes(analysis.spacing))
+    return voxels * 4 * (len(analysis.channels) + 1)
 
 
 def _cpu_rung(every: Sequence[Candidate], dims: int) -> int:
@@ -269,7 +284,7 @@ def _runs(item: Candidate, measured: Measurement, request: PlanRequest, *, gpu: 
 
 def _within_budget(
     every: Sequence[Candidate],
-    look: Look,
+    analysis: DatasetAnalysis,
     fingerprint: Fingerprint,
     request: PlanRequest,
     measure: Measure,
@@ -295,7 +310,7 @@ def _within_budget(
         item = fitting[place]
         measured = measure(item)
         runs = _runs(item, measured, request, gpu=gpu)
-        pace = pace_of(item, measured, look, fingerprint, request) if runs else None
+        pace = pace_of(item, measured, analysis, fingerprint, request) if runs else None
         enough = pace is not None and steps_within(budget, pace) >= needed_steps(pace.steps)
         # The smallest is taken even if it is too slow; the schedule says whether an epoch fits.
         if enough or (runs and place == len(fitting) - 1):

@@ -15,22 +15,22 @@ import torch
 from monai.data import MetaTensor
 from monai.data.utils import pickle_hashing
 
-from medseg import __version__
 from medseg.errors import OutputError
 from medseg.files import replacing
 from medseg.inferers.memory import parse_memory
+from medseg.version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-__all__ = ["DiskCache", "bare", "memory_bound", "size_of"]
+__all__ = ["DiskCache", "memory_bound", "size_of", "strip_metadata"]
 
 logger = logging.getLogger(__name__)
 
 Case = dict[str, Any]
 
 
-def bare(case: Mapping[str, Any]) -> Case:
+def strip_metadata(case: Mapping[str, Any]) -> Case:
     """Return a prepared case with no more than training needs: contiguous tensors, with their affine and nothing else.
 
     The record of transforms and the header would be copied with every sample, and would keep large arrays alive.
@@ -126,7 +126,7 @@ class DiskCache:
             return None
 
     def save(self, case: Mapping[str, Any], prepared: Case) -> None:
-        """Keep a prepared case, from `bare`; a full disk costs speed, not the run."""
+        """Keep a prepared case, from `strip_metadata`; a full disk costs speed, not the run."""
         path = self._path(case)
         try:
             with replacing(path) as temporary, temporary.open("wb") as file:

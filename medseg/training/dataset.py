@@ -27,7 +27,7 @@ from torch.utils.data import get_worker_info
 from medseg.errors import CaseError, MedsegError, RequestError, links, own_error
 from medseg.inferers.blend import one_thread
 from medseg.inferers.memory import shown_bytes
-from medseg.training.cache import DiskCache, bare, memory_bound, size_of
+from medseg.training.cache import DiskCache, memory_bound, size_of, strip_metadata
 from medseg.training.randomness import isolated_seed, seed_from
 from medseg.transforms.warp import RandWarpd
 
@@ -53,8 +53,8 @@ class SeededDataset(Dataset):  # type: ignore[misc]  # MONAI publishes no types
     """Cases for training: prepared once, kept where there is room, and varied by chance that can be repeated.
 
     The transforms up to the first random one prepare a case; the result is kept in memory up to a bound, and on disk if
-    that is asked for. The others are seeded anew for each sample from (seed, lap, index), where `lap` counts the passes
-    over the cases. So a sample does not depend on which process makes it, on how many there are, nor on what was
+    that is asked for. The others are seeded anew for each sample from (seed, epoch, index), where `epoch` counts the
+    passes over the cases. So a sample does not depend on which process makes it, on how many there are, nor on what was
     made before. Torch uses one thread throughout, so that sums are rounded alike everywhere.
 
     Args:
@@ -108,20 +108,20 @@ class SeededDataset(Dataset):  # type: ignore[misc]  # MONAI publishes no types
         return str(case.get("name") or Path(str(case.get("image", index))).name)
 
     def __getitem__(self, key: Any) -> Any:
-        """Return the sample of a case; `key` is (lap, index), or an index for the first pass.
+        """Return the sample of a case; `key` is (epoch, index), or an index for the first pass.
 
         Raises:
             CaseError: the case cannot be used; the message names it.
         """
         if isinstance(key, (slice, list)):
             return super().__getitem__(key)
-        lap, index = key if isinstance(key, tuple) else (0, int(key) % len(self))
+        epoch, index = key if isinstance(key, tuple) else (0, int(key) % len(self))
         worker = get_worker_info()
         if self.working is not None and worker is not None:
             self.working[worker.id] = index
         try:
             with one_thread():
-                return self._sample(lap, index)
+                return self._sample(epoch, index)
         except Exception as error:
             raise self._explained(index, error) from error
         finally:
@@ -141,9 +141,9 @@ class SeededDataset(Dataset):  # type: ignore[misc]  # MONAI publishes no types
         name, image = self.name(index), str(self.data[index].get("image", ""))
         return f"training case '{name}'" + (f" ({image})" if image and Path(image).name != name else "")
 
-    def _sample(self, lap: int, index: int) -> Any:
+    def _sample(self, epoch: int, index: int) -> Any:
         case = self._kept[index] if index < len(self._kept) else self._prepared(index)
-        seed = seed_from(self.seed, lap, index)
+        seed = seed_from(self.seed, epoch, index)
         self.transform.set_random_state(seed=seed)
         steps, start = self.transform.transforms, self.first_random
         with isolated_seed(seed):
@@ -156,7 +156,7 @@ class SeededDataset(Dataset):  # type: ignore[misc]  # MONAI publishes no types
         """Return a case as it is before chance comes in; from disk if it is there."""
         found = self.disk.load(self.data[index]) if self.disk else None
         if found is None:
-            found = bare(self.transform(dict(self.data[index]), end=self.first_random, threading=True))
+            found = strip_metadata(self.transform(dict(self.data[index]), end=self.first_random, threading=True))
             if self.disk:
                 self.disk.save(self.data[index], found)
         return found

@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from torch import nn
 
 __all__ = [
+    "EMA",
     "ClipGradients",
     "EarlyStop",
     "SeedEpochs",
     "SeedSteps",
     "Validation",
-    "WeightAverage",
     "completes_step",
     "needs_scaler",
 ]
@@ -134,7 +134,7 @@ class ClipGradients:
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.max_norm)
 
 
-class WeightAverage:
+class EMA:
     """Keep an exponential average of the weights, and validate and save with it.
 
     While the validator runs, the network holds the averaged weights; afterwards it holds the trained ones again. The

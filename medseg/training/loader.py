@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ignite.engine import Engine
 
     from medseg.training.dataset import SeededDataset
-    from medseg.training.sampling import EndlessBatches
+    from medseg.training.sampling import InfiniteBatchSampler
 
 __all__ = ["TrainingLoader"]
 
@@ -51,7 +51,7 @@ class TrainingLoader(DataLoader):  # type: ignore[misc]  # MONAI publishes no ty
     def __init__(
         self,
         dataset: SeededDataset,
-        batches: EndlessBatches,
+        batches: InfiniteBatchSampler,
         *,
         num_workers: int = 0,
         device: torch.device | str = "cpu",

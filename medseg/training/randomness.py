@@ -1,6 +1,7 @@
 """Random numbers that belong to what they are drawn for: a sample, a step, a weight.
 
-A number drawn for sample `index` of pass `lap` depends on (seed, lap, index) alone, one drawn in step `n` on (seed, n).
+A number drawn for sample `index` in pass `epoch` depends on (seed, epoch, index) alone, one drawn in step `n` on
+(seed, n).
 So it does not matter which process draws it, in what order, or how often a run was interrupted before.
 """
 

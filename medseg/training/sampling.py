@@ -15,16 +15,16 @@ from medseg.training.randomness import random_state
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sized
 
-__all__ = ["EndlessBatches"]
+__all__ = ["InfiniteBatchSampler"]
 
 Key = tuple[int, int]
 
 
-class EndlessBatches(Sampler[list[Key]]):
+class InfiniteBatchSampler(Sampler[list[Key]]):
     """Batches out of an endless row of shuffled passes over the cases.
 
-    Pass `lap` is a permutation that depends on (seed, lap) alone, and step `n` takes the next `batch_size` cases of the
-    row. So all batches are full, each case comes as often as any other, and what a step takes depends on its number
+    Pass `epoch` is a permutation that depends on (seed, epoch) alone, and step `n` takes the next `batch_size` cases of
+    the row. So all batches are full, each case comes as often as any other, and what a step takes depends on its number
     alone. An epoch is `len()` steps: one pass, rounded up to whole steps.
 
     Where several processes train together, each takes its share of every batch; the batches stay the same.
@@ -66,7 +66,7 @@ class EndlessBatches(Sampler[list[Key]]):
         return self.steps
 
     def __iter__(self) -> Iterator[list[Key]]:
-        """Yield for each step from `start` on, without end, this process's cases as (lap, index).
+        """Yield for each step from `start` on, without end, this process's cases as (epoch, index).
 
         Raises:
             RequestError: the batch cannot be shared equally among the processes.
@@ -88,9 +88,9 @@ class EndlessBatches(Sampler[list[Key]]):
         self._order = lru_cache(maxsize=2)(self._permutation)
 
     def _key(self, place: int) -> Key:
-        lap, number = divmod(place, self.count)
-        return lap, self._order(lap)[number]
+        epoch, number = divmod(place, self.count)
+        return epoch, self._order(epoch)[number]
 
-    def _permutation(self, lap: int) -> list[int]:
-        order: list[int] = random_state(self.seed, lap).permutation(self.count).tolist()
+    def _permutation(self, epoch: int) -> list[int]:
+        order: list[int] = random_state(self.seed, epoch).permutation(self.count).tolist()
         return order

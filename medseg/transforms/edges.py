@@ -12,10 +12,10 @@ from monai.transforms import MapTransform
 from medseg.losses.boundary import edge_truth
 from medseg.transforms.tensors import plain_tensor, with_metadata
 
-__all__ = ["EdgeTruthd"]
+__all__ = ["LabelToEdged"]
 
 
-class EdgeTruthd(MapTransform):  # type: ignore[misc]  # MONAI publishes no types
+class LabelToEdged(MapTransform):  # type: ignore[misc]  # MONAI publishes no types
     """Write the edges of a label beside it, to look at, to measure against, or to weight a loss with.
 
     `BoundaryMultiTaskLoss` makes the same truth on the fly and needs no transform.

@@ -23,7 +23,7 @@ class LoadCased(LoadImaged):  # type: ignore[misc]  # MONAI publishes no types
     It is a `LoadImaged`, by which other programs find the loader of a bundle, but every file is read and checked by
     `medseg.io.load`. The channel axis comes first; `EnsureChannelFirstd` is not needed after it. A label that is DICOM
     SEG or RT-STRUCT is laid on the first of the images by `medseg.io.load_label`, with the options that the case has
-    under "label_options" (see `medseg.io.find_dataset`), which are taken out of it.
+    under "label_options" (see `medseg.components.find_dataset`), which are taken out of it.
 
     Args:
         keys: the entries that hold paths.

@@ -31,7 +31,7 @@ class NumberObjectsd(MapTransform):  # type: ignore[misc]  # MONAI publishes no 
         fill_holes: background that an object encloses becomes part of it, and objects of its class in there, too.
         grow: voxels, diagonals included, by which each object grows into the background in the end; where two meet, the
             one of the higher number goes on. It undoes the gap between touching objects of
-            `medseg.transforms.BorderWeightMapd`.
+            `medseg.components.BorderWeightMapd`.
         enabled: False leaves the labels as they are.
         allow_missing_keys: pass over keys that a case lacks.
 

@@ -23,8 +23,8 @@ __all__ = ["SaveMaskd"]
 
 # Output format -> where its writer is, loaded on first use: it needs packages that others do without.
 _OBJECTS = {
-    "dicom-seg": ("medseg.io.dicom_seg", "write_seg"),
-    "rtstruct": ("medseg.io.rtstruct", "write_rtstruct"),
+    "dicom-seg": ("medseg.io.dicom.seg", "write_seg"),
+    "rtstruct": ("medseg.io.dicom.rtstruct", "write_rtstruct"),
 }
 
 

@@ -20,7 +20,7 @@ from medseg.transforms.elastic import check_elastic, dense_field, draw_control
 from medseg.transforms.sampling import Sampler, check_padding, cut
 from medseg.transforms.tensors import one_shape, plain_tensor
 
-__all__ = ["ClassPlacesd", "RandWarpd"]
+__all__ = ["ClassIndicesd", "RandWarpd"]
 
 _LABEL_MODES = ("nearest", "votes")
 # Places kept of each class: enough that patches of a whole training differ.
@@ -28,7 +28,7 @@ _MAX_PLACES = 10_000
 _Range = float | Sequence[float | Sequence[float]]
 
 
-class ClassPlacesd(MapTransform):  # type: ignore[misc]  # MONAI publishes no types
+class ClassIndicesd(MapTransform):  # type: ignore[misc]  # MONAI publishes no types
     """Note where each class of a label is, so that `RandWarpd` needs not search large volumes for every patch.
 
     It is not random, so a caching data set does it once for each case. `RandWarpd` takes the note away.
@@ -99,7 +99,7 @@ class RandWarpd(Randomizable, MapTransform, MultiSampleTrait):  # type: ignore[m
         padding_value: of images.
         padding_label: of labels.
         ignore_label: a value of the label that is no class to center patches at.
-        places_key: the note of `ClassPlacesd`; by default `label_key` and "_places". Cases without it are searched.
+        places_key: the note of `ClassIndicesd`; by default `label_key` and "_places". Cases without it are searched.
         track_meta: return MetaTensors with the patch's affine (of an elastic deformation, without it) and the file's
             name where images come as MetaTensors; otherwise plain tensors.
         allow_missing_keys: pass over keys that a case lacks.
@@ -274,7 +274,7 @@ class _Case:
         shape: voxels along each axis.
         spacing: mm between voxels along each axis; 1 where it is not known.
         label: `(1, *shape)`, where there is one.
-        note: of `ClassPlacesd`.
+        note: of `ClassIndicesd`.
         ignore_label: a value that is no class.
     """
 

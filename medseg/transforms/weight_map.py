@@ -37,7 +37,7 @@ class BorderWeightMapd(MapTransform):  # type: ignore[misc]  # MONAI publishes n
     Args:
         keys: the labels `(1, *spatial)` in 2D or 3D, whole numbers: 0 for background, else a number for each object.
         weight_key: where the weights `(1, *spatial)` go; the classes then stay under the label's own key. By default
-            both go there, `(2, *spatial)`, as `medseg.losses.WeightedCrossEntropyLoss` reads them.
+            both go there, `(2, *spatial)`, as `medseg.components.WeightedCrossEntropyLoss` reads them.
         w0: largest border term.
         sigma: its width, in voxels or mm.
         class_weights: `w_c` of each class, for instance computed over the data set. By default `N / (K * n_k)` over the

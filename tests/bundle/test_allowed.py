@@ -7,9 +7,9 @@ import re
 from pydoc import locate
 from types import FunctionType
 
-import pytest
-
-from medseg.bundle.allowed import ALLOWED, ARGUMENTS, MEDSEG, PLACES
+from medseg import components
+from medseg.bundle.allowed import ALLOWED, ARGUMENTS, PLACES
+from medseg.networks import NETWORKS
 
 
 def targets() -> list[str]:
@@ -21,18 +21,17 @@ def targets() -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("room", MEDSEG)
-def test_the_listed_parts_of_medseg_are_what_the_room_exports(room):
-    module = locate(room)
-    assert set(MEDSEG[room].split()) <= set(module.__all__)
-    for name in MEDSEG[room].split():
-        assert getattr(module, name).__module__.startswith(room)
+def test_every_part_and_every_network_of_medseg_may_be_named():
+    ours = {target.removeprefix("medseg.components.") for target in targets() if target.startswith("medseg.")}
+    assert ours == set(components.__all__)
+    assert set(NETWORKS) < ours
 
 
-def test_every_network_is_allowed_in_configs():
-    from medseg.networks import NETWORKS
-
-    assert {network.__name__ for network in NETWORKS} == set(MEDSEG["medseg.networks"].split())
+def test_the_namespace_of_configs_reaches_nothing_but_its_list():
+    reachable = {name for name in vars(components) if not name.startswith("_")}
+    assert reachable - set(components.__all__) <= {"annotations", "room"}
+    for name in ("annotations", "room", "_importlib"):
+        assert f"medseg.components.{name}" not in targets()
 
 
 def test_every_allowed_name_of_a_library_is_one_of_its_own_classes_or_functions():

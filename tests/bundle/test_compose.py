@@ -13,7 +13,7 @@ from medseg.bundle.compose import CONFIG_NAMES, compose, template_names
 from medseg.bundle.knobs import knobs
 from medseg.bundle.trust import check
 from medseg.errors import BundleError
-from medseg.transforms import MapLabelsd
+from medseg.transforms.labels import MapLabelsd
 
 SHIPPED = shipped_bundles()
 

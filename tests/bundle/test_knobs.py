@@ -15,10 +15,10 @@ CONFIG: dict[str, Any] = {
     "learning_rate": 0.1,
     "roi_size": [8, 8],
     "resume": False,
-    "weights": {"_target_": "medseg.bundle.parts.inside", "root": "@bundle_root", "path": "models/model.pt"},
-    "network": {"_target_": "medseg.networks.UNet"},
+    "weights": {"_target_": "medseg.components.inside", "root": "@bundle_root", "path": "models/model.pt"},
+    "network": {"_target_": "medseg.components.UNet"},
     "device": "@somewhere",
-    "run": [{"_target_": "medseg.bundle.parts.run"}],
+    "run": [{"_target_": "medseg.components.run"}],
 }
 
 

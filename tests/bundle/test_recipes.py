@@ -7,10 +7,11 @@ from medseg.bundle.build import build
 from medseg.bundle.catalog import Bundle, find_bundle
 from medseg.bundle.compose import compose
 from medseg.bundle.recipes import read_recipe, recipe_names, with_recipe
-from medseg.bundle.samples import write_samples
-from medseg.bundle.trust import load_json, require_trust
+from medseg.bundle.trust import require_trust
 from medseg.errors import RequestError
+from medseg.files import load_json
 from medseg.networks.presets import small
+from medseg.tools.samples import write_samples
 
 NETWORKS = {"banet2022": "BANet", "uctransnet2022": "UCTransNet", "unetplusplus2018": "UNetPlusPlus"}
 SOURCES = {2: "gland_pathology_unet", 3: "hippocampus_mri_unet"}
@@ -25,7 +26,7 @@ def source(spatial_dims, recipe=""):
     network |= {"BANet": {"edge_channels": 2}, "UNetPlusPlus": {"deep_supervision": True}}.get(name, {})
     size = [64] * spatial_dims if name == "BANet" else [32] * spatial_dims
     found["knobs"] |= {"patch_size": size, "roi_size": size}
-    return {**found, "network_def": {"_target_": f"medseg.networks.{name}", **network}}
+    return {**found, "network_def": {"_target_": f"medseg.components.{name}", **network}}
 
 
 @pytest.mark.parametrize("name", recipe_names())

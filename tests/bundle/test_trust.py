@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from medseg import files
 from medseg.bundle import trust
 from medseg.bundle.compose import compose
 from medseg.errors import UntrustedBundleError
@@ -23,7 +24,7 @@ SENTINEL = "smuggled_sentinel"
 
 DECLARATIVE = {
     "bundle_root": ".",
-    "output_dir": {"_target_": "medseg.bundle.parts.inside", "root": "@bundle_root", "path": "runs/train"},
+    "output_dir": {"_target_": "medseg.components.inside", "root": "@bundle_root", "path": "runs/train"},
     "dataset_dir": "dataset",
     "roi_size": [96, 96, 96],
     "load_pretrained": False,
@@ -40,7 +41,7 @@ DECLARATIVE = {
     "loss": {"_target_": "monai.losses.DiceCELoss", "to_onehot_y": True, "softmax": True},
     "optimizer": {
         "_target_": "torch.optim.AdamW",
-        "params": {"_target_": "medseg.bundle.parts.parameters", "network": "@network_def"},
+        "params": {"_target_": "medseg.components.parameters", "network": "@network_def"},
         "lr": 0.001,
     },
     "scheduler": {"_target_": "torch.optim.lr_scheduler.StepLR", "optimizer": "@optimizer", "step_size": 10},
@@ -54,7 +55,7 @@ DECLARATIVE = {
     },
     "dataset": {
         "_target_": "monai.data.CacheDataset",
-        "data": {"_target_": "medseg.io.find_dataset", "path": "@dataset_dir", "split": "train"},
+        "data": {"_target_": "medseg.components.find_dataset", "path": "@dataset_dir", "split": "train"},
         "transform": "@preprocessing",
     },
     "handlers": [
@@ -83,8 +84,8 @@ METADATA = {
     "network_data_format": {"outputs": {"pred": {"channel_def": {"0": "background", "1": "liver"}}}},
 }
 
-_ITEM = "medseg.bundle.parts.item"
-_FOLDER = {"_target_": "medseg.bundle.parts.inside", "root": "@bundle_root", "path": "runs/x"}
+_ITEM = "medseg.components.identity"
+_FOLDER = {"_target_": "medseg.components.inside", "root": "@bundle_root", "path": "runs/x"}
 # What is put into the declarative config: where, what, and as what it must be found. The payload would write the file
 # MARKER if it ran.
 SMUGGLED = {
@@ -148,12 +149,12 @@ SMUGGLED = {
     "other name of monai.data": (("preprocessing", "transforms", 0, "reader"), "PersistentDataset", "argument"),
     "reader by a part": (
         ("preprocessing", "transforms", 0, "reader"),
-        {"_target_": "medseg.bundle.parts.item", "value": f"{SENTINEL}.run"},
+        {"_target_": "medseg.components.identity", "value": f"{SENTINEL}.run"},
         "argument",
     ),
     "reader by a path": (
         ("preprocessing", "transforms", 0, "reader"),
-        {"_target_": "medseg.bundle.parts.inside", "root": "", "path": f"{SENTINEL}.run"},
+        {"_target_": "medseg.components.inside", "root": "", "path": f"{SENTINEL}.run"},
         "argument",
     ),
     "reader by a part of that name": (
@@ -166,7 +167,7 @@ SMUGGLED = {
     "writer by path": (("saver", "writer"), f"{SENTINEL}.run", "argument"),
     "writer by a part": (
         ("saver", "writer"),
-        {"_target_": "medseg.bundle.parts.item", "value": f"{SENTINEL}.run"},
+        {"_target_": "medseg.components.identity", "value": f"{SENTINEL}.run"},
         "argument",
     ),
     "pickled arrays": (("preprocessing", "transforms", 0, "allow_pickle"), True, "argument"),
@@ -210,7 +211,7 @@ SMUGGLED = {
     "output up from the folder": (("saver", "data_root_dir"), "a/b/c", "argument"),
     "root of another bundle": (
         ("run",),
-        [{"_target_": "medseg.training.Checkpoints", "output_dir": "@output_dir", "bundle_root": "other"}],
+        [{"_target_": "medseg.components.Checkpoints", "output_dir": "@output_dir", "bundle_root": "other"}],
         "argument",
     ),
     "object from Python": (("dataset_dir",), os.getcwd, "value"),
@@ -398,7 +399,7 @@ def record_monai(patch: pytest.MonkeyPatch) -> list[tuple[object, object]]:
 @pytest.mark.parametrize("source", sorted(BUNDLES.glob("*/bundle.json")), ids=lambda path: path.parent.name)
 @pytest.mark.parametrize("job", [("train",), ("train", "evaluate"), ("inference",)], ids="+".join)
 def test_the_shipped_bundles_are_declarative(source, job):
-    configs = compose(trust.load_json(source))
+    configs = compose(files.load_json(source))
     trust.check({f"{name}.json": configs[name] for name in job}, source.parent.name)
 
 
@@ -409,7 +410,7 @@ def test_a_later_file_cannot_change_what_an_earlier_one_refers_to():
 
 
 def test_a_later_file_may_refer_to_an_earlier_one():
-    evaluate = {"run": [{"_target_": "medseg.bundle.parts.run", "engine": "@dataset"}]}
+    evaluate = {"run": [{"_target_": "medseg.components.run", "engine": "@dataset"}]}
     trust.check({"train.json": DECLARATIVE, "evaluate.json": evaluate}, "foreign")
     with pytest.raises(UntrustedBundleError, match="no such id"):
         trust.check({"evaluate.json": evaluate}, "foreign")

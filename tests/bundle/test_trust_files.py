@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from medseg import files
 from medseg.bundle import trust
 from medseg.errors import BundleError, UntrustedBundleError
 
@@ -50,7 +51,7 @@ def write(root: Path, name: str, text: str) -> Path:
         ('\ufeff{"a": 1}', "cannot read"),
         ('{"a": ' + "9" * 5000 + "}", "cannot read"),
         ('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deeply"),
-        (" " * (trust.MAX_CONFIG_BYTES + 1), "at most"),
+        (" " * (files.MAX_CONFIG_BYTES + 1), "at most"),
     ],
     ids=[
         *("duplicate key", "escaped duplicate", "NaN", "infinity", "overflow", "list", "cut off", "byte order mark"),
@@ -60,7 +61,7 @@ def write(root: Path, name: str, text: str) -> Path:
 def test_load_json_refuses_what_readers_may_read_differently(tmp_path, text, said):
     path = write(tmp_path, "train.json", text)
     with pytest.raises(BundleError, match=said) as caught:
-        trust.load_json(path)
+        files.load_json(path)
     assert "train.json" in str(caught.value)
 
 
@@ -69,11 +70,11 @@ def test_load_json_refuses_what_is_not_utf8_text_in_a_file(tmp_path):
     os.mkfifo(tmp_path / "pipe.json")
     for name in ("latin.json", "pipe.json", "missing.json"):
         with pytest.raises(BundleError, match=name):
-            trust.load_json(tmp_path / name)
+            files.load_json(tmp_path / name)
 
 
 def test_load_json_reads_what_was_written(tmp_path):
-    assert trust.load_json(write(tmp_path, "train.json", json.dumps(DECLARATIVE))) == DECLARATIVE
+    assert files.load_json(write(tmp_path, "train.json", json.dumps(DECLARATIVE))) == DECLARATIVE
 
 
 def test_a_declarative_bundle_needs_no_trust(bundle):

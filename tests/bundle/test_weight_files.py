@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from medseg.bundle import parts
 from medseg.bundle.weight_files import find_pickled
 from medseg.errors import WeightsError
+from medseg.jobs import config_functions
 
 
 def saved(content: Any) -> bytes:
@@ -60,7 +60,7 @@ def test_a_file_that_could_fill_the_memory_is_refused_before_it_is_read(
     assert [found.reason for found in find_pickled(path, "models/model.pt")] != []
     monkeypatch.delattr(torch, "load")
     with pytest.raises(WeightsError, match=r"torch\.save"):
-        parts.load_weights(nn.Linear(3, 2), str(path))
+        config_functions.load_weights(nn.Linear(3, 2), str(path))
 
 
 ODD: dict[str, Callable[[], Any]] = {
@@ -79,7 +79,7 @@ def test_tensors_that_no_network_saves_are_refused_and_change_nothing(name: str,
     path.write_bytes(saved({"bias": torch.zeros(2), "weight": ODD[name]()}))
     before = network.bias.clone()
     with pytest.raises(WeightsError, match="'weight' in a form that no network has"):
-        parts.load_weights(network, str(path))
+        config_functions.load_weights(network, str(path))
     assert torch.equal(network.bias, before)
 
 
@@ -87,7 +87,7 @@ def test_views_of_one_storage_are_taken(tmp_path: Path) -> None:
     path, network = tmp_path / "model.pt", nn.Linear(3, 2)
     storage = torch.arange(8.0)
     path.write_bytes(saved({"weight": storage[:6].reshape(3, 2).T, "bias": storage[6:]}))
-    parts.load_weights(network, str(path))
+    config_functions.load_weights(network, str(path))
     assert torch.equal(network.weight, storage[:6].reshape(3, 2).T)
 
 
@@ -106,7 +106,7 @@ def test_a_broken_pickle_is_an_error_of_the_file(name: str, tmp_path: Path) -> N
     path.write_bytes(rewritten(saved(linear()), pickle=BROKEN[name]))
     assert not any(found.allowed for found in find_pickled(path, "models/model.pt"))
     with pytest.raises(WeightsError, match=r"model\.pt"):
-        parts.load_weights(nn.Linear(3, 2), str(path))
+        config_functions.load_weights(nn.Linear(3, 2), str(path))
 
 
 def test_of_a_pickle_with_endless_calls_the_first_are_shown(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from medseg.bundle.catalog import Bundle, shipped_bundles
-from medseg.bundle.check import CHECKS
+from medseg.tools.check import CHECKS
 
 
 def _volume(path: Path, data: Any = None, affine: Any = None) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from medseg.bundle.catalog import Bundle
-from medseg.bundle.scores import Scores, write_scores
+from medseg.scoring.scores import Scores, write_scores
 
 
 def _run(folder: Path, shift: float) -> Path:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from medseg.bundle import api
+from medseg.jobs import api
 
 
 def test_ctrl_c_says_that_what_was_finished_is_kept(

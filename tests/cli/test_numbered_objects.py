@@ -56,7 +56,7 @@ def test_pictures_name_the_classes_where_the_values_are_classes(
     for row, column in ((5, 5), (30, 60), (50, 10)):
         picture[row : row + 12, column : column + 12] = 220
     Image.fromarray(picture).save(tmp_path / "cells.png")
-    from medseg.report import overlay
+    from medseg.reporting import overlay
 
     drawn, given = overlay.write_overlay, []
     monkeypatch.setattr(overlay, "write_overlay", lambda *a, **k: given.append(k["labels"]) or drawn(*a, **k))

@@ -10,7 +10,7 @@ import pytest
 
 from medseg.bundle.build import built_files
 from medseg.bundle.catalog import Bundle
-from medseg.bundle.samples import write_samples
+from medseg.tools.samples import write_samples
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 

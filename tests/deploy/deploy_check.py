@@ -151,7 +151,7 @@ def volumes(place: Path) -> list[Path]:
         names = json.loads((root / "split.json").read_text())["val"][:2]
         return [root / "imagesTr" / f"{name}.nii.gz" for name in names]
     from medseg.bundle.catalog import find_bundle
-    from medseg.bundle.samples import write_samples
+    from medseg.tools.samples import write_samples
 
     say("no hippocampus data here: generated shapes stand in")
     root = write_samples(place / "generated", find_bundle(TRAINED), cases=2)

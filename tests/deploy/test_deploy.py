@@ -17,8 +17,8 @@ import numpy as np
 import pydicom
 import pytest
 
-from medseg.bundle.export import export
 from medseg.errors import CaseError, GeometryError, MedsegError, RequestError, UntrustedBundleError
+from medseg.tools.export import export
 from tests.conftest import TINY
 from tests.deploy.deploy_check import write_series
 from tests.environments import ROOT, pinned, run_script
@@ -75,7 +75,7 @@ def test_names_and_labels_come_from_the_file(model: Path) -> None:
     [
         ("inference.json", lambda notes: notes.update(inferer="$__import__('os').system('true')")),
         ("inference.json", lambda notes: notes["network_def"].update(_target_="subprocess.run")),
-        ("metadata.json", lambda notes: notes.update(version={"_target_": "medseg.networks.UNet"})),
+        ("metadata.json", lambda notes: notes.update(version={"_target_": "medseg.components.UNet"})),
     ],
     ids=["expression", "callable", "metadata"],
 )

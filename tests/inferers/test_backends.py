@@ -18,10 +18,10 @@ from monai.data import MetaTensor
 from torch import Tensor, nn
 
 from medseg.errors import RequestError, SizeError
-from medseg.inferers import accelerate, reuse_memory
-from medseg.inferers.backends import BACKENDS, MEMORY_FORMATS
+from medseg.inferers.allocator import reuse_memory
+from medseg.inferers.backends import BACKENDS, MEMORY_FORMATS, accelerate
 from medseg.inferers.memory import resident_bytes
-from medseg.networks import NETWORKS, small
+from medseg.networks import NETWORKS, UNet, small
 from tests.networks.forms import tiny_options
 
 SIZES = {2: (96, 96), 3: (32, 32, 32)}
@@ -38,7 +38,7 @@ def tiny(**changes) -> nn.Module:
     """Return a U-Net of a few weights."""
     torch.manual_seed(0)
     options = {"spatial_dims": 3, "in_channels": 1, "out_channels": 3, "features": (4, 8, 8), "norm": INSTANCE}
-    return NETWORKS[0](**{**options, "dropout": 0.0, **changes}).eval()
+    return UNet(**{**options, "dropout": 0.0, **changes}).eval()
 
 
 def noise(*shape: int) -> Tensor:
@@ -59,7 +59,7 @@ def deviation(found: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("dims", [2, 3])
-@pytest.mark.parametrize("network", NETWORKS, ids=lambda network: network.__name__)
+@pytest.mark.parametrize("network", [entry.load() for entry in NETWORKS.values()], ids=lambda network: network.__name__)
 class TestEveryFamily:
     @pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
     def test_torch_gives_the_eager_logits(self, network, dims, memory_format) -> None:

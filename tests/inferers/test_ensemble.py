@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from medseg.errors import RequestError, SizeError, WeightsError
-from medseg.inferers import Ensemble, MirrorTTA, OverlapTileInferer, SlidingWindowInferer
+from medseg.inferers.ensemble import Ensemble, MirrorTTA
+from medseg.inferers.overlap_tile import OverlapTileInferer
+from medseg.inferers.sliding_window import SlidingWindowInferer
 from medseg.networks import UNet, UNetPlusPlus
-from medseg.training import TrainingOutputs
+from medseg.training.wrapper import TrainingWrapper
 
 
 def unet(seed: int = 0, dims: int = 2, **options) -> UNet:
@@ -147,8 +149,8 @@ def test_networks_with_several_training_outputs_give_their_logits():
     x = image(1, 1, 8, 8)
     with torch.no_grad():
         expected = network(x)
-        torch.testing.assert_close(Ensemble([network, TrainingOutputs(network)], "logits")(x), expected)
-        assert torch.equal(MirrorTTA(TrainingOutputs(network), [])(x), expected)
+        torch.testing.assert_close(Ensemble([network, TrainingWrapper(network)], "logits")(x), expected)
+        assert torch.equal(MirrorTTA(TrainingWrapper(network), [])(x), expected)
 
 
 def test_a_sliding_window_over_the_wrapper_is_the_average_of_sliding_windows():

@@ -11,7 +11,7 @@ import torch
 from monai.data import MetaTensor
 
 from medseg.errors import RequestError, SizeError
-from medseg.inferers import OverlapTileInferer
+from medseg.inferers.overlap_tile import OverlapTileInferer
 from medseg.networks import UNet
 from medseg.networks.convert import from_reference
 

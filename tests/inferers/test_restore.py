@@ -21,7 +21,9 @@ from monai.transforms import (
 )
 
 from medseg.errors import CaseError, RequestError
-from medseg.inferers import NativeInferer, RotationTTAInferer, SlidingWindowInferer
+from medseg.inferers.native import NativeInferer
+from medseg.inferers.rotations import RotationTTAInferer
+from medseg.inferers.sliding_window import SlidingWindowInferer
 
 # A top class that wins by less than this in the reference may lose to rounding.
 TIE = 1e-5

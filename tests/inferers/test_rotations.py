@@ -13,7 +13,10 @@ from monai.inferers import SimpleInferer
 from torch import nn
 
 from medseg.errors import RequestError, SizeError
-from medseg.inferers import OverlapTileInferer, RotationTTAInferer, SlidingWindowInferer, rotations
+from medseg.inferers import rotations
+from medseg.inferers.overlap_tile import OverlapTileInferer
+from medseg.inferers.rotations import RotationTTAInferer
+from medseg.inferers.sliding_window import SlidingWindowInferer
 from medseg.networks import UNet
 
 QUARTERS = [0, 90, 180, 270]

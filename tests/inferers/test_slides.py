@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from medseg.errors import CaseError, RequestError
-from medseg.inferers import SlidingWindowInferer
 from medseg.inferers.slides import label_strips
+from medseg.inferers.sliding_window import SlidingWindowInferer
 from medseg.networks import UNet
 
 

@@ -102,8 +102,8 @@ def samples(root: Path) -> list[Sample]:
 
 
 def _dicom_samples(root: Path, found: list[Sample]) -> None:
-    from medseg.io.dicom_seg import write_seg
-    from medseg.io.rtstruct import write_rtstruct
+    from medseg.io.dicom.rtstruct import write_rtstruct
+    from medseg.io.dicom.seg import write_seg
 
     series = _helpers("series", "dicom/conftest.py")
     written = series.make_series(root / "series")
@@ -175,7 +175,7 @@ def _load_object(file: Path, folder: Path) -> None:
 
 
 def _read_slide(file: Path, folder: Path) -> None:
-    from medseg.io.slides import open_slide
+    from medseg.io.slides.slide import open_slide
 
     with open_slide(file, microns_per_pixel=1.0, default_mpp=0.5) as slide:
         slide.read(0, min(64, slide.shape[1]), 0, min(64, slide.shape[2]))

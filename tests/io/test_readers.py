@@ -49,7 +49,7 @@ def test_failures_of_the_machine_are_case_errors_that_name_the_file(tmp_path, mo
     def fail(*args, **kwargs):
         raise failure
 
-    monkeypatch.setattr("medseg.io.nifti.read", fail)
+    monkeypatch.setattr("medseg.io.formats.nifti.read", fail)
     path = tmp_path / "a.nii"
     path.write_bytes(b"x")
     with pytest.raises(CaseError, match=part) as error:

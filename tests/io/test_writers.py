@@ -11,7 +11,8 @@ from monai.data import MetaTensor
 from PIL import Image
 
 from medseg.errors import CaseError, GeometryError, MedsegError, OutputError, RequestError
-from medseg.io import load, nifti, read_grid, streams, write_label_files, write_mask, write_probabilities
+from medseg.io import load, read_grid, streams, write_label_files, write_mask, write_probabilities
+from medseg.io.formats import nifti
 
 AFFINE = np.array([[-1.6, 0, -0.9, 30], [1.2, 0, -1.2, -40], [0, 3, 0, 12], [0, 0, 0, 1]])
 # (first byte, length) of dim_info, pixdim, xyzt_units, and qform_code to the end of srow_z.

@@ -86,7 +86,7 @@ def tiles(place: Path) -> list[Case]:
 def generated(folder: Path, model: str, cases: int) -> Path:
     """Write random shapes of a bundle's kind; return their folder."""
     from medseg.bundle.catalog import find_bundle
-    from medseg.bundle.samples import write_samples
+    from medseg.tools.samples import write_samples
 
     return write_samples(folder, find_bundle(model), cases=cases)
 

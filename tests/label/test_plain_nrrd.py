@@ -11,7 +11,7 @@ import SimpleITK as sitk
 
 from medseg.errors import RequestError
 from medseg.io import write_mask
-from medseg.label.plain_nrrd import as_viewers_read
+from medseg.label.plain_nrrd import to_viewer_nrrd
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def mask(tmp_path: Path) -> Path:
 )
 def test_itk_reads_the_same_voxels_in_the_same_place(mask: Path, dtype, compress, pixel, encoding) -> None:
     before = sitk.ReadImage(str(mask))
-    as_viewers_read(mask, dtype=dtype, compress=compress)
+    to_viewer_nrrd(mask, dtype=dtype, compress=compress)
     after = sitk.ReadImage(str(mask))
     assert (sitk.GetArrayFromImage(before) == sitk.GetArrayFromImage(after)).all()
     assert after.GetPixelID() == pixel
@@ -45,11 +45,11 @@ def test_itk_reads_the_same_voxels_in_the_same_place(mask: Path, dtype, compress
 
 def test_what_is_as_asked_for_or_no_nrrd_stays(mask: Path) -> None:
     before = mask.read_bytes()
-    as_viewers_read(mask)
+    to_viewer_nrrd(mask)
     assert mask.read_bytes() == before
     other = mask.with_name("image.nii.gz")
     content = other.read_bytes()
-    as_viewers_read(other, dtype="uint16", compress=False)
+    to_viewer_nrrd(other, dtype="uint16", compress=False)
     assert other.read_bytes() == content
 
 
@@ -57,7 +57,7 @@ def test_what_is_as_asked_for_or_no_nrrd_stays(mask: Path) -> None:
 def test_types_that_masks_have_not_are_refused(mask: Path, dtype: str) -> None:
     before = mask.read_bytes()
     with pytest.raises(RequestError, match="cannot be of type"):
-        as_viewers_read(mask, dtype=dtype)
+        to_viewer_nrrd(mask, dtype=dtype)
     assert mask.read_bytes() == before
 
 
@@ -65,4 +65,4 @@ def test_a_type_too_small_for_the_labels_is_refused(mask: Path) -> None:
     labels = np.full((4, 5, 6), 300)
     write_mask(labels, mask, like=mask.with_name("image.nii.gz"))
     with pytest.raises(RequestError, match="300"):
-        as_viewers_read(mask, dtype="uint8")
+        to_viewer_nrrd(mask, dtype="uint8")

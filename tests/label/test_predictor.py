@@ -11,13 +11,13 @@ import pytest
 import SimpleITK as sitk
 import torch
 
-from medseg.bundle import api
 from medseg.bundle.build import build
 from medseg.bundle.catalog import Bundle
-from medseg.bundle.trust import load_json
 from medseg.errors import CaseError, RequestError, UntrustedBundleError
-from medseg.label.offers import Offer, find_offers
+from medseg.files import load_json
+from medseg.jobs import api
 from medseg.label.predictor import Predictor
+from medseg.label.served_bundles import Offer, find_offers
 
 
 @pytest.fixture

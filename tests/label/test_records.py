@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from medseg.errors import RequestError
-from medseg.io.dicom_seg import write_seg
+from medseg.io.dicom.seg import write_seg
 from medseg.label.annotations import read_annotation
 from medseg.label.records import annotations_of, on_the_series
 from tests.io.dicom.conftest import make_series

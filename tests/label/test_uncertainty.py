@@ -10,8 +10,8 @@ import torch
 
 from medseg.bundle.catalog import Bundle
 from medseg.errors import CaseError
-from medseg.label.offers import find_offers
 from medseg.label.predictor import Predictor
+from medseg.label.served_bundles import find_offers
 from medseg.label.uncertainty import mean_entropy
 
 

@@ -6,12 +6,13 @@ import pytest
 import torch
 from monai.losses import DiceCELoss
 
-from medseg.losses import SelfRegLoss, SelfRegularizedLoss, TrainingLoss
+from medseg.losses.selfreg import SelfRegLoss, SelfRegularizedLoss
+from medseg.losses.training import TrainingLoss
 from medseg.networks import NETWORKS, small
 
 
 @pytest.mark.parametrize("dims", [2, 3])
-@pytest.mark.parametrize("network", NETWORKS, ids=lambda network: network.__name__)
+@pytest.mark.parametrize("network", [entry.load() for entry in NETWORKS.values()], ids=lambda network: network.__name__)
 def test_selfreg_trains_every_network_on_its_own_features(network, dims):
     torch.manual_seed(0)
     subject = network(dims, 1, 2, **small(network.__name__, dims)).train()

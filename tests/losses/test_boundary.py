@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medseg.errors import RequestError, SizeError
-from medseg.losses import BoundaryMultiTaskLoss, SumOfTasksLoss, edge_truth
+from medseg.losses.boundary import BoundaryMultiTaskLoss, SumOfTasksLoss, edge_truth
 from medseg.networks import BANet
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -15,10 +15,11 @@ from monai.losses import DiceCELoss
 from torch import nn
 
 from medseg.errors import RequestError
-from medseg.losses import BCEDiceLoss, DeepSupervision, TrainingLoss
+from medseg.losses.deep_supervision import BCEDiceLoss, DeepSupervision
+from medseg.losses.training import TrainingLoss
 from medseg.networks import UNet, UNetPlusPlus
 from medseg.networks.convert import from_reference
-from medseg.training import TrainingOutputs
+from medseg.training.wrapper import TrainingWrapper
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -124,13 +125,13 @@ def test_weights_that_cannot_be_are_refused(weights):
 @pytest.mark.parametrize(
     ("channels", "loss"),
     [
-        (1, {"_target_": "medseg.losses.BCEDiceLoss"}),
+        (1, {"_target_": "medseg.components.BCEDiceLoss"}),
         (3, {"_target_": "monai.losses.DiceCELoss", "softmax": True, "to_onehot_y": True, "include_background": False}),
     ],
     ids=["binary", "softmax"],
 )
 def test_a_config_trains_with_it_in_monais_trainer(channels, loss):
-    config = {"loss": {"_target_": "medseg.losses.DeepSupervision", "loss": loss, "weights": [1, 0.5]}}
+    config = {"loss": {"_target_": "medseg.components.DeepSupervision", "loss": loss, "weights": [1, 0.5]}}
     torch.manual_seed(0)
     network = UNetPlusPlus(2, 1, channels, (4, 6, 8), norm="batch")
     before = {name: p.detach().clone() for name, p in network.named_parameters()}
@@ -140,7 +141,7 @@ def test_a_config_trains_with_it_in_monais_trainer(channels, loss):
         device=torch.device("cpu"),
         max_epochs=6,
         train_data_loader=[{"image": label + 0.1 * torch.randn(2, 1, 8, 6), "label": label}],
-        network=TrainingOutputs(network),
+        network=TrainingWrapper(network),
         optimizer=torch.optim.Adam(network.parameters(), 5e-3),
         loss_function=ConfigParser(config).get_parsed_content("loss"),
         decollate=False,

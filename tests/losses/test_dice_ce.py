@@ -17,15 +17,12 @@ from monai.data import MetaTensor
 from monai.losses import DiceCELoss
 
 from medseg.errors import RequestError, SizeError
-from medseg.losses import (
-    BoundaryMultiTaskLoss,
-    DeepSupervision,
-    SelfRegLoss,
-    SelfRegularizedLoss,
-    SoftDiceCELoss,
-    TrainingLoss,
-)
 from medseg.losses import dice_ce as module
+from medseg.losses.boundary import BoundaryMultiTaskLoss
+from medseg.losses.deep_supervision import DeepSupervision
+from medseg.losses.dice_ce import SoftDiceCELoss
+from medseg.losses.selfreg import SelfRegLoss, SelfRegularizedLoss
+from medseg.losses.training import TrainingLoss
 
 
 def batch(channels: int, *size: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,16 +15,16 @@ from monai.losses import DiceCELoss, DiceLoss
 from torch import Tensor
 
 from medseg.errors import RequestError, SizeError
-from medseg.losses import (
-    DeepSupervision,
+from medseg.losses.deep_supervision import DeepSupervision
+from medseg.losses.selfreg import (
     InternalFeatureDistillationLoss,
     SelfRegLoss,
     SelfRegularizedLoss,
     SemanticConsistencyLoss,
-    TrainingLoss,
 )
+from medseg.losses.training import TrainingLoss
 from medseg.networks import UNet
-from medseg.training import SeedEpochs
+from medseg.training.handlers import SeedEpochs
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "selfreg.npz"
 EXACT = {"atol": 1e-5, "rtol": 0}
@@ -405,12 +405,12 @@ def test_it_adds_to_any_loss_over_training_outputs():
 def test_a_config_builds_it():
     config = {
         "loss": {
-            "_target_": "medseg.losses.SelfRegularizedLoss",
+            "_target_": "medseg.components.SelfRegularizedLoss",
             "loss": {
-                "_target_": "medseg.losses.TrainingLoss",
+                "_target_": "medseg.components.TrainingLoss",
                 "loss": {"_target_": "monai.losses.DiceCELoss", "softmax": True},
             },
-            "regularizer": {"_target_": "medseg.losses.SelfRegLoss", "lambda_scr": 0.1, "warmup_steps": 5},
+            "regularizer": {"_target_": "medseg.components.SelfRegLoss", "lambda_scr": 0.1, "warmup_steps": 5},
         }
     }
     loss = ConfigParser(json.loads(json.dumps(config))).get_parsed_content("loss")

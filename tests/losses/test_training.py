@@ -8,7 +8,8 @@ from monai.data import MetaTensor
 from monai.losses import DiceCELoss
 
 from medseg.errors import RequestError, SizeError
-from medseg.losses import TrainingLoss, WeightedCrossEntropyLoss
+from medseg.losses.training import TrainingLoss
+from medseg.losses.weighted import WeightedCrossEntropyLoss
 from medseg.networks import UNet
 
 

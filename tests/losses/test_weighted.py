@@ -7,14 +7,11 @@ import torch
 from torch.nn import functional as F
 
 from medseg.errors import RequestError, SizeError
-from medseg.losses import (
-    BoundaryMultiTaskLoss,
-    DeepSupervision,
-    SelfRegLoss,
-    SelfRegularizedLoss,
-    TrainingLoss,
-    WeightedCrossEntropyLoss,
-)
+from medseg.losses.boundary import BoundaryMultiTaskLoss
+from medseg.losses.deep_supervision import DeepSupervision
+from medseg.losses.selfreg import SelfRegLoss, SelfRegularizedLoss
+from medseg.losses.training import TrainingLoss
+from medseg.losses.weighted import WeightedCrossEntropyLoss
 
 
 def batch(channels: int, *size: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,7 @@ from monai.networks.nets import BasicUNet
 from torch import Tensor
 
 from medseg.errors import RequestError, SizeError
-from medseg.metrics import (
+from medseg.metrics.features import (
     attention_maps,
     boundary_share,
     channel_similarity,
@@ -22,7 +22,7 @@ from medseg.metrics import (
     tap_similarity,
 )
 from medseg.networks import UNet
-from medseg.training import FeatureTaps
+from medseg.training.taps import FeatureTaps
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "selfreg.npz"
 EXACT = {"atol": 1e-5, "rtol": 0}

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from medseg.errors import RequestError, SizeError
-from medseg.losses import BoundaryMultiTaskLoss
+from medseg.losses.boundary import BoundaryMultiTaskLoss
 from medseg.networks import BANet
 from medseg.networks.banet import (
     BoxMean,

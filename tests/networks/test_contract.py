@@ -50,7 +50,8 @@ class Subject:
 
 
 @pytest.fixture(
-    params=[(network, dims) for network in NETWORKS for dims in (2, 3)], ids=lambda p: f"{p[0].__name__}-{p[1]}d"
+    params=[(entry.load(), dims) for entry in NETWORKS.values() for dims in (2, 3)],
+    ids=lambda p: f"{p[0].__name__}-{p[1]}d",
 )
 def subject(request: pytest.FixtureRequest) -> Subject:
     return Subject(*request.param)
@@ -65,7 +66,7 @@ def one_thread():
 
 
 def test_every_network_has_a_small_form_to_test():
-    assert {network.__name__ for network in NETWORKS} == set(SMALL)
+    assert set(NETWORKS) == set(SMALL)
 
 
 def test_logits_have_the_class_channels_and_the_size_of_the_image(subject):
@@ -185,7 +186,7 @@ def test_exported_program_gives_the_same_logits_at_any_size(subject):
 
 
 def test_a_config_builds_the_network(subject):
-    config = {"_target_": f"medseg.networks.{subject.network.__name__}", **subject.options}
+    config = {"_target_": f"medseg.components.{subject.network.__name__}", **subject.options}
     parser = ConfigParser({"network_def": json.loads(json.dumps(config))})
     network = parser.get_parsed_content("network_def")
     assert type(network) is subject.network

@@ -17,20 +17,20 @@ from monai.bundle import ConfigParser
 from monai.losses import DiceCELoss
 
 from medseg.errors import RequestError
-from medseg.losses import TrainingLoss
+from medseg.losses.training import TrainingLoss
 from medseg.networks import NETWORKS, small
-from medseg.training import TrainingOutputs
+from medseg.training.wrapper import TrainingWrapper
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "networks.py"
-NAMES = [network.__name__ for network in NETWORKS]
+NAMES = list(NETWORKS)
 RECORD = json.loads((ROOT / "benchmarks" / "results" / "networks.json").read_text(encoding="utf-8"))
 every_preset = pytest.mark.parametrize(("name", "dims"), [(name, dims) for name in NAMES for dims in (2, 3)])
 
 
 def _network_def(name: str, dims: int) -> dict[str, Any]:
     shape = {"spatial_dims": dims, "in_channels": 1, "out_channels": 2}
-    return {"_target_": f"medseg.networks.{name}", **shape, **small(name, dims)}
+    return {"_target_": f"medseg.components.{name}", **shape, **small(name, dims)}
 
 
 def _build(name: str, dims: int) -> Any:
@@ -56,7 +56,7 @@ def test_the_record_holds_todays_parameters_and_arguments(name: str, dims: int) 
     with torch.device("meta"):
         network = _build(name, dims)
     assert row["parameters"] == sum(p.numel() for p in network.parameters())
-    assert {"_target_": f"medseg.networks.{name}", **row["arguments"]} == _network_def(name, dims)
+    assert {"_target_": f"medseg.components.{name}", **row["arguments"]} == _network_def(name, dims)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -76,7 +76,7 @@ def test_the_loss_falls(name: str, dims: int) -> None:
     label = torch.zeros(2, 1, *size)
     label[..., size[-1] // 2 :] = 1
     image = label + 0.1 * torch.randn(label.shape)
-    training, loss = TrainingOutputs(network), TrainingLoss(DiceCELoss(softmax=True, to_onehot_y=True))
+    training, loss = TrainingWrapper(network), TrainingLoss(DiceCELoss(softmax=True, to_onehot_y=True))
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
     losses = []
     for _ in range(4):

@@ -11,10 +11,10 @@ from medseg import networks
 from medseg.networks import NETWORKS
 from medseg.planning.estimate import count
 from medseg.planning.geometry import lay_out
-from medseg.planning.widths import max_poolings, network_def
+from medseg.planning.network_sizing import max_poolings, network_def
 
 UNET = {
-    "_target_": "medseg.networks.UNet",
+    "_target_": "medseg.components.UNet",
     "spatial_dims": 2,
     "in_channels": 1,
     "out_channels": 2,
@@ -34,7 +34,7 @@ def test_counting_is_repeatable() -> None:
 
 
 @pytest.mark.parametrize("dims", [2, 3])
-@pytest.mark.parametrize("name", [network.__name__ for network in NETWORKS])
+@pytest.mark.parametrize("name", list(NETWORKS))
 def test_every_network_is_counted_and_keeps_at_least_what_its_backward_pass_needs(name: str, dims: int) -> None:
     shape = (64, 64) if dims == 2 else (32, 32, 32)
     layout = lay_out(shape, (1.0,) * dims, 10**6, max_poolings(name, dims))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from medseg.errors import RequestError
-from medseg.planning.facts import Fingerprint
+from medseg.planning.case_stats import Fingerprint
 from medseg.planning.fingerprint import take_fingerprint
 
 DATA = Path(__file__).parents[3] / "shared" / "data"

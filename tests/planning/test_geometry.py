@@ -7,7 +7,7 @@ import math
 import pytest
 
 from medseg.planning.geometry import lay_out, target_spacing
-from medseg.planning.widths import RUNGS
+from medseg.planning.network_sizing import SIZE_LADDER
 
 
 def test_a_small_image_is_taken_whole_and_padded_to_the_strides() -> None:
@@ -40,7 +40,7 @@ def test_every_layout_can_be_pooled(
     dims: int, shape: tuple[int, ...], spacing: tuple[float, ...], poolings: int
 ) -> None:
     shape, spacing = shape[:dims], spacing[:dims]
-    for _, limit in RUNGS[dims]:
+    for _, limit in SIZE_LADDER[dims]:
         layout = lay_out(shape, spacing, limit, poolings)
         assert 1 <= len(layout.strides) <= poolings
         assert all(n % s == 0 for n, s in zip(layout.patch, layout.step, strict=True))
@@ -59,7 +59,7 @@ class _Spacings:
         self.cases = spacings
 
     def spacing_at(self, share: float) -> tuple[float, ...]:
-        from medseg.planning.facts import quantile
+        from medseg.planning.case_stats import quantile
 
         return tuple(round(quantile(axis, share), 6) for axis in zip(*self.cases, strict=True))
 

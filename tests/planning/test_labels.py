@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 
 from medseg.errors import RequestError
-from medseg.planning.facts import CaseFacts, Fingerprint
+from medseg.planning.case_stats import CaseStats, Fingerprint
 from medseg.planning.labels import classes_of, names_of_labels
 
 
-def case(values: dict[int, int], *, single: int | None = None, name: str = "a") -> CaseFacts:
+def case(values: dict[int, int], *, single: int | None = None, name: str = "a") -> CaseStats:
     marked = [value for value in values if value > 0]
-    return CaseFacts(
+    return CaseStats(
         name=name,
         shape=(10, 10),
         spacing=(),
@@ -35,7 +35,7 @@ def case(values: dict[int, int], *, single: int | None = None, name: str = "a") 
     )
 
 
-def fingerprint(*cases: CaseFacts, names: dict[int, str] | None = None) -> Fingerprint:
+def fingerprint(*cases: CaseStats, names: dict[int, str] | None = None) -> Fingerprint:
     return Fingerprint("set", "key", 1, names or {}, (), cases, ())
 
 
@@ -60,7 +60,7 @@ def test_numbers_of_objects_become_one_class() -> None:
     ],
     ids=["the same everywhere", "with gaps", "in many pieces"],
 )
-def test_numbers_of_classes_stay_apart(cases: list[CaseFacts]) -> None:
+def test_numbers_of_classes_stay_apart(cases: list[CaseStats]) -> None:
     found = classes_of(fingerprint(*cases))
     assert found.kind == "classes"
     assert "other" not in found.mapping

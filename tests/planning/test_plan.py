@@ -18,14 +18,14 @@ from medseg.bundle.trust import check
 from medseg.errors import BundleError, RequestError
 from medseg.io import find_dataset
 from medseg.networks import NETWORKS
-from medseg.planning.card import card
-from medseg.planning.facts import Fingerprint
+from medseg.planning.case_stats import Fingerprint
 from medseg.planning.fingerprint import take_fingerprint
+from medseg.planning.model_card import card
 from medseg.planning.plan import Plan, make_plan
 from medseg.planning.request import PlanRequest
 
 CT = {"modality": {"0": "CT"}, "labels": {"0": "background", "1": "tumor"}}
-NAMES = [network.__name__ for network in NETWORKS]
+NAMES = list(NETWORKS)
 
 
 def planned(root: Any, request: PlanRequest, probe: Any = None, **options: Any) -> tuple[Fingerprint, Plan]:

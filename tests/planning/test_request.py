@@ -10,7 +10,7 @@ from medseg.planning.request import NETWORK_NAMES, parse_duration, parse_network
 
 
 def test_every_network_has_a_name() -> None:
-    assert set(NETWORK_NAMES.values()) == {network.__name__ for network in NETWORKS}
+    assert set(NETWORK_NAMES.values()) == set(NETWORKS)
 
 
 @pytest.mark.parametrize(

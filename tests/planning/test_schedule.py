@@ -6,7 +6,7 @@ import pytest
 
 from medseg.errors import RequestError
 from medseg.planning.schedule import (
-    Pace,
+    Throughput,
     fixed_schedule,
     needed_steps,
     schedule_for,
@@ -22,7 +22,7 @@ from medseg.planning.schedule import (
 def test_a_schedule_stays_within_its_budget_and_uses_it(
     budget: float, step: float, validation: float, steps: int
 ) -> None:
-    pace = Pace(step=step, validation=validation, load=5.0, steps=steps)
+    pace = Throughput(step=step, validation=validation, load=5.0, steps=steps)
     if pace.epoch + validation + 25 > 0.9 * budget:
         pytest.skip("one epoch does not fit")
     schedule = schedule_for(budget, pace)
@@ -34,7 +34,7 @@ def test_a_schedule_stays_within_its_budget_and_uses_it(
 
 def test_a_budget_without_room_for_one_epoch_is_refused_with_what_it_takes() -> None:
     with pytest.raises(RequestError, match=r"budget of 60 s does not hold one epoch .* at least \d+ (min|s)"):
-        schedule_for(60.0, Pace(1.0, 30.0, 5.0, 100))
+        schedule_for(60.0, Throughput(1.0, 30.0, 5.0, 100))
 
 
 def test_without_a_budget_the_steps_are_given() -> None:

@@ -19,8 +19,8 @@ import monai.engines
 import torch
 
 import medseg.training
-from medseg.bundle import runner
 from medseg.bundle.catalog import Bundle
+from medseg.jobs import runner
 
 IMPORTED = (monai.bundle, monai.engines, medseg.training)
 

@@ -25,8 +25,8 @@ from monai.transforms import (
 )
 
 from medseg.errors import CaseError, GeometryError, RequestError
-from medseg.training import SeededDataset
-from medseg.training.cache import bare, memory_bound, size_of
+from medseg.training.cache import memory_bound, size_of, strip_metadata
+from medseg.training.dataset import SeededDataset
 
 CASES = [{"image": f"/somewhere/{name}.nii.gz", "name": f"{name}.nii.gz"} for name in "abcdef"]
 SIZE = 8 * 8 * 4
@@ -104,14 +104,16 @@ def test_as_many_cases_are_kept_as_fit(room: str, kept: int) -> None:
     dataset, load = _dataset(cache_memory=room)
     assert dataset.kept == kept
     load.loads.clear()
-    for lap in (0, 1):
+    for epoch in (0, 1):
         for index in range(len(CASES)):
-            dataset[lap, index]
+            dataset[epoch, index]
     assert sorted(load.loads) == sorted(2 * [case["name"] for case in CASES[kept:]])
 
 
 def test_prepared_cases_hold_nothing_but_voxels_and_their_place() -> None:
-    case = bare({"image": MetaTensor(torch.zeros(1, 4, 4).permute(0, 2, 1), meta={"long": "header"}), "name": "a"})
+    case = strip_metadata(
+        {"image": MetaTensor(torch.zeros(1, 4, 4).permute(0, 2, 1), meta={"long": "header"}), "name": "a"}
+    )
     assert case["image"].is_contiguous()
     assert "long" not in case["image"].meta
     assert case["name"] == "a"
@@ -122,8 +124,8 @@ def test_prepared_cases_hold_nothing_but_voxels_and_their_place() -> None:
 def test_transforms_that_write_in_place_do_not_change_the_kept_case(first: Any) -> None:
     dropout = RandCoarseDropoutd("image", holes=2, spatial_size=2, fill_value=0, prob=1.0)
     dataset, _ = _dataset(first, dropout)
-    for lap in range(3):
-        assert float(torch.as_tensor(dataset[lap, 0]["image"]).min()) == 0
+    for epoch in range(3):
+        assert float(torch.as_tensor(dataset[epoch, 0]["image"]).min()) == 0
     assert all(float(torch.as_tensor(case["image"]).min()) > 90 for case in dataset._kept)
 
 

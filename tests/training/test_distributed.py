@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import nn
 
-from medseg.bundle import launch, runner
 from medseg.bundle.catalog import Bundle
-from medseg.bundle.samples import write_samples
 from medseg.errors import RequestError
+from medseg.jobs import launch, runner
+from medseg.tools.samples import write_samples
 from medseg.training.distributed import (
     ValidationShare,
     distributed_network,
@@ -172,10 +172,10 @@ def shared_data(make_bundle: Any, tmp_path_factory: pytest.TempPathFactory) -> P
 def plain_source(tiny_source: dict[str, Any]) -> dict[str, Any]:
     """The tiny bundle with an optimizer that does not blow up rounding, as those of Adam's kind do."""
     tiny_source["blocks"] = {
-        "loss": {"_target_": "medseg.losses.SoftDiceCELoss"},
+        "loss": {"_target_": "medseg.components.SoftDiceCELoss"},
         "optimizer": {
             "_target_": "torch.optim.SGD",
-            "params": {"_target_": "medseg.bundle.parts.parameters", "network": "@network"},
+            "params": {"_target_": "medseg.components.parameters", "network": "@network"},
             "lr": "@learning_rate",
             "momentum": 0.9,
         },

@@ -14,18 +14,18 @@ from torch import nn
 
 from medseg.errors import RequestError
 from medseg.networks import UNet
-from medseg.training import (
-    Checkpoints,
+from medseg.training.checkpoint import Checkpoints
+from medseg.training.handlers import (
+    EMA,
     ClipGradients,
     EarlyStop,
     SeedEpochs,
     SeedSteps,
-    TrainingOutputs,
     Validation,
-    WeightAverage,
+    completes_step,
     needs_scaler,
 )
-from medseg.training.handlers import completes_step
+from medseg.training.wrapper import TrainingWrapper
 
 
 class _Transform:
@@ -82,7 +82,7 @@ def _averaging(decay: float, steps: int) -> tuple[nn.Linear, list[float], list[f
         network.weight.data.fill_(float(engine.state.iteration))
 
     trainer = Engine(step)
-    WeightAverage(network, validator, decay).attach(trainer)
+    EMA(network, validator, decay).attach(trainer)
 
     @trainer.on(Events.EPOCH_COMPLETED)
     def _validate() -> None:
@@ -109,10 +109,10 @@ def test_without_averaging_the_validator_sees_the_trained_weights() -> None:
 
 def test_the_average_survives_a_round_trip() -> None:
     network = nn.Linear(2, 2)
-    average = WeightAverage(network, Engine(lambda e, b: None), 0.9)
+    average = EMA(network, Engine(lambda e, b: None), 0.9)
     nn.init.ones_(network.weight)
     average.update()
-    other = WeightAverage(nn.Linear(2, 2), Engine(lambda e, b: None), 0.9)
+    other = EMA(nn.Linear(2, 2), Engine(lambda e, b: None), 0.9)
     other.load_state_dict(average.state_dict())
     assert other.steps == 1
     assert all(torch.equal(other.average[name], value) for name, value in average.average.items())
@@ -120,7 +120,7 @@ def test_the_average_survives_a_round_trip() -> None:
 
 def test_the_wrapper_gives_the_whole_output_and_adds_no_weights() -> None:
     network = UNet(2, 1, 2, (4, 8), dropout=0.0)
-    wrapped = TrainingOutputs(network)
+    wrapped = TrainingWrapper(network)
     image = torch.rand(1, 1, 16, 16)
     output = wrapped(image)
     assert torch.equal(output["logits"], network(image))
@@ -130,12 +130,12 @@ def test_the_wrapper_gives_the_whole_output_and_adds_no_weights() -> None:
 
 def test_a_network_without_training_outputs_gives_its_logits() -> None:
     network = nn.Conv2d(1, 2, 1)
-    assert set(TrainingOutputs(network)(torch.rand(1, 1, 4, 4))) == {"logits"}
+    assert set(TrainingWrapper(network)(torch.rand(1, 1, 4, 4))) == {"logits"}
 
 
 def test_bfloat16_is_used_in_the_network_and_gradients_stay_float32() -> None:
     network = nn.Conv2d(1, 2, 3)
-    logits = TrainingOutputs(network, precision="bfloat16")(torch.rand(1, 1, 8, 8))["logits"]
+    logits = TrainingWrapper(network, precision="bfloat16")(torch.rand(1, 1, 8, 8))["logits"]
     assert logits.dtype == torch.bfloat16
     logits.float().sum().backward()
     assert network.weight.grad is not None
@@ -144,7 +144,7 @@ def test_bfloat16_is_used_in_the_network_and_gradients_stay_float32() -> None:
 
 def test_an_unknown_precision_is_refused() -> None:
     with pytest.raises(RequestError, match="unknown precision 'half'"):
-        TrainingOutputs(nn.Conv2d(1, 1, 1), precision="half")
+        TrainingWrapper(nn.Conv2d(1, 1, 1), precision="half")
 
 
 def _train(batch: int, accumulate: int, steps: int, *, clip: float = 0.0, epochs: int = 1) -> nn.Module:
@@ -193,7 +193,7 @@ def test_the_optimizer_moves_after_each_group_and_at_the_end_of_an_epoch(
 
 def test_the_average_counts_steps_of_the_optimizer() -> None:
     network = nn.Linear(1, 1)
-    average = WeightAverage(network, Engine(lambda e, b: None), 0.9)
+    average = EMA(network, Engine(lambda e, b: None), 0.9)
     trainer = Engine(lambda engine, batch: None)
     trainer.accumulation_steps = 2
     average.attach(trainer)
@@ -282,8 +282,8 @@ def test_the_last_epoch_is_always_validated(interval: int, epochs: int, expected
     [
         (lambda: Validation(0, None), "val_interval=0"),
         (lambda: EarlyStop(Engine(lambda e, b: None), -1), "patience=-1"),
-        (lambda: WeightAverage(nn.Linear(2, 2), Engine(lambda e, b: None), 1.0), "ema_decay=1.0"),
-        (lambda: WeightAverage(nn.Linear(2, 2), Engine(lambda e, b: None), -0.5), "ema_decay=-0.5"),
+        (lambda: EMA(nn.Linear(2, 2), Engine(lambda e, b: None), 1.0), "ema_decay=1.0"),
+        (lambda: EMA(nn.Linear(2, 2), Engine(lambda e, b: None), -0.5), "ema_decay=-0.5"),
         (lambda: ClipGradients(nn.Linear(2, 2), float("nan")), "gradient_clip=nan"),
         (lambda: Checkpoints("", "", Engine(lambda e, b: None), {}, save_minutes=-1.0), "save_minutes=-1.0"),
         (lambda: needs_scaler("float16", "cpu"), "precision=float16 needs a CUDA device"),
@@ -300,7 +300,7 @@ def test_only_float16_is_scaled() -> None:
 
 def test_a_compiled_network_is_refused_with_taps() -> None:
     with pytest.raises(RequestError, match="compile=true does not work with taps"):
-        TrainingOutputs(nn.Sequential(nn.Conv2d(1, 1, 1)), taps={"E1": "0"}, compile=True)
+        TrainingWrapper(nn.Sequential(nn.Conv2d(1, 1, 1)), taps={"E1": "0"}, compile=True)
 
 
 @pytest.mark.parametrize(("max_norm", "expected"), [(1.0, 1.0), (100.0, 6.0)])

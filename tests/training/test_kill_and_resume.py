@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from medseg.bundle.catalog import Bundle
-from medseg.bundle.samples import write_samples
 from medseg.files import sha256_file
+from medseg.tools.samples import write_samples
 
 pytestmark = pytest.mark.slow
 
@@ -30,7 +30,7 @@ SOURCE: dict[str, Any] = {
     "channels": {"0": "grey"},
     "labels": {"0": "background", "1": "ball"},
     "network_def": {
-        "_target_": "medseg.networks.UNet",
+        "_target_": "medseg.components.UNet",
         "spatial_dims": 2,
         "in_channels": 1,
         "out_channels": 2,

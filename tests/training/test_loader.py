@@ -14,7 +14,9 @@ from monai.data import MetaTensor
 from monai.transforms import Compose, RandGaussianNoised, Transform
 
 from medseg.errors import CaseError, RequestError, WeightsError
-from medseg.training import EndlessBatches, SeededDataset, TrainingLoader
+from medseg.training.dataset import SeededDataset
+from medseg.training.loader import TrainingLoader
+from medseg.training.sampling import InfiniteBatchSampler
 
 CASES = [{"image": f"/somewhere/{name}.png", "name": f"{name}.png"} for name in "abcde"]
 
@@ -39,7 +41,7 @@ class Harms(Transform):
 def _loader(workers: int = 0, *steps: Any, seed: int = 1, batch_size: int = 2, cases: Any = CASES) -> TrainingLoader:
     transform = Compose([Load(), *steps, RandGaussianNoised("image", prob=1.0)])
     dataset = SeededDataset(cases, transform, seed=seed, cache_memory="0")
-    return TrainingLoader(dataset, EndlessBatches(dataset, batch_size, seed=seed), num_workers=workers)
+    return TrainingLoader(dataset, InfiniteBatchSampler(dataset, batch_size, seed=seed), num_workers=workers)
 
 
 def _images(loader: TrainingLoader, epochs: int) -> list[list[torch.Tensor]]:

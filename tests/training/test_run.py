@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from medseg.bundle import runner
 from medseg.bundle.catalog import Bundle
 from medseg.errors import CaseError, RequestError, WeightsError
 from medseg.files import sha256_file
+from medseg.jobs import runner
 from medseg.manifest import Manifest
 
 

@@ -17,7 +17,7 @@ from monai.handlers import MeanDice, from_engine
 from torch import nn
 
 from medseg.errors import MedsegError, RequestError
-from medseg.training import RunLog
+from medseg.training.run_log import RunLog
 
 NAMES = {
     "network_data_format": {"outputs": {"pred": {"channel_def": {"0": "background", "1": "liver", "2": "spleen"}}}}

@@ -15,9 +15,12 @@ from monai.transforms import Compose
 from torch import Tensor, nn
 
 from medseg.errors import RequestError, SizeError
-from medseg.losses import SelfRegLoss, SelfRegularizedLoss, TrainingLoss
+from medseg.losses.selfreg import SelfRegLoss, SelfRegularizedLoss
+from medseg.losses.training import TrainingLoss
 from medseg.networks import UNet
-from medseg.training import FeatureTaps, SeedEpochs, Tap, TrainingOutputs, preset_taps
+from medseg.training.handlers import SeedEpochs
+from medseg.training.taps import FeatureTaps, Tap, preset_taps
+from medseg.training.wrapper import TrainingWrapper
 
 WIDTHS = (4, 5, 6, 7, 8, 3)
 FULL = ["E1", "E2", "E3", "E4", "B", "D4", "D3", "D2", "D1"]
@@ -97,7 +100,7 @@ def hooks(network: nn.Module) -> int:
 
 
 def test_each_preset_records_its_blocks_from_the_image_down_and_up_again(subject):
-    output = TrainingOutputs(subject.network, taps="auto")(subject.image)
+    output = TrainingWrapper(subject.network, taps="auto")(subject.image)
     assert list(output["features"]) == subject.names
     for feature, stride in zip(output["features"].values(), subject.strides, strict=True):
         assert feature.shape[2:] == tuple(n // stride for n in subject.size)
@@ -106,7 +109,7 @@ def test_each_preset_records_its_blocks_from_the_image_down_and_up_again(subject
 
 def test_each_preset_trains_with_selfreg(subject):
     """The students get gradients from the regularizer alone; with the segmentation loss all parameters do."""
-    wrapped = TrainingOutputs(subject.network, taps="auto")
+    wrapped = TrainingWrapper(subject.network, taps="auto")
     output = wrapped(subject.image)
     terms = SelfRegLoss()(output["features"])
     students = [name for name in subject.names if name not in ("E1", "D1")]
@@ -122,7 +125,7 @@ def test_each_preset_trains_with_selfreg(subject):
 
 
 def test_every_recorded_block_shapes_the_logits(subject):
-    output = TrainingOutputs(subject.network, taps="auto")(subject.image)
+    output = TrainingWrapper(subject.network, taps="auto")(subject.image)
     gradients = torch.autograd.grad(output["logits"].square().sum(), list(output["features"].values()))
     assert all(gradient.any() for gradient in gradients)
 
@@ -130,41 +133,41 @@ def test_every_recorded_block_shapes_the_logits(subject):
 @pytest.mark.parametrize("training", [False, True])
 def test_logits_are_those_of_the_bare_network(subject, training):
     subject.network.train(training)
-    wrapped = TrainingOutputs(subject.network, taps="auto")
+    wrapped = TrainingWrapper(subject.network, taps="auto")
     with torch.no_grad():
         torch.manual_seed(2)
-        bare = subject.logits()
+        strip_metadata = subject.logits()
         torch.manual_seed(2)
-        assert torch.equal(wrapped(subject.image)["logits"], bare)
+        assert torch.equal(wrapped(subject.image)["logits"], strip_metadata)
 
 
 def test_nothing_stays_on_the_network(subject):
-    bare = copy.deepcopy(subject.network)
+    strip_metadata = copy.deepcopy(subject.network)
     before = hooks(subject.network)
-    SelfRegularizedLoss(BASE)(TrainingOutputs(subject.network, taps="auto")(subject.image), subject.label).backward()
+    SelfRegularizedLoss(BASE)(TrainingWrapper(subject.network, taps="auto")(subject.image), subject.label).backward()
     assert hooks(subject.network) == before
-    assert list(subject.network.state_dict()) == list(bare.state_dict())
-    assert set(vars(subject.network)) == set(vars(bare))
+    assert list(subject.network.state_dict()) == list(strip_metadata.state_dict())
+    assert set(vars(subject.network)) == set(vars(strip_metadata))
 
 
 @pytest.mark.filterwarnings("ignore:The TorchScript type system:UserWarning")  # inside MONAI's DynUNet
 @pytest.mark.parametrize("name", [name for name in NETWORKS if "Swin" not in name])
 def test_the_network_scripts_after_training_as_before(name):
     subject = Subject(name, 2)
-    TrainingOutputs(subject.network, taps="auto")(subject.image)
+    TrainingWrapper(subject.network, taps="auto")(subject.image)
     scripted = torch.jit.script(subject.network.eval())(subject.image)
     assert torch.equal(scripted if isinstance(scripted, Tensor) else scripted[-1], subject.logits())
 
 
 def test_the_network_exports_after_training_as_before():
     subject = Subject("BasicUNet", 2)
-    TrainingOutputs(subject.network, taps="auto")(subject.image)
+    TrainingWrapper(subject.network, taps="auto")(subject.image)
     exported = torch.export.export(subject.network.eval(), (subject.image,))
     torch.testing.assert_close(exported.module()(subject.image), subject.logits())
 
 
 def test_two_taps_per_block_are_its_first_and_its_last_layer(subject):
-    output = TrainingOutputs(subject.network, taps="auto", taps_per_block=2)(subject.image)
+    output = TrainingWrapper(subject.network, taps="auto", taps_per_block=2)(subject.image)
     names = list(output["features"])
     assert names[-1] == "D1"
     assert names[:-1:2] == [f"{name[:-2]}_0" for name in names[:-1:2]]
@@ -181,7 +184,7 @@ def test_the_first_layer_comes_before_the_last():
     """Gradient of the last layer's map reaches the first one's, and they differ."""
     for name in ("BasicUNet", "DynUNet", "SegResNet"):
         subject = Subject(name, 2)
-        features = TrainingOutputs(subject.network, taps="auto", taps_per_block=2)(subject.image)["features"]
+        features = TrainingWrapper(subject.network, taps="auto", taps_per_block=2)(subject.image)["features"]
         first, last = features["E2_0"], features["E2_1"]
         assert torch.autograd.grad(last.square().sum(), first)[0].any()
         assert not torch.equal(first, last)
@@ -189,7 +192,7 @@ def test_the_first_layer_comes_before_the_last():
 
 def test_transformer_layers_are_recorded_channels_first():
     subject = Subject("SwinUNETR", 3)
-    features = TrainingOutputs(subject.network, taps="auto", taps_per_block=2)(subject.image)["features"]
+    features = TrainingWrapper(subject.network, taps="auto", taps_per_block=2)(subject.image)["features"]
     assert list(features)[2:10] == [f"E{level}_{layer}" for level in (2, 3, 4, 5) for layer in (0, 1)]
     assert [features[f"E{level}_1"].shape[1:] for level in (2, 3, 4, 5)] == [
         (12 * 2**i, 32 >> i, 16 >> i, 16 >> i) for i in range(4)
@@ -201,7 +204,7 @@ def test_the_heads_of_monais_unet_plus_plus_become_auxiliary_outputs():
     network = nets.BasicUNetPlusPlus(2, 1, 2, WIDTHS, deep_supervision=True)
     image = torch.randn(1, 1, 32, 32)
     heads = network(image)
-    output = TrainingOutputs(network, taps="auto")(image)
+    output = TrainingWrapper(network, taps="auto")(image)
     assert torch.equal(output["logits"], heads[-1])
     assert all(torch.equal(found, head) for found, head in zip(output["aux"], heads, strict=True))
 
@@ -209,13 +212,13 @@ def test_the_heads_of_monais_unet_plus_plus_become_auxiliary_outputs():
 def test_outputs_that_are_no_logits_are_refused():
     network = nets.SegResNetVAE((16, 16), spatial_dims=2, init_filters=8, in_channels=1, out_channels=2)
     with pytest.raises(RequestError, match=r"SegResNetVAE returned a \w+, expected one tensor"):
-        TrainingOutputs(network)(torch.randn(1, 1, 16, 16))
+        TrainingWrapper(network)(torch.randn(1, 1, 16, 16))
 
 
 def test_our_own_networks_give_their_own_features():
     network = UNet(2, 1, 2, (4, 6, 8), dropout=0.0)
     image = torch.randn(1, 1, 16, 16)
-    wrapped = TrainingOutputs(network, taps="auto")
+    wrapped = TrainingWrapper(network, taps="auto")
     assert wrapped.taps is None
     assert list(wrapped(image)["features"]) == ["E1", "E2", "B", "D2", "D1"]
 
@@ -223,7 +226,7 @@ def test_our_own_networks_give_their_own_features():
 def test_modules_can_be_named_for_any_network():
     network = UNet(2, 1, 2, (4, 6, 8), dropout=0.0)
     image = torch.randn(1, 1, 16, 16)
-    features = TrainingOutputs(network, taps={"B_0": "bottleneck.0", "B_1": Tap("bottleneck")})(image)["features"]
+    features = TrainingWrapper(network, taps={"B_0": "bottleneck.0", "B_1": Tap("bottleneck")})(image)["features"]
     assert list(features) == ["B_0", "B_1"]
     assert torch.equal(features["B_1"], network.forward_train(image)["features"]["B"])
     assert hooks(network) == 0
@@ -243,12 +246,12 @@ def test_a_forward_pass_replaces_the_features_of_the_one_before():
 def test_hooks_go_also_when_the_network_fails():
     network = nets.BasicUNet(2, 1, 2, WIDTHS)
     with pytest.raises(RuntimeError):
-        TrainingOutputs(network, taps="auto")(torch.zeros(1, 7, 32, 32))
+        TrainingWrapper(network, taps="auto")(torch.zeros(1, 7, 32, 32))
     assert hooks(network) == 0
 
 
 def test_wrapped_weights_carry_no_prefix_and_load_into_the_bare_network():
-    wrapped = TrainingOutputs(nets.BasicUNet(2, 1, 2, WIDTHS), taps="auto")
+    wrapped = TrainingWrapper(nets.BasicUNet(2, 1, 2, WIDTHS), taps="auto")
     nets.BasicUNet(2, 1, 2, WIDTHS).load_state_dict(wrapped.network.state_dict())
     assert {name.removeprefix("network.") for name in wrapped.state_dict()} == set(wrapped.network.state_dict())
 
@@ -302,7 +305,7 @@ def test_monais_trainer_goes_on_bit_for_bit_where_it_stopped():
             device=torch.device("cpu"),
             max_epochs=epochs,
             train_data_loader=DataLoader(dataset, batch_size=2, shuffle=True),
-            network=TrainingOutputs(network, taps="auto"),
+            network=TrainingWrapper(network, taps="auto"),
             optimizer=optimizer,
             loss_function=loss,
             train_handlers=[SeedEpochs(1, dataset)],
@@ -330,13 +333,13 @@ def test_monais_trainer_goes_on_bit_for_bit_where_it_stopped():
 def test_taps_that_do_not_fit_are_named(taps, message):
     network = nn.Sequential(nn.Conv2d(1, 1, 1), nn.Flatten())
     with pytest.raises(RequestError, match=message):
-        TrainingOutputs(network, taps=taps)
+        TrainingWrapper(network, taps=taps)
 
 
 def test_outputs_that_are_no_maps_are_named():
     network = nn.Sequential(nn.Conv2d(1, 1, 1), nn.Flatten())
     with pytest.raises(SizeError, match=r"tap 'E1': '1' gave \(1, 16\)"):
-        TrainingOutputs(network, taps={"E1": "1"})(torch.zeros(1, 1, 4, 4))
+        TrainingWrapper(network, taps={"E1": "1"})(torch.zeros(1, 1, 4, 4))
 
 
 def test_a_block_is_tapped_once_or_twice():

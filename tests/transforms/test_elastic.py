@@ -12,9 +12,8 @@ from monai.data import MetaTensor
 from torch.nn import functional as F
 
 from medseg.errors import CaseError, RequestError
-from medseg.transforms import RandElasticd
 from medseg.transforms import elastic as module
-from medseg.transforms.elastic import dense_field
+from medseg.transforms.elastic import RandElasticd, dense_field
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "unet_metrics.npz"
 

@@ -6,7 +6,7 @@ from monai.transforms import Flip
 
 import medseg.transforms
 from medseg.errors import CaseError, RequestError
-from medseg.transforms import MapLabelsd
+from medseg.transforms.labels import MapLabelsd
 
 EXACT = {"0": 0, "255": 1}
 

@@ -10,7 +10,8 @@ from PIL import Image
 
 from medseg.errors import CaseError, GeometryError, RequestError
 from medseg.io import find_dataset
-from medseg.transforms import LoadCased, MapLabelsd
+from medseg.transforms.labels import MapLabelsd
+from medseg.transforms.load import LoadCased
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 

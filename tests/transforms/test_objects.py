@@ -14,7 +14,9 @@ from monai.data import MetaTensor
 from PIL import Image
 
 from medseg.errors import CaseError, RequestError
-from medseg.transforms import LoadCased, NumberObjectsd, SaveMaskd
+from medseg.transforms.load import LoadCased
+from medseg.transforms.objects import NumberObjectsd
+from medseg.transforms.save import SaveMaskd
 
 
 def drawn(*rows: str) -> torch.Tensor:

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.transforms import Compose, Invertd, Orientationd, Spacingd
 
-from medseg.transforms import LoadCased, SaveMaskd
+from medseg.transforms.load import LoadCased
+from medseg.transforms.save import SaveMaskd
 
 # (first byte, length) of dim, pixdim, xyzt_units, and qform_code to the end of srow_z.
 PLACE = {348: [(40, 16), (76, 32), (123, 1), (252, 76)], 540: [(16, 64), (104, 64), (500, 4), (344, 8), (352, 144)]}

@@ -9,7 +9,8 @@ from PIL import Image
 from medseg.errors import CaseError, GeometryError, OutputError, RequestError
 from medseg.io import load
 from medseg.io.names import mask_name
-from medseg.transforms import LoadCased, SaveMaskd
+from medseg.transforms.load import LoadCased
+from medseg.transforms.save import SaveMaskd
 
 AFFINE = np.diag([-1.0, -2, 3, 1])
 
@@ -223,7 +224,7 @@ def test_wrong_options_are_refused_at_once(out, options, part):
 
 @pytest.mark.parametrize(
     ("output_format", "module", "function"),
-    [("dicom-seg", "medseg.io.dicom_seg", "write_seg"), ("rtstruct", "medseg.io.rtstruct", "write_rtstruct")],
+    [("dicom-seg", "medseg.io.dicom.seg", "write_seg"), ("rtstruct", "medseg.io.dicom.rtstruct", "write_rtstruct")],
 )
 def test_dicom_objects_are_left_to_their_writers(loaded, out, tmp_path, monkeypatch, output_format, module, function):
     calls = []

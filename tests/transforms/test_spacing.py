@@ -9,7 +9,7 @@ from monai.data import MetaTensor
 from monai.transforms import Spacingd
 
 from medseg.errors import GeometryError
-from medseg.transforms import SeparableSpacingd
+from medseg.transforms.spacing import SeparableSpacingd
 
 
 def _image(dtype, shape=(30, 26, 22), channels: int = 2, order: str = "F") -> MetaTensor:

@@ -13,8 +13,8 @@ from monai.data import CacheDataset, DataLoader, MetaTensor
 from monai.transforms import Affine, Compose, RandScaleIntensityd, SpatialPad
 
 from medseg.errors import CaseError, RequestError
-from medseg.transforms import ClassPlacesd, RandWarpd
 from medseg.transforms.elastic import dense_field
+from medseg.transforms.warp import ClassIndicesd, RandWarpd
 
 # Every part at once, for 2D and 3D.
 EVERYTHING: dict[str, Any] = {
@@ -322,7 +322,7 @@ def spots() -> torch.Tensor:
 def test_foreground_patches_are_centered_at_each_class_as_often(noted):
     case: dict[Any, Any] = {"image": noise(1, 40, 50, 30), "label": spots()}
     if noted:
-        case = ClassPlacesd("label", max_places=500, ignore_label=255)(case)
+        case = ClassIndicesd("label", max_places=500, ignore_label=255)(case)
     size = (3, 3, 3)
     transform = RandWarpd(["image", "label"], size, foreground=1.0, num_samples=600, ignore_label=255)
     patches = transform.set_random_state(0)(case)
@@ -336,13 +336,13 @@ def test_foreground_patches_are_centered_at_each_class_as_often(noted):
 
 
 def test_notes_hold_the_voxels_of_each_class():
-    note = ClassPlacesd("label", max_places=500, ignore_label=255)({"label": spots()})["label_places"]
+    note = ClassIndicesd("label", max_places=500, ignore_label=255)({"label": spots()})["label_places"]
     flat = spots().flatten()
     assert [len(places) for places in note] == [500, 8, 1]
     assert [flat[places].unique().tolist() for places in note] == [[1], [2], [7]]
-    again = ClassPlacesd("label", max_places=500, ignore_label=255)({"label": spots()})["label_places"]
+    again = ClassIndicesd("label", max_places=500, ignore_label=255)({"label": spots()})["label_places"]
     assert all(torch.equal(a, b) for a, b in zip(note, again, strict=True))
-    assert ClassPlacesd("label")({"label": torch.zeros(1, 4, 4)})["label_places"] == []
+    assert ClassIndicesd("label")({"label": torch.zeros(1, 4, 4)})["label_places"] == []
 
 
 def test_other_patches_lie_anywhere_and_wholly_in_the_image():
@@ -423,7 +423,7 @@ def test_it_works_in_a_cached_data_set_with_a_loader():
     data = [{"image": noise(1, 30, 30, seed=i), "label": noise(1, 30, 30, seed=i).mul(3).int()} for i in range(3)]
     chain = Compose(
         [
-            ClassPlacesd("label"),
+            ClassIndicesd("label"),
             RandWarpd(["image", "label"], (16, 16), foreground=0.7, num_samples=2, **EVERYTHING),
             RandScaleIntensityd("image", factors=0.1, prob=1.0),
         ]

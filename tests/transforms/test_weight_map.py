@@ -11,8 +11,7 @@ import torch
 from monai.data import MetaTensor
 
 from medseg.errors import CaseError, RequestError
-from medseg.transforms import BorderWeightMapd
-from medseg.transforms.weight_map import border_term, two_nearest
+from medseg.transforms.weight_map import BorderWeightMapd, border_term, two_nearest
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "unet_metrics.npz"
 

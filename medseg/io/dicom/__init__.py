@@ -1,6 +1,6 @@
 """DICOM images: folders, single files, DICOMDIR and zip archives become series with a place in space.
 
-`marks` recognizes DICOM by its first bytes and loads nothing heavy; the rest brings numpy and pydicom on first use.
+`detect` recognizes DICOM by its first bytes and loads nothing heavy; the rest brings numpy and pydicom on first use.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from medseg.io.dicom.marks import is_dicom, split_series
+from medseg.io.dicom.detect import is_dicom, split_series
 
 if TYPE_CHECKING:
     from medseg.io.dicom.series import Series, open_series

@@ -23,7 +23,7 @@ from medseg.io.dicom.sources import Source, quiet, streams
 __all__ = ["Header", "Plane", "read_headers"]
 
 # What tells apart images at one place, in the order in which it is tried.
-_MARKS: Final = (
+_DISCRIMINATORS: Final = (
     *("StackID", "TemporalPositionIdentifier", "TemporalPositionIndex", "EchoNumbers", "EchoTime", "EffectiveEchoTime"),
     *("InversionTime", "DiffusionBValue", "DiffusionGradientOrientation", "TriggerTime"),
     *("NominalCardiacTriggerDelayTime", "ImageType", "FrameType", "AcquisitionNumber", "FrameAcquisitionNumber"),
@@ -54,7 +54,7 @@ _TOP: Final = (
     *("RescaleSlope", "RescaleIntercept"),
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
 )
-_TAGS: Final[tuple[BaseTag | int, ...]] = tuple(Tag(keyword) for keyword in dict.fromkeys((*_TOP, *_MARKS)))
+_TAGS: Final[tuple[BaseTag | int, ...]] = tuple(Tag(keyword) for keyword in dict.fromkeys((*_TOP, *_DISCRIMINATORS)))
 _PIXEL_DATA: Final = 0x7FE00010
 _UNDEFINED_LENGTH: Final = 0xFFFFFFFF
 _DEFLATED: Final = "1.2.840.10008.1.2.1.99"
@@ -106,7 +106,7 @@ class Plane:
     thickness: float | None
     slope: float
     inter: float
-    marks: tuple[tuple[str, str], ...]
+    discriminators: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -374,7 +374,7 @@ def _plane(frame: int, get: Callable[[str], Any]) -> Plane:
     orientation = _numbers(get, "ImageOrientationPatient", 6)
     depths = (_numbers(get, keyword, 1) or (0.0,) for keyword in ("SpacingBetweenSlices", "SliceThickness"))
     slope, inter = _numbers(get, "RescaleSlope", 1), _numbers(get, "RescaleIntercept", 1)
-    marks = ((mark, str(get(mark))) for mark in _MARKS if get(mark) not in (None, ""))
+    discriminators = ((mark, str(get(mark))) for mark in _DISCRIMINATORS if get(mark) not in (None, ""))
     return Plane(
         frame=frame,
         position=position,
@@ -383,7 +383,7 @@ def _plane(frame: int, get: Callable[[str], Any]) -> Plane:
         thickness=next((abs(depth) for (depth, *_) in depths if depth), None),
         slope=slope[0] if slope else 1.0,
         inter=inter[0] if inter else 0.0,
-        marks=tuple(marks),
+        discriminators=tuple(discriminators),
     )
 
 

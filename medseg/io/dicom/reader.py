@@ -77,7 +77,7 @@ def _channel_count(series: Series, channels: int | None, dims: int, path: Path) 
         raise CaseError(f"{path} has pixels of the kind {header.photometric}: expected grey values. Convert it.")
     if samples == 3 and not header.photometric.startswith("RGB") and int(pydicom.__version__.split(".")[0]) < 3:
         raise CaseError(f"{path} has color of the kind {header.photometric}, which needs pydicom 3 or newer.")
-    due = channels or (1 if series.placed else samples)
+    due = channels or (1 if series.has_geometry else samples)
     if due == 3 and samples == 1 and dims == 2:
         logger.info("%s is grey: its channel is repeated for a model of color pictures.", path)
         return 3

@@ -13,10 +13,10 @@ from pydicom import dcmread
 from pydicom.dataset import FileDataset
 
 from medseg.errors import CaseError, RequestError
+from medseg.io.dicom.detect import SERIES_MARK, split_series
 from medseg.io.dicom.headers import Header, read_headers
-from medseg.io.dicom.marks import SERIES_MARK, split_series
 from medseg.io.dicom.sources import Source, find_sources, quiet, streams
-from medseg.io.dicom.stacks import Slice, find_stacks, order_slices, place
+from medseg.io.dicom.stacks import Slice, find_stacks, order_slices, slice_key
 from medseg.io.geometry import MAX_VOXELS, Grid
 from medseg.io.names import StrPath
 
@@ -59,7 +59,7 @@ class Series:
     grid: Grid
     sop_uids: tuple[str, ...]
     frames: tuple[int, ...]
-    placed: bool
+    has_geometry: bool
     slices: tuple[Slice, ...] = field(repr=False)
 
     def headers(self) -> Iterator[FileDataset]:
@@ -93,9 +93,9 @@ class Group:
         return {header.source.folder for header in self.headers}
 
     @property
-    def placed(self) -> bool:
+    def has_geometry(self) -> bool:
         """Whether any of its images says where it lies; damaged files count as such."""
-        return any(not header.planes or Slice(header, header.planes[0]).placed for header in self.headers)
+        return any(not header.planes or Slice(header, header.planes[0]).has_geometry for header in self.headers)
 
     @property
     def localizer(self) -> bool:
@@ -130,7 +130,7 @@ def open_series(
     _refuse_damage(group, source)
     stacks = find_stacks(group.headers, source)
     slices = _pick(stacks, chosen, group, source)
-    if slices[0].placed:
+    if slices[0].has_geometry:
         ordered, grid = order_slices(slices, source)
     else:
         ordered, grid = slices, Grid((slices[0].header.columns, slices[0].header.rows), np.eye(4))
@@ -169,7 +169,7 @@ def _by_folder(headers: Sequence[Header]) -> list[list[Header]]:
         folders.setdefault(header.source.folder, []).append(header)
     if len(folders) == 1:
         return [list(headers)]
-    seen = [{place(Slice(h, plane)) for h in part for plane in h.planes} for part in folders.values()]
+    seen = [{slice_key(Slice(h, plane)) for h in part for plane in h.planes} for part in folders.values()]
     if headers[0].series_uid and len(set().union(*seen)) == sum(len(places) for places in seen):
         return [list(headers)]
     return list(folders.values())
@@ -238,7 +238,7 @@ def _summary(group: Group) -> str:
 
 
 def _list_others(others: Sequence[Header]) -> str:
-    told = [f"{header.source.place.name} is {header.other}" for header in others[:_SHOWN]]
+    told = [f"{header.source.full_path.name} is {header.other}" for header in others[:_SHOWN]]
     return ", ".join(told) + (f", and {len(others) - _SHOWN} more" if len(others) > _SHOWN else "")
 
 
@@ -255,7 +255,7 @@ def _pick(stacks: Sequence[list[Slice]], index: int | None, group: Group, source
         raise CaseError(f"{source}: the series {group.name} has no volume {index}, the last is {len(stacks) - 1}.")
     if index is not None or len(stacks) == 1:
         return stacks[index or 0]
-    if not any(item.placed for stack in stacks for item in stack):
+    if not any(item.has_geometry for stack in stacks for item in stack):
         raise CaseError(
             f"{source}: the series {group.name} is {len(stacks)} pictures that do not say where they "
             "lie: name one file."
@@ -280,7 +280,7 @@ def _series(group: Group, ordered: Sequence[Slice], grid: Grid) -> Series:
     first = ordered[0].header
     files = {item.header.source: item.header.sop_uid for item in ordered}
     return Series(
-        files=tuple(source.place for source in files),
+        files=tuple(source.full_path for source in files),
         uid=group.uid,
         study_uid=first.study_uid,
         frame_of_reference=first.frame_of_reference or None,
@@ -290,6 +290,6 @@ def _series(group: Group, ordered: Sequence[Slice], grid: Grid) -> Series:
         grid=grid,
         sop_uids=tuple(files.values()),
         frames=tuple(item.plane.frame + 1 for item in ordered),
-        placed=ordered[0].placed,
+        has_geometry=ordered[0].has_geometry,
         slices=tuple(ordered),
     )

@@ -18,7 +18,7 @@ from pydicom.filereader import read_dataset, read_file_meta_info
 from pydicom.uid import ImplicitVRLittleEndian
 
 from medseg.errors import CaseError, in_a_line, visible
-from medseg.io.dicom.marks import DIRECTORY_FILE, is_dicom, is_dicom_start
+from medseg.io.dicom.detect import DIRECTORY_FILE, is_dicom, is_dicom_start
 
 __all__ = ["Source", "file_source", "find_sources", "quiet", "streams"]
 
@@ -50,17 +50,17 @@ class Source:
     changed: int
 
     @property
-    def place(self) -> Path:
+    def full_path(self) -> Path:
         """The path, with the member's name below that of the archive."""
         return self.path / self.member if self.member else self.path
 
     @property
     def folder(self) -> Path:
         """Where it lies beside others."""
-        return self.place.parent
+        return self.full_path.parent
 
     def __str__(self) -> str:
-        return str(self.place)
+        return str(self.full_path)
 
 
 def streams(sources: Iterable[Source]) -> Iterator[tuple[Source, BinaryIO]]:

@@ -23,7 +23,7 @@ from medseg.io.dicom.headers import Header, Plane
 from medseg.io.dicom.sources import streams
 from medseg.io.geometry import GRID_TOLERANCE, MAX_SHEAR, Grid
 
-__all__ = ["Slice", "find_stacks", "order_slices", "place"]
+__all__ = ["Slice", "find_stacks", "order_slices", "slice_key"]
 
 logger = logging.getLogger(__name__)
 
@@ -46,14 +46,16 @@ class Slice:
     plane: Plane
 
     @property
-    def placed(self) -> bool:
+    def has_geometry(self) -> bool:
         """Whether the file says where it lies."""
         return self.plane.position is not None and self.plane.orientation is not None
 
 
-def place(item: Slice) -> Hashable:
+def slice_key(item: Slice) -> Hashable:
     """Return what two copies of one image, or two images at one place, have in common."""
-    return (item.plane.position, item.plane.orientation) if item.placed else (item.header.sop_uid, item.plane.frame)
+    return (
+        (item.plane.position, item.plane.orientation) if item.has_geometry else (item.header.sop_uid, item.plane.frame)
+    )
 
 
 def find_stacks(headers: Sequence[Header], source: object) -> list[list[Slice]]:
@@ -66,8 +68,8 @@ def find_stacks(headers: Sequence[Header], source: object) -> list[list[Slice]]:
             claim to be the same image.
     """
     slices = [Slice(header, plane) for header in _without_copies(headers) for plane in header.planes]
-    stacks = [[item] for item in slices if not item.placed]
-    for group in _alike([item for item in slices if item.placed]):
+    stacks = [[item] for item in slices if not item.has_geometry]
+    for group in _alike([item for item in slices if item.has_geometry]):
         stacks += _separated(group, source)
     return sorted(stacks, key=lambda stack: min(_number(item) for item in stack))
 
@@ -189,12 +191,12 @@ def _places(slices: Sequence[Slice], source: object) -> list[int]:
 
 def _names(slices: Sequence[Slice]) -> list[str]:
     """Return the marks that all slices have, and that differ, in the order in which they are tried."""
-    shared = [name for name, _ in slices[0].plane.marks]
+    shared = [name for name, _ in slices[0].plane.discriminators]
     return [name for name in shared if len({_mark(item, name) for item in slices}) > 1]
 
 
 def _mark(item: Slice, name: str) -> str:
-    return dict(item.plane.marks).get(name, "")
+    return dict(item.plane.discriminators).get(name, "")
 
 
 def _ranks(slices: Sequence[Slice], places: Sequence[int]) -> list[str]:

@@ -19,12 +19,12 @@ from medseg.errors import MedsegError, RequestError
 from medseg.label.app.scoring import DiceScoring, UncertaintyScoring
 from medseg.label.app.strategies import RandomStrategy, UncertaintyStrategy
 from medseg.label.app.tasks import BundleInfer, BundleTrain
-from medseg.label.guards import check_query, check_tag, image_inside
-from medseg.label.offers import find_offers
 from medseg.label.options import LabelOptions, is_remote_store
 from medseg.label.predictor import Predictor
 from medseg.label.privacy import Pseudonyms, read_key
 from medseg.label.records import on_the_series
+from medseg.label.request_checks import check_query, check_tag, image_inside
+from medseg.label.served_bundles import find_offers
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from monailabel.interfaces.tasks.scoring import ScoringMethod
 
-from medseg.bundle.runner import known_mean
 from medseg.errors import MedsegError
+from medseg.jobs.runner import nanmean
 from medseg.label.annotations import dice, read_annotation
 from medseg.label.app.strategies import chosen_predictor, measured
 from medseg.label.records import annotations_of
@@ -51,7 +51,7 @@ class DiceScoring(ScoringMethod):  # type: ignore[misc]  # MONAI Label publishes
             except MedsegError as error:
                 logger.warning("a label could not be scored: %s", error)
         found = {name: [each for image in scores.values() if (each := image[name]) is not None] for name in labels}
-        means = {name: known_mean(values) if values else None for name, values in found.items()}
+        means = {name: nanmean(values) if values else None for name, values in found.items()}
         return {"model": predictor.offer.name, "images": scores, "mean": means}
 
 

@@ -52,11 +52,11 @@ def run(options: LabelOptions, *, certificate: Path | None = None, key: Path | N
     from monailabel.app import app
     from monailabel.interfaces.utils.app import app_instance
 
-    from medseg.label.app import guarding
+    from medseg.label.app import middleware
 
     # Its own processes cannot print this setting, and stop.
     os.environ.pop("MONAI_LABEL_CORS_ORIGINS", None)
-    guarding.mend()
+    middleware.patch_monailabel()
     try:
         instance = app_instance()
     except (OSError, ValueError) as error:
@@ -66,7 +66,7 @@ def run(options: LabelOptions, *, certificate: Path | None = None, key: Path | N
         ) from error
     instance.pseudonyms = pseudonyms
     instance.learn_names()
-    guarding.guard(app, options, pseudonyms, learn=instance.learn_names)
+    middleware.guard(app, options, pseudonyms, learn=instance.learn_names)
     _tell_images(instance.datastore(), options)
     logger.info("serving on %s:%s, login %s", options.host, options.port, "on" if options.login else "off")
     uvicorn.run(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from monailabel.interfaces.tasks.strategy import Strategy
 
 from medseg.errors import MedsegError, RequestError
-from medseg.label.choice import INFO_KEY, choose_randomly, choose_unsure, known_values
+from medseg.label.active_learning import INFO_KEY, choose_randomly, choose_unsure, known_values
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -16,14 +16,14 @@ from monailabel.interfaces.tasks.train import TrainTask
 from medseg.bundle.knobs import knobs
 from medseg.errors import RequestError
 from medseg.files import replace_text
-from medseg.label.plain_nrrd import as_viewers_read
+from medseg.label.fine_tuning import Tuned, TuningRequest, tune
+from medseg.label.plain_nrrd import to_viewer_nrrd
 from medseg.label.records import annotations_of
-from medseg.label.tuning import Tuned, TuningRequest, tune
 
 if TYPE_CHECKING:
-    from medseg.label.offers import Offer
     from medseg.label.predictor import Predictor
     from medseg.label.privacy import Pseudonyms
+    from medseg.label.served_bundles import Offer
 
 __all__ = ["BundleInfer", "BundleTrain", "device_setting"]
 
@@ -80,7 +80,7 @@ class BundleInfer(InferTask):  # type: ignore[misc]  # MONAI Label publishes no 
         mask = self.predictor.predict(
             source, ending=request.get("result_extension") or "", settings=device_setting(request)
         )
-        as_viewers_read(mask, dtype=request.get("result_dtype"), compress=request.get("result_compress"))
+        to_viewer_nrrd(mask, dtype=request.get("result_dtype"), compress=request.get("result_compress"))
         seconds = round(time.perf_counter() - start, 2)
         logger.info("%s predicted an image in %.2f s", self.predictor.offer.name, seconds)
         return str(mask), {"label_names": self.labels, "latencies": {"total": seconds}, "centroids": {}}

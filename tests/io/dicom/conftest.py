@@ -285,10 +285,10 @@ def _boxes(inside: NDArray[np.bool_]) -> list[NDArray[np.float64]]:
 
 
 def _contour(corners: NDArray[np.float64], affine: NDArray[np.float64]) -> Dataset:
-    placed = np.column_stack([corners, np.ones(len(corners))]) @ (LPS @ affine).T
+    vertices = np.column_stack([corners, np.ones(len(corners))]) @ (LPS @ affine).T
     contour = Dataset()
     contour.ContourGeometricType, contour.NumberOfContourPoints = "CLOSED_PLANAR", len(corners)
-    contour.ContourData = [number(value) for value in placed[:, :3].ravel()]
+    contour.ContourData = [number(value) for value in vertices[:, :3].ravel()]
     return contour
 
 
@@ -300,11 +300,13 @@ def abdomen() -> tuple[Written, NDArray[np.uint8]]:
     reader.SetFileNames(names)
     image = reader.Execute()
     label = sitk.ReadImage(str(ABDOMEN / "ct_jpeg2000_label.nii.gz"))
-    placed = sitk.Resample(label, image, sitk.Transform(), sitk.sitkNearestNeighbor, 0, sitk.sitkUInt8)
-    assert sitk.GetArrayViewFromImage(image)[sitk.GetArrayViewFromImage(placed) == 5].mean() == pytest.approx(89, abs=1)
+    resampled = sitk.Resample(label, image, sitk.Transform(), sitk.sitkNearestNeighbor, 0, sitk.sitkUInt8)
+    assert sitk.GetArrayViewFromImage(image)[sitk.GetArrayViewFromImage(resampled) == 5].mean() == pytest.approx(
+        89, abs=1
+    )
     affine = np.eye(4)
     affine[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * image.GetSpacing()
     affine[:3, 3] = image.GetOrigin()
     values = sitk.GetArrayFromImage(image).transpose(2, 1, 0)
     series = Written(ABDOMEN / "ct_jpeg2000", [Path(name) for name in names], values, LPS @ affine, "")
-    return series, sitk.GetArrayFromImage(placed).transpose(2, 1, 0)
+    return series, sitk.GetArrayFromImage(resampled).transpose(2, 1, 0)

@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 
 import medseg
 from medseg.bundle.catalog import Bundle
+from medseg.diagnosis.doctor import Needs, examine
+from medseg.diagnosis.repair import repair
 from medseg.errors import CaseError, RequestError
 from medseg.files import sha256_file
 from medseg.io import find_cases, find_dataset, list_cases, load_label, write_mask
-from medseg.io.dicom_seg import write_seg
-from medseg.report.doctor import Needs, examine
-from medseg.report.repair import repair
-from medseg.transforms import LoadCased
+from medseg.io.dicom.seg import write_seg
+from medseg.transforms.load import LoadCased
 from tests.io.dicom.conftest import ABDOMEN, DATA, written_by_highdicom, written_by_pydicom
 
 NAMES = {1: "small", 2: "large"}

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from medseg.errors import CaseError, GeometryError, RequestError
 from medseg.io import load, load_label, read_grid, write_mask
-from medseg.io.dicom_seg import write_seg
+from medseg.io.dicom.rtstruct import write_rtstruct
+from medseg.io.dicom.seg import write_seg
 from medseg.io.geometry import Grid
-from medseg.io.rtstruct import write_rtstruct
 from tests.io.dicom.conftest import LABELS, random_mask, written_by_highdicom, written_by_pydicom
 
 VALUES = {name: value for value, name in LABELS.items()}

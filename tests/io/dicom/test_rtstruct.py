@@ -12,7 +12,7 @@ from pydicom.dataset import Dataset
 
 from medseg.errors import CaseError, GeometryError
 from medseg.io.dicom import open_series
-from medseg.io.rtstruct import read_rtstruct, write_rtstruct
+from medseg.io.dicom.rtstruct import read_rtstruct, write_rtstruct
 from tests.io.dicom.conftest import ABDOMEN, DATA, LABELS, LPS, WHEN, edited, random_mask
 
 VALUES = {name: value for value, name in LABELS.items()}
@@ -186,9 +186,9 @@ def test_a_contour_of_another_program_covers_the_centers_inside_of_it(source: An
     polygon = np.array([[1.2, 1.1], [6.9, 2.3], [4.4, 6.6], [3.9, 3.1]])
 
     def redraw(dataset: Dataset) -> None:
-        placed = np.column_stack([polygon, np.full(4, 3.0), np.ones(4)]) @ (LPS @ source.affine).T
+        vertices = np.column_stack([polygon, np.full(4, 3.0), np.ones(4)]) @ (LPS @ source.affine).T
         contour = dataset.ROIContourSequence[0].ContourSequence[0]
-        contour.ContourData = [f"{value:.3f}" for value in placed[:, :3].ravel()]
+        contour.ContourData = [f"{value:.3f}" for value in vertices[:, :3].ravel()]
         contour.NumberOfContourPoints = 4
         dataset.ROIContourSequence[0].ContourSequence = [contour]
 

@@ -16,8 +16,8 @@ from pydicom.dataset import Dataset
 
 from medseg.errors import CaseError, GeometryError, OutputError, RequestError
 from medseg.io import load_label, read_grid
-from medseg.io.dicom_seg import write_seg
-from medseg.io.rtstruct import write_rtstruct
+from medseg.io.dicom.rtstruct import write_rtstruct
+from medseg.io.dicom.seg import write_seg
 from tests.io.dicom.conftest import LABELS, WHEN, random_mask
 
 VALUES = {name.upper(): value for value, name in LABELS.items()}

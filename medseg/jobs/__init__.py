@@ -1,0 +1,1 @@
+"""Running a bundle: training, evaluation and prediction, in one process or several."""

@@ -1,0 +1,262 @@
+"""The three jobs of a bundle as functions: train, evaluate, predict. The command line is a face of these.
+
+Each checks the whole request before torch or MONAI are imported.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from medseg.bundle.build import build, stale_files
+from medseg.bundle.catalog import Bundle, find_bundle, merged
+from medseg.bundle.compose import compose, spatial_dims
+from medseg.bundle.knobs import changed
+from medseg.bundle.recipes import with_recipe
+from medseg.bundle.trust import require_trust
+from medseg.errors import RequestError
+from medseg.files import check_folder, load_json, replace_text
+from medseg.io import find_cases, find_dataset
+from medseg.jobs import launch, runner
+from medseg.jobs.ensembles import ensemble_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from medseg.jobs.runner import Announce, Report
+    from medseg.manifest import Manifest
+
+__all__ = ["evaluate", "predict", "train", "train_config"]
+
+
+def predict(
+    bundle: str | Path | Sequence[str | Path],
+    inputs: str | Path | Sequence[str | Path],
+    output: str | Path,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    trust: str | None = None,
+    report: Report | None = None,
+    announce: Announce | None = None,
+) -> Manifest:
+    """Write a mask for every image, on the image's own grid and under its name, and `manifest.json`.
+
+    Args:
+        bundle: folder, or name of a shipped bundle; of several, the mean of their predictions is taken.
+        inputs: an image, several, a folder of images, or a `dataset.json`.
+        output: folder for the results, made if missing.
+        settings: knobs to change, by name.
+        resume: leave out what an earlier run with the same settings has done.
+        trust: fingerprint by which you vouch for a bundle that is not declarative.
+        report: called with cases done, cases in all, and a few words.
+        announce: called with the name of each case and what it will take in time and memory.
+
+    Returns:
+        The record of the run; a case that failed is in it with the reason.
+
+    Raises:
+        RequestError: anything about the request that cannot be; nothing was written.
+    """
+    if not isinstance(bundle, (str, Path)):
+        with ensemble_of(bundle) as together:
+            return predict(
+                together.root,
+                inputs,
+                output,
+                settings=settings,
+                resume=resume,
+                trust=trust,
+                report=report,
+                announce=announce,
+            )
+    found, folder = find_bundle(bundle), Path(output).absolute()
+    given = [inputs] if isinstance(inputs, (str, Path)) else list(inputs)
+    places = [str(Path(place).absolute()) for place in given]
+    source = places[0] if len(places) == 1 else places
+    cases = find_cases(source)
+    paths = {"dataset_dir": source, "output_dir": str(folder)}
+    job = runner.prepare("predict", found, settings or {}, paths=paths, trust=trust)
+    check_folder(folder)
+    return runner.predict(job, cases, folder, resume=resume, report=report, announce=announce)
+
+
+def evaluate(
+    bundle: str | Path,
+    data: str | Path,
+    *,
+    split: str = "val",
+    output: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    trust: str | None = None,
+    report: Report | None = None,
+) -> Manifest:
+    """Predict labeled cases and score them, each on its label's own grid.
+
+    Args:
+        bundle: folder, or name of a shipped bundle.
+        data: data set as `medseg.components.find_dataset` takes it.
+        split: "val", "train" or "test".
+        output: folder for `manifest.json`; the bundle's `runs/evaluate` if not given.
+        settings: knobs to change, by name.
+        trust: fingerprint by which you vouch for a bundle that is not declarative.
+        report: called with cases done, cases in all, and a few words.
+
+    Returns:
+        The record of the run, with the Dice of each label in the cases' metrics.
+
+    Raises:
+        RequestError: anything about the request that cannot be.
+    """
+    found, root = find_bundle(bundle), Path(data).absolute()
+    folder = found.root / "runs" / "evaluate" if output is None else Path(output).absolute()
+    paths = {"dataset_dir": str(root), "split": split, "output_dir": str(folder)}
+    job = runner.prepare("evaluate", found, settings or {}, paths=paths, trust=trust)
+    cases = find_dataset(root, split, split_file=_split_file(job.config, split))
+    check_folder(folder)
+    return runner.evaluate(job, cases, folder, report=report)
+
+
+def train(
+    bundle: str | Path,
+    data: str | Path,
+    *,
+    output: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    devices: int = 1,
+    resume: bool = False,
+    overwrite: bool = False,
+    trust: str | None = None,
+    report: Report | None = None,
+) -> Manifest:
+    """Train a bundle, or a copy of it; the best weights become its `models/model.pt`.
+
+    Args:
+        bundle: folder, or name of a shipped bundle.
+        data: data set as `medseg.components.find_dataset` takes it.
+        output: new folder for a copy to train; the bundle itself is trained if not given.
+        settings: knobs to change, by name; `recipe` names one of `medseg.bundle.recipes`, which changes the bundle's
+            `bundle.json` and configs ("" goes back to those of its template).
+        devices: processes that train together, on CUDA each with a device of its own.
+        resume: go on from the last finished epoch.
+        overwrite: replace the weights that the bundle has.
+        trust: fingerprint by which you vouch for a bundle that is not declarative.
+        report: called with epochs done, epochs in all, and a few words.
+
+    Returns:
+        The record of the run, with the validations.
+
+    Raises:
+        RequestError: anything about the request that cannot be.
+        CaseError: a training case that cannot be used.
+    """
+    source, root = find_bundle(bundle), Path(data).absolute()
+    target = source if output is None else Bundle(Path(output).absolute())
+    paths = {"dataset_dir": str(root), "resume": resume}
+    values = dict(settings or {})
+    recipe = values.pop("recipe", None)
+    if recipe is None:
+        runner.prepare("train", source, values, paths=paths, trust=trust)
+    else:
+        require_trust(source.root, source.load_configs("train"), trust)
+    known = train_config(source, recipe)
+    changed(known, values)
+    config = {**known, **values}
+    launch.check_processes(devices, config)
+    for split in ("train", "val"):
+        find_dataset(root, split, split_file=_split_file(config, split))
+    _check_target(target, config, resume=resume, overwrite=overwrite)
+    if (target.root / "configs").is_dir():
+        _check_same(target, known, recipe, resume=resume)
+    check_folder(target.root)
+    _copy(source, target)
+    if recipe is not None:
+        replace_text(target.root / "bundle.json", json.dumps(_by_recipe(target, recipe), indent=2) + "\n")
+        build(target)
+    prepare = partial(runner.prepare, "train") if devices == 1 else launch.prepare
+    job = prepare(target, values, paths=paths, trust=trust)
+    return launch.train(job, devices, report=report)
+
+
+def _split_file(config: Mapping[str, Any], split: str) -> str | None:
+    """The file that divides the cases of a run otherwise than the data set itself does."""
+    given = config.get("split_file")
+    return given if isinstance(given, str) and given and split != "test" else None
+
+
+def train_config(bundle: Bundle, recipe: Any = None) -> dict[str, Any]:
+    """Return the config that a bundle, or a copy of it, trains by: its own, or that of a recipe.
+
+    Raises:
+        RequestError: an unknown recipe, or a bundle whose configs do not come from its `bundle.json`.
+    """
+    return merged(bundle.load_configs("train")) if recipe is None else compose(_by_recipe(bundle, recipe))["train"]
+
+
+def _by_recipe(bundle: Bundle, recipe: Any) -> dict[str, Any]:
+    """Return what `bundle.json` has to say for the bundle to be trained by a recipe.
+
+    Raises:
+        RequestError: an unknown recipe, or a bundle whose configs do not come from its `bundle.json`.
+    """
+    stale = [name for name in stale_files(bundle) if name != "configs/metadata.json"]
+    if stale:
+        raise RequestError(
+            f"{', '.join(stale)} of '{bundle.root}' differ from its bundle.json, so a recipe would undo what was "
+            f"changed there; run `medseg bundle build {bundle.root}` first"
+        )
+    description = load_json(bundle.root / "bundle.json")
+    return with_recipe(description, str(recipe), spatial_dims(description))
+
+
+def _check_target(target: Bundle, config: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
+    """Refuse to replace what an earlier training has made.
+
+    Raises:
+        RequestError: there are weights, or the state of a training that was interrupted before it had any.
+    """
+    state = launch.run_folder(target, config) / "previous.pt"
+    found = next((path for path in (target.weights, state) if path.is_file()), None)
+    if found is not None and not (resume or overwrite):
+        raise RequestError(
+            f"'{found}' exists and training would replace it: give --output NEW_FOLDER to train a copy, --resume to "
+            "go on, or --overwrite"
+        )
+
+
+def _check_same(target: Bundle, known: Mapping[str, Any], recipe: str | None, *, resume: bool) -> None:
+    """Refuse to train a bundle that is not the copy it is taken for, or to go on by another recipe.
+
+    Raises:
+        RequestError: its configs are others than those that were asked for.
+    """
+    if resume and recipe is not None and merged(target.load_configs("train")) != train_config(target, recipe):
+        raise RequestError(
+            f"'{target.root}' was not begun with recipe={recipe!r}, so it cannot go on with it: leave the recipe out, "
+            "or give --overwrite in place of --resume to train anew"
+        )
+    if not resume and train_config(target, recipe) != known:
+        raise RequestError(
+            f"'{target.root}' holds another bundle than the one to train a copy of: train it under its own name, or "
+            "give another --output"
+        )
+
+
+def _copy(source: Bundle, target: Bundle) -> None:
+    """Copy a bundle without its weights and runs, unless the target is one already."""
+    if target.root == source.root or (target.root / "configs").is_dir():
+        return
+    for folder in ("configs", "docs"):
+        if (source.root / folder).is_dir():
+            shutil.copytree(source.root / folder, target.root / folder, symlinks=True)
+    if (source.root / "LICENSE").is_file():
+        shutil.copy2(source.root / "LICENSE", target.root / "LICENSE")
+    # What these say of the source's weights is not true of those to come.
+    for path, entry in (("bundle.json", "weights_license"), ("configs/metadata.json", "weights")):
+        if (source.root / path).is_file():
+            content = load_json(source.root / path)
+            content.pop(entry, None)
+            replace_text(target.root / path, json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,326 @@
+"""Cross-validation: the same bundle trained on each fold of a data set, and what came out of all of them together.
+
+::
+
+    OUT/folds.json               which case is in which fold; depends on the data set and the seed alone
+    OUT/fold_0/                  a bundle with the weights of this fold, and split.json
+    OUT/cross_validation.json    each case scored by the fold that did not train on it; also as .txt
+    OUT/configs, OUT/models      the folds as one bundle that averages them, so `medseg predict OUT` works
+
+Folds may be trained one after the other or each by a job of its own; whichever ends last writes what needs all of them.
+Nothing heavy is imported before a request is checked.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from medseg.bundle.catalog import Bundle, find_bundle, merged
+from medseg.bundle.knobs import changed
+from medseg.errors import RequestError
+from medseg.files import check_folder, replace_text, sha256_file
+from medseg.io.datasets import SPLIT_FILE, find_dataset, read_dataset, read_json, split_stems
+from medseg.io.names import StrPath, absolute
+from medseg.io.patients import find_patients
+from medseg.jobs import api
+from medseg.jobs.ensembles import write_ensemble
+from medseg.jobs.launch import check_processes
+from medseg.manifest import Manifest
+from medseg.scoring.scores import CROSS_VALIDATION, Scores, write_scores
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from medseg.jobs.runner import Report
+
+__all__ = ["FOLDS_FILE", "Folds", "cross_validate", "fold_bundles", "is_scored", "make_folds"]
+
+FOLDS_FILE: Final = "folds.json"
+_PARTS: Final = ("train", "val")
+# Where a run takes place is no part of what it makes.
+_PLACES: Final = ("device_name", "num_workers", "split_file")
+
+
+@dataclass(frozen=True)
+class Folds:
+    """Which cases are in which fold.
+
+    Attributes:
+        seed: from which they were dealt.
+        folds: the cases of each, which it validates on; it trains on all others.
+        held_out: cases that are in no fold: the data set's own validation part, where it has one.
+        patients: case -> patient, who is named by one of the cases.
+    """
+
+    seed: int
+    folds: tuple[tuple[str, ...], ...]
+    held_out: tuple[str, ...]
+    patients: Mapping[str, str]
+
+    def split(self, number: int) -> dict[str, list[str]]:
+        """Return what a fold trains and validates on."""
+        train = sorted(case for other, cases in enumerate(self.folds) if other != number for case in cases)
+        return {"train": train, "val": list(self.folds[number])}
+
+    def to_json(self) -> str:
+        """Return the content of `folds.json`."""
+        content = {
+            "seed": self.seed,
+            "folds": [self.split(number) for number in range(len(self.folds))],
+            "held_out": list(self.held_out),
+            "patients": {case: self.patients[case] for case in sorted(self.patients)},
+        }
+        return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def make_folds(data: StrPath, count: int, seed: int) -> Folds:
+    """Deal the cases of a data set into folds, patient by patient.
+
+    Where the data set says which cases are for training and which for validation, the folds are of the training part;
+    the rest stays held out, so that the ensemble of the folds can be scored on it. Otherwise they are of all labeled
+    cases.
+
+    Args:
+        data: data set as `medseg.components.find_dataset` takes it.
+        count: how many folds.
+        seed: which of the many ways to deal.
+
+    Raises:
+        RequestError: the data set cannot be read, or has too few patients.
+    """
+    dataset = read_dataset(data)
+    listed = set(_PARTS) <= set(dataset.sections)
+    if listed or (dataset.root / SPLIT_FILE).is_file():
+        parts = split_stems(dataset)
+        cases, held_out = parts["train"], parts["val"]
+    else:
+        cases, held_out = sorted(set(dataset.images) & set(dataset.labels)), []
+    patients = find_patients(data)
+    known = {case: patients[case] for case in cases}
+    # Its package loads torch, for which the questions above need not wait.
+    from medseg.training.splits import patient_folds
+
+    dealt = patient_folds(cases, known, count, seed)
+    return Folds(seed, tuple(tuple(fold) for fold in dealt), tuple(sorted(held_out)), known)
+
+
+def cross_validate(
+    bundle: str | Path,
+    data: str | Path,
+    output: str | Path,
+    *,
+    folds: int = 5,
+    fold: int | None = None,
+    devices: int = 1,
+    settings: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    report: Report | None = None,
+) -> Scores | None:
+    """Train a copy of a bundle on each fold, or on one of them, and score each case by the fold that has not seen it.
+
+    Args:
+        bundle: folder, or name of a shipped bundle; a declarative one.
+        data: data set as `medseg.components.find_dataset` takes it.
+        output: folder for all folds.
+        folds: how many there are.
+        fold: the one to train, from 0; all if not given.
+        devices: processes that train one fold together.
+        settings: knobs to change, by name; `seed` also decides which case is in which fold.
+        resume: leave finished folds as they are, and go on with unfinished ones.
+        overwrite: train all anew.
+        report: called with epochs done, epochs in all, and a few words.
+
+    Returns:
+        The scores, once all folds are trained; None if some still are not.
+
+    Raises:
+        RequestError: anything about the request that cannot be.
+        CaseError: a case that cannot be used.
+    """
+    source, root, out = find_bundle(bundle), absolute(data), absolute(output)
+    if fold is not None and not 0 <= fold < folds:
+        raise RequestError(f"--fold {fold}: there are folds 0 to {folds - 1}")
+    values = dict(settings or {})
+    known = api.train_config(source, values.get("recipe"))
+    own = {name: value for name, value in values.items() if name != "recipe"}
+    config = {**known, **changed(known, {**own, "split_file": SPLIT_FILE})}
+    check_processes(devices, config)
+    dealt = make_folds(root, folds, _seed(config.get("seed", 0)))
+    chosen = list(range(folds)) if fold is None else [fold]
+    targets = {number: Bundle(out / f"fold_{number}") for number in chosen}
+    begun = [target.root.name for target in targets.values() if target.weights.is_file() or _has_state(target)]
+    if begun and not (resume or overwrite):
+        raise RequestError(
+            f"'{out}' holds {', '.join(begun)} already: give --resume to keep what is finished and go on, --overwrite "
+            "to train anew, or another --output"
+        )
+    _write_folds(dealt, out)
+    for number, target in targets.items():
+        replace_text(target.root / SPLIT_FILE, json.dumps(dealt.split(number), indent=2, ensure_ascii=False) + "\n")
+        run = _FoldRun(source, target, root, number, folds, values, known, report)
+        run.complete(devices, resume=resume)
+    return _summarize(source, out, root, dealt)
+
+
+def fold_bundles(folder: Path) -> list[Bundle]:
+    """Return the bundles of the folds in the folder of a cross-validation, in order, whether trained or not."""
+    count = len(read_json(folder / FOLDS_FILE).get("folds", []))
+    return [Bundle(folder / f"fold_{number}") for number in range(count)]
+
+
+@dataclass(frozen=True)
+class _FoldRun:
+    """One fold: what to train, where, and how far it is."""
+
+    source: Bundle
+    target: Bundle
+    data: Path
+    number: int
+    count: int
+    settings: dict[str, Any]
+    config: Mapping[str, Any]
+    report: Report | None
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The settings of the run with the fold's own split."""
+        return {**self.settings, "split_file": str(self.target.root / SPLIT_FILE)}
+
+    def complete(self, devices: int, *, resume: bool) -> None:
+        """Train the fold and score it, as far as that is not done."""
+        if resume:
+            self._check_config()
+        trained = resume and self.is_trained()
+        if not trained:
+            api.train(
+                self.source.root,
+                self.data,
+                output=self.target.root,
+                settings=self.values,
+                devices=devices,
+                resume=resume and _has_state(self.target),
+                overwrite=True,
+                report=self._told("epochs"),
+            )
+        if not (trained and is_scored(self.target)):
+            scored = {name: value for name, value in self.values.items() if name != "recipe"}
+            api.evaluate(self.target.root, self.data, settings=scored, report=self._told("scored cases"))
+
+    def is_trained(self) -> bool:
+        """Tell whether an earlier run has finished this fold, with the same settings.
+
+        Raises:
+            RequestError: it has, with other settings.
+        """
+        path = self.target.root / "runs" / "train" / "manifest.json"
+        if not (path.is_file() and self.target.weights.is_file()):
+            return False
+        manifest = Manifest.read(path)
+        self._check_settings(manifest)
+        return manifest.status == "done"
+
+    def _check_config(self) -> None:
+        """Refuse a fold that was begun from another bundle, or by another recipe."""
+        known = self.target.config_path("train").is_file()
+        if known and merged(self.target.load_configs("train")) != self.config:
+            raise RequestError(
+                f"'{self.target.root}' was begun with another bundle or recipe than '{self.source.name}' is now: folds "
+                "are compared only if they were trained alike. Give the same ones, or another --output"
+            )
+
+    def _check_settings(self, manifest: Manifest) -> None:
+        known = {name: value for name, value in self.settings.items() if name not in (*_PLACES, "recipe")}
+        now = {name: known.get(name) for name in {*known, *manifest.overrides} - {*_PLACES}}
+        for name, value in now.items():
+            then = manifest.knobs.get(name)
+            if name not in known or (name in manifest.knobs and not _alike(then, value)):
+                given = "not set" if name not in known else f"{value!r}"
+                raise RequestError(
+                    f"'{self.target.root}' was trained with {name}={then!r}, which now is {given}: folds are compared "
+                    "only if they were trained alike. Give the same --set, --overwrite to train anew, or another "
+                    "--output"
+                )
+
+    def _told(self, counted: str) -> Report | None:
+        if self.report is None:
+            return None
+        report = self.report
+
+        def tell(done: float, total: int, note: str) -> None:
+            report(done, total, f"{counted} of fold {self.number} of {self.count}: {note}")
+
+        return tell
+
+
+def is_scored(bundle: Bundle) -> bool:
+    """Tell whether the present weights of a fold were evaluated."""
+    path = bundle.root / "runs" / "evaluate" / "manifest.json"
+    if not (path.is_file() and bundle.weights.is_file()):
+        return False
+    manifest = Manifest.read(path)
+    record = manifest.bundle
+    return (
+        manifest.status in ("done", "partial")
+        and record is not None
+        and (record.weights_sha256 == sha256_file(bundle.weights))
+    )
+
+
+def _write_folds(dealt: Folds, out: Path) -> None:
+    """Write `folds.json`; jobs that are started together write the same."""
+    check_folder(out)
+    path, text = out / FOLDS_FILE, dealt.to_json()
+    if not path.is_file():
+        replace_text(path, text)
+    elif path.read_text(encoding="utf-8") != text:
+        raise RequestError(
+            f"'{path}' deals the cases in another way than this data set, number of folds and seed do: give those it "
+            "was made with, or another --output"
+        )
+
+
+def _summarize(source: Bundle, out: Path, data: Path, dealt: Folds) -> Scores | None:
+    """Write the table and the ensemble, once all folds are there."""
+    members = fold_bundles(out)
+    if not all(is_scored(member) for member in members):
+        return None
+    failed: list[str] = []
+    rows: list[dict[str, Any]] = []
+    for number, member in enumerate(members):
+        manifest = Manifest.read(member.root / "runs" / "evaluate" / "manifest.json")
+        stems = dealt.folds[number]
+        cases = find_dataset(data, "val", split_file=member.root / SPLIT_FILE)
+        for stem, case in zip(stems, cases, strict=True):
+            record = manifest.cases.get(case["name"])
+            if record is None or record.status == "failed":
+                failed.append(case["name"])
+                continue
+            rows.append(
+                {"case": case["name"], "patient": dealt.patients[stem], "fold": number, "metrics": record.metrics}
+            )
+    scores = Scores(source.name, len(members), tuple(rows), tuple(failed))
+    write_scores(scores, out / CROSS_VALIDATION)
+    write_ensemble(members, out)
+    return scores
+
+
+def _seed(value: Any) -> int:
+    if not isinstance(value, int):
+        raise RequestError(f"seed={value!r}: expected a whole number, which decides who is in which fold")
+    return value
+
+
+def _has_state(bundle: Bundle) -> bool:
+    """Tell whether there is something to go on from."""
+    return any((bundle.root / "runs" / "train" / name).is_file() for name in ("last.pt", "previous.pt"))
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Compare a value with what a manifest holds of it: absolute paths are cut there."""
+    if isinstance(one, str) and isinstance(other, str):
+        return Path(one).name == Path(other).name
+    return bool(one == other)

@@ -1,0 +1,1 @@
+"""Overlays and figures, drawn from files, manifests and arrays alone."""

@@ -1,0 +1,1 @@
+"""Tools on bundles: check, export, prune and convert."""

@@ -1,0 +1,448 @@
+"""A bundle's network as one file for other programs: TorchScript, ONNX, torch.export, OpenVINO.
+
+What is exported is the network alone, from an image that is already resampled and normalized to logits. How images come
+to that is written into the file as far as its format holds notes. Every file is read back and compared with the network
+before it takes its name.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import importlib.util
+import json
+import logging
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from medseg.bundle.compose import nearest
+from medseg.bundle.knobs import knobs
+from medseg.bundle.trust import require_trust
+from medseg.errors import BundleError, MedsegError, OutputError, RequestError, SizeError, WeightsError, in_a_line
+from medseg.files import check_folder, sha256_file
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    import torch
+    from torch import Tensor, nn
+
+    from medseg.bundle.catalog import Bundle
+    from medseg.bundle.compose import Config
+
+    Run = Callable[[Tensor], Tensor]
+
+__all__ = ["FORMATS", "TOLERANCE", "Comparison", "Exported", "export", "missing_packages"]
+
+# Format -> suffix of its file, packages it takes besides torch, the extra of medseg that brings them.
+FORMATS: Final[Mapping[str, tuple[str, tuple[str, ...], str]]] = {
+    "ts": (".ts", (), ""),
+    "onnx": (".onnx", ("onnx", "onnxscript", "onnxruntime"), "onnx"),
+    "pt2": (".pt2", (), ""),
+    "openvino": (".xml", ("openvino",), "openvino"),
+}
+# Half precision or not -> allowed difference in units of the largest logit, if that is above 1.
+TOLERANCE: Final = {False: 1e-4, True: 3e-2}
+# Longest side of the image that is traced, where the network can be exported for any size.
+_SIDE: Final = {2: 128, 3: 48}
+_NOTED: Final = ("spacing", "microns_per_pixel", "orientation", "intensity_range", "roi_size", "overlap")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How an exported network differs from the network itself on one random input.
+
+    Attributes:
+        shape: of the input, `(B, C, *spatial)`.
+        difference: largest difference of two logits.
+        largest: largest absolute logit of the network.
+        changed: share of voxels that get another label.
+    """
+
+    shape: tuple[int, ...]
+    difference: float
+    largest: float
+    changed: float
+
+    @property
+    def relative(self) -> float:
+        """The difference in units of the largest logit, if that is above 1."""
+        return self.difference / max(1.0, self.largest)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `export` wrote.
+
+    Attributes:
+        path: the file; OpenVINO's weights lie beside it as `.bin`.
+        free: which axes of the input may have any size: "batch and size", "batch", or "" for none.
+        comparisons: with the network, on two inputs.
+        tolerance: largest difference that was allowed, in units of the largest logit if that is above 1.
+    """
+
+    path: Path
+    free: str
+    comparisons: tuple[Comparison, ...]
+    tolerance: float
+
+
+def missing_packages(file_format: str) -> tuple[str, ...]:
+    """Return the packages that a format needs and that are not installed."""
+    return tuple(name for name in FORMATS[file_format][1] if importlib.util.find_spec(name) is None)
+
+
+def export(
+    bundle: Bundle,
+    file_format: str,
+    target: Path,
+    *,
+    half: bool = False,
+    random: bool = False,
+    tolerance: float | None = None,
+    trust: str | None = None,
+) -> Exported:
+    """Write a bundle's network for another program, and compare both on random images of two sizes.
+
+    Args:
+        bundle: with weights, unless `random`.
+        file_format: one of `FORMATS`.
+        target: file to write, whole or not at all; one that is there is replaced.
+        half: 16-bit weights and arithmetic, not for OpenVINO; input and output stay float32.
+        random: export the network with fresh weights, where the bundle has none.
+        tolerance: largest difference of a logit that is allowed, in units of the largest logit if that is above 1;
+            1e-4 if not given, and 3e-2 for `half`.
+        trust: fingerprint by which you vouch for a bundle that is not declarative.
+
+    Raises:
+        RequestError: an unknown format, a package that is missing, a network that the format cannot hold, or an
+            exported network that computes something else.
+        WeightsError: the bundle has no weights.
+        BundleError: the bundle is incomplete or not to be trusted.
+    """
+    if half and file_format == "openvino":
+        raise RequestError(
+            "OpenVINO chooses its precision where the file is loaded (INFERENCE_PRECISION_HINT): leave out --half"
+        )
+    config = _checked(bundle, file_format, target, random=random, trust=trust)
+    allowed = TOLERANCE[half] if tolerance is None else tolerance
+    from medseg.inferers.engines import quiet
+
+    with quiet(), tempfile.TemporaryDirectory(prefix=".partial-", dir=target.absolute().parent) as folder:
+        network, shapes = _built(bundle, config, random=random)
+        form = _half(network) if half else network
+        written = Path(folder, target.name)
+        try:
+            free = _WRITERS[file_format](form, shapes, written, _notes(bundle, config), half)
+            run = _READERS[file_format](written)
+            found = tuple(_compared(network, run, shape) for shape in _inputs(shapes, free))
+        except MedsegError:
+            raise
+        except Exception as error:
+            raise RequestError(
+                f"{type(network).__name__} of bundle '{bundle.name}' cannot be exported as {file_format}"
+                f"{' with half precision' if half else ''}: {in_a_line(error)}"
+            ) from error
+        _check_same(found, allowed, target, half=half)
+        _move(Path(folder), target)
+    return Exported(target, free, found, allowed)
+
+
+# The request
+
+
+def _checked(bundle: Bundle, file_format: str, target: Path, *, random: bool, trust: str | None) -> Config:
+    """Check all that can be without torch; return the config to take the network from."""
+    if file_format not in FORMATS:
+        raise RequestError(f"no export format '{file_format}'{nearest(file_format, FORMATS)}")
+    suffix, _, extra = FORMATS[file_format]
+    if target.suffix != suffix:
+        raise RequestError(f"'{target}' must end in {suffix}, as files of format {file_format} do")
+    if missing := missing_packages(file_format):
+        raise RequestError(f'format {file_format} needs {", ".join(missing)}: pip install "medseg[{extra}]"')
+    configs = bundle.load_configs("inference")
+    require_trust(bundle.root, configs, trust)
+    if not random and not bundle.weights.is_file():
+        raise WeightsError(
+            f"no weights at '{bundle.weights}': run `medseg train` first, or give --random to export the network with "
+            "fresh weights"
+        )
+    check_folder(target.absolute().parent)
+    return {**configs["inference.json"], "bundle_root": str(bundle.root)}
+
+
+def _built(bundle: Bundle, config: Config, *, random: bool) -> tuple[nn.Module, _Shapes]:
+    try:
+        network = _network(bundle, config, random=random)
+        return network, _shapes(network, bundle, config)
+    except MedsegError:
+        raise
+    except Exception as error:
+        causes = dict.fromkeys((in_a_line(error), in_a_line(error.__cause__ or error)))
+        raise BundleError(
+            f"the network of bundle '{bundle.root}' cannot be built and fed as its configs and metadata say: "
+            f"{'; '.join(causes)}. `medseg bundle check` tells more"
+        ) from error
+
+
+def _network(bundle: Bundle, config: Config, *, random: bool) -> nn.Module:
+    import torch
+    from monai.bundle import ConfigParser
+
+    from medseg.jobs.config_functions import load_weights
+
+    torch.manual_seed(0)
+    network: nn.Module = ConfigParser(dict(config)).get_parsed_content("network_def")
+    if not random:
+        load_weights(network, str(bundle.weights), str(bundle.root))
+    return network.eval()
+
+
+@dataclass(frozen=True)
+class _Shapes:
+    """Inputs that the network takes: the one to trace, another one, and the bundle's own window."""
+
+    example: tuple[int, ...]
+    other: tuple[int, ...]
+    window: tuple[int, ...]
+
+
+def _shapes(network: nn.Module, bundle: Bundle, config: Config) -> _Shapes:
+    """Find inputs of two sizes, small ones if the network takes them."""
+    image = bundle.metadata["network_data_format"]["inputs"]["image"]
+    channels, listed = image["num_channels"], config.get("roi_size", image["spatial_shape"])
+    side = _SIDE[3 if len(listed) == 3 else 2]
+    window = [n if isinstance(n, int) else side for n in listed]
+    small = [min(n, side) for n in window]
+    changes = [(3, -2, 1), (16, 0, 16), (16, 16, 16), (32, 32, 32)]
+    for start in (small, window):
+        if _takes(network, (2, channels, *start)):
+            others = [[n + c for n, c in zip(start, change, strict=False)] for change in changes]
+            fits = next((o for o in others if _takes(network, (1, channels, *o))), start)
+            return _Shapes((2, channels, *start), (1, channels, *fits), (1, channels, *window))
+    raise RequestError(f"{type(network).__name__} of bundle '{bundle.name}' takes no image of {window} voxels")
+
+
+def _takes(network: nn.Module, shape: tuple[int, ...]) -> bool:
+    import torch
+
+    try:
+        with torch.no_grad():
+            network(torch.zeros(shape))
+    except SizeError:
+        return False
+    return True
+
+
+def _half(network: nn.Module) -> nn.Module:
+    """Return a copy that computes in half precision and takes and gives float32."""
+    from torch import nn
+
+    class Half(nn.Module):
+        def __init__(self, network: nn.Module) -> None:
+            super().__init__()
+            self.network = network
+
+        # TorchScript, which looks annotations up in this module, takes a tensor for granted
+        def forward(self, x):  # type: ignore[no-untyped-def]
+            return self.network(x.half()).float()
+
+    return Half(copy.deepcopy(network).half()).eval()
+
+
+# What is written into the file
+
+
+def _notes(bundle: Bundle, config: Config) -> dict[str, str]:
+    """Return what a user of the file alone should know, each entry as JSON text."""
+    metadata = bundle.metadata
+    data = metadata["network_data_format"]
+    values = knobs(dict(config))
+    summary: Config = {
+        "name": bundle.name,
+        "version": metadata.get("version"),
+        "description": metadata.get("description"),
+        "channels": data["inputs"]["image"].get("channel_def"),
+        "labels": data["outputs"]["pred"].get("channel_def"),
+        "output": "logits",
+        **{name: values[name] for name in _NOTED if name in values},
+        "weights_sha256": sha256_file(bundle.weights) if bundle.weights.is_file() else None,
+    }
+    texts: dict[str, Config] = {
+        "medseg.json": summary,
+        "metadata.json": metadata,
+        "inference.json": config | {"bundle_root": "."},
+    }
+    return {name: json.dumps(content) for name, content in texts.items()}
+
+
+# Writers: each returns which axes of the input are free
+
+
+def _write_ts(network: nn.Module, shapes: _Shapes, path: Path, notes: Mapping[str, str], half: bool) -> str:
+    """Script, which follows the code for every size. The notes lie where MONAI looks for them."""
+    import torch
+
+    scripted = torch.jit.script(network)
+    torch.jit.save(scripted, str(path), _extra_files=dict(notes))
+    return "batch and size"
+
+
+def _write_pt2(network: nn.Module, shapes: _Shapes, path: Path, notes: Mapping[str, str], half: bool) -> str:
+    import torch
+
+    program, free = _program(network, shapes)
+    torch.export.save(program, path, extra_files=dict(notes))
+    return free
+
+
+def _write_onnx(network: nn.Module, shapes: _Shapes, path: Path, notes: Mapping[str, str], half: bool) -> str:
+    import torch
+
+    program, free = _program(network, shapes)
+    names: dict[str, Any] = {"input_names": ["image"], "output_names": ["pred"]}
+    exported: Any = torch.onnx.export(program, dynamo=True, verbose=False, **names)
+    for node in exported.model.graph:
+        # Where each line of Python stood on this machine
+        node.metadata_props.clear()
+    exported.model.metadata_props.update(notes)
+    exported.save(path)
+    return free
+
+
+def _write_openvino(network: nn.Module, shapes: _Shapes, path: Path, notes: Mapping[str, str], half: bool) -> str:
+    from medseg.inferers.engines import load_openvino, without_reports
+    from medseg.inferers.faster_layers import with_exact_norms
+
+    openvino = load_openvino()
+    # Instances are normalized as in the back end of that name, which see
+    program, free = _program(with_exact_norms(network), shapes)
+    with without_reports():
+        model = openvino.convert_model(program)
+    for name, text in notes.items():
+        model.set_rt_info(text, ["medseg", name.removesuffix(".json")])
+    openvino.save_model(model, path, compress_to_fp16=False)
+    return free
+
+
+def _program(network: nn.Module, shapes: _Shapes) -> tuple[torch.export.ExportedProgram, str]:
+    """Export for any batch and any size; where the network is bound to its size, for any batch; else as it is."""
+    import torch
+
+    ways: dict[str, Iterable[int]] = {"batch and size": range(len(shapes.example)), "batch": (0,), "": ()}
+    for free, axes in ways.items():
+        example = torch.zeros(shapes.example if free == "batch and size" else (2 if free else 1, *shapes.window[1:]))
+        dims = {axis: torch.export.Dim.DYNAMIC for axis in axes if axis != 1}
+        try:
+            with torch.no_grad():
+                return torch.export.export(network, (example,), dynamic_shapes=(dims,)), free
+        except Exception as error:
+            if not free:
+                raise
+            logging.getLogger(__name__).info("not for any %s: %s", free, in_a_line(error))
+    raise AssertionError
+
+
+_WRITERS: Final[dict[str, Callable[[nn.Module, _Shapes, Path, Mapping[str, str], bool], str]]] = {
+    "ts": _write_ts,
+    "onnx": _write_onnx,
+    "pt2": _write_pt2,
+    "openvino": _write_openvino,
+}
+
+
+# Readers
+
+
+def _read_ts(path: Path) -> Run:
+    import torch
+
+    network: Any = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
+    return lambda x: network(x)
+
+
+def _read_pt2(path: Path) -> Run:
+    import torch
+
+    module = torch.export.load(path).module()
+    return lambda x: module(x)
+
+
+def _read_onnx(path: Path) -> Run:
+    import torch
+
+    runtime: Any = importlib.import_module("onnxruntime")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return lambda x: torch.from_numpy(session.run(["pred"], {"image": x.numpy()})[0])
+
+
+def _read_openvino(path: Path) -> Run:
+    import torch
+
+    from medseg.inferers.engines import openvino_core
+
+    compiled = openvino_core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return lambda x: torch.from_numpy(compiled(x.numpy())[0].copy())
+
+
+_READERS: Final[dict[str, Callable[[Path], Run]]] = {
+    "ts": _read_ts,
+    "onnx": _read_onnx,
+    "pt2": _read_pt2,
+    "openvino": _read_openvino,
+}
+
+
+# The comparison
+
+
+def _inputs(shapes: _Shapes, free: str) -> Sequence[tuple[int, ...]]:
+    """Return the shapes to compare on: two sizes where they are free, else two of what is."""
+    if free == "batch and size":
+        return shapes.example, shapes.other
+    return ((2, *shapes.window[1:]) if free else shapes.window), shapes.window
+
+
+def _compared(network: nn.Module, run: Run, shape: tuple[int, ...]) -> Comparison:
+    import torch
+
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+    with torch.no_grad():
+        expected, found = network(x), run(x)
+    if expected.shape != found.shape:
+        raise RequestError(f"the exported network gives {tuple(found.shape)} for {shape}, not {tuple(expected.shape)}")
+    labels = [y.argmax(1) if y.shape[1] > 1 else y > 0 for y in (expected, found)]
+    return Comparison(
+        shape,
+        float((expected - found).abs().max()),
+        float(expected.abs().max()),
+        float((labels[0] != labels[1]).float().mean()),
+    )
+
+
+def _check_same(found: Sequence[Comparison], tolerance: float, target: Path, *, half: bool) -> None:
+    for one in found:
+        # Not `>`: a NaN is refused too
+        if not one.relative <= tolerance:
+            raise RequestError(
+                f"'{target}' was not written: on a random image of {'x'.join(map(str, one.shape))} its logits differ "
+                f"from the network's by up to {one.difference:.1e} (logits up to {one.largest:.1f}), and "
+                f"{tolerance:g} of that is allowed. {'Leave out --half' if half else 'Choose another format'}, or "
+                "allow more with --tolerance"
+            )
+
+
+# Small helpers
+
+
+def _move(folder: Path, target: Path) -> None:
+    """Move what was written to its place, the weights of OpenVINO before the file that names them."""
+    try:
+        for path in sorted(folder.iterdir(), key=lambda path: path.suffix == target.suffix):
+            path.replace(target.with_name(path.name))
+    except OSError as error:
+        raise OutputError(f"cannot write '{target}': {error.strerror or error}") from error

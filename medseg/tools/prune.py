@@ -1,0 +1,452 @@
+"""Which level of a trained UNet++ is enough: measure each, write the smallest that is good enough as a bundle.
+
+Each level is measured as what it would be once pruned: its own weight file, loaded by the bundle's own configs, in a
+process of its own, so that no level's memory or warm caches count for another.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import fmean, median
+from typing import TYPE_CHECKING, Any
+
+from medseg import errors
+from medseg.bundle.build import build
+from medseg.bundle.catalog import Bundle, find_bundle, merged
+from medseg.bundle.compose import Config, compose
+from medseg.errors import BundleError, MedsegError, RequestError, in_a_line
+from medseg.files import check_folder, load_json, replace_text
+from medseg.io import find_dataset
+from medseg.jobs import runner
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from torch import Tensor, nn
+
+    from medseg.jobs.runner import Job, Report
+    from medseg.networks.unetplusplus import UNetPlusPlus
+
+__all__ = ["LevelResult", "PruneTable", "measure_from_stdin", "prune"]
+
+_TARGET = "medseg.components.UNetPlusPlus"
+_LOSS = "medseg.components.DeepSupervision"
+_METRIC = "monai.handlers.MeanDice"
+_WORKER = "from medseg.tools.prune import measure_from_stdin; measure_from_stdin()"
+
+
+@dataclass(frozen=True)
+class LevelResult:
+    """What one level costs and how good it is.
+
+    Attributes:
+        level: "L1" (shallowest) to "Ln" for the network pruned to that head, "mean" for all heads together.
+        parameters: number of weights.
+        megabytes: their size, in 10^6 bytes.
+        peak_memory_mib: peak memory in MiB (2^20 bytes) up to the end of the network's pass over the first case:
+            resident memory of the whole process with its libraries, or what torch held on a CUDA device; None where
+            the system does not tell (Windows).
+        milliseconds: median time of the network's pass over a case, all windows and their blending, warmed up.
+        dice: mean over cases of the mean over labels, on the labels' own grids; None if no case has a label.
+        iou: the same of the intersection over union.
+    """
+
+    level: str
+    parameters: int
+    megabytes: float
+    peak_memory_mib: float | None
+    milliseconds: float
+    dice: float | None
+    iou: float | None
+
+
+@dataclass(frozen=True)
+class PruneTable:
+    """The levels of a bundle side by side.
+
+    Attributes:
+        bundle: its name.
+        split: which part of the data set was scored.
+        cases: how many cases that are.
+        device: where the network ran.
+        levels: shallow first; last the mean of the heads.
+        selected: the level that was written, None if none was asked for.
+    """
+
+    bundle: str
+    split: str
+    cases: int
+    device: str
+    levels: tuple[LevelResult, ...]
+    selected: str | None = None
+
+    def to_json(self) -> str:
+        """Return the table as JSON text; a score without a value is null."""
+        return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
+
+
+@dataclass(frozen=True)
+class _Variant:
+    """One level as files: the network's definition and its weights."""
+
+    level: str
+    parameters: int
+    megabytes: float
+    network_def: Config
+    weights: Path
+
+
+def prune(
+    bundle: str | Path,
+    data: str | Path,
+    *,
+    split: str = "val",
+    select: float | None = None,
+    output: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    trust: str | None = None,
+    report: Report | None = None,
+) -> PruneTable:
+    """Measure every pruning level of a UNet++ bundle; on request write the smallest one that is good enough.
+
+    The request is checked before torch or MONAI are imported.
+
+    Args:
+        bundle: folder, or name of a shipped bundle; its network is a `medseg.components.UNetPlusPlus`.
+        data: data set as `medseg.components.find_dataset` takes it.
+        split: "val", "train" or "test"; a choice made on "test" makes its scores worthless as a test.
+        select: how much Dice below the best level is good enough, 0 to 1.
+        output: new folder for the selected level as a complete bundle; goes with `select`.
+        settings: knobs to change for the measurement, by name; the new bundle keeps the bundle's own.
+        trust: fingerprint by which you vouch for a bundle that is not declarative.
+        report: called with passes over a case done, passes in all, and a few words.
+
+    Raises:
+        RequestError: anything about the request that cannot be; nothing was written.
+        CaseError: a case cannot be scored, so the levels cannot be compared.
+    """
+    found, root = find_bundle(bundle), Path(data).absolute()
+    try:
+        _check_network(found)
+    except (AttributeError, TypeError) as error:
+        raise BundleError(f"the configs of bundle '{found.name}' have a wrong form: {in_a_line(error)}") from error
+    target = _check_selection(found, select, output)
+    cases = find_dataset(root, split)
+    paths = {"dataset_dir": str(root), "split": split}
+    job = runner.prepare("evaluate", found, settings or {}, paths=paths, trust=trust)
+    with tempfile.TemporaryDirectory() as folder:
+        variants = _variants(job, Path(folder))
+        request = {"bundle": str(found.root), "settings": dict(settings or {}), "paths": paths, "trust": trust}
+        results, device = [], "cpu"
+        for number, variant in enumerate(variants):
+            tell = _part_of(report, number, len(variants), variant.level)
+            answer = _in_own_process({**request, **_as_request(variant)}, tell)
+            device = answer.pop("device")
+            results.append(LevelResult(variant.level, variant.parameters, variant.megabytes, **answer))
+        table = PruneTable(found.name, split, len(cases), device, tuple(results))
+        if select is None or target is None:
+            return table
+        chosen = _smallest(results, select)
+        _write(found, variants[chosen], target)
+        return replace(table, selected=results[chosen].level)
+
+
+def _check_network(bundle: Bundle) -> None:
+    """Refuse, from the config alone, a network that has no levels, or one that is not scored by Dice."""
+    config = merged(bundle.load_configs("train", "evaluate"))
+    network = config.get("network_def")
+    kind = network.get("_target_") if isinstance(network, dict) else network
+    if not isinstance(network, dict) or kind != _TARGET:
+        raise RequestError(
+            f"bundle '{bundle.name}' has the network {kind}, which cannot be pruned: only {_TARGET} has heads at "
+            "several depths. Train a bundle with that network."
+        )
+    if not network.get("deep_supervision", True) or len(network.get("features", (0,) * 5)) < 3:
+        raise RequestError(
+            f"the network of bundle '{bundle.name}' has one head only (deep_supervision="
+            f"{network.get('deep_supervision', True)}, features={network.get('features')}), so there is nothing to "
+            "prune to: use a bundle that was trained with deep_supervision=true and three or more features."
+        )
+    metrics = config.get("validate", {}).get("key_metric", {})
+    if [entry.get("_target_") for entry in metrics.values()] != [_METRIC]:
+        raise RequestError(
+            f"the evaluation of bundle '{bundle.name}' has the key metric {metrics}; levels are compared by Dice, "
+            f"so it should be one {_METRIC}"
+        )
+
+
+def _check_selection(bundle: Bundle, select: float | None, output: str | Path | None) -> Path | None:
+    """Find out early what would keep the selected level from being written."""
+    if (select is None) != (output is None):
+        raise RequestError("--select and --output go together: how much Dice may be lost, and where the bundle goes")
+    if select is None or output is None:
+        return None
+    if not 0 <= select <= 1:
+        raise RequestError(f"--select {select} cannot be: give the loss of Dice that is good enough, 0 to 1, e.g. 0.01")
+    target = Path(output).absolute()
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise RequestError(f"'{target}' exists: choose a new folder with --output")
+    if not (bundle.root / "bundle.json").is_file():
+        raise BundleError(f"'{bundle.root}' has no bundle.json, from which the configs of a new bundle are built")
+    source = load_json(bundle.root / "bundle.json")
+    try:
+        configs = compose({**source, "name": target.name})
+    except BundleError as error:
+        raise BundleError(f"no bundle can be written as '{target}': {error}") from error
+    built = bundle.load_configs("train")["train.json"]["network_def"]
+    if configs["train"]["network_def"] != built:
+        raise BundleError(f"the configs of '{bundle.name}' differ from its bundle.json; run `medseg bundle build`")
+    check_folder(target.parent)
+    return target
+
+
+def _variants(job: Job, folder: Path) -> list[_Variant]:
+    """Cut the network at every level, shallow first, and set it to the mean of all heads last."""
+    from medseg.jobs.config_functions import load_weights
+    from medseg.networks.unetplusplus import UNetPlusPlus
+    from medseg.training.checkpoint import save_tensors
+
+    network = UNetPlusPlus(**{name: value for name, value in job.config["network_def"].items() if name[0] != "_"})
+    load_weights(network, str(job.weights), str(job.bundle.root))
+    network.set_output("mean", head_activation=network.arguments["head_activation"] or _activation(job.config))
+    found = []
+    for size in network.level_sizes():
+        mean = size.level == "mean"
+        cut = network if mean else network.prune(int(size.level))
+        name = "mean" if mean else f"L{size.level}"
+        weights = save_tensors(cut.state_dict(), folder / f"{name}.pt")
+        found.append(_Variant(name, size.parameters, size.megabytes, _definition(cut), weights))
+    return found
+
+
+def _activation(config: Mapping[str, Any]) -> str:
+    """Return how the config itself makes probabilities of logits."""
+    steps = config["validate"]["postprocessing"]["transforms"]
+    by_step = any(step.get("sigmoid") is True for step in steps)
+    return "sigmoid" if by_step else str(config["validate"]["inferer"].get("activation", "softmax"))
+
+
+def _definition(network: UNetPlusPlus) -> Config:
+    definition: Config = json.loads(json.dumps({"_target_": _TARGET, **network.arguments}))
+    return definition
+
+
+def _smallest(results: Sequence[LevelResult], loss: float) -> int:
+    """Return the number of the first level that is at most `loss` worse than the best; levels grow."""
+    known = {number: result.dice for number, result in enumerate(results) if result.dice is not None}
+    if not known:
+        raise errors.CaseError("no case of this split has a label, so no level is better than another")
+    best = max(known.values())
+    return next(number for number, dice in known.items() if dice >= best - loss)
+
+
+def _write(bundle: Bundle, variant: _Variant, target: Path) -> None:
+    """Write a complete bundle, which appears as a whole or not at all."""
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".partial-") as folder:
+        new = Bundle(Path(folder) / target.name)
+        (new.root / "models").mkdir(parents=True)
+        shutil.copyfile(variant.weights, new.weights)
+        if (bundle.root / "docs").is_dir():
+            shutil.copytree(bundle.root / "docs", new.root / "docs", symlinks=True)
+        for file in (bundle.root / "LICENSE", *bundle.root.glob("models/LICENSE*")):
+            if file.is_file():
+                shutil.copy2(file, new.root / file.relative_to(bundle.root))
+        source = load_json(bundle.root / "bundle.json")
+        source |= {"name": target.name, "network_def": variant.network_def}
+        if variant.level != "mean":
+            source = _without_head_weights(source)
+            # Weights of the whole network are no start for this one.
+            source.get("knobs", {}).pop("pretrained", None)
+        replace_text(new.root / "bundle.json", json.dumps(source, indent=2) + "\n")
+        build(new)
+        if target.is_dir():
+            target.rmdir()
+        new.root.replace(target)
+
+
+def _without_head_weights(node: Any) -> Any:
+    """Let a loss with one weight per head be one that the only head left can be trained with."""
+    if isinstance(node, list):
+        return [_without_head_weights(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    heads = node.get("_target_") == _LOSS
+    return {key: _without_head_weights(value) for key, value in node.items() if not (heads and key == "weights")}
+
+
+def _part_of(report: Report | None, number: int, total: int, level: str) -> Callable[[float, int, str], None]:
+    def tell(done: float, passes: int, note: str) -> None:
+        if report is not None:
+            report(number * passes + done, total * passes, f"{level}: {note}")
+
+    return tell
+
+
+def _as_request(variant: _Variant) -> dict[str, Any]:
+    return {"network_def": variant.network_def, "weights": str(variant.weights)}
+
+
+def _in_own_process(request: Mapping[str, Any], tell: Callable[[float, int, str], None]) -> dict[str, Any]:
+    """Run `measure_from_stdin` with the request; return its answer, raise its error."""
+    # The child finds the packages that this process found, and none in the folder where the user happens to be.
+    places = {"PYTHONPATH": os.pathsep.join(place for place in sys.path if place), "PYTHONSAFEPATH": "1"}
+    answer: dict[str, Any] = {}
+    with (
+        tempfile.TemporaryFile() as log,
+        subprocess.Popen(  # noqa: S603
+            [sys.executable, "-c", _WORKER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env={**os.environ, **places},
+            encoding="utf-8",
+        ) as child,
+    ):
+        try:
+            _hand_over(child, request)
+            for line in child.stdout or ():
+                answer = json.loads(line)
+                if "passes" in answer:
+                    tell(*answer["passes"])
+        except BaseException:
+            child.kill()
+            raise
+        code = child.wait()
+        log.seek(0)
+        said = log.read().decode("utf-8", errors="replace").strip().splitlines()
+    if "error" in answer:
+        raise getattr(errors, answer["error"])(answer["message"])
+    if code or "result" not in answer:
+        hint = f" ({said[-1]})" if said else ""
+        raise MedsegError(f"measuring a level ended with code {code}{hint}; a negative code may mean too little memory")
+    result: dict[str, Any] = answer["result"]
+    return result
+
+
+def _hand_over(child: subprocess.Popen[str], request: Mapping[str, Any]) -> None:
+    # A child that ended before it listened is reported by what it said.
+    with suppress(BrokenPipeError):
+        if child.stdin is not None:
+            child.stdin.write(json.dumps(request))
+            child.stdin.close()
+
+
+def measure_from_stdin() -> None:
+    """Measure one level, in the process that `prune` starts for it: a JSON request comes in, JSON lines go out."""
+    # Whatever libraries print must not get between the answers.
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+
+    def say(**content: Any) -> None:
+        answers.write(json.dumps(content) + "\n")
+        answers.flush()
+
+    try:
+        request = json.load(sys.stdin)
+        say(result=_measure(request, lambda *passes: say(passes=passes)))
+    except MedsegError as error:
+        say(error=type(error).__name__, message=str(error))
+
+
+def _measure(request: Mapping[str, Any], report: Report) -> dict[str, Any]:
+    """Score and time the cases of a request through the bundle's own evaluation."""
+    bundle, paths = Bundle(Path(request["bundle"])), request["paths"]
+    job = runner.prepare("evaluate", bundle, request["settings"], paths=paths, trust=request["trust"])
+    level = {"network_def": request["network_def"], "weights": request["weights"]}
+    job = replace(job, config={**job.config, **level}, overrides={**job.overrides, **level})
+    cases = find_dataset(paths["dataset_dir"], paths["split"])
+    workflow = runner.open_workflow(job, "train")
+    evaluator = runner.build_evaluator(workflow)
+    device = str(evaluator.state.device)
+    watch = _Watch(evaluator.inferer, device, len(cases), report)
+    evaluator.inferer = watch
+    dice, iou = [], []
+    for case in cases:
+        watch.name = case["name"]
+        runner.run_case(evaluator, partial(workflow.val_preprocessing, dict(case)), case)
+        values = evaluator.state.metric_details[evaluator.state.key_metric_name][0].tolist()
+        dice.append(runner.nanmean(values))
+        # For one case and one label the two are functions of each other.
+        iou.append(runner.nanmean([value / (2 - value) for value in values]))
+    return {
+        "device": device,
+        "peak_memory_mib": None if watch.peak is None else watch.peak / 2**20,
+        "milliseconds": 1000 * median(watch.seconds),
+        "dice": _mean_of_known(dice),
+        "iou": _mean_of_known(iou),
+    }
+
+
+def _mean_of_known(values: Sequence[float]) -> float | None:
+    known = [value for value in values if not math.isnan(value)]
+    return fmean(known) if known else None
+
+
+class _Watch:
+    """An inferer that keeps the time of each case, after one more pass over the first to warm up."""
+
+    def __init__(self, inferer: Any, device: str, cases: int, report: Report) -> None:
+        self.inferer = inferer
+        self.cuda = device if device.startswith("cuda") else None
+        self.passes = cases + 1
+        self.report = report
+        self.name = ""
+        self.done = 0
+        self.peak: int | None = None
+        self.seconds: list[float] = []
+
+    def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        if not self.seconds:
+            self._timed(inputs, network, *args, **kwargs)
+            self.peak = _peak_bytes(self.cuda)
+        seconds, logits = self._timed(inputs, network, *args, **kwargs)
+        self.seconds.append(seconds)
+        return logits
+
+    def _timed(self, *args: Any, **kwargs: Any) -> tuple[float, Tensor]:
+        self.report(self.done, self.passes, self.name)
+        if hasattr(self.inferer, "on_progress"):
+            before = self.done
+            self.inferer.on_progress = lambda n, windows: self.report(before + n / windows, self.passes, self.name)
+        self._wait()
+        start = time.perf_counter()
+        logits: Tensor = self.inferer(*args, **kwargs)
+        self._wait()
+        self.done += 1
+        return time.perf_counter() - start, logits
+
+    def _wait(self) -> None:
+        if self.cuda is not None:
+            import torch
+
+            torch.cuda.synchronize(self.cuda)
+
+
+def _peak_bytes(cuda: str | None) -> int | None:
+    """Return the peak memory of this process, on the CUDA device or resident on the host."""
+    if cuda is not None:
+        import torch
+
+        return int(torch.cuda.max_memory_allocated(cuda))
+    # Linux hands the parent's peak down in getrusage; the kernel's own line about this process starts afresh.
+    status = Path("/proc/self/status")
+    if status.is_file():
+        lines = (line.split() for line in status.read_text(encoding="utf-8", errors="replace").splitlines())
+        return next((int(words[1]) * 1024 for words in lines if words[0] == "VmHWM:"), None)
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
