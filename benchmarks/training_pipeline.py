@@ -23,7 +23,8 @@ from typing import Any
 from side_by_side.machine import describe
 
 from medseg.bundle.catalog import Bundle, find_bundle
-from medseg.jobs import runner
+from medseg.jobs.job import prepare
+from medseg.jobs.workflow import open_workflow
 
 BUNDLES = {"hippocampus_mri_unet": "msd_hippocampus", "gland_pathology_unet": "glas"}
 TARGET = 0.05
@@ -67,8 +68,8 @@ def profile(name: str, data: Path, workers: int, steps: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         bundle = Bundle(Path(folder) / name)
         shutil.copytree(find_bundle(name).root / "configs", bundle.root / "configs")
-        job = runner.prepare("train", bundle, settings, paths={"dataset_dir": str(data.absolute()), "resume": False})
-        workflow = runner.open_workflow(job, "train")
+        job = prepare("train", bundle, settings, paths={"dataset_dir": str(data.absolute()), "resume": False})
+        workflow = open_workflow(job, "train")
         workflow.initialize()
         trainer = workflow.trainer
         found: dict[str, Any] = {}

@@ -53,6 +53,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from medseg.errors import CaseError, MedsegError, RequestError
 from medseg.files import replace_text
+from medseg.types import Skipped
 from medseg.version import __version__
 
 if TYPE_CHECKING:
@@ -187,6 +188,7 @@ class Manifest:
         path: the file to keep up to date; None writes only on `write(path)`.
 
     Attributes:
+        skipped: files that were found among the inputs and are not predicted; not in the file.
         notes: what else a reader should know of the run.
         stages: stage -> seconds so far.
         validations: epoch and metrics of each validation so far.
@@ -215,6 +217,7 @@ class Manifest:
     peak_memory: dict[str, int | None] = field(default_factory=lambda: {"host_bytes": None, "device_bytes": None})
     cases: dict[str, CaseRecord] = field(default_factory=dict)
     earlier: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
+    skipped: tuple[Skipped, ...] = field(default=(), init=False, repr=False, compare=False)
     _read_back: bool = field(default=False, init=False, repr=False, compare=False)
 
     def __enter__(self) -> Self:

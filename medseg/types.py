@@ -2,14 +2,72 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, TypedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypedDict
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from torch import Tensor
 
-__all__ = ["SegmentationNetwork", "TrainingOutput"]
+__all__ = ["Announce", "Case", "CaseKind", "Progress", "SegmentationNetwork", "Skipped", "TrainingOutput"]
+
+CaseKind = Literal["volume", "image", "slide"]
+# Called with what is done, the total (cases, epochs or steps) and a few words on the present state.
+Progress: TypeAlias = Callable[[float, int, str], None]
+# Called with the name of a case and its forecast of time and memory.
+Announce: TypeAlias = Callable[[str, str], None]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One image to predict, train on or score, as `medseg.io` found it; made once and handed on.
+
+    Attributes:
+        name: Path of the result in the image's own format, below the folder that all images share, such as
+            `sub/case1.nii.gz`; identifies the case in manifests and reports.
+        images: Absolute path of the image: a file, a folder or archive, or `folder::series`. Images with one file per
+            channel have several.
+        label: Absolute path of the reference label; None where there is none.
+        kind: "volume", "image" for a 2D image, or "slide" for a whole-slide image, which is read in pieces.
+        output: Path of the result below the output folder, with "/" between folders.
+        series: Number of the DICOM series, where `images` names one of several.
+        label_options: How a DICOM label is read (see `medseg.components.LoadCased`).
+    """
+
+    name: str
+    images: tuple[str, ...]
+    label: str | None = None
+    kind: CaseKind = "volume"
+    output: str = ""
+    series: str = ""
+    label_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def image(self) -> str:
+        """Path of the first image, by which messages name the case."""
+        return self.images[0]
+
+    def entry(self) -> dict[str, Any]:
+        """Return the case as MONAI's dictionary transforms take it."""
+        entry: dict[str, Any] = {"image": self.image, "name": self.name}
+        if self.label is not None:
+            entry["label"] = self.label
+        if self.label_options:
+            entry["label_options"] = dict(self.label_options)
+        return entry
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A file or folder that is not predicted.
+
+    Attributes:
+        path: Where it is.
+        reason: Why it is skipped, as half a sentence.
+    """
+
+    path: str
+    reason: str
 
 
 class _Logits(TypedDict):

@@ -16,6 +16,7 @@ import pytest
 from medseg.bundle.build import build
 from medseg.bundle.catalog import Bundle
 from medseg.jobs import runner
+from medseg.jobs.job import prepare
 from medseg.tools.samples import write_samples
 
 # OpenVINO reports its import over the network, from a forked process, unless it is here.
@@ -93,7 +94,7 @@ def tiny_data(make_bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(make_bundle, tiny_data: Path) -> Bundle:
     """The tiny bundle, trained. Not to be changed: copy it first."""
     bundle = make_bundle(TINY)
-    job = runner.prepare("train", bundle, {}, paths={"dataset_dir": str(tiny_data), "resume": False})
+    job = prepare("train", bundle, {}, paths={"dataset_dir": str(tiny_data), "resume": False})
     runner.train(job)
     return bundle
 

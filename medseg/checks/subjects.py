@@ -7,13 +7,13 @@ same. Nothing beyond the standard library is imported and no image is opened.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from medseg.errors import RequestError
-from medseg.io.cases import LeftOut, list_cases
+from medseg.io.cases import list_cases
 from medseg.io.datasets import (
     DATASET_FILE,
     common_folder,
@@ -25,6 +25,7 @@ from medseg.io.datasets import (
     split_stems,
 )
 from medseg.io.names import StrPath, absolute, split_suffix
+from medseg.types import Skipped
 
 __all__ = ["PARTS", "Collection", "Finding", "Subject", "find_subjects"]
 
@@ -132,11 +133,11 @@ def _plain(given: Path) -> Collection:
     """Images without labels."""
     found = list_cases(given)
     root = given if given.is_dir() else given.parent
-    subjects = tuple(Subject(split_suffix(case["name"])[0], case["image"]) for case in found.cases)
-    return Collection(root, subjects, tuple(_left_out(found.left_out)))
+    subjects = tuple(Subject(split_suffix(case.name)[0], case.image) for case in found.cases)
+    return Collection(root, subjects, tuple(_left_out(found.skipped)))
 
 
-def _left_out(items: list[LeftOut]) -> Iterator[Finding]:
+def _left_out(items: Sequence[Skipped]) -> Iterator[Finding]:
     reasons: dict[str, list[str]] = {}
     for item in items:
         reasons.setdefault(item.reason, []).append(Path(item.path).name)

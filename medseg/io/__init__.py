@@ -8,8 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from medseg.io.cases import CaseList, LeftOut, find_cases, list_cases
-from medseg.io.datasets import find_dataset
+from medseg.io.cases import CaseList, find_cases, list_cases
+from medseg.io.datasets import find_dataset, list_dataset
 from medseg.io.names import case_stem, output_path
 
 if TYPE_CHECKING:
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 __all__ = [
     "CaseList",
     "Grid",
-    "LeftOut",
     "case_stem",
     "find_cases",
     "find_dataset",
     "grid_difference",
     "list_cases",
+    "list_dataset",
     "load",
     "load_label",
     "output_path",

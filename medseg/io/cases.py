@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from medseg.errors import CaseError, RequestError
 from medseg.io.datasets import (
@@ -26,25 +26,16 @@ from medseg.io.datasets import (
 )
 from medseg.io.dicom.detect import DIRECTORY_FILE, is_dicom, named_file, split_series
 from medseg.io.names import IMAGE_SUFFIXES, StrPath, absolute, file_kind, mask_name, split_suffix
+from medseg.types import Case, CaseKind, Skipped
 
 if TYPE_CHECKING:
     from medseg.io.dicom.headers import Header
     from medseg.io.dicom.series import Group
 
-__all__ = ["CaseList", "LeftOut", "find_cases", "list_cases"]
+__all__ = ["CaseList", "find_cases", "list_cases"]
 
-
-@dataclass(frozen=True)
-class LeftOut:
-    """One file or folder that is not predicted.
-
-    Attributes:
-        path: where it is.
-        reason: why it was left out, as half a sentence.
-    """
-
-    path: str
-    reason: str
+_KINDS: Final[Mapping[str, CaseKind]] = {"picture": "image", "slide": "slide"}
+_TIFF: Final = (".tif", ".tiff")
 
 
 @dataclass(frozen=True)
@@ -52,12 +43,12 @@ class CaseList:
     """The cases of a request.
 
     Attributes:
-        cases: one `{"image": ..., "name": ...}` per case, sorted by name.
-        left_out: what was seen and is not predicted.
+        cases: What to predict, sorted by name.
+        skipped: What was found and is not predicted.
     """
 
-    cases: list[dict[str, str]]
-    left_out: list[LeftOut]
+    cases: tuple[Case, ...]
+    skipped: tuple[Skipped, ...]
 
 
 @dataclass(frozen=True)
@@ -77,66 +68,87 @@ class _Image:
 
 def find_cases(
     path: StrPath | Sequence[StrPath], *, pattern: str | None = None, output_format: str = ""
-) -> list[dict[str, str]]:
-    """List the images to predict; `list_cases` also says what was left out.
+) -> list[dict[str, Any]]:
+    """List the images to predict as MONAI's dictionary transforms take them; see `list_cases`.
+
+    Returns:
+        One `{"image": ..., "name": ...}` per case, sorted by name.
+    """
+    return [
+        {**case.entry(), "name": case.output}
+        for case in list_cases(path, pattern=pattern, output_format=output_format).cases
+    ]
+
+
+def list_cases(
+    path: StrPath | Sequence[StrPath],
+    *,
+    pattern: str | None = None,
+    output_format: str = "",
+    tiff_slides: bool = False,
+) -> CaseList:
+    """List the images to predict, and what was found and is skipped.
 
     Args:
-        path: an image, a list of images, a folder (searched with its subfolders, without hidden files and without
+        path: An image, a list of images, a folder (searched with its subfolders, without hidden files and without
             following links to folders) or a `dataset.json`, of which the "test" list counts, else "validation". A
             folder that is a data set, with `dataset.json` or `split.json`, is taken as that data set; for all its
             images name the folder `images/` itself. DICOM files count by their content: each series of a folder, of a
             DICOMDIR or of a zip archive is one case, and `folder::series` names one (see `open_series`). The files of a
             DICOM slide in a folder are one case as well, without those of its label, an overview or a thumbnail.
-        pattern: take only files whose name matches, such as `"*_t1.nii.gz"`; with a `/` in it, files whose path below
+        pattern: Take only files whose name matches, such as `"*_t1.nii.gz"`; with a `/` in it, files whose path below
             the folder matches.
-        output_format: a key of `medseg.io.names.OUTPUT_FORMATS` that all masks are to have, by default each the one of
-            its image as far as that holds masks.
+        output_format: Format of all masks, a key of `medseg.io.names.OUTPUT_FORMATS`; by default each the one of its
+            image as far as that holds masks. Slides become polygons all the same.
+        tiff_slides: Whether TIFF files are whole-slide images.
 
     Returns:
-        One `{"image": ..., "name": ...}` per case, sorted by name: an absolute path, and the name of the mask relative
-        to the folder that all images share, such as `sub/case1.nii.gz`. Masks of pictures are called `.png`. The mask
-        of a DICOM series is called like its folder, or where that holds several, in the folder by the number of the
-        series and the ending of its UID, such as `sub/3_12345678.nii.gz`. Of a DICOM slide the path is that of one of
-        its files, and the result is called like its folder, or where that holds several, like the file.
+        The cases. The mask of a 2D image is a PNG. The mask of a DICOM series is named like its folder, or where that
+        holds several, in the folder by the number of the series and the ending of its UID, such as
+        `sub/3_12345678.nii.gz`. Of a DICOM slide the path is that of one of its files, and the result is named like its
+        folder, or where that holds several, like the file.
 
     Raises:
-        RequestError: nothing was found, something does not exist, two images would share one mask name, or there is no
-            such format.
+        RequestError: Nothing was found, something does not exist, two images would share one mask, or there is no such
+            format.
     """
-    return list_cases(path, pattern=pattern, output_format=output_format).cases
+    listing = _list_cases(path, pattern, tiff_slides)
+    cases = [replace(case, output=_output(case, output_format)) for case in listing.cases]
+    _refuse_shared((case.output, case.image) for case in cases)
+    return CaseList(tuple(cases), listing.skipped)
 
 
-def list_cases(path: StrPath | Sequence[StrPath], *, pattern: str | None = None, output_format: str = "") -> CaseList:
-    """List the images to predict like `find_cases`, together with what was left out and why."""
-    found = _list_cases(path, pattern)
-    if not output_format:
-        return found
-    named: dict[str, str] = {}
-    for case in found.cases:
-        _add_name(named, mask_name(case["name"], output_format), case["image"])
-    return CaseList([{"image": image, "name": name} for name, image in sorted(named.items())], found.left_out)
+def _output(case: Case, output_format: str) -> str:
+    name = mask_name(case.name, output_format)
+    return case.name if case.kind == "slide" else name
 
 
-def _list_cases(path: StrPath | Sequence[StrPath], pattern: str | None) -> CaseList:
+def _list_cases(path: StrPath | Sequence[StrPath], pattern: str | None, tiff_slides: bool) -> CaseList:
+    images, skipped, source, base = _found(path)
+    if tiff_slides:
+        images = [replace(image, slide=image.slide or image.image.lower().endswith(_TIFF)) for image in images]
+    return _listing(images, skipped, pattern, source, base)
+
+
+def _found(path: StrPath | Sequence[StrPath]) -> tuple[list[_Image], list[Skipped], str, Path | None]:
+    """Return images, skipped files, the request's name for messages, and the folder that names are relative to."""
     if not isinstance(path, str | os.PathLike):
         files = [_existing_file(absolute(item)) for item in path]
         _refuse_slices(files)
-        return _listing([_file_image(file) for file in files], [], pattern, "the list of files")
+        return [_file_image(file) for file in files], [], "the list of files", None
     given, series = split_series(path)
     if series:
         _existing(given)
-        return _listing([_file_image(absolute(path))], [], pattern, str(path))
+        return [_file_image(absolute(path))], [], str(path), None
     if given.is_dir():
-        images, left_out = _folder_images(given)
-        base = None if _is_dataset(given) else given
-        return _listing(images, left_out, pattern, str(given), base)
+        images, skipped = _folder_images(given)
+        return images, skipped, str(given), None if _is_dataset(given) else given
     if given.suffix.lower() == ".json":
-        images = [_file_image(file) for file in prediction_entries(_existing(given))]
-        return _listing(images, [], pattern, str(given))
+        return [_file_image(file) for file in prediction_entries(_existing(given))], [], str(given), None
     if given.is_file() and (given.suffix.lower() == ".zip" or given.name.upper() == DIRECTORY_FILE):
-        images, left_out = _packed_images(given)
-        return _listing(images, left_out, pattern, str(given), given.parent)
-    return _listing([_file_image(_existing_file(given))], [], pattern, str(given))
+        images, skipped = _packed_images(given)
+        return images, skipped, str(given), given.parent
+    return [_file_image(_existing_file(given))], [], str(given), None
 
 
 def _existing(path: Path) -> Path:
@@ -228,21 +240,21 @@ def _is_dataset(folder: Path) -> bool:
     return (folder / DATASET_FILE).is_file() or (folder / SPLIT_FILE).is_file()
 
 
-def _folder_images(folder: Path) -> tuple[list[_Image], list[LeftOut]]:
+def _folder_images(folder: Path) -> tuple[list[_Image], list[Skipped]]:
     """Return the images of a folder, or of the data set that the folder is, and what was left out."""
     if not _is_dataset(folder):
         found = list(_walk(folder))
-        left_out = [LeftOut(str(path), reason) for path, reason in found if reason]
+        skipped = [Skipped(str(path), reason) for path, reason in found if reason]
         kept = [path for path, reason in found if not reason]
         series, others = _series_images([path for path in kept if file_kind(path) in (None, "dicom")], folder)
         plain = [_file_image(path) for path in kept if file_kind(path) not in (None, "dicom")]
-        return plain + series, left_out + others
+        return plain + series, skipped + others
     images = _dataset_images(folder)
     # An image may be a folder, or a series in one.
     chosen = {split_series(path)[0] for path in images}
     rest = [(path, reason) for path, reason in _walk(folder) if chosen.isdisjoint((path, *path.parents))]
-    left_out = [LeftOut(str(path), reason or "not among the data set's cases to predict") for path, reason in rest]
-    return [_file_image(path) for path in images], left_out
+    skipped = [Skipped(str(path), reason or "not among the data set's cases to predict") for path, reason in rest]
+    return [_file_image(path) for path in images], skipped
 
 
 def _dataset_images(folder: Path) -> list[Path]:
@@ -255,7 +267,7 @@ def _dataset_images(folder: Path) -> list[Path]:
     return [dataset.images[stem] for stem in split_stems(dataset)["val"]]
 
 
-def _series_images(files: Sequence[Path], base: Path) -> tuple[list[_Image], list[LeftOut]]:
+def _series_images(files: Sequence[Path], base: Path) -> tuple[list[_Image], list[Skipped]]:
     """Return the series that DICOM files below a folder form, and the files that are no images to predict."""
     if not files:
         return [], []
@@ -263,24 +275,24 @@ def _series_images(files: Sequence[Path], base: Path) -> tuple[list[_Image], lis
     from medseg.io.dicom.sources import file_source
 
     groups, others = group_files([file_source(path) for path in files])
-    left_out = [_left_out(header) for header in others if not _is_slide(header)]
+    skipped = [_skipped_file(header) for header in others if not _is_slide(header)]
     images = _slide_images(others, base)
     for group in groups:
         paths = [header.source.path for header in group.headers]
         if group.localizer:
-            left_out += [LeftOut(str(path), f"a localizer (series {group.name})") for path in paths]
+            skipped += [Skipped(str(path), f"a localizer (series {group.name})") for path in paths]
         elif group.has_geometry:
             images.append(_folder_image(group, groups, base))
         else:
             images += [_file_image(path) for path in paths]
-    return images, left_out
+    return images, skipped
 
 
-def _left_out(header: Header) -> LeftOut:
+def _skipped_file(header: Header) -> Skipped:
     from medseg.io.slides.dicom import slide_part
 
     part = "a slide, which is read from its folder alone" if _is_slide(header) else slide_part(header)
-    return LeftOut(str(header.source), part or header.other)
+    return Skipped(str(header.source), part or header.other)
 
 
 def _is_slide(header: Header) -> bool:
@@ -319,7 +331,7 @@ def _folder_image(group: Group, groups: Sequence[Group], base: Path) -> _Image:
     return _Image(str(folder), (base if folder == base else folder.parent) / f"{folder.name}.dcm")
 
 
-def _packed_images(path: Path) -> tuple[list[_Image], list[LeftOut]]:
+def _packed_images(path: Path) -> tuple[list[_Image], list[Skipped]]:
     """Return the series of an archive or a DICOMDIR, and its files that are no images."""
     from medseg.io.dicom.series import find_groups
 
@@ -328,10 +340,10 @@ def _packed_images(path: Path) -> tuple[list[_Image], list[LeftOut]]:
     except CaseError as error:
         raise RequestError(str(error)) from error
     stem = path.parent.name if path.name.upper() == DIRECTORY_FILE else path.stem
-    left_out = [_left_out(header) for header in others]
+    skipped = [_skipped_file(header) for header in others]
     if len(groups) == 1:
-        return [_Image(str(path), path.with_name(f"{stem}.dcm"))], left_out
-    return [_Image(f"{path}::{group.name}", path.parent / stem / f"{group.name}.dcm") for group in groups], left_out
+        return [_Image(str(path), path.with_name(f"{stem}.dcm"))], skipped
+    return [_Image(f"{path}::{group.name}", path.parent / stem / f"{group.name}.dcm") for group in groups], skipped
 
 
 def _walk(folder: Path) -> Iterator[tuple[Path, str]]:
@@ -352,18 +364,18 @@ def _refuse_unreadable(error: OSError) -> NoReturn:
 
 
 def _listing(
-    images: list[_Image], left_out: list[LeftOut], pattern: str | None, source: str, base: Path | None = None
+    images: list[_Image], skipped: list[Skipped], pattern: str | None, source: str, base: Path | None = None
 ) -> CaseList:
     """Name the cases and check that there are any; `base` is the folder that names are relative to."""
     base = base or (common_folder([image.label for image in images]) if images else None)
     chosen = [image for image in images if base and _matches(image.label.relative_to(base), pattern)]
     taken = set(chosen)
-    skipped = [LeftOut(image.image, f"does not match {pattern!r}") for image in images if image not in taken]
+    unmatched = [Skipped(image.image, f"does not match {pattern!r}") for image in images if image not in taken]
     if not chosen or base is None:
         looked_for = f"files ending in {_expected()}, or DICOM," + (f" that match {pattern!r}" if pattern else "")
-        raise RequestError(f"Nothing to predict in {source}: looked for {looked_for}; {_seen(left_out + skipped)}.")
-    cases = sorted(_named(chosen, base).items())
-    return CaseList([{"image": image, "name": name} for name, image in cases], left_out + skipped)
+        raise RequestError(f"Nothing to predict in {source}: looked for {looked_for}; {_seen(skipped + unmatched)}.")
+    cases = sorted((_case(image, base) for image in chosen), key=lambda case: case.name)
+    return CaseList(tuple(cases), (*skipped, *unmatched))
 
 
 def _matches(relative: Path, pattern: str | None) -> bool:
@@ -372,23 +384,24 @@ def _matches(relative: Path, pattern: str | None) -> bool:
     return fnmatchcase(relative.as_posix() if "/" in pattern else relative.name, pattern)
 
 
-def _seen(left_out: Sequence[LeftOut]) -> str:
+def _seen(skipped: Sequence[Skipped]) -> str:
     """Say what was there instead, counted by suffix."""
-    if not left_out:
+    if not skipped:
         return "saw no files at all"
-    kinds = Counter("".join(Path(item.path).suffixes[-2:]) or Path(item.path).name for item in left_out)
+    kinds = Counter("".join(Path(item.path).suffixes[-2:]) or Path(item.path).name for item in skipped)
     return "saw " + ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common(5))
 
 
-def _named(images: Sequence[_Image], base: Path) -> dict[str, str]:
-    named: dict[str, str] = {}
-    for image in images:
-        name = image.label.relative_to(base).as_posix()
-        _add_name(named, f"{split_suffix(name)[0]}.geojson" if image.slide else mask_name(name), image.image)
-    return named
+def _case(image: _Image, base: Path) -> Case:
+    name = image.label.relative_to(base).as_posix()
+    kind: CaseKind = "slide" if image.slide else _KINDS.get(str(file_kind(image.image)), "volume")
+    named = f"{split_suffix(name)[0]}.geojson" if kind == "slide" else mask_name(name)
+    return Case(named, (image.image,), kind=kind, output=named, series=split_series(image.image)[1])
 
 
-def _add_name(named: dict[str, str], name: str, image: str) -> None:
-    if name in named:
-        raise RequestError(f"{named[name]} and {image} would share the mask name {name}: rename or leave out one.")
-    named[name] = image
+def _refuse_shared(outputs: Iterable[tuple[str, str]]) -> None:
+    taken: dict[str, str] = {}
+    for output, image in outputs:
+        if output in taken:
+            raise RequestError(f"{taken[output]} and {image} would share the mask name {output}: rename one of them.")
+        taken[output] = image

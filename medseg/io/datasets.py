@@ -28,6 +28,7 @@ from typing import Any
 from medseg.errors import RequestError
 from medseg.io.dicom.detect import is_dicom, named_file, split_series
 from medseg.io.names import IMAGE_SUFFIXES, StrPath, absolute, file_kind, mask_name, split_suffix
+from medseg.types import Case
 
 __all__ = [
     "DATASET_FILE",
@@ -37,6 +38,7 @@ __all__ = [
     "entry_source",
     "find_dataset",
     "label_options",
+    "list_dataset",
     "prediction_entries",
     "read_dataset",
     "read_json",
@@ -71,8 +73,8 @@ class Dataset:
     sections: Mapping[str, Sequence[str]]
     label_options: Mapping[str, Any] = field(default_factory=dict)
 
-    def case(self, stem: str) -> dict[str, Any]:
-        """Return image, label and name of one case, and of a DICOM label how it is read."""
+    def case(self, stem: str) -> Case:
+        """Return one labeled case."""
         image = self.images[stem]
         if stem not in self.labels:
             raise RequestError(
@@ -81,13 +83,25 @@ class Dataset:
             )
         label = self.labels[stem]
         name = mask_name(named_file(image).relative_to(self.base).as_posix())
-        case: dict[str, Any] = {"image": str(image), "label": str(label), "name": name}
-        return {**case, "label_options": dict(self.label_options)} if _may_be_object(label) else case
+        options = self.label_options if _may_be_object(label) else {}
+        return Case(name, (str(image),), str(label), output=name, label_options=options)
 
 
 def find_dataset(
     path: StrPath, split: str, *, labels: str = "labels", split_file: StrPath | None = None
 ) -> list[dict[str, Any]]:
+    """List the cases of one part of a labeled data set as MONAI's dictionary transforms take them; see `list_dataset`.
+
+    Returns:
+        One `{"image": ..., "label": ..., "name": ...}` per case: two absolute paths and the name of a result. With a
+        DICOM label "label_options" as well, for `medseg.components.LoadCased`.
+    """
+    return [case.entry() for case in list_dataset(path, split, labels=labels, split_file=split_file)]
+
+
+def list_dataset(
+    path: StrPath, split: str, *, labels: str = "labels", split_file: StrPath | None = None
+) -> tuple[Case, ...]:
     """List the cases of one part of a labeled data set, in the order of the split.
 
     Args:
@@ -96,10 +110,6 @@ def find_dataset(
         labels: the folder of labels beside `images/`, for sets with several observers.
         split_file: a JSON file with the stems of each part, relative to the folder. By default the lists in
             `dataset.json` count, and where it lacks one of them, `split.json`.
-
-    Returns:
-        One `{"image": ..., "label": ..., "name": ...}` per case: two absolute paths and the name of a result. With a
-        DICOM label "label_options" as well, for `medseg.components.LoadCased`.
 
     Raises:
         RequestError: the set, a file of it or the split is missing, incomplete or contradictory.
@@ -110,7 +120,7 @@ def find_dataset(
     stems = split_stems(dataset, split_file, parts=("test",) if split == "test" else tuple(_SECTIONS))[split]
     if not stems:
         raise RequestError(f"The {split!r} part of {dataset.root} is empty: list at least one case.")
-    return [dataset.case(stem) for stem in stems]
+    return tuple(dataset.case(stem) for stem in stems)
 
 
 def read_dataset(path: StrPath, *, labels: str = "labels", sections: Mapping[str, str] = _SECTIONS) -> Dataset:

@@ -19,15 +19,16 @@ from medseg.bundle.recipes import with_recipe
 from medseg.bundle.trust import require_trust
 from medseg.errors import RequestError
 from medseg.files import check_folder, load_json, replace_text
-from medseg.io import find_cases, find_dataset
+from medseg.io import list_cases, list_dataset
 from medseg.jobs import launch, runner
 from medseg.jobs.ensembles import ensemble_of
+from medseg.jobs.job import prepare
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from medseg.jobs.runner import Announce, Report
     from medseg.manifest import Manifest
+    from medseg.types import Announce, Progress
 
 __all__ = ["evaluate", "predict", "train", "train_config"]
 
@@ -39,8 +40,9 @@ def predict(
     *,
     settings: Mapping[str, Any] | None = None,
     resume: bool = False,
+    overlay: bool = False,
     trust: str | None = None,
-    report: Report | None = None,
+    report: Progress | None = None,
     announce: Announce | None = None,
 ) -> Manifest:
     """Write a mask for every image, on the image's own grid and under its name, and `manifest.json`.
@@ -50,7 +52,8 @@ def predict(
         inputs: an image, several, a folder of images, or a `dataset.json`.
         output: folder for the results, made if missing.
         settings: knobs to change, by name.
-        resume: leave out what an earlier run with the same settings has done.
+        resume: whether to skip what an earlier run with the same settings has finished.
+        overlay: whether to draw each mask over its image, as a PNG beside it.
         trust: fingerprint by which you vouch for a bundle that is not declarative.
         report: called with cases done, cases in all, and a few words.
         announce: called with the name of each case and what it will take in time and memory.
@@ -69,6 +72,7 @@ def predict(
                 output,
                 settings=settings,
                 resume=resume,
+                overlay=overlay,
                 trust=trust,
                 report=report,
                 announce=announce,
@@ -77,11 +81,17 @@ def predict(
     given = [inputs] if isinstance(inputs, (str, Path)) else list(inputs)
     places = [str(Path(place).absolute()) for place in given]
     source = places[0] if len(places) == 1 else places
-    cases = find_cases(source)
     paths = {"dataset_dir": source, "output_dir": str(folder)}
-    job = runner.prepare("predict", found, settings or {}, paths=paths, trust=trust)
+    job = prepare("predict", found, settings or {}, paths=paths, trust=trust)
+    wanted = str(job.config.get("output_format") or "")
+    tiff_slides = "slides" in job.config and bool(job.config.get("tiff_slides"))
+    listing = list_cases(source, output_format=wanted, tiff_slides=tiff_slides)
     check_folder(folder)
-    return runner.predict(job, cases, folder, resume=resume, report=report, announce=announce)
+    manifest = runner.predict(
+        job, listing.cases, folder, resume=resume, overlay=overlay, report=report, announce=announce
+    )
+    manifest.skipped = listing.skipped
+    return manifest
 
 
 def evaluate(
@@ -92,7 +102,7 @@ def evaluate(
     output: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
     trust: str | None = None,
-    report: Report | None = None,
+    report: Progress | None = None,
 ) -> Manifest:
     """Predict labeled cases and score them, each on its label's own grid.
 
@@ -114,8 +124,8 @@ def evaluate(
     found, root = find_bundle(bundle), Path(data).absolute()
     folder = found.root / "runs" / "evaluate" if output is None else Path(output).absolute()
     paths = {"dataset_dir": str(root), "split": split, "output_dir": str(folder)}
-    job = runner.prepare("evaluate", found, settings or {}, paths=paths, trust=trust)
-    cases = find_dataset(root, split, split_file=_split_file(job.config, split))
+    job = prepare("evaluate", found, settings or {}, paths=paths, trust=trust)
+    cases = list_dataset(root, split, split_file=_split_file(job.config, split))
     check_folder(folder)
     return runner.evaluate(job, cases, folder, report=report)
 
@@ -130,7 +140,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     trust: str | None = None,
-    report: Report | None = None,
+    report: Progress | None = None,
 ) -> Manifest:
     """Train a bundle, or a copy of it; the best weights become its `models/model.pt`.
 
@@ -159,7 +169,7 @@ def train(
     values = dict(settings or {})
     recipe = values.pop("recipe", None)
     if recipe is None:
-        runner.prepare("train", source, values, paths=paths, trust=trust)
+        prepare("train", source, values, paths=paths, trust=trust)
     else:
         require_trust(source.root, source.load_configs("train"), trust)
     known = train_config(source, recipe)
@@ -167,7 +177,7 @@ def train(
     config = {**known, **values}
     launch.check_processes(devices, config)
     for split in ("train", "val"):
-        find_dataset(root, split, split_file=_split_file(config, split))
+        list_dataset(root, split, split_file=_split_file(config, split))
     _check_target(target, config, resume=resume, overwrite=overwrite)
     if (target.root / "configs").is_dir():
         _check_same(target, known, recipe, resume=resume)
@@ -176,9 +186,8 @@ def train(
     if recipe is not None:
         replace_text(target.root / "bundle.json", json.dumps(_by_recipe(target, recipe), indent=2) + "\n")
         build(target)
-    prepare = partial(runner.prepare, "train") if devices == 1 else launch.prepare
-    job = prepare(target, values, paths=paths, trust=trust)
-    return launch.train(job, devices, report=report)
+    prepared = partial(prepare, "train") if devices == 1 else launch.prepare
+    return launch.train(prepared(target, values, paths=paths, trust=trust), devices, report=report)
 
 
 def _split_file(config: Mapping[str, Any], split: str) -> str | None:

@@ -34,7 +34,7 @@ from medseg.scoring.scores import CROSS_VALIDATION, Scores, write_scores
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from medseg.jobs.runner import Report
+    from medseg.types import Progress
 
 __all__ = ["FOLDS_FILE", "Folds", "cross_validate", "fold_bundles", "is_scored", "make_folds"]
 
@@ -118,7 +118,7 @@ def cross_validate(
     settings: Mapping[str, Any] | None = None,
     resume: bool = False,
     overwrite: bool = False,
-    report: Report | None = None,
+    report: Progress | None = None,
 ) -> Scores | None:
     """Train a copy of a bundle on each fold, or on one of them, and score each case by the fold that has not seen it.
 
@@ -183,7 +183,7 @@ class _FoldRun:
     count: int
     settings: dict[str, Any]
     config: Mapping[str, Any]
-    report: Report | None
+    report: Progress | None
 
     @property
     def values(self) -> dict[str, Any]:
@@ -245,7 +245,7 @@ class _FoldRun:
                     "--output"
                 )
 
-    def _told(self, counted: str) -> Report | None:
+    def _told(self, counted: str) -> Progress | None:
         if self.report is None:
             return None
         report = self.report

@@ -32,12 +32,16 @@ from medseg.errors import MedsegError, RequestError
 from medseg.files import check_folder, replace_text
 from medseg.jobs import runner
 from medseg.jobs.exit_diagnosis import Note, describe_exit, explain, memory_kills, note_of
+from medseg.jobs.job import Job, checked_places
+from medseg.jobs.job import prepare as prepare_job
+from medseg.jobs.workflow import open_workflow
 from medseg.manifest import Manifest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from medseg.jobs.runner import Job, Report
+    from medseg.jobs.job import Job
+    from medseg.types import Progress
 
 __all__ = ["check_processes", "prepare", "run_folder", "train", "work_from_stdin"]
 
@@ -92,13 +96,13 @@ def check_processes(count: int, config: Mapping[str, Any]) -> None:
 
 
 def prepare(bundle: Bundle, settings: Mapping[str, Any], *, paths: Mapping[str, Any], trust: str | None = None) -> Job:
-    """Check a training with several processes without importing torch or MONAI; see `medseg.jobs.runner.prepare`."""
-    job = runner.prepare("train", bundle, settings, paths=paths, trust=trust)
+    """Check a training with several processes without importing torch or MONAI; see `medseg.jobs.prepare_job`."""
+    job = prepare_job("train", bundle, settings, paths=paths, trust=trust)
     configs = bundle.load_configs(*_CONFIGS)
     require_trust(bundle.root, configs, trust)
     files = tuple(bundle.config_paths(*_CONFIGS))
     config = {**merged(configs), "_meta_": job.config["_meta_"], **job.overrides}
-    return runner.checked_places(replace(job, config_files=files, config=config))
+    return checked_places(replace(job, config_files=files, config=config))
 
 
 def run_folder(bundle: Bundle, config: Mapping[str, Any]) -> Path:
@@ -110,11 +114,11 @@ def run_folder(bundle: Bundle, config: Mapping[str, Any]) -> Path:
     return bundle.root / (inside if isinstance(inside, str) else "runs/train")
 
 
-def train(job: Job, processes: int, *, report: Report | None = None) -> Manifest:
+def train(job: Job, processes: int, *, report: Progress | None = None) -> Manifest:
     """Train in this process, or with several; either leaves what `medseg.jobs.runner.train` leaves.
 
     Args:
-        job: from `prepare`; for one process from `medseg.jobs.runner.prepare`.
+        job: from `prepare`; for one process from `medseg.jobs.prepare_job`.
         processes: how many; on CUDA each has a device of its own, on the CPU they share the cores.
         report: told about each finished step.
 
@@ -140,7 +144,7 @@ def _keep_record(path: Path, earlier: str) -> None:
             replace_text(path, earlier)
 
 
-def _train_together(job: Job, processes: int, report: Report | None) -> Manifest:
+def _train_together(job: Job, processes: int, report: Progress | None) -> Manifest:
     folder = run_folder(job.bundle, job.config)
     logs = folder / "logs"
     check_folder(logs)
@@ -161,7 +165,7 @@ def _train_together(job: Job, processes: int, report: Report | None) -> Manifest
     return Manifest.read(folder / "manifest.json")
 
 
-def _train_here(job: Job, report: Report | None) -> Manifest:
+def _train_here(job: Job, report: Progress | None) -> Manifest:
     try:
         return runner.train(job, report=report)
     except MedsegError:
@@ -204,7 +208,7 @@ def _work(request: Mapping[str, Any], speech: IO[str]) -> None:
 
         runner.train(job, report=report)
     else:
-        workflow = runner.open_workflow(job, "train")
+        workflow = open_workflow(job, "train")
         workflow.initialize()
         workflow.run()
     from medseg.training.distributed import stop_processes
@@ -225,7 +229,7 @@ def _request(job: Job, note: Path) -> str:
 
 
 def _job_of(content: Mapping[str, Any]) -> Job:
-    return runner.Job(
+    return Job(
         command="train",
         bundle=Bundle(Path(content["bundle"])),
         config_files=tuple(Path(path) for path in content["config_files"]),
@@ -288,7 +292,7 @@ def _tell(handle: subprocess.Popen[str], text: str) -> None:
             stdin.flush()
 
 
-def _follow(group: Sequence[_Process], report: Report | None) -> None:
+def _follow(group: Sequence[_Process], report: Progress | None) -> None:
     """Pass on progress until all processes have ended, or one has failed and the others had time to notice."""
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
     reader = threading.Thread(target=_read_lines, args=(group[0].handle.stdout, lines), daemon=True)

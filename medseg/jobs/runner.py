@@ -1,147 +1,45 @@
-"""Run a bundle's own configs, case by case, and keep the record.
-
-A request is checked completely before torch or MONAI are imported. What then runs is the MONAI workflow of the config
-files and nothing else, so `python -m monai.bundle run` on the same files writes the same bytes.
-"""
+"""Run a checked job, case by case, and keep the record."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-import sys
-import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
-from medseg.bundle.catalog import Bundle, merged
-from medseg.bundle.knobs import changed, knobs
-from medseg.bundle.trust import leads_inside, require_trust
-from medseg.errors import BundleError, CaseError, RequestError, WeightsError, in_a_line, links, own_error
+from medseg.bundle.knobs import knobs
+from medseg.errors import CaseError, RequestError
 from medseg.files import sha256_file
-from medseg.io.names import mask_name
-from medseg.jobs.slides import check_slides, is_slide, named_slides
-from medseg.manifest import BundleRecord, Manifest, stamp
+from medseg.io.names import case_stem
+from medseg.jobs.slides import check_slides
+from medseg.jobs.workflow import build_evaluator, guarded, open_workflow, run_case
+from medseg.manifest import BundleRecord, CaseRecord, Manifest, stamp
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from medseg.jobs.job import Job
+    from medseg.types import Announce, Case, Progress
 
-    # Called with what is done, what there is to do (cases or epochs) and a few words on the present state.
-    Report = Callable[[float, int, str], None]
-    # Called with the name of a case and what it will take.
-    Announce = Callable[[str, str], None]
+    # Writes the result of one case.
+    Write = Callable[[], None]
 
-__all__ = [
-    "Job",
-    "build_evaluator",
-    "checked_places",
-    "evaluate",
-    "nanmean",
-    "open_workflow",
-    "predict",
-    "prepare",
-    "run_case",
-    "train",
-]
+__all__ = ["evaluate", "nanmean", "predict", "train"]
 
-
-@dataclass(frozen=True)
-class Job:
-    """A request that was checked: what to run, and with which values.
-
-    Attributes:
-        command: "train", "evaluate" or "predict".
-        bundle: whose configs run.
-        config_files: the config files, laid over each other in this order.
-        config: what they give together, with the user's values in place and the metadata; this very content was
-            checked.
-        overrides: the user's values.
-        settings: names of the knobs that the user set.
-        vouched: whether the user vouched for a bundle that need not be declarative.
-    """
-
-    command: str
-    bundle: Bundle
-    config_files: tuple[Path, ...]
-    config: Mapping[str, Any]
-    overrides: Mapping[str, Any]
-    settings: tuple[str, ...]
-    vouched: bool
-
-    @property
-    def weights(self) -> Path:
-        """The weight file that the run starts from or uses."""
-        return Path(self.overrides.get("weights", self.bundle.weights))
-
-
-_CONFIGS = {"train": ("train",), "evaluate": ("train", "evaluate"), "predict": ("inference",)}
-_STEPS_BETWEEN_READINGS = 10
-_PLACES = ("dataset_dir", "output_dir", "resume")
-# What a workflow needs besides its evaluator.
-_PARTS = {"infer": ("preprocessing", "inferer"), "train": ("val_preprocessing", "val_inferer")}
-
-
-def prepare(
-    command: str,
-    bundle: Bundle,
-    settings: Mapping[str, Any],
-    *,
-    paths: Mapping[str, Any],
-    trust: str | None = None,
-) -> Job:
-    """Check a request without importing torch or MONAI.
-
-    Args:
-        command: "train", "evaluate" or "predict".
-        bundle: whose configs are to run.
-        settings: knobs to change, by name.
-        paths: `dataset_dir`, and `output_dir` or `resume` where the command has them.
-        trust: fingerprint by which the user vouches for a bundle that is not declarative.
-
-    Raises:
-        BundleError: a config is missing or unreadable, or the bundle is not to be trusted.
-        RequestError: an unknown knob or a value of the wrong kind.
-        WeightsError: the weights that the command needs, or that training is to start from, do not exist.
-    """
-    names = _CONFIGS[command]
-    configs, metadata = bundle.load_configs(*names), bundle.metadata
-    require_trust(bundle.root, {**configs, "metadata.json": metadata}, trust)
-    config = {**merged(configs), "_meta_": metadata}
-    overrides = {**changed(config, settings), **paths, "bundle_root": str(bundle.root)}
-    files = tuple(bundle.config_paths(*names))
-    job = Job(command, bundle, files, {**config, **overrides}, overrides, tuple(settings), trust is not None)
-    checked_places(job)
-    if command == "train":
-        _check_start(job.config)
-    elif not job.weights.is_file():
-        raise WeightsError(f"no weights at '{job.weights}': run `medseg train` first, or give --set weights=FILE")
-    return job
-
-
-def checked_places(job: Job) -> Job:
-    """Return a job whose results go where the user said, or into the bundle.
-
-    Raises:
-        BundleError: they would go to a folder that the bundle names, wherever the user happens to be.
-    """
-    place = job.config.get("output_dir")
-    if not (job.vouched or "output_dir" in job.overrides or place is None or leads_inside(place, job.config)):
-        raise BundleError(
-            f"bundle '{job.bundle.name}' would write to {place!r} of its own choice; give --set output_dir=FOLDER, or "
-            'let its output_dir be {"_target_": "medseg.components.inside", "root": "@bundle_root", "path": ...}'
-        )
-    return job
+_STEPS_BETWEEN_READINGS: Final = 10
+_PLACES: Final = ("dataset_dir", "output_dir", "resume")
 
 
 def predict(
     job: Job,
-    cases: Sequence[Mapping[str, str]],
+    cases: Sequence[Case],
     output: Path,
     *,
     resume: bool = False,
-    report: Report | None = None,
+    overlay: bool = False,
+    report: Progress | None = None,
     announce: Announce | None = None,
 ) -> Manifest:
     """Write a mask for each case and `manifest.json` into `output`; a case that fails does not stop the others.
@@ -149,83 +47,135 @@ def predict(
     Slides come last, and become polygons (see `medseg.jobs.slides`).
 
     Args:
-        job: from `prepare("predict", ...)`.
-        cases: from `medseg.components.find_cases`.
-        output: folder, made if missing.
-        resume: leave out cases that an earlier run with the same settings has done, of the same files.
-        report: told about each finished window.
-        announce: told what a case will take in time and memory, after its first window.
+        job: Request from `prepare("predict", ...)`.
+        cases: Images from `medseg.io.list_cases`.
+        output: Folder, made if missing.
+        resume: Whether to skip cases that an earlier run with the same settings has finished, of the same files.
+        overlay: Whether to draw each mask over its image, as a PNG beside it.
+        report: Called after each finished window.
+        announce: Called with the forecast of a case after its first window.
     """
-    cases = named_slides(cases, job.config)
-    names = _output_names(job, cases)
-    _check_output(cases, names, output)
-    check_slides(cases, job.config, output)
-    workflow = open_workflow(job, "infer")
+    _check_output(cases, output)
+    takes_slides = "slides" in job.config
+    slides = [case for case in cases if takes_slides and case.kind == "slide"]
+    check_slides(slides, cases, job.config, output)
+    workflow = open_workflow(job, "infer", cases)
     manifest = _manifest(job, output / "manifest.json")
-    sources = {case["name"]: stamp(case["image"]) for case in cases}
+    sources = {case.name: stamp(case.image) for case in cases}
     earlier = manifest.resume(sources) if resume else set()
+    pictures = _overlays(cases)
     with manifest:
         with manifest.stage("load"):
-            evaluator = build_evaluator(workflow)
-            manifest.device = str(evaluator.state.device)
-        todo = [case for case in cases if not (case["name"] in earlier and (output / names[case["name"]]).is_file())]
-        slides = [case for case in todo if is_slide(case["image"], job.config)]
-        pictures = [case for case in todo if case not in slides]
+            images = _Images(workflow, output)
+            manifest.device = str(images.evaluator.state.device)
+        todo = [case for case in cases if not (case.name in earlier and (output / case.output).is_file())]
         # under a limit, the next image would take from what was promised to this one
-        prepared = _prepared(workflow, pictures, ahead=not job.config.get("max_memory"))
-        for number, (case, data) in enumerate(zip(pictures, prepared, strict=True), len(cases) - len(todo)):
-            with manifest.case(case["name"], source=sources[case["name"]]) as record:
-                record.output = names[case["name"]]
-                _tell_windows(workflow.inferer, number, len(cases), case["name"], report, announce)
-                run_case(evaluator, data, case)
-                if not (output / record.output).is_file():
-                    raise CaseError(f"{case['image']}: the bundle's postprocessing wrote no '{output / record.output}'")
-            if record.status == "failed":
-                evaluator = build_evaluator(workflow)
-        predictor: Any = _guarded(lambda: workflow.parser.get_parsed_content("slides")) if slides else None
-        for number, case in enumerate(slides, len(cases) - len(slides)):
-            with manifest.case(case["name"], source=sources[case["name"]]) as record:
-                record.output = names[case["name"]]
-                _tell_windows(predictor.inferer, number, len(cases), case["name"], report, announce)
-                predictor(
-                    case["image"],
-                    output / record.output,
-                    labels=job.bundle.label_names,
-                    output_format=job.config.get("output_format") or "",
-                )
+        ahead = not job.config.get("max_memory")
+        tell = _Teller(len(cases), len(cases) - len(todo), report, announce)
+        writers = (
+            images.each([case for case in todo if case not in slides], tell, ahead=ahead),
+            _each_slide(workflow, job, [case for case in todo if case in slides], output, tell),
+        )
+        for case, write in (pair for writer in writers for pair in writer):
+            with manifest.case(case.name, source=sources[case.name]) as record:
+                record.output = case.output
+                write()
+            if overlay and record.status == "done" and case not in slides:
+                _draw(case, output, pictures[case.name], job, manifest)
     return manifest
 
 
-def evaluate(job: Job, cases: Sequence[Mapping[str, str]], output: Path, *, report: Report | None = None) -> Manifest:
-    """Predict each case and score it against its label on the label's own grid.
+class _Images:
+    """Predicts images through the bundle's workflow; after a failure its engine is built anew."""
+
+    def __init__(self, workflow: Any, output: Path) -> None:
+        self.workflow = workflow
+        self.output = output
+        self.evaluator = build_evaluator(workflow)
+
+    def each(self, cases: Sequence[Case], tell: _Teller, *, ahead: bool) -> Iterator[tuple[Case, Write]]:
+        """Yield each case and how to write its mask; the next image is read meanwhile if `ahead`."""
+        prepared = _prepared(self.workflow.preprocessing, cases, ahead=ahead)
+        for case, data in zip(cases, prepared, strict=True):
+            tell.begin(case.name, self.workflow.inferer)
+            yield case, partial(self._write, case, data)
+
+    def _write(self, case: Case, data: Callable[[], Mapping[str, Any]]) -> None:
+        try:
+            run_case(self.evaluator, data, case.image)
+            if not (self.output / case.output).is_file():
+                raise CaseError(f"{case.image}: the bundle's postprocessing wrote no '{self.output / case.output}'")
+        except CaseError:
+            self.evaluator = build_evaluator(self.workflow)
+            raise
+
+
+def _each_slide(
+    workflow: Any, job: Job, slides: Sequence[Case], output: Path, tell: _Teller
+) -> Iterator[tuple[Case, Write]]:
+    """Yield each slide and how to write its polygons."""
+    predictor: Any = guarded(lambda: workflow.parser.get_parsed_content("slides")) if slides else None
+    for case in slides:
+        tell.begin(case.name, predictor.inferer)
+        options = {"labels": job.bundle.label_names, "output_format": job.config.get("output_format") or ""}
+        yield case, partial(predictor, case.image, output / case.output, **options)
+
+
+class _Teller:
+    """Passes on the progress of one case after the other, and their forecasts."""
+
+    def __init__(self, total: int, done: int, report: Progress | None, announce: Announce | None = None) -> None:
+        self.total = total
+        self.next = done
+        self.report = report
+        self.announce = announce
+
+    def begin(self, name: str, inferer: Any) -> None:
+        """Start to count the windows of the next case."""
+        number, report, announce = self.next, self.report, self.announce
+        self.next += 1
+        if report is not None and hasattr(inferer, "on_progress"):
+            report(number, self.total, name)
+            inferer.on_progress = lambda done, windows: report(number + done / windows, self.total, name)
+        if announce is not None and hasattr(inferer, "on_forecast"):
+            inferer.on_forecast = lambda forecast: announce(name, forecast.describe())
+
+
+def evaluate(job: Job, cases: Sequence[Case], output: Path, *, report: Progress | None = None) -> Manifest:
+    """Predict each case and score it against its label in the label's native space.
 
     The manifest goes to `output`. Each case holds the key metric for each class by the class's name
     (no value where the label lacks it), and their mean.
 
     Args:
-        job: from `prepare("evaluate", ...)`.
-        cases: from `medseg.components.find_dataset`.
-        output: folder, made if missing.
-        report: told about each finished window.
+        job: Request from `prepare("evaluate", ...)`.
+        cases: Labeled images from `medseg.io.list_dataset`.
+        output: Folder, made if missing.
+        report: Called after each finished window.
     """
-    workflow = open_workflow(job, "train")
+    workflow = open_workflow(job, "train", cases)
     evaluator = build_evaluator(workflow)
+    names = list(job.bundle.label_names.values())
+    tell = _Teller(len(cases), 0, report)
     with _manifest(job, output / "manifest.json") as manifest:
         manifest.device = str(evaluator.state.device)
-        names = list(job.bundle.label_names.values())
-        for number, case in enumerate(cases):
-            with manifest.case(case["name"]) as record:
-                _tell_windows(workflow.val_inferer, number, len(cases), case["name"], report)
-                run_case(evaluator, partial(workflow.val_preprocessing, dict(case)), case)
-                values = evaluator.state.metric_details[evaluator.state.key_metric_name][0].tolist()
-                record.metrics = dict(zip(names, values, strict=True))
-                record.metrics["mean"] = nanmean(values)
+        for case in cases:
+            with manifest.case(case.name) as record:
+                tell.begin(case.name, workflow.val_inferer)
+                run_case(evaluator, partial(workflow.val_preprocessing, case.entry()), case.image)
+                _score(record, names, evaluator.state)
             if record.status == "failed":
                 evaluator = build_evaluator(workflow)
     return manifest
 
 
-def train(job: Job, *, report: Report | None = None) -> Manifest:
+def _score(record: CaseRecord, names: Sequence[str], state: Any) -> None:
+    values = state.metric_details[state.key_metric_name][0].tolist()
+    record.metrics = dict(zip(names, values, strict=True))
+    record.metrics["mean"] = nanmean(values)
+
+
+def train(job: Job, *, report: Progress | None = None) -> Manifest:
     """Train the bundle: best weights to `models/model.pt`, state and manifest to the config's `output_dir`.
 
     What the steps of the config's `initialize` return as text goes into the manifest's notes.
@@ -237,13 +187,13 @@ def train(job: Job, *, report: Report | None = None) -> Manifest:
     from ignite.engine import Events
 
     workflow = open_workflow(job, "train")
-    said = _guarded(workflow.initialize)
+    said = guarded(workflow.initialize)
     output = Path(workflow.parser.get_parsed_content("output_dir"))
     manifest = _manifest(job, output / "manifest.json")
     manifest.notes = [text for text in said if isinstance(text, str) and text]
     with manifest:
         with manifest.stage("load"):
-            trainer = _guarded(lambda: workflow.trainer)
+            trainer = guarded(lambda: workflow.trainer)
         manifest.device = str(trainer.state.device)
         _follow(trainer, workflow.evaluator, manifest, report)
         if isinstance(job.config.get("run_log"), dict):
@@ -251,11 +201,11 @@ def train(job: Job, *, report: Report | None = None) -> Manifest:
             # of a resumed run: what was found before
             trainer.add_event_handler(Events.STARTED, lambda: _take_validations(log.history, manifest))
         with manifest.stage("train"):
-            _guarded(workflow.run)
+            guarded(workflow.run)
     return manifest
 
 
-def _follow(trainer: Any, validator: Any, manifest: Manifest, report: Report | None) -> None:
+def _follow(trainer: Any, validator: Any, manifest: Manifest, report: Progress | None) -> None:
     """Tell of each step, and enter each validation into the manifest."""
     from ignite.engine import Events
 
@@ -290,61 +240,6 @@ def _take_validations(history: Sequence[Mapping[str, float]], manifest: Manifest
             manifest.add_validation(int(entry["epoch"]), values)
 
 
-def _check_start(config: Mapping[str, Any]) -> None:
-    start = config.get("pretrained")
-    if isinstance(start, str) and start and not config.get("resume") and not Path(start).is_file():
-        raise WeightsError(f"no weights at '{start}' to start from: give --set pretrained=FILE, or leave it out")
-
-
-def open_workflow(job: Job, kind: str) -> Any:
-    """Return MONAI's workflow of a checked job, not yet initialized; `kind` is "train" or "infer"."""
-    with warnings.catch_warnings():
-        # MONAI warns that configs run code; this one has just been checked, or vouched for by the user.
-        warnings.simplefilter("ignore")
-        from monai.bundle import ConfigWorkflow
-
-        workflow = ConfigWorkflow(
-            config_file=[str(path) for path in job.config_files],
-            workflow_type=kind,
-            logging_file=False,
-            **job.overrides,
-        )
-    if job.vouched:
-        # Running must not change the content that the user vouched for.
-        sys.dont_write_bytecode = True
-    else:
-        # Not what the files hold by now, but what was checked.
-        workflow.parser.read_config(dict(job.config))
-        if workflow.parser.get() != job.config:
-            raise BundleError(f"MONAI reads the configs of '{job.bundle.name}' in another way than they were checked")
-    return workflow
-
-
-def build_evaluator(workflow: Any) -> Any:
-    """Build everything anew: an engine that an error has stopped would take the next case for the rest of that run.
-
-    Raises:
-        BundleError: the config's parts do not go together.
-    """
-    try:
-        workflow.initialize()
-        evaluator = workflow.evaluator
-        missing = [name for name in _PARTS[workflow.get_workflow_type()] if not callable(getattr(workflow, name))]
-        if missing or not hasattr(evaluator, "state"):
-            raise TypeError(f"no usable {', '.join(missing) or 'evaluator'}")
-    except Exception as error:
-        own = own_error(error)
-        if own is not None:
-            raise own from error
-        *_, first = links(error)
-        causes = dict.fromkeys((in_a_line(error), in_a_line(first)))
-        raise BundleError(
-            f"the parts of bundle '{workflow.config_root_path.parent}' do not go together: {'; '.join(causes)}. "
-            "`medseg bundle check` looks at them one by one"
-        ) from error
-    return evaluator
-
-
 def _manifest(job: Job, path: Path) -> Manifest:
     files = b"".join(file.read_bytes() for file in job.config_files)
     record = BundleRecord(
@@ -358,98 +253,50 @@ def _manifest(job: Job, path: Path) -> Manifest:
     return Manifest(job.command, bundle=record, knobs=values, overrides=list(job.settings), seeds=seeds, path=path)
 
 
-def _output_names(job: Job, cases: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """Return the file of each case: a mask of the wanted format, or the polygons of a slide.
-
-    Raises:
-        RequestError: two cases would share one.
-    """
-    wanted = str(job.config.get("output_format") or "")
-    slides = {case["name"] for case in cases if is_slide(case["image"], job.config)}
-    names: dict[str, str] = {}
-    taken: dict[str, str] = {}
-    for case in cases:
-        name = case["name"] if case["name"] in slides else mask_name(case["name"], wanted)
-        if name in taken:
-            raise RequestError(
-                f"{taken[name]} and {case['image']} would share the mask {name}: rename or leave out one"
-            )
-        taken[name] = case["image"]
-        names[case["name"]] = name
-    return names
-
-
-def _check_output(cases: Sequence[Mapping[str, str]], names: Mapping[str, str], output: Path) -> None:
-    images = {Path(case["image"]).resolve(): case["image"] for case in cases}
-    for case in cases:
-        replaced = images.get((output / names[case["name"]]).resolve())
-        if replaced is not None:
-            which = "itself" if replaced == case["image"] else f"'{replaced}'"
-            raise RequestError(f"the mask of '{case['image']}' would replace the image {which}; choose another folder")
-
-
-def _prepared(
-    workflow: Any, cases: Sequence[Mapping[str, str]], *, ahead: bool
-) -> Iterator[Callable[[], Mapping[str, Any]]]:
-    """Yield for each case how to get its preprocessed data; the next case is read while this one is predicted."""
-    if not ahead:
-        for case in cases:
-            yield partial(workflow.preprocessing, dict(case))
-        return
-    with ThreadPoolExecutor(1) as reader:
-        following = [reader.submit(workflow.preprocessing, dict(case)) for case in cases[:1]]
-        for number in range(len(cases)):
-            present = following.pop()
-            following = [reader.submit(workflow.preprocessing, dict(case)) for case in cases[number + 1 : number + 2]]
-            yield present.result
-
-
-def run_case(evaluator: Any, data: Callable[[], Mapping[str, Any]], case: Mapping[str, str]) -> None:
-    """Run an evaluator on one case; whatever goes wrong becomes a `CaseError` or another error of ours.
-
-    Args:
-        evaluator: MONAI's engine.
-        data: gives the preprocessed case.
-        case: its entry, for messages.
-    """
-    from monai.data import DataLoader, Dataset
-
-    try:
-        evaluator.data_loader = DataLoader(Dataset([data()]), batch_size=1)
-        evaluator.state.epoch_length = 1
-        evaluator.run()
-    except Exception as error:
-        own = own_error(error)
-        if own is not None:
-            raise own from error
-        reason: BaseException = error
-        while reason.__cause__ is not None:  # MONAI tells the transform's place in memory, and why by its cause
-            reason = reason.__cause__
-        raise CaseError(f"{case['image']}: {type(reason).__name__}: {reason}") from error
-
-
-def _tell_windows(
-    inferer: Any, number: int, total: int, name: str, report: Report | None, announce: Announce | None = None
-) -> None:
-    if report is not None and hasattr(inferer, "on_progress"):
-        report(number, total, name)
-        inferer.on_progress = lambda done, windows: report(number + done / windows, total, name)
-    if announce is not None and hasattr(inferer, "on_forecast"):
-        inferer.on_forecast = lambda forecast: announce(name, forecast.describe())
-
-
-def _guarded(action: Callable[[], Any]) -> Any:
-    """Call, and bring the error of ours to light that MONAI may have wrapped."""
-    try:
-        return action()
-    except Exception as error:
-        own = own_error(error)
-        if own is None:
-            raise
-        raise own from error
-
-
 def nanmean(values: Sequence[float]) -> float:
     """Return the mean of the values that are numbers; NaN where there is none."""
     known = [value for value in values if not math.isnan(value)]
     return sum(known) / len(known) if known else math.nan
+
+
+def _check_output(cases: Sequence[Case], output: Path) -> None:
+    images = {Path(case.image).resolve(): case.image for case in cases}
+    for case in cases:
+        replaced = images.get((output / case.output).resolve())
+        if replaced is not None:
+            which = "itself" if replaced == case.image else f"'{replaced}'"
+            raise RequestError(f"the mask of '{case.image}' would replace the image {which}; choose another folder")
+
+
+def _overlays(cases: Sequence[Case]) -> dict[str, str]:
+    """Return the overlay of each case: never the path of a mask, or of another overlay."""
+    short = {case.name: str(Path(case.output).with_name(f"{case_stem(case.output)}_overlay.png")) for case in cases}
+    taken = Counter([*short.values(), *(case.output for case in cases)])
+    return {
+        case.name: short[case.name] if taken[short[case.name]] == 1 else f"{case.output}_overlay.png" for case in cases
+    }
+
+
+def _draw(case: Case, output: Path, name: str, job: Job, manifest: Manifest) -> None:
+    from medseg.reporting.overlay import write_overlay
+
+    # The values of such masks are numbers of objects, which have no names
+    labels = None if job.config.get("number_objects") else job.bundle.label_names
+    try:
+        write_overlay(case.image, output / case.output, output / name, labels=labels)
+    except CaseError as error:
+        manifest.notes.append(f"no overlay of {case.output}: {error}")
+
+
+def _prepared(preprocessing: Any, cases: Sequence[Case], *, ahead: bool) -> Iterator[Callable[[], Mapping[str, Any]]]:
+    """Yield for each case how to get its preprocessed data; the next case is read while this one is predicted."""
+    if not ahead:
+        for case in cases:
+            yield partial(preprocessing, case.entry())
+        return
+    with ThreadPoolExecutor(1) as reader:
+        following = [reader.submit(preprocessing, case.entry()) for case in cases[:1]]
+        for number in range(len(cases)):
+            present = following.pop()
+            following = [reader.submit(preprocessing, case.entry()) for case in cases[number + 1 : number + 2]]
+            yield present.result

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medseg.errors import CaseError, MedsegError, RequestError
-from medseg.io.dicom.detect import is_dicom
-from medseg.io.names import file_kind, mask_name, split_suffix
+from medseg.io.names import mask_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,77 +21,57 @@ if TYPE_CHECKING:
 
     from medseg.io.slides.geojson import GeoJSONWriter
     from medseg.io.slides.slide import Slide
+    from medseg.types import Case
 
-__all__ = ["SlidePredictor", "check_slides", "is_slide", "named_slides"]
+__all__ = ["SlidePredictor", "check_slides"]
 
-_TIFF = (".tif", ".tiff")
 _OUTPUTS = ("", "tiff")
 
 
-def is_slide(image: str, config: Mapping[str, Any]) -> bool:
-    """Tell whether an image is to be taken as a slide: by its name, TIFF by the knob `tiff_slides`, DICOM by its kind.
-
-    Only bundles whose inference config has a part `slides` take any.
-    """
-    if "slides" not in config:
-        return False
-    if file_kind(image) in (None, "dicom") and is_dicom(Path(image)):
-        from medseg.io.slides.dicom import is_dicom_slide
-
-        return is_dicom_slide(Path(image))
-    return file_kind(image) == "slide" or (bool(config.get("tiff_slides")) and image.lower().endswith(_TIFF))
-
-
-def named_slides(cases: Sequence[Mapping[str, str]], config: Mapping[str, Any]) -> list[Mapping[str, str]]:
-    """Return the cases with slides named by what is made of them, `sub/slide.geojson`.
-
-    Raises:
-        RequestError: two would share a name.
-    """
-    named: dict[str, Mapping[str, str]] = {}
-    for case in cases:
-        slide = is_slide(case["image"], config)
-        name = f"{split_suffix(case['name'])[0].removesuffix('.geojson')}.geojson" if slide else case["name"]
-        if name in named:
-            raise RequestError(f"{named[name]['image']} and {case['image']} would share the name {name}: rename one.")
-        named[name] = {**case, "name": name}
-    return list(named.values())
-
-
-def check_slides(cases: Sequence[Mapping[str, str]], config: Mapping[str, Any], output: Path) -> None:
+def check_slides(slides: Sequence[Case], cases: Sequence[Case], config: Mapping[str, Any], output: Path) -> None:
     """Check before the work what slides need beyond other images; nothing heavy is imported.
 
+    Args:
+        slides: Cases to predict as slides.
+        cases: All cases of the run.
+        config: The bundle's inference config.
+        output: Folder of the results.
+
     Raises:
-        RequestError: the model's resolution is not known, masks are to have a format that slides do not get, or one
+        RequestError: The model's resolution is not known, masks are to have a format that slides do not get, or one
             would replace its slide.
     """
-    slides = [case for case in cases if is_slide(case["image"], config)]
     if not slides:
         return
-    first = slides[0]["image"]
+    _check_resolution(slides[0].image, config)
+    wanted = config.get("output_format") or ""
+    if wanted not in _OUTPUTS:
+        raise RequestError(
+            f"'{slides[0].image}' is a slide: its polygons may come with a label image as tiff, not as {wanted!r}"
+        )
+    images = {Path(case.image).resolve(): case.image for case in cases}
+    masks = {case.output: case.image for case in cases if case not in slides}
+    for case in slides:
+        label_image = _label_image(output / case.output)
+        replaced = images.get(label_image.resolve())
+        if replaced is not None:
+            which = "the slide" if replaced == case.image else f"'{replaced}'"
+            raise RequestError(f"the results of '{case.image}' might replace {which}; choose another folder")
+        shared = masks.get(label_image.relative_to(output).as_posix())
+        if wanted and shared is not None:
+            raise RequestError(f"{case.image} and {shared} would share the mask {label_image.name}: rename one.")
+
+
+def _check_resolution(slide: str, config: Mapping[str, Any]) -> None:
     for knob in ("microns_per_pixel", "slide_microns_per_pixel"):
         value = config.get(knob)
         if value is not None and (isinstance(value, (bool, str)) or not 0 < value < float("inf")):
-            raise RequestError(f"'{knob}' must be a number of micrometers above 0, found {value!r}")
+            raise RequestError(f"'{knob}' must be a resolution above 0 µm/px, found {value!r}")
     if config.get("microns_per_pixel") is None:
         raise RequestError(
-            f"'{first}' is a slide, and this bundle does not say at which resolution its model works: give --mpp, the "
-            "micrometers per pixel of the pictures that it was trained on"
+            f"'{slide}' is a slide, and this bundle does not say at which resolution its model works: give --mpp, the "
+            "resolution (µm/px) the model was trained at"
         )
-    wanted = config.get("output_format") or ""
-    if wanted not in _OUTPUTS:
-        raise RequestError(f"'{first}' is a slide: its polygons may come with a label image as tiff, not as {wanted!r}")
-    images = {Path(case["image"]).resolve(): case["image"] for case in cases}
-    masks = {mask_name(case["name"], wanted): case["image"] for case in cases if case not in slides}
-    for case in slides:
-        label_image = _label_image(output / case["name"])
-        replaced = images.get(label_image.resolve())
-        if replaced is not None:
-            which = "the slide" if replaced == case["image"] else f"'{replaced}'"
-            raise RequestError(f"the results of '{case['image']}' might replace {which}; choose another folder")
-        shared = masks.get(label_image.relative_to(output).as_posix())
-        if wanted and shared is not None:
-            raise RequestError(f"{case['image']} and {shared} would share the mask {label_image.name}: rename one")
 
 
 class SlidePredictor:
@@ -106,7 +85,7 @@ class SlidePredictor:
         microns_per_pixel: of the pictures that the model was trained on; slides are read at this resolution.
         slide_microns_per_pixel: of the finest level of slides that do not say it themselves.
         skip_glass: run only windows with tissue, as `medseg.io.slides.tissue.find_tissue` finds it.
-        tiff_slides: whether all TIFF are slides (see `is_slide`).
+        tiff_slides: whether all TIFF are slides (see `medseg.io.list_cases`).
 
     Raises:
         RequestError: a part that needs a picture as a whole.

@@ -12,7 +12,8 @@ from medseg.errors import CaseError, RequestError, in_a_line, own_error
 from medseg.files import sha256_file
 from medseg.io import find_cases
 from medseg.io.names import OUTPUT_FORMATS, mask_name, split_suffix
-from medseg.jobs import runner
+from medseg.jobs.job import prepare
+from medseg.jobs.workflow import build_evaluator, open_workflow, run_case
 from medseg.label.uncertainty import uncertainty
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class Predictor:
         with self._lock:
             loaded = self._ready(case["image"], settings or {})
             try:
-                runner.run_case(loaded.evaluator, partial(loaded.workflow.preprocessing, dict(case)), case)
+                run_case(loaded.evaluator, partial(loaded.workflow.preprocessing, dict(case)), case["image"])
             except BaseException:
                 self._loaded = None  # an engine that an error has stopped would finish its old run first
                 raise
@@ -116,9 +117,9 @@ class Predictor:
             self._loaded = None
             self.results.mkdir(parents=True, exist_ok=True)
             paths = {"dataset_dir": image, "output_dir": str(self.results)}
-            job = runner.prepare("predict", bundle, {**_classes_alone(bundle), **settings}, paths=paths)
-            workflow = runner.open_workflow(job, "infer")
-            self._loaded = _Loaded(key, workflow, runner.build_evaluator(workflow))
+            job = prepare("predict", bundle, {**_classes_alone(bundle), **settings}, paths=paths)
+            workflow = open_workflow(job, "infer")
+            self._loaded = _Loaded(key, workflow, build_evaluator(workflow))
         return self._loaded
 
 

@@ -27,16 +27,19 @@ from medseg.bundle.catalog import Bundle, find_bundle, merged
 from medseg.bundle.compose import Config, compose
 from medseg.errors import BundleError, MedsegError, RequestError, in_a_line
 from medseg.files import check_folder, load_json, replace_text
-from medseg.io import find_dataset
+from medseg.io import list_dataset
 from medseg.jobs import runner
+from medseg.jobs.job import prepare
+from medseg.jobs.workflow import build_evaluator, open_workflow, run_case
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor, nn
 
-    from medseg.jobs.runner import Job, Report
+    from medseg.jobs.job import Job
     from medseg.networks.unetplusplus import UNetPlusPlus
+    from medseg.types import Progress
 
 __all__ = ["LevelResult", "PruneTable", "measure_from_stdin", "prune"]
 
@@ -116,7 +119,7 @@ def prune(
     output: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
     trust: str | None = None,
-    report: Report | None = None,
+    report: Progress | None = None,
 ) -> PruneTable:
     """Measure every pruning level of a UNet++ bundle; on request write the smallest one that is good enough.
 
@@ -142,9 +145,9 @@ def prune(
     except (AttributeError, TypeError) as error:
         raise BundleError(f"the configs of bundle '{found.name}' have a wrong form: {in_a_line(error)}") from error
     target = _check_selection(found, select, output)
-    cases = find_dataset(root, split)
+    cases = list_dataset(root, split)
     paths = {"dataset_dir": str(root), "split": split}
-    job = runner.prepare("evaluate", found, settings or {}, paths=paths, trust=trust)
+    job = prepare("evaluate", found, settings or {}, paths=paths, trust=trust)
     with tempfile.TemporaryDirectory() as folder:
         variants = _variants(job, Path(folder))
         request = {"bundle": str(found.root), "settings": dict(settings or {}), "paths": paths, "trust": trust}
@@ -285,7 +288,7 @@ def _without_head_weights(node: Any) -> Any:
     return {key: _without_head_weights(value) for key, value in node.items() if not (heads and key == "weights")}
 
 
-def _part_of(report: Report | None, number: int, total: int, level: str) -> Callable[[float, int, str], None]:
+def _part_of(report: Progress | None, number: int, total: int, level: str) -> Callable[[float, int, str], None]:
     def tell(done: float, passes: int, note: str) -> None:
         if report is not None:
             report(number * passes + done, total * passes, f"{level}: {note}")
@@ -359,22 +362,22 @@ def measure_from_stdin() -> None:
         say(error=type(error).__name__, message=str(error))
 
 
-def _measure(request: Mapping[str, Any], report: Report) -> dict[str, Any]:
+def _measure(request: Mapping[str, Any], report: Progress) -> dict[str, Any]:
     """Score and time the cases of a request through the bundle's own evaluation."""
     bundle, paths = Bundle(Path(request["bundle"])), request["paths"]
-    job = runner.prepare("evaluate", bundle, request["settings"], paths=paths, trust=request["trust"])
+    job = prepare("evaluate", bundle, request["settings"], paths=paths, trust=request["trust"])
     level = {"network_def": request["network_def"], "weights": request["weights"]}
     job = replace(job, config={**job.config, **level}, overrides={**job.overrides, **level})
-    cases = find_dataset(paths["dataset_dir"], paths["split"])
-    workflow = runner.open_workflow(job, "train")
-    evaluator = runner.build_evaluator(workflow)
+    cases = list_dataset(paths["dataset_dir"], paths["split"])
+    workflow = open_workflow(job, "train", cases)
+    evaluator = build_evaluator(workflow)
     device = str(evaluator.state.device)
     watch = _Watch(evaluator.inferer, device, len(cases), report)
     evaluator.inferer = watch
     dice, iou = [], []
     for case in cases:
-        watch.name = case["name"]
-        runner.run_case(evaluator, partial(workflow.val_preprocessing, dict(case)), case)
+        watch.name = case.name
+        run_case(evaluator, partial(workflow.val_preprocessing, case.entry()), case.image)
         values = evaluator.state.metric_details[evaluator.state.key_metric_name][0].tolist()
         dice.append(runner.nanmean(values))
         # For one case and one label the two are functions of each other.
@@ -396,7 +399,7 @@ def _mean_of_known(values: Sequence[float]) -> float | None:
 class _Watch:
     """An inferer that keeps the time of each case, after one more pass over the first to warm up."""
 
-    def __init__(self, inferer: Any, device: str, cases: int, report: Report) -> None:
+    def __init__(self, inferer: Any, device: str, cases: int, report: Progress) -> None:
         self.inferer = inferer
         self.cuda = device if device.startswith("cuda") else None
         self.passes = cases + 1

@@ -185,9 +185,9 @@ def test_bad_requests_end_with_2(
 
 def test_what_predict_leaves_out_is_grouped(capsys: pytest.CaptureFixture[str]) -> None:
     from medseg.cli.predict import _tell_left_out
-    from medseg.io import LeftOut
+    from medseg.types import Skipped
 
-    items = [*(LeftOut(f"/d/n{number}.txt", "no image") for number in range(400)), LeftOut("/d/.x", "hidden file")]
+    items = [*(Skipped(f"/d/n{number}.txt", "no image") for number in range(400)), Skipped("/d/.x", "hidden file")]
     _tell_left_out(items, verbose=False)
     lines = capsys.readouterr().err.splitlines()
     assert lines == [

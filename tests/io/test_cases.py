@@ -16,7 +16,7 @@ def touch(folder, *names):
 
 
 def names(cases):
-    return [case["name"] for case in cases]
+    return [case["name"] if isinstance(case, dict) else case.name for case in cases]
 
 
 def test_one_file_is_one_case_with_an_absolute_path(tmp_path, monkeypatch):
@@ -29,8 +29,8 @@ def test_a_folder_is_searched_deeply_and_sorted(tmp_path):
     touch(tmp_path, "b.nii", "sub/deep/c.JPG", "a.nii.gz", ".hidden.nii", ".cache/d.nii", "__MACOSX/e.nii", "notes.txt")
     found = list_cases(tmp_path)
     assert names(found.cases) == ["a.nii.gz", "b.nii", "sub/deep/c.png"]
-    assert found.cases == find_cases(str(tmp_path))
-    left = {os.path.relpath(item.path, tmp_path): item.reason for item in found.left_out}
+    assert [case.entry() for case in found.cases] == find_cases(str(tmp_path))
+    left = {os.path.relpath(item.path, tmp_path): item.reason for item in found.skipped}
     assert left == {
         ".cache": "hidden folder",
         "__MACOSX": "hidden folder",
@@ -41,7 +41,7 @@ def test_a_folder_is_searched_deeply_and_sorted(tmp_path):
 
 def test_headers_of_two_file_images_are_left_out_with_the_way_out(tmp_path):
     touch(tmp_path, "a.nii", "b.hdr", "b.img")
-    assert [".nii.gz" in item.reason for item in list_cases(tmp_path).left_out] == [True, True]
+    assert [".nii.gz" in item.reason for item in list_cases(tmp_path).skipped] == [True, True]
 
 
 def test_pipes_are_left_out(tmp_path):
@@ -50,7 +50,7 @@ def test_pipes_are_left_out(tmp_path):
     os.mkfifo(tmp_path / "c")
     found = list_cases(tmp_path)
     assert names(found.cases) == ["a.nii"]
-    assert ["a pipe" in item.reason for item in found.left_out] == [True, True]
+    assert ["a pipe" in item.reason for item in found.skipped] == [True, True]
     with pytest.raises(RequestError, match="a pipe or device"):
         list_cases(tmp_path / "b.nii")
 
@@ -60,7 +60,7 @@ def test_links_to_folders_are_reported_and_not_followed(tmp_path):
     (tmp_path / "in" / "loop").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     found = list_cases(tmp_path / "in")
     assert names(found.cases) == ["a.nii"]
-    assert [(item.path, item.reason) for item in found.left_out] == [(str(tmp_path / "in/loop"), "link to a folder")]
+    assert [(item.path, item.reason) for item in found.skipped] == [(str(tmp_path / "in/loop"), "link to a folder")]
 
 
 def test_names_in_a_list_are_relative_to_the_shared_folder(tmp_path):
@@ -76,7 +76,7 @@ def test_a_pattern_chooses_by_name_or_by_path(tmp_path, pattern, expected):
     touch(tmp_path, "a_t1.nii", "a_t2.nii", "sub/b_t1.nii", "sub/b_t2.nii")
     found = list_cases(tmp_path, pattern=pattern)
     assert names(found.cases) == expected
-    assert {item.reason for item in found.left_out} == {f"does not match {pattern!r}"}
+    assert {item.reason for item in found.skipped} == {f"does not match {pattern!r}"}
 
 
 def test_two_images_with_one_mask_name_are_refused_by_name(tmp_path):
@@ -137,8 +137,8 @@ def test_a_decathlon_folder_predicts_its_test_list(tmp_path, entry):
     expected = [{"image": str(tmp_path / "imagesTs/b.nii.gz"), "name": "b.nii.gz"}]
     assert find_cases(listing) == expected
     found = list_cases(tmp_path)
-    assert found.cases == expected
-    assert str(tmp_path / "labelsTr/a.nii.gz") in [item.path for item in found.left_out]
+    assert [case.entry() for case in found.cases] == expected
+    assert str(tmp_path / "labelsTr/a.nii.gz") in [item.path for item in found.skipped]
 
 
 def test_without_a_test_list_the_validation_list_counts(tmp_path):

@@ -15,7 +15,7 @@ import pytest
 from medseg.bundle.catalog import Bundle
 from medseg.errors import BundleError, CaseError, MedsegError, RequestError
 from medseg.jobs import launch
-from medseg.jobs.runner import Job
+from medseg.jobs.job import Job
 from medseg.manifest import Manifest
 
 _START = "import os, signal, sys, time; rank = int(os.environ['RANK']); request = sys.stdin.readline();"
@@ -178,7 +178,7 @@ import sys
 from pathlib import Path
 from medseg.bundle import launch
 from medseg.bundle.catalog import Bundle
-from medseg.jobs.runner import Job
+from medseg.jobs.job import Job
 body = "open({str(tmp_path)!r} + '/pid_' + str(rank), 'w').write(str(os.getpid())); time.sleep(60)"
 launch._WORKER = {_WORK!r}.format(body=body)
 launch.train(Job("train", Bundle(Path({str(tmp_path)!r})), (), {{}}, {{}}, (), vouched=False), 2)

@@ -15,6 +15,7 @@ from medseg.bundle.catalog import Bundle
 from medseg.errors import WeightsError
 from medseg.jobs import api, runner
 from medseg.jobs.config_functions import start_from
+from medseg.jobs.job import Job, prepare
 from medseg.networks import UCTransNet, UNet
 
 
@@ -102,8 +103,8 @@ def test_files_that_do_not_fit_are_named_and_change_nothing(
     assert not (tmp_path / "ran").exists()
 
 
-def _job(bundle: Bundle, data: Path, resume: bool = False, **settings: Any) -> runner.Job:
-    return runner.prepare("train", bundle, settings, paths={"dataset_dir": str(data), "resume": resume})
+def _job(bundle: Bundle, data: Path, resume: bool = False, **settings: Any) -> Job:
+    return prepare("train", bundle, settings, paths={"dataset_dir": str(data), "resume": resume})
 
 
 def test_training_starts_from_the_weights_and_its_manifest_says_so(

@@ -20,16 +20,19 @@ from medseg.bundle.build import build
 from medseg.bundle.catalog import Bundle
 from medseg.errors import BundleError, RequestError, UntrustedBundleError, WeightsError, own_error
 from medseg.files import sha256_file
-from medseg.io import find_cases, find_dataset
+from medseg.io import list_cases, list_dataset
 from medseg.jobs import api, runner
+from medseg.jobs.job import prepare
+from medseg.jobs.workflow import open_workflow
 from medseg.tools.samples import write_samples
 from tests.deploy.deploy_check import write_series
 
 
 def _predict(bundle: Bundle, images: Any, output: Path, resume: bool = False, **settings: Any) -> Any:
     paths = {"dataset_dir": [str(p) for p in images] if isinstance(images, list) else str(images)}
-    job = runner.prepare("predict", bundle, settings, paths={**paths, "output_dir": str(output)})
-    return runner.predict(job, find_cases(images), output, resume=resume)
+    job = prepare("predict", bundle, settings, paths={**paths, "output_dir": str(output)})
+    wanted = str(settings.get("output_format") or job.config["output_format"])
+    return runner.predict(job, list_cases(images, output_format=wanted).cases, output, resume=resume)
 
 
 def test_training_leaves_weights_their_hash_and_a_manifest(trained: Bundle) -> None:
@@ -46,10 +49,10 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(
     trained: Bundle, make_bundle: Any, tiny_source: dict[str, Any], tiny_data: Path
 ) -> None:
     again = make_bundle(tiny_source)
-    runner.train(runner.prepare("train", again, {}, paths={"dataset_dir": str(tiny_data), "resume": False}))
+    runner.train(prepare("train", again, {}, paths={"dataset_dir": str(tiny_data), "resume": False}))
     assert sha256_file(again.weights) == sha256_file(trained.weights)
     other = make_bundle(tiny_source)
-    runner.train(runner.prepare("train", other, {"seed": 1}, paths={"dataset_dir": str(tiny_data), "resume": False}))
+    runner.train(prepare("train", other, {"seed": 1}, paths={"dataset_dir": str(tiny_data), "resume": False}))
     assert sha256_file(other.weights) != sha256_file(trained.weights)
 
 
@@ -62,10 +65,10 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
         if done > 2.5:
             raise KeyboardInterrupt
 
-    job = runner.prepare("train", bundle, {}, paths={"dataset_dir": str(tiny_data), "resume": False})
+    job = prepare("train", bundle, {}, paths={"dataset_dir": str(tiny_data), "resume": False})
     with pytest.raises(KeyboardInterrupt):
         runner.train(job, report=stop)
-    job = runner.prepare("train", bundle, {}, paths={"dataset_dir": str(tiny_data), "resume": True})
+    job = prepare("train", bundle, {}, paths={"dataset_dir": str(tiny_data), "resume": True})
     epochs: list[float] = []
     runner.train(job, report=lambda done, total, note: epochs.append(done))
     assert epochs[0] > 2
@@ -78,7 +81,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
 
 def test_resuming_without_a_run_is_refused(make_bundle: Any, tiny_source: dict[str, Any], tiny_data: Path) -> None:
     bundle = make_bundle(tiny_source)
-    job = runner.prepare("train", bundle, {}, paths={"dataset_dir": str(tiny_data), "resume": True})
+    job = prepare("train", bundle, {}, paths={"dataset_dir": str(tiny_data), "resume": True})
     with pytest.raises(WeightsError, match="nothing to resume"):
         runner.train(job)
 
@@ -165,7 +168,7 @@ def test_monai_and_medseg_train_the_same_weights_and_find_the_same_dice(
     log = _monai_run(tmp_path / "y", bundle, ["train", "evaluate"], dataset_dir=tiny_data)
     paths = {"dataset_dir": str(tiny_data), "split": "val", "output_dir": str(tmp_path / "scores")}
     manifest = runner.evaluate(
-        runner.prepare("evaluate", trained, {}, paths=paths), find_dataset(tiny_data, "val"), tmp_path / "scores"
+        prepare("evaluate", trained, {}, paths=paths), list_dataset(tiny_data, "val"), tmp_path / "scores"
     )
     (record,) = manifest.cases.values()
     assert f"val_mean_dice: {record.metrics['mean']:.4f}" in log
@@ -250,7 +253,7 @@ def test_masks_never_replace_images_of_other_cases(trained: Bundle, tmp_path: Pa
 def test_masks_that_an_output_format_gives_one_name_are_refused(trained: Bundle, tmp_path: Path) -> None:
     _oblique(tmp_path / "in", "a.nii.gz", False)
     _oblique(tmp_path / "in", "a.nii", True)
-    with pytest.raises(RequestError, match=r"share the mask a\.nrrd"):
+    with pytest.raises(RequestError, match=r"share the mask name a\.nrrd"):
         _predict(trained, tmp_path / "in", tmp_path / "out", output_format="nrrd")
 
 
@@ -278,13 +281,13 @@ def test_evaluation_scores_on_the_native_grid_like_a_plain_dice(
 ) -> None:
     paths = {"dataset_dir": str(tiny_data), "split": "val", "output_dir": str(tmp_path / "scores")}
     manifest = runner.evaluate(
-        runner.prepare("evaluate", trained, {}, paths=paths), find_dataset(tiny_data, "val"), tmp_path / "scores"
+        prepare("evaluate", trained, {}, paths=paths), list_dataset(tiny_data, "val"), tmp_path / "scores"
     )
-    (case,) = find_dataset(tiny_data, "val")
-    _predict(trained, [Path(case["image"])], tmp_path / "out")
-    mask = np.asarray(nibabel.load(tmp_path / "out" / case["name"]).dataobj)
-    label = np.asarray(nibabel.load(case["label"]).dataobj)
-    record = manifest.cases[case["name"]]
+    (case,) = list_dataset(tiny_data, "val")
+    _predict(trained, [Path(case.image)], tmp_path / "out")
+    mask = np.asarray(nibabel.load(tmp_path / "out" / case.name).dataobj)
+    label = np.asarray(nibabel.load(case.label).dataobj)
+    record = manifest.cases[case.name]
     for value, name in trained.label_names.items():
         dice = 2 * ((mask == value) & (label == value)).sum() / ((mask == value).sum() + (label == value).sum())
         assert record.metrics[name] == pytest.approx(dice, abs=1e-6)
@@ -309,11 +312,11 @@ def test_an_undeclared_bundle_runs_only_for_who_names_its_fingerprint(trained_co
     image = _oblique(tmp_path / "in", "a.nii.gz", False)
     paths = {"dataset_dir": str(image), "output_dir": str(tmp_path / "out")}
     with pytest.raises(UntrustedBundleError, match="handlers"):
-        runner.prepare("predict", trained_copy, {}, paths=paths)
+        prepare("predict", trained_copy, {}, paths=paths)
     assert not marker.exists()
     trust = fingerprint(trained_copy.root)
-    job = runner.prepare("predict", trained_copy, {}, paths=paths, trust=trust)
-    assert runner.predict(job, find_cases(image), tmp_path / "out").exit_code == 0
+    job = prepare("predict", trained_copy, {}, paths=paths, trust=trust)
+    assert runner.predict(job, list_cases(image).cases, tmp_path / "out").exit_code == 0
     assert marker.exists()
     assert fingerprint(trained_copy.root) == trust
 
@@ -321,15 +324,13 @@ def test_an_undeclared_bundle_runs_only_for_who_names_its_fingerprint(trained_co
 def test_what_runs_is_what_was_checked(trained_copy: Bundle, tmp_path: Path) -> None:
     image = _oblique(tmp_path / "in", "a.nii.gz", False)
     marker = tmp_path / "ran"
-    job = runner.prepare(
-        "predict", trained_copy, {}, paths={"dataset_dir": str(image), "output_dir": str(tmp_path / "out")}
-    )
+    job = prepare("predict", trained_copy, {}, paths={"dataset_dir": str(image), "output_dir": str(tmp_path / "out")})
     path = trained_copy.config_path("inference")
     config = json.loads(path.read_text())
     path.write_text(
         json.dumps({**config, "handlers": f"$[__import__('pathlib').Path({str(marker)!r}).touch()] and []"})
     )
-    assert runner.predict(job, find_cases(image), tmp_path / "out").exit_code == 0
+    assert runner.predict(job, list_cases(image).cases, tmp_path / "out").exit_code == 0
     assert not marker.exists()
 
 
@@ -345,9 +346,9 @@ def test_metadata_that_change_after_the_check_are_not_what_runs(trained_copy: Bu
     _with(trained_copy, "inference", mask_labels="@_meta_::labels")
     _with(trained_copy, "metadata", labels="none")
     paths = {"dataset_dir": str(image), "output_dir": str(tmp_path / "out")}
-    job = runner.prepare("predict", trained_copy, {}, paths=paths)
+    job = prepare("predict", trained_copy, {}, paths=paths)
     _with(trained_copy, "metadata", labels=f"$__import__('pathlib').Path({str(marker)!r}).touch()")
-    assert runner.open_workflow(job, "infer").parser["_meta_::labels"] == "none"
+    assert open_workflow(job, "infer").parser["_meta_::labels"] == "none"
 
 
 def test_a_config_that_monai_reads_in_another_way_does_not_run(
@@ -356,14 +357,14 @@ def test_a_config_that_monai_reads_in_another_way_does_not_run(
     from monai.bundle import ReferenceResolver
 
     paths = {"dataset_dir": str(tmp_path), "output_dir": str(tmp_path / "out")}
-    job = runner.prepare("predict", trained_copy, {}, paths=paths)
+    job = prepare("predict", trained_copy, {}, paths=paths)
 
     def renamed(self: Any, config: Any) -> Any:
         return {**config, "overlap": "x"} if "overlap" in config else config
 
     monkeypatch.setattr(ReferenceResolver, "normalize_meta_id", renamed)
     with pytest.raises(BundleError, match="in another way than they were checked"):
-        runner.open_workflow(job, "infer")
+        open_workflow(job, "infer")
 
 
 @pytest.mark.parametrize("place", ["runs", {"_target_": "medseg.components.inside", "root": "runs", "path": "x"}])
@@ -371,8 +372,8 @@ def test_a_bundle_does_not_choose_a_folder_where_the_user_is(trained_copy: Bundl
     _with(trained_copy, "train", output_dir=place)
     paths = {"dataset_dir": str(tmp_path), "resume": False}
     with pytest.raises(BundleError, match=r"of its own choice; give --set output_dir"):
-        runner.prepare("train", trained_copy, {}, paths=paths)
-    job = runner.prepare("train", trained_copy, {"output_dir": str(tmp_path / "mine")}, paths=paths)
+        prepare("train", trained_copy, {}, paths=paths)
+    job = prepare("train", trained_copy, {"output_dir": str(tmp_path / "mine")}, paths=paths)
     assert job.config["output_dir"] == str(tmp_path / "mine")
 
 
@@ -383,7 +384,7 @@ _NETWORK = {"_target_": "medseg.components.UNet", "spatial_dims": 3, "in_channel
     ("changes", "said"),
     [
         ({"network_def": {**_NETWORK, "feature": [4, 8]}}, "unexpected keyword argument 'feature'"),
-        ({"network_def": {**_NETWORK, "features": [10**9, 10**9]}}, "medseg.networks.UNet.* memory"),
+        ({"network_def": {**_NETWORK, "features": [10**9, 10**9]}}, "medseg.components.UNet.* memory"),
         ({"network_def": {**_NETWORK, "features": [10**99, 10**99]}}, "medseg.components.UNet"),
         ({"evaluator": {"_target_": "medseg.components.identity", "value": 3}}, "no usable evaluator"),
         ({"preprocessing": 3}, "no usable preprocessing"),
@@ -440,18 +441,18 @@ def test_pictures_are_trained_on_predicted_and_scored(
     tiny_source["knobs"] = {"patch_size": [48, 64], "roi_size": [48, 64], "max_epochs": 2, "val_interval": 1}
     bundle = make_bundle(tiny_source)
     data = write_samples(tmp_path / "data", bundle, cases=3)
-    runner.train(runner.prepare("train", bundle, {}, paths={"dataset_dir": str(data), "resume": False}))
+    runner.train(prepare("train", bundle, {}, paths={"dataset_dir": str(data), "resume": False}))
     assert _predict(bundle, data / "images", tmp_path / "out").exit_code == 0
     with Image.open(data / "images" / "case_0.png") as image, Image.open(tmp_path / "out" / "case_0.png") as mask:
         assert mask.size == image.size
         assert set(np.unique(np.asarray(mask))) <= {0, 1, 2}
     paths = {"dataset_dir": str(data), "split": "val", "output_dir": str(tmp_path / "scores")}
     manifest = runner.evaluate(
-        runner.prepare("evaluate", bundle, {}, paths=paths), find_dataset(data, "val"), tmp_path / "scores"
+        prepare("evaluate", bundle, {}, paths=paths), list_dataset(data, "val"), tmp_path / "scores"
     )
     (record,) = manifest.cases.values()
-    (case,) = find_dataset(data, "val")
-    with Image.open(tmp_path / "out" / case["name"]) as mask, Image.open(case["label"]) as label:
+    (case,) = list_dataset(data, "val")
+    with Image.open(tmp_path / "out" / case.name) as mask, Image.open(case.label) as label:
         ours, truth = np.asarray(mask) == 1, np.asarray(label) == 1
     dice = 2 * (ours & truth).sum() / (ours.sum() + truth.sum())
     assert record.metrics["small"] == pytest.approx(dice, abs=1e-6)

@@ -244,7 +244,7 @@ def test_results_never_replace_a_slide_nor_each_other(rgb_bundle: Bundle, tmp_pa
     with pytest.raises(RequestError, match="choose another folder"):
         medseg.predict(rgb_bundle.root, slide, tmp_path, settings=settings)
     write_slide(tmp_path / "a.svs", picture())
-    with pytest.raises(RequestError, match="share the name"):
+    with pytest.raises(RequestError, match="share the mask name"):
         medseg.predict(rgb_bundle.root, tmp_path, tmp_path / "out", settings=settings)
 
 

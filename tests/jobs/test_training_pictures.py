@@ -15,6 +15,7 @@ from PIL import Image
 
 from medseg.bundle.catalog import Bundle
 from medseg.jobs import runner, training_pictures
+from medseg.jobs.job import prepare
 from medseg.jobs.training_pictures import PredictionPictures
 from medseg.reporting.drawing import PALETTE
 from medseg.tools.samples import write_samples
@@ -62,7 +63,7 @@ def test_pictures_of_colors_are_drawn_too_and_can_be_left_out(
     data = write_samples(tmp_path / "data", bundle, cases=3)
     for number in (0, 1):
         paths = {"dataset_dir": str(data), "resume": False, "output_dir": str(tmp_path / str(number))}
-        runner.train(runner.prepare("train", bundle, {"pictures": number}, paths=paths))
+        runner.train(prepare("train", bundle, {"pictures": number}, paths=paths))
         assert len(list((tmp_path / str(number)).rglob("*.png"))) == number
 
 

@@ -24,6 +24,7 @@ from medseg.cli import main
 from medseg.errors import BundleError, CaseError, MedsegError, RequestError, WeightsError
 from medseg.files import sha256_file
 from medseg.jobs import api, runner
+from medseg.jobs.job import prepare
 from medseg.tools import prune as module
 from medseg.tools.check import check_bundle
 from medseg.tools.prune import LevelResult, PruneTable, prune
@@ -55,7 +56,7 @@ def full(make_bundle: Any, trained: Bundle, tiny_data: Path) -> Bundle:
     (bundle.root / "docs").mkdir()
     (bundle.root / "docs" / "README.md").write_text("About balls.\n")
     (bundle.root / "LICENSE").write_text("Free.\n")
-    runner.train(runner.prepare("train", bundle, {}, paths={"dataset_dir": str(tiny_data), "resume": False}))
+    runner.train(prepare("train", bundle, {}, paths={"dataset_dir": str(tiny_data), "resume": False}))
     (bundle.root / "models" / "LICENSE.txt").write_text("Free weights.\n")
     return bundle
 

@@ -21,6 +21,7 @@ import torch
 import medseg.training
 from medseg.bundle.catalog import Bundle
 from medseg.jobs import runner
+from medseg.jobs.job import prepare
 
 IMPORTED = (monai.bundle, monai.engines, medseg.training)
 
@@ -88,7 +89,7 @@ def train(order: dict[str, Any]) -> None:
     if "rename" in death:
         at_rename(death["rename"], after=death["after"])
     paths = {"dataset_dir": order["data"], "resume": order["resume"]}
-    job = runner.prepare("train", Bundle(Path(order["bundle"])), order["settings"], paths=paths)
+    job = prepare("train", Bundle(Path(order["bundle"])), order["settings"], paths=paths)
     runner.train(job, report=report)
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from medseg.bundle.catalog import Bundle
 from medseg.errors import RequestError
 from medseg.jobs import launch, runner
+from medseg.jobs.job import prepare
 from medseg.tools.samples import write_samples
 from medseg.training.distributed import (
     ValidationShare,
@@ -196,7 +197,7 @@ def test_two_processes_that_are_interrupted_end_where_one_does_and_torchrun_ends
     monkeypatch.setenv("OMP_NUM_THREADS", "2")  # so that each of two processes has one
     paths = {"dataset_dir": str(shared_data), "resume": False}
     one, two, third = (make_bundle(plain_source) for _ in range(3))
-    single = runner.train(runner.prepare("train", one, {}, paths=paths))
+    single = runner.train(prepare("train", one, {}, paths=paths))
     told: list[tuple[float, int, str]] = []
 
     def tell(*progress: Any) -> None:

@@ -13,11 +13,12 @@ from medseg.bundle.catalog import Bundle
 from medseg.errors import CaseError, RequestError, WeightsError
 from medseg.files import sha256_file
 from medseg.jobs import runner
+from medseg.jobs.job import prepare
 from medseg.manifest import Manifest
 
 
 def _train(bundle: Bundle, data: Path, *, resume: bool = False, report: Any = None, **settings: Any) -> Manifest:
-    job = runner.prepare("train", bundle, settings, paths={"dataset_dir": str(data), "resume": resume})
+    job = prepare("train", bundle, settings, paths={"dataset_dir": str(data), "resume": resume})
     return runner.train(job, report=report)
 
 

@@ -14,7 +14,7 @@ ONE, TWO = "1.2.826.0.1.3680043.8.498.11112222", "1.2.826.0.1.3680043.8.498.3333
 
 
 def names(cases):
-    return [case["name"] for case in cases]
+    return [case["name"] if isinstance(case, dict) else case.name for case in cases]
 
 
 @pytest.fixture
@@ -33,13 +33,13 @@ def tree(write_series, slice_of, save_image, tmp_path):
 
 def test_each_series_of_a_tree_is_one_case_that_loads(tree):
     found = list_cases(tree)
-    assert found.cases == [
+    assert [case.entry() for case in found.cases] == [
         {"image": str(tree / "p1" / "ct"), "name": "p1/ct.nii.gz"},
         {"image": f"{tree / 'p2'}::3_11112222", "name": "p2/3_11112222.nii.gz"},
         {"image": f"{tree / 'p2'}::4_33334444", "name": "p2/4_33334444.nii.gz"},
     ]
-    assert [load(case["image"]).shape for case in found.cases] == [(1, 6, 5, 4)] * 3
-    left = {item.path.rsplit("/", 1)[-1]: item.reason for item in found.left_out}
+    assert [load(case.image).shape for case in found.cases] == [(1, 6, 5, 4)] * 3
+    left = {item.path.rsplit("/", 1)[-1]: item.reason for item in found.skipped}
     assert left.keys() == {"seg", "notes.txt", "false.dcm", "more.zip"}
     assert left["seg"] == "a Segmentation object"
     assert "neither the mark" in left["false.dcm"]
@@ -101,8 +101,8 @@ def test_an_archive_is_one_case_per_series(tree, tmp_path):
                 archive.write(file, file.relative_to(tree))
         found = list_cases(path)
         assert names(found.cases) == expected
-        assert [load(case["image"]).shape for case in found.cases] == [(1, 6, 5, 4)] * len(expected)
-    assert [item.reason for item in found.left_out] == ["a Segmentation object"]
+        assert [load(case.image).shape for case in found.cases] == [(1, 6, 5, 4)] * len(expected)
+    assert [item.reason for item in found.skipped] == ["a Segmentation object"]
 
 
 def test_a_broken_archive_is_a_wrong_request(tmp_path):
@@ -120,8 +120,8 @@ def test_localizers_are_left_out_and_pictures_are_cases_of_their_own(write_serie
         save_image(ds, tmp_path / "x" / name)
     found = list_cases(tmp_path)
     assert names(found.cases) == ["x/front.nii.gz", "x/side.nii.gz"]
-    assert {item.path for item in found.left_out} == {str(path) for path in scout.files}
-    assert {"localizer" in item.reason for item in found.left_out} == {True}
+    assert {item.path for item in found.skipped} == {str(path) for path in scout.files}
+    assert {"localizer" in item.reason for item in found.skipped} == {True}
     assert load(scout.folder).shape == (1, 6, 5, 4)
 
 
@@ -173,14 +173,14 @@ def test_the_files_of_a_slide_in_a_folder_are_one_case_without_its_label_and_ove
     write_slides(tree / "s1", ONE)
     write_slides(tree / "s2", ONE, TWO)
     found = list_cases(tree)
-    slides = [case for case in found.cases if case["name"].startswith("s")]
+    slides = [case.entry() for case in found.cases if case.name.startswith("s")]
     assert slides == [
         {"image": str(tree / "s1" / "0_b.dcm"), "name": "s1.geojson"},
         {"image": str(tree / "s2" / "0_b.dcm"), "name": "s2/0_b.geojson"},
         {"image": str(tree / "s2" / "1_b.dcm"), "name": "s2/1_b.geojson"},
     ]
     assert len(found.cases) == 6
-    reasons = {item.path: item.reason for item in found.left_out}
+    reasons = {item.path: item.reason for item in found.skipped}
     assert reasons[str(tree / "s1" / "0_aLABEL.dcm")] == "the label of a slide"
     assert reasons[str(tree / "s1" / "0_aOVERVIEW.dcm")] == "an overview of a slide"
     assert reasons[str(tree / "s1" / "0_aTHUMBNAIL.dcm")] == "a thumbnail of a slide"

@@ -95,8 +95,8 @@ def test_folders_of_dicom_files_are_the_images_and_files_or_folders_the_labels(d
     assert [case["label"] for case in cases] == [str(dicom_set / "labels" / name) for name in ("a.dcm", "b", "c.dcm")]
     assert cases[0]["label_options"]["names"] == {"small": 1, "large": 2}
     listed = list_cases(dicom_set)
-    assert listed.cases == [{"image": str(dicom_set / "images" / "c"), "name": "c.nii.gz"}]
-    assert not [item for item in listed.left_out if item.path.startswith(str(dicom_set / "images" / "c"))]
+    assert [case.entry() for case in listed.cases] == [{"image": str(dicom_set / "images" / "c"), "name": "c.nii.gz"}]
+    assert not [item for item in listed.skipped if item.path.startswith(str(dicom_set / "images" / "c"))]
 
 
 def test_a_decathlon_listing_names_folders_series_and_objects(dicom_set: Path) -> None:

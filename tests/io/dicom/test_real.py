@@ -169,13 +169,13 @@ def test_a_ct_lies_where_simpleitk_puts_it_and_under_its_label():
 
 def test_a_tree_of_studies_becomes_one_case_per_series():
     found = list_cases(AWKWARD, pattern="mr_mixed_orientation/*")
-    assert [case["name"] for case in found.cases] == [
+    assert [case.name for case in found.cases] == [
         "mr_mixed_orientation/202_28571744.nii.gz",
         "mr_mixed_orientation/501_28571744.nii.gz",
     ]
     for case in found.cases:
-        assert load(case["image"]).shape == (1, 288, 288, 2)
-    reasons = {Path(item.path).name: item.reason for item in found.left_out}
+        assert load(case.image).shape == (1, 288, 288, 2)
+    reasons = {Path(item.path).name: item.reason for item in found.skipped}
     assert reasons["seg.dcm"] == "a Segmentation object"
     assert reasons["sparse-labelmap-ppv5.dcm"] == "a Label Map Segmentation object"
     assert find_cases(ABDOMEN / "ct_jpeg2000") == [
