@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from medseg.inferers.windows import Windows, cut_windows
+from medseg.inferers.blend import Windows, cut_windows
 
 __all__ = ["windows_with_foreground"]
 

@@ -1,12 +1,19 @@
-"""Handing finished planes on to the native grid, from a stream of windows or from complete logits."""
+"""From logits on the model's grid to labels in native space, plane by plane, while the stream goes on.
+
+Class scores have to be interpolated only where that can decide something: where the eight corners of a cell have the
+same top class, every point of the cell has it too. Elsewhere the scores of all classes are interpolated. So the labels
+are those of interpolating everything first, except where two classes tie within rounding.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, Protocol
 
 import monai.inferers
 import torch
@@ -14,13 +21,255 @@ from monai.data import MetaTensor, decollate_batch
 
 from medseg.errors import RequestError
 from medseg.inferers.blend import Slab, check_numbers
-from medseg.inferers.grid_mapping import GridMapping, find_grid_mapping
-from medseg.inferers.restore import NativeResampler
-from medseg.inferers.scores import ACTIVATIONS, OUTPUTS
+from medseg.inferers.grid_mapping import Axis, GridMapping, find_grid_mapping
+from medseg.inferers.oblique import ObliqueGrid
+from medseg.inferers.results import (
+    OUTPUTS,
+    SCORES,
+    Decision,
+    Plane,
+    activate,
+    background,
+    decisions,
+    empty_result,
+    packed,
+)
 
-__all__ = ["NativeInferer", "NativeResult", "check_choice"]
+__all__ = ["AxisAlignedGrid", "NativeInferer", "NativeResampler", "NativeResult", "check_choice"]
 
 _PLANES = 16
+# Scores that are interpolated together; a few copies of them are held by each thread.
+_CHUNK = 1 << 20
+
+
+class NativeGrid(Protocol):
+    """Fills a result from pairs of neighboring planes."""
+
+    def fill(self, first: int, planes: list[Plane], pool: ThreadPoolExecutor | None, *, ends: bool) -> None:
+        """Fill all native voxels from plane `first` to before the last of `planes`, or beyond where the stream ends."""
+
+    def result(self) -> torch.Tensor:
+        """Return the result `(C, *native)`."""
+
+
+class NativeResampler:
+    """Takes the slabs of one image in order and builds its result on the native grid.
+
+    Args:
+        placement: how the native grid lies on the model's.
+        classes: channels of logits.
+        axis: the model axis along which the stream runs.
+        output: "labels" (softmax: the top class; sigmoid: 0 or 1 for each channel), or the probabilities as "uint8"
+            (0..255 stands for 0..1) or "float16".
+        activation: "softmax", "sigmoid", or "none" to interpolate and compare logits.
+        threshold: of sigmoid labels.
+        device: where the slabs come from; the result is on the CPU.
+    """
+
+    def __init__(
+        self,
+        mapping: GridMapping,
+        classes: int,
+        *,
+        axis: int,
+        output: str,
+        activation: str,
+        threshold: float,
+        device: torch.device,
+    ) -> None:
+        self.shape = mapping.model_shape
+        self.axis = axis
+        self.classes = classes
+        self.activation = activation
+        self.decisions = decisions(classes, activation, threshold) if output == "labels" else []
+        oblique = mapping.native_axes() is None
+        grid = ObliqueGrid if oblique else AxisAlignedGrid
+        self.grid: NativeGrid = grid(mapping, axis, classes, self.decisions, output, activation, device)
+        self.swap = not oblique and AxisAlignedGrid.swaps(mapping, axis)
+        self.device = device
+        self.carried: list[Plane] = []
+        self.done = 0
+        threads = torch.get_num_threads() if device.type == "cpu" else 1
+        # each thread works on planes of its own, with torch on one thread: nobody waits for anybody
+        self.pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+
+    def add(self, slab: Slab) -> None:
+        """Take the next planes; those that the stream left out become background."""
+        self._background_until(slab.start)
+        self._take(activate(slab.logits, slab.covered, self.activation))
+
+    def result(self) -> torch.Tensor:
+        """Return the result `(C, *native)` once all planes are in; its memory may be in another order."""
+        self._background_until(self.shape[self.axis])
+        self.grid.fill(self.done - 1, [self.carried[0], self.carried[0]], None, ends=True)
+        self.pool.shutdown()
+        return self.grid.result()
+
+    def _background_until(self, end: int) -> None:
+        others = [size for axis, size in enumerate(self.shape) if axis != self.axis]
+        plane = background(self.classes, self.activation).reshape(-1, 1, *([1] * len(others))).to(self.device)
+        while self.done < end:
+            self._take(plane.expand(-1, 1, *others))
+
+    def _take(self, scores: torch.Tensor) -> None:
+        """Take scores `(K, planes, *others)`."""
+        if scores.ndim == 3:  # a 2D image: planes of one row
+            scores = scores.unsqueeze(2)
+        if self.swap:
+            scores = scores.transpose(2, 3)
+        planes = self.carried + list(self.pool.map(self._plane, scores.unbind(1)))
+        if len(planes) > 1:
+            self.grid.fill(self.done - len(self.carried), planes, self.pool, ends=False)
+        last = planes[-1]
+        self.carried = [Plane(last.scores.clone(), last.labels)]
+        self.done += scores.shape[1]
+
+    def _plane(self, scores: torch.Tensor) -> Plane:
+        own = scores.contiguous()
+        return Plane(own, [decision.decide(own[decision.classes]) for decision in self.decisions])
+
+
+class AxisAlignedGrid:
+    """A native grid whose axes run along the model's, permuted and flipped or not."""
+
+    def __init__(
+        self,
+        mapping: GridMapping,
+        axis: int,
+        classes: int,
+        wanted: list[Decision],
+        output: str,
+        activation: str,
+        device: torch.device,
+    ) -> None:
+        self.natives, models = self._orders(mapping, axis)
+        axes = [Axis.of(mapping, m, n) for m, n in zip(models, self.natives, strict=True)]
+        self.along = axes[0]
+        self.rows, self.columns = (a.to(device) for a in (axes[1:] if len(axes) == 3 else [Axis.single(), axes[1]]))
+        self.decisions = wanted
+        self.output = output
+        channels = len(wanted) or classes
+        shape = (channels, len(self.along), len(self.rows), len(self.columns))
+        self.out = empty_result(shape, output, classes, activation)
+
+    @staticmethod
+    def _orders(mapping: GridMapping, axis: int) -> tuple[list[int], list[int]]:
+        """Return native and model axes of (stream, rows, columns); the fastest native axis of files comes last."""
+        natives = mapping.native_axes() or ()
+        models = [axis, *sorted((a for a in range(len(natives)) if a != axis), key=lambda a: -natives[a])]
+        return [natives[m] for m in models], models
+
+    @classmethod
+    def swaps(cls, mapping: GridMapping, axis: int) -> bool:
+        """Tell whether rows and columns of the model's planes have to change places."""
+        others = cls._orders(mapping, axis)[1][1:]
+        return others != sorted(others)
+
+    def fill(self, first: int, planes: list[Plane], pool: ThreadPoolExecutor | None, *, ends: bool) -> None:
+        """Fill the native planes between neighbors of `planes`, the first of which is model plane `first`."""
+        del ends  # the last plane is given twice
+        jobs = [(first + i, low, high) for i, (low, high) in enumerate(pairwise(planes))]
+        if pool is None:
+            for job in jobs:
+                self._between(*job)
+        else:
+            list(pool.map(lambda job: self._between(*job), jobs))
+
+    def result(self) -> torch.Tensor:
+        """Return the result `(C, *native)`, a view."""
+        out = self.out if len(self.natives) == 3 else self.out[:, :, 0]
+        return out.permute(0, *(1 + self.natives.index(axis) for axis in range(len(self.natives))))
+
+    def _between(self, plane: int, low: Plane, high: Plane) -> None:
+        wanted = self.along.indices_above(plane)
+        if not wanted:
+            return
+        if self.decisions:
+            for channel, decision in enumerate(self.decisions):
+                self._labels(channel, decision, wanted, low, high)
+        else:
+            self._probabilities(wanted, low, high)
+
+    def _labels(
+        self, channel: int, decision: Decision, wanted: list[tuple[int, float]], low: Plane, high: Plane
+    ) -> None:
+        deep = any(fraction for _, fraction in wanted)
+        tops = [low.labels[channel], *([high.labels[channel]] if deep else [])]
+        sure = self._native(tops[0])
+        mixed = self._native(self._mixed(tops)).flatten().nonzero()[:, 0]
+        results = [sure.clone() for _ in wanted]
+        below, above = low.scores[decision.classes], high.scores[decision.classes]
+        for part in torch.split(mixed, max(_CHUNK // len(below), 1)):
+            corners = _Corners(self.rows, self.columns, part)
+            at_low = corners(below)
+            at_high = corners(above) if deep else at_low
+            for labels, (_, fraction) in zip(results, wanted, strict=True):
+                scores = at_low.lerp(at_high, fraction) if fraction else at_low
+                labels.view(-1)[part] = decision.decide(scores).to(labels.dtype)
+        for labels, (index, _) in zip(results, wanted, strict=True):
+            self._store(channel, index, labels)
+
+    def _store(self, channel: int | slice, index: int, values: torch.Tensor) -> None:
+        target = self.out[channel, index]
+        if self.rows.all_valid and self.columns.all_valid:
+            target.copy_(values)
+            return
+        valid = (self.rows.valid[:, None] & self.columns.valid[None]).cpu()
+        target[..., valid] = values.cpu()[..., valid]
+
+    def _native(self, plane: torch.Tensor) -> torch.Tensor:
+        """Return for each native voxel of a plane the value at the cell it lies in."""
+        return plane.index_select(0, self.rows.low).index_select(1, self.columns.low)
+
+    def _mixed(self, tops: list[torch.Tensor]) -> torch.Tensor:
+        """Return for each cell of `(H, W)` whether its corners disagree; axes without fractions have no neighbor."""
+        first = tops[0]
+        mixed = torch.zeros(first.shape, dtype=torch.bool, device=first.device)
+        for top in tops:
+            mixed |= top != first
+            if not self.rows.exact:
+                mixed[:-1] |= top[1:] != first[:-1]
+            if not self.columns.exact:
+                mixed[:, :-1] |= top[:, 1:] != first[:, :-1]
+            if not (self.rows.exact or self.columns.exact):
+                mixed[:-1, :-1] |= top[1:, 1:] != first[:-1, :-1]
+        return mixed
+
+    def _probabilities(self, wanted: list[tuple[int, float]], low: Plane, high: Plane) -> None:
+        below = self._enlarged(low.scores)
+        above = self._enlarged(high.scores) if any(fraction for _, fraction in wanted) else below
+        for index, fraction in wanted:
+            values = below.lerp(above, fraction) if fraction else below
+            self._store(slice(None), index, packed(values, self.output))
+
+    def _enlarged(self, scores: torch.Tensor) -> torch.Tensor:
+        rows, columns = self.rows, self.columns
+        tall = scores.index_select(1, rows.low)
+        if not rows.exact:
+            tall = tall.lerp(scores.index_select(1, rows.high), rows.fraction[:, None])
+        wide = tall.index_select(2, columns.low)
+        return wide if columns.exact else wide.lerp(tall.index_select(2, columns.high), columns.fraction)
+
+
+class _Corners:
+    """Bilinear interpolation of planes at the native voxels of one list."""
+
+    def __init__(self, rows: Axis, columns: Axis, where: torch.Tensor) -> None:
+        row = torch.div(where, len(columns), rounding_mode="floor")
+        column = where - row * len(columns)
+        self.exact = rows.exact, columns.exact
+        self.low_row, self.high_row, self.down = (each[row] for each in (rows.low, rows.high, rows.fraction))
+        self.low, self.high, self.right = (each[column] for each in (columns.low, columns.high, columns.fraction))
+
+    def __call__(self, scores: torch.Tensor) -> torch.Tensor:
+        """Return `(K, n)` from a plane `(K, H, W)`."""
+        flat, width = scores.flatten(1), scores.shape[2]
+        upper = self._row(flat, self.low_row * width)
+        return upper if self.exact[0] else upper.lerp(self._row(flat, self.high_row * width), self.down)
+
+    def _row(self, flat: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+        left = flat.index_select(1, start + self.low)
+        return left if self.exact[1] else left.lerp(flat.index_select(1, start + self.high), self.right)
 
 
 @dataclass(frozen=True)
@@ -40,7 +289,7 @@ class NativeResult:
 
     def __post_init__(self) -> None:
         check_choice("output", self.output, OUTPUTS)
-        check_choice("activation", self.activation, ACTIVATIONS)
+        check_choice("activation", self.activation, SCORES)
 
     def of(self, slabs: Iterable[Slab], images: torch.Tensor, axis: int) -> torch.Tensor:
         """Return the result `(B, 1 or K, *native)` for images `(B, C, *spatial)`, a MetaTensor if they are one.

@@ -6,17 +6,13 @@ import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from medseg.inferers.grid_mapping import GridMapping
-from medseg.inferers.scores import Decision, empty_result, packed
-
-if TYPE_CHECKING:
-    from medseg.inferers.restore import Plane
+from medseg.inferers.results import Decision, Plane, empty_result, packed
 
 __all__ = ["ObliqueGrid"]
 

@@ -19,11 +19,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from medseg.errors import CaseError, RequestError
-from medseg.inferers.blend import Place, Slab, WindowSource, in_batches, padded, stream
-from medseg.inferers.passes import NotStreamableError, WindowRunner, no_room_for_a_window
-from medseg.inferers.scores import activate, top_class
+from medseg.inferers.blend import Place, Slab, Windows, WindowSource, cut_windows, in_batches, padded, per_axis, stream
+from medseg.inferers.results import activate, top_class
 from medseg.inferers.sliding_window import SlidingWindowInferer
-from medseg.inferers.windows import Windows, cut_windows, per_axis
+from medseg.inferers.window_runner import NotStreamableError, WindowRunner, no_room_for_a_window
 
 __all__ = ["PixelSource", "label_strips"]
 

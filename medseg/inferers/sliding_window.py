@@ -14,12 +14,11 @@ from monai.utils import convert_to_dst_type
 
 from medseg.errors import CaseError, RequestError, SizeError
 from medseg.inferers.allocator import reuse_memory
-from medseg.inferers.blend import Place, Slab, TensorWindows, in_batches, stream
+from medseg.inferers.blend import Place, Slab, TensorWindows, cut_windows, in_batches, per_axis, stream
 from medseg.inferers.foreground import windows_with_foreground
 from medseg.inferers.memory import Forecast, parse_memory
 from medseg.inferers.native import NativeResult
-from medseg.inferers.passes import Network, NotStreamableError, WindowRunner, no_room_for_a_window
-from medseg.inferers.windows import cut_windows, per_axis
+from medseg.inferers.window_runner import Network, NotStreamableError, WindowRunner, no_room_for_a_window
 
 __all__ = ["SlidingWindowInferer"]
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from medseg.inferers.blend import count_windows
 from medseg.inferers.memory import shown_bytes
-from medseg.inferers.windows import count_windows
 from medseg.planning.case_stats import shown
 from medseg.planning.choices import analyze, bundle_name
 from medseg.planning.network_sizing import strides_note

@@ -10,8 +10,8 @@ import torch
 from monai.data import MetaTensor
 
 from medseg.errors import CaseError, RequestError, SizeError
+from medseg.inferers.blend import count_windows, cut_windows
 from medseg.inferers.sliding_window import SlidingWindowInferer
-from medseg.inferers.windows import count_windows, cut_windows
 
 CUTS = [
     ((40, 56, 40), (40, 56, 40), 0.5),

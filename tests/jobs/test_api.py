@@ -66,3 +66,21 @@ def test_a_run_that_cannot_be_continued_keeps_its_record(trained_copy: Bundle, t
         api.train(trained_copy.root, tiny_data, settings={"batch_size": 1}, resume=True)
     assert path.read_text() == before
     assert Manifest.read(path).status == "done"
+
+
+def test_inputs_are_listed_once_and_the_dataset_takes_the_list(
+    trained: Bundle, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from medseg.io import cases
+    from medseg.jobs import workflow
+
+    listed, opened = [], []
+    real_listing = cases._found
+    monkeypatch.setattr(cases, "_found", lambda path: listed.append(path) or real_listing(path))
+    hand_over = workflow._hand_over
+    monkeypatch.setattr(
+        workflow, "_hand_over", lambda parser, where, found: opened.append(found) or hand_over(parser, where, found)
+    )
+    manifest = api.predict(trained.root, tiny_data / "imagesTr", tmp_path / "out")
+    assert len(listed) == 1
+    assert [case.name for case in opened[0]] == sorted(manifest.cases)

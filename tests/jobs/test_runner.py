@@ -220,7 +220,7 @@ def test_one_image_too_large_for_the_limit_does_not_stop_the_others(
     for name in ("a.nii.gz", "b.nii.gz"):
         _oblique(tmp_path / "in", name, False)
     held = iter([1 << 60, 0])
-    monkeypatch.setattr("medseg.inferers.passes.resident_bytes", lambda: next(held))
+    monkeypatch.setattr("medseg.inferers.window_runner.resident_bytes", lambda: next(held))
     manifest = _predict(trained, tmp_path / "in", tmp_path / "out", max_memory="900G")
     assert [manifest.cases[name].status for name in ("a.nii.gz", "b.nii.gz")] == ["failed", "done"]
     assert "does not fit into" in str(manifest.cases["a.nii.gz"].error)

@@ -6,24 +6,34 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from monai.data import MetaTensor
 
 from medseg.errors import CaseError, RequestError
 from medseg.inferers.backends import accelerate
+from medseg.inferers.blend import Windows
 from medseg.inferers.memory import Forecast, NetworkProbe, fitting_batch, resident_bytes
-from medseg.inferers.windows import Windows
-
-if TYPE_CHECKING:
-    from medseg.inferers.sliding_window import SlidingWindowInferer
 
 __all__ = ["Network", "NotStreamableError", "WindowRunner", "no_room_for_a_window"]
 
 logger = logging.getLogger(__name__)
 
 Network = Callable[..., Any]
+
+
+class WindowOptions(Protocol):
+    """What an inferer says of its forward passes; `SlidingWindowInferer` has the meaning of each."""
+
+    sw_batch_size: int
+    backend: str | None
+    precision: str
+    memory_format: str
+    max_memory: int
+    output: str
+    on_progress: Callable[[int, int], None] | None
+    on_forecast: Callable[[Forecast], None] | None
 
 
 class NotStreamableError(Exception):
@@ -53,7 +63,7 @@ class WindowRunner:
 
     def __init__(
         self,
-        inferer: SlidingWindowInferer,
+        inferer: WindowOptions,
         network: Network,
         windows: Windows,
         *,
