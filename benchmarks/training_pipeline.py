@@ -23,8 +23,7 @@ from typing import Any
 from side_by_side.machine import describe
 
 from medseg.bundle.catalog import Bundle, find_bundle
-from medseg.jobs.job import prepare
-from medseg.jobs.workflow import open_workflow
+from medseg.jobs.job import open_workflow, prepare
 
 BUNDLES = {"hippocampus_mri_unet": "msd_hippocampus", "gland_pathology_unet": "glas"}
 TARGET = 0.05

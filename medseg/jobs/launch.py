@@ -32,9 +32,8 @@ from medseg.errors import MedsegError, RequestError
 from medseg.files import check_folder, replace_text
 from medseg.jobs import runner
 from medseg.jobs.exit_diagnosis import Note, describe_exit, explain, memory_kills, note_of
-from medseg.jobs.job import Job, checked_places
+from medseg.jobs.job import Job, checked_places, open_workflow
 from medseg.jobs.job import prepare as prepare_job
-from medseg.jobs.workflow import open_workflow
 from medseg.manifest import Manifest
 
 if TYPE_CHECKING:

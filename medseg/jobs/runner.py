@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,9 +14,10 @@ from medseg.bundle.knobs import knobs
 from medseg.errors import CaseError, RequestError
 from medseg.files import sha256_file
 from medseg.io.names import case_stem
+from medseg.jobs.job import build_evaluator, guarded, open_workflow, run_case
 from medseg.jobs.slides import check_slides
-from medseg.jobs.workflow import build_evaluator, guarded, open_workflow, run_case
 from medseg.manifest import BundleRecord, CaseRecord, Manifest, stamp
+from medseg.scoring.scores import nanmean
 
 if TYPE_CHECKING:
     from medseg.jobs.job import Job
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     # Writes the result of one case.
     Write = Callable[[], None]
 
-__all__ = ["evaluate", "nanmean", "predict", "train"]
+__all__ = ["evaluate", "predict", "train"]
 
 _STEPS_BETWEEN_READINGS: Final = 10
 _PLACES: Final = ("dataset_dir", "output_dir", "resume")
@@ -58,7 +58,8 @@ def predict(
     _check_output(cases, output)
     takes_slides = "slides" in job.config
     slides = [case for case in cases if takes_slides and case.kind == "slide"]
-    check_slides(slides, cases, job.config, output)
+    if slides:
+        check_slides(slides, cases, job.config, output)
     workflow = open_workflow(job, "infer", cases)
     manifest = _manifest(job, output / "manifest.json")
     sources = {case.name: stamp(case.image) for case in cases}
@@ -251,12 +252,6 @@ def _manifest(job: Job, path: Path) -> Manifest:
     values = {name: value for name, value in knobs(dict(job.config)).items() if name not in ("bundle_root", *_PLACES)}
     seeds = {"seed": job.config["seed"]} if "seed" in job.config else {}
     return Manifest(job.command, bundle=record, knobs=values, overrides=list(job.settings), seeds=seeds, path=path)
-
-
-def nanmean(values: Sequence[float]) -> float:
-    """Return the mean of the values that are numbers; NaN where there is none."""
-    known = [value for value in values if not math.isnan(value)]
-    return sum(known) / len(known) if known else math.nan
 
 
 def _check_output(cases: Sequence[Case], output: Path) -> None:

@@ -32,7 +32,7 @@ def check_slides(slides: Sequence[Case], cases: Sequence[Case], config: Mapping[
     """Check before the work what slides need beyond other images; nothing heavy is imported.
 
     Args:
-        slides: Cases to predict as slides.
+        slides: Cases to predict as slides, at least one.
         cases: All cases of the run.
         config: The bundle's inference config.
         output: Folder of the results.
@@ -41,8 +41,6 @@ def check_slides(slides: Sequence[Case], cases: Sequence[Case], config: Mapping[
         RequestError: The model's resolution is not known, masks are to have a format that slides do not get, or one
             would replace its slide.
     """
-    if not slides:
-        return
     _check_resolution(slides[0].image, config)
     wanted = config.get("output_format") or ""
     if wanted not in _OUTPUTS:

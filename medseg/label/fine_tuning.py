@@ -16,8 +16,8 @@ from medseg.bundle.knobs import knobs
 from medseg.errors import RequestError
 from medseg.files import replace_text, sha256_file
 from medseg.jobs import api
-from medseg.jobs.runner import nanmean
 from medseg.label.annotations import collect
+from medseg.scoring.scores import nanmean
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -12,8 +12,7 @@ from medseg.errors import CaseError, RequestError, in_a_line, own_error
 from medseg.files import sha256_file
 from medseg.io import find_cases
 from medseg.io.names import OUTPUT_FORMATS, mask_name, split_suffix
-from medseg.jobs.job import prepare
-from medseg.jobs.workflow import build_evaluator, open_workflow, run_case
+from medseg.jobs.job import build_evaluator, open_workflow, prepare, run_case
 from medseg.label.uncertainty import uncertainty
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from medseg.errors import RequestError
 from medseg.files import load_json, replace_text
 from medseg.manifest import Manifest
 
-__all__ = ["CROSS_VALIDATION", "MEAN", "Scores", "read_scores", "write_scores"]
+__all__ = ["CROSS_VALIDATION", "MEAN", "Scores", "nanmean", "read_scores", "write_scores"]
 
 CROSS_VALIDATION: Final = "cross_validation.json"
 # The mean of a case over its labels.
@@ -83,6 +83,12 @@ class Scores:
             "cases": len(values),
             "folds": [fmean(each) if each else None for each in folds],
         }
+
+
+def nanmean(values: Sequence[float]) -> float:
+    """Return the mean of the values that are numbers; NaN where there is none."""
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan
 
 
 def write_scores(scores: Scores, path: Path) -> None:

@@ -28,9 +28,8 @@ from medseg.bundle.compose import Config, compose
 from medseg.errors import BundleError, MedsegError, RequestError, in_a_line
 from medseg.files import check_folder, load_json, replace_text
 from medseg.io import list_dataset
-from medseg.jobs import runner
-from medseg.jobs.job import prepare
-from medseg.jobs.workflow import build_evaluator, open_workflow, run_case
+from medseg.jobs.job import build_evaluator, open_workflow, prepare, run_case
+from medseg.scoring.scores import nanmean
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -379,9 +378,9 @@ def _measure(request: Mapping[str, Any], report: Progress) -> dict[str, Any]:
         watch.name = case.name
         run_case(evaluator, partial(workflow.val_preprocessing, case.entry()), case.image)
         values = evaluator.state.metric_details[evaluator.state.key_metric_name][0].tolist()
-        dice.append(runner.nanmean(values))
+        dice.append(nanmean(values))
         # For one case and one label the two are functions of each other.
-        iou.append(runner.nanmean([value / (2 - value) for value in values]))
+        iou.append(nanmean([value / (2 - value) for value in values]))
     return {
         "device": device,
         "peak_memory_mib": None if watch.peak is None else watch.peak / 2**20,

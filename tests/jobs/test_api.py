@@ -72,7 +72,7 @@ def test_inputs_are_listed_once_and_the_dataset_takes_the_list(
     trained: Bundle, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from medseg.io import cases
-    from medseg.jobs import workflow
+    from medseg.jobs import job as workflow
 
     listed, opened = [], []
     real_listing = cases._found

@@ -22,8 +22,7 @@ from medseg.errors import BundleError, RequestError, UntrustedBundleError, Weigh
 from medseg.files import sha256_file
 from medseg.io import list_cases, list_dataset
 from medseg.jobs import api, runner
-from medseg.jobs.job import prepare
-from medseg.jobs.workflow import open_workflow
+from medseg.jobs.job import open_workflow, prepare
 from medseg.tools.samples import write_samples
 from tests.deploy.deploy_check import write_series
 

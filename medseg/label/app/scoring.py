@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from monailabel.interfaces.tasks.scoring import ScoringMethod
 
 from medseg.errors import MedsegError
-from medseg.jobs.runner import nanmean
 from medseg.label.annotations import dice, read_annotation
 from medseg.label.app.strategies import chosen_predictor, measured
 from medseg.label.records import annotations_of
+from medseg.scoring.scores import nanmean
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
