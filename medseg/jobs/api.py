@@ -1,4 +1,4 @@
-"""The three jobs of a bundle as functions: train, evaluate, predict. The command line is a face of these.
+"""Training, evaluation and prediction with a bundle, as the command line calls them.
 
 Each checks the whole request before torch or MONAI are imported.
 """
@@ -45,24 +45,24 @@ def predict(
     report: Progress | None = None,
     announce: Announce | None = None,
 ) -> Manifest:
-    """Write a mask for every image, on the image's own grid and under its name, and `manifest.json`.
+    """Write a mask for every image, in the image's geometry and under its name, and `manifest.json`.
 
     Args:
-        bundle: folder, or name of a shipped bundle; of several, the mean of their predictions is taken.
-        inputs: an image, several, a folder of images, or a `dataset.json`.
-        output: folder for the results, made if missing.
-        settings: knobs to change, by name.
-        resume: whether to skip what an earlier run with the same settings has finished.
-        overlay: whether to draw each mask over its image, as a PNG beside it.
-        trust: fingerprint by which you vouch for a bundle that is not declarative.
-        report: called with cases done, cases in all, and a few words.
-        announce: called with the name of each case and what it will take in time and memory.
+        bundle: Folder, or name of a shipped bundle. Several bundles are an ensemble: their probabilities are averaged.
+        inputs: An image, a list of images, a folder of images, or a `dataset.json`.
+        output: Folder of the results, created if missing.
+        settings: Settings of the bundle to change, by name.
+        resume: Whether to skip what an earlier run with the same settings has finished.
+        overlay: Whether to draw each mask over its image, as a PNG beside it.
+        trust: SHA-256 of a bundle that contains executable code, to run it all the same.
+        report: Called with the number of cases done, their total, and a short note.
+        announce: Called with the name of each case and its forecast of time and memory.
 
     Returns:
-        The record of the run; a case that failed is in it with the reason.
+        The record of the run, with the reason for each case that failed.
 
     Raises:
-        RequestError: anything about the request that cannot be; nothing was written.
+        RequestError: Invalid request; nothing was written.
     """
     if not isinstance(bundle, (str, Path)):
         with ensemble_of(bundle) as together:
@@ -104,22 +104,22 @@ def evaluate(
     trust: str | None = None,
     report: Progress | None = None,
 ) -> Manifest:
-    """Predict labeled cases and score them, each on its label's own grid.
+    """Predict labeled cases and score them, each in the native space of its label.
 
     Args:
-        bundle: folder, or name of a shipped bundle.
-        data: data set as `medseg.components.find_dataset` takes it.
-        split: "val", "train" or "test".
-        output: folder for `manifest.json`; the bundle's `runs/evaluate` if not given.
-        settings: knobs to change, by name.
-        trust: fingerprint by which you vouch for a bundle that is not declarative.
-        report: called with cases done, cases in all, and a few words.
+        bundle: Folder, or name of a shipped bundle.
+        data: Data set, as for `medseg.io.list_dataset`.
+        split: Part of the data set: "val", "train" or "test".
+        output: Folder of `manifest.json`; the bundle's `runs/evaluate` by default.
+        settings: Settings of the bundle to change, by name.
+        trust: SHA-256 of a bundle that contains executable code, to run it all the same.
+        report: Called with the number of cases done, their total, and a short note.
 
     Returns:
         The record of the run, with the Dice of each label in the cases' metrics.
 
     Raises:
-        RequestError: anything about the request that cannot be.
+        RequestError: Invalid request.
     """
     found, root = find_bundle(bundle), Path(data).absolute()
     folder = found.root / "runs" / "evaluate" if output is None else Path(output).absolute()
@@ -145,23 +145,23 @@ def train(
     """Train a bundle, or a copy of it; the best weights become its `models/model.pt`.
 
     Args:
-        bundle: folder, or name of a shipped bundle.
-        data: data set as `medseg.components.find_dataset` takes it.
-        output: new folder for a copy to train; the bundle itself is trained if not given.
-        settings: knobs to change, by name; `recipe` names one of `medseg.bundle.recipes`, which changes the bundle's
-            `bundle.json` and configs ("" goes back to those of its template).
-        devices: processes that train together, on CUDA each with a device of its own.
-        resume: go on from the last finished epoch.
-        overwrite: replace the weights that the bundle has.
-        trust: fingerprint by which you vouch for a bundle that is not declarative.
-        report: called with epochs done, epochs in all, and a few words.
+        bundle: Folder, or name of a shipped bundle.
+        data: Data set, as for `medseg.io.list_dataset`.
+        output: New folder for a copy to train; the bundle itself is trained by default.
+        settings: Settings to change, by name; `recipe` names one of `medseg.bundle.recipes`, which rewrites the
+            bundle's `bundle.json` and configs ("" restores those of its template).
+        devices: Number of processes that train together; on CUDA each has a device of its own.
+        resume: Whether to continue from the last finished epoch.
+        overwrite: Whether to replace existing weights.
+        trust: SHA-256 of a bundle that contains executable code, to run it all the same.
+        report: Called with the number of epochs done, their total, and a short note.
 
     Returns:
         The record of the run, with the validations.
 
     Raises:
-        RequestError: anything about the request that cannot be.
-        CaseError: a training case that cannot be used.
+        RequestError: Invalid request.
+        CaseError: A training case is unusable.
     """
     source, root = find_bundle(bundle), Path(data).absolute()
     target = source if output is None else Bundle(Path(output).absolute())
@@ -191,71 +191,71 @@ def train(
 
 
 def _split_file(config: Mapping[str, Any], split: str) -> str | None:
-    """The file that divides the cases of a run otherwise than the data set itself does."""
+    """Return the file that splits the cases of a run in place of the data set's own split."""
     given = config.get("split_file")
     return given if isinstance(given, str) and given and split != "test" else None
 
 
 def train_config(bundle: Bundle, recipe: Any = None) -> dict[str, Any]:
-    """Return the config that a bundle, or a copy of it, trains by: its own, or that of a recipe.
+    """Return the training config of a bundle or a copy of it: its own, or that of a recipe.
 
     Raises:
-        RequestError: an unknown recipe, or a bundle whose configs do not come from its `bundle.json`.
+        RequestError: Unknown recipe, or a bundle whose configs differ from its `bundle.json`.
     """
     return merged(bundle.load_configs("train")) if recipe is None else compose(_by_recipe(bundle, recipe))["train"]
 
 
 def _by_recipe(bundle: Bundle, recipe: Any) -> dict[str, Any]:
-    """Return what `bundle.json` has to say for the bundle to be trained by a recipe.
+    """Return the `bundle.json` by which the bundle is trained with a recipe.
 
     Raises:
-        RequestError: an unknown recipe, or a bundle whose configs do not come from its `bundle.json`.
+        RequestError: Unknown recipe, or a bundle whose configs differ from its `bundle.json`.
     """
     stale = [name for name in stale_files(bundle) if name != "configs/metadata.json"]
     if stale:
         raise RequestError(
-            f"{', '.join(stale)} of '{bundle.root}' differ from its bundle.json, so a recipe would undo what was "
-            f"changed there; run `medseg bundle build {bundle.root}` first"
+            f"{', '.join(stale)} of '{bundle.root}' differ from its bundle.json, and a recipe would undo those "
+            f"edits; run `medseg bundle build {bundle.root}` first"
         )
     description = load_json(bundle.root / "bundle.json")
     return with_recipe(description, str(recipe), spatial_dims(description))
 
 
 def _check_target(target: Bundle, config: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
-    """Refuse to replace what an earlier training has made.
+    """Refuse to replace the result of an earlier training.
 
     Raises:
-        RequestError: there are weights, or the state of a training that was interrupted before it had any.
+        RequestError: There are weights, or the state of a training that was interrupted before its first weights.
     """
     state = launch.run_folder(target, config) / "previous.pt"
     found = next((path for path in (target.weights, state) if path.is_file()), None)
     if found is not None and not (resume or overwrite):
         raise RequestError(
             f"'{found}' exists and training would replace it: give --output NEW_FOLDER to train a copy, --resume to "
-            "go on, or --overwrite"
+            "continue, or --overwrite"
         )
 
 
 def _check_same(target: Bundle, known: Mapping[str, Any], recipe: str | None, *, resume: bool) -> None:
-    """Refuse to train a bundle that is not the copy it is taken for, or to go on by another recipe.
+    """Refuse to train a bundle that is not a copy of the source, or to continue with another recipe.
 
     Raises:
-        RequestError: its configs are others than those that were asked for.
+        RequestError: Its configs differ from the requested ones.
     """
     if resume and recipe is not None and merged(target.load_configs("train")) != train_config(target, recipe):
         raise RequestError(
-            f"'{target.root}' was not begun with recipe={recipe!r}, so it cannot go on with it: leave the recipe out, "
-            "or give --overwrite in place of --resume to train anew"
+            f"'{target.root}' was not started with recipe={recipe!r}, so it cannot continue with it: omit the recipe, "
+            "or give --overwrite in place of --resume to start over"
         )
     if not resume and train_config(target, recipe) != known:
         raise RequestError(
-            f"'{target.root}' holds another bundle than the one to train a copy of: train it under its own name, or "
-            "give another --output"
+            f"'{target.root}' holds a different bundle, not a copy of the one to train: train it under its own name, "
+            "or give another --output"
         )
 
 
 def _copy(source: Bundle, target: Bundle) -> None:
-    """Copy a bundle without its weights and runs, unless the target is one already."""
+    """Copy a bundle without its weights and runs, unless the target is a bundle already."""
     if target.root == source.root or (target.root / "configs").is_dir():
         return
     for folder in ("configs", "docs"):

@@ -1,4 +1,4 @@
-"""Several trained bundles as one that averages their predictions: an ordinary bundle, also for MONAI."""
+"""Ensembles: several trained bundles as one ordinary bundle that averages their predictions, also for MONAI."""
 
 from __future__ import annotations
 
@@ -60,17 +60,17 @@ def write_ensemble(members: Sequence[Bundle], root: Path) -> Bundle:
 
 @contextmanager
 def ensemble_of(names: Sequence[str | Path]) -> Iterator[Bundle]:
-    """Give, while the block runs, an ensemble of bundles in a folder of its own.
+    """Yield an ensemble of bundles in a temporary folder.
 
     Args:
-        names: folders, or names of shipped bundles.
+        names: Folders, or names of shipped bundles.
 
     Raises:
         BundleError: as for `write_ensemble`, or there is no such bundle.
     """
     members = [find_bundle(name) for name in names]
     with tempfile.TemporaryDirectory() as folder:
-        # The name goes into the record of the run.
+        # The name appears in the manifest.
         yield write_ensemble(members, Path(folder) / "+".join(member.name for member in members))
 
 
@@ -78,18 +78,18 @@ def _check_alike(first: Bundle, wanted: dict[str, Any], member: Bundle, found: d
     differing = sorted(name for name in {*wanted, *found} - {"network_def"} if wanted.get(name) != found.get(name))
     if differing:
         raise BundleError(
-            f"'{first.name}' and '{member.name}' cannot be averaged: they differ in {', '.join(differing)} of "
-            "configs/inference.json; networks may differ, the preparation of images and the windows may not"
+            f"'{first.name}' and '{member.name}' cannot form an ensemble: {', '.join(differing)} of "
+            "configs/inference.json differ; networks may differ, preprocessing and windows must agree"
         )
     if first.label_names != member.label_names:
         raise BundleError(
-            f"'{first.name}' and '{member.name}' cannot be averaged: their labels are {first.label_names} and "
+            f"'{first.name}' and '{member.name}' cannot form an ensemble: their labels differ: {first.label_names} and "
             f"{member.label_names}"
         )
 
 
 def _overlapping(config: Any) -> bool:
-    """Tell whether some part of a config makes probabilities of each channel by itself."""
+    """Whether some component of a config uses a sigmoid, so that channels may overlap."""
     if isinstance(config, dict):
         own = config.get("activation") == "sigmoid" or config.get("sigmoid") is True
         return own or any(_overlapping(value) for name, value in config.items() if name != "network_def")
@@ -114,8 +114,8 @@ def _check_hash(member: Bundle, content: bytes) -> None:
     expected = member.metadata.get("weights", {}).get(_WEIGHTS, {}).get("sha256")
     if expected is not None and hashlib.sha256(content).hexdigest() != expected:
         raise WeightsError(
-            f"'{member.weights}' is not what the metadata of its bundle expects: it was altered or replaced. If you "
-            f"replaced it, run `medseg bundle build {member.root}`"
+            f"'{member.weights}' does not match the SHA-256 in the bundle's metadata: it was altered or replaced. If "
+            f"you replaced it, run `medseg bundle build {member.root}`"
         )
 
 

@@ -1,13 +1,13 @@
-"""Cross-validation: the same bundle trained on each fold of a data set, and what came out of all of them together.
+"""Cross-validation: one bundle trained on each fold of a data set, its scores, and the ensemble of the folds.
 
 ::
 
-    OUT/folds.json               which case is in which fold; depends on the data set and the seed alone
+    OUT/folds.json               folds by case; they depend on the data set and the seed alone
     OUT/fold_0/                  a bundle with the weights of this fold, and split.json
     OUT/cross_validation.json    each case scored by the fold that did not train on it; also as .txt
-    OUT/configs, OUT/models      the folds as one bundle that averages them, so `medseg predict OUT` works
+    OUT/configs, OUT/models      the ensemble of the folds, so `medseg predict OUT` works
 
-Folds may be trained one after the other or each by a job of its own; whichever ends last writes what needs all of them.
+Folds are trained one after the other or as separate jobs; the last one to finish writes what needs all of them.
 Nothing heavy is imported before a request is checked.
 """
 
@@ -40,19 +40,19 @@ __all__ = ["FOLDS_FILE", "Folds", "cross_validate", "fold_bundles", "is_scored",
 
 FOLDS_FILE: Final = "folds.json"
 _PARTS: Final = ("train", "val")
-# Where a run takes place is no part of what it makes.
+# Where a run takes place does not change its result.
 _PLACES: Final = ("device_name", "num_workers", "split_file")
 
 
 @dataclass(frozen=True)
 class Folds:
-    """Which cases are in which fold.
+    """Assignment of cases to folds.
 
     Attributes:
-        seed: from which they were dealt.
-        folds: the cases of each, which it validates on; it trains on all others.
-        held_out: cases that are in no fold: the data set's own validation part, where it has one.
-        patients: case -> patient, who is named by one of the cases.
+        seed: Seed of the assignment.
+        folds: Validation cases of each fold; it trains on all others.
+        held_out: Cases in no fold: the data set's own validation part, where it has one.
+        patients: Patient of each case, named by one of the patient's cases.
     """
 
     seed: int
@@ -61,7 +61,7 @@ class Folds:
     patients: Mapping[str, str]
 
     def split(self, number: int) -> dict[str, list[str]]:
-        """Return what a fold trains and validates on."""
+        """Return the training and validation cases of a fold."""
         train = sorted(case for other, cases in enumerate(self.folds) if other != number for case in cases)
         return {"train": train, "val": list(self.folds[number])}
 
@@ -77,19 +77,18 @@ class Folds:
 
 
 def make_folds(data: StrPath, count: int, seed: int) -> Folds:
-    """Deal the cases of a data set into folds, patient by patient.
+    """Assign the cases of a data set to folds, patient by patient.
 
-    Where the data set says which cases are for training and which for validation, the folds are of the training part;
-    the rest stays held out, so that the ensemble of the folds can be scored on it. Otherwise they are of all labeled
-    cases.
+    Where the data set has a split, its training part is divided into folds; the validation part stays held out, so that
+    the ensemble of the folds can be scored on it. Otherwise all labeled cases are divided.
 
     Args:
-        data: data set as `medseg.components.find_dataset` takes it.
-        count: how many folds.
-        seed: which of the many ways to deal.
+        data: Data set, as for `medseg.io.list_dataset`.
+        count: Number of folds.
+        seed: Seed of the assignment.
 
     Raises:
-        RequestError: the data set cannot be read, or has too few patients.
+        RequestError: The data set is unreadable, or has too few patients.
     """
     dataset = read_dataset(data)
     listed = set(_PARTS) <= set(dataset.sections)
@@ -100,7 +99,7 @@ def make_folds(data: StrPath, count: int, seed: int) -> Folds:
         cases, held_out = sorted(set(dataset.images) & set(dataset.labels)), []
     patients = find_patients(data)
     known = {case: patients[case] for case in cases}
-    # Its package loads torch, for which the questions above need not wait.
+    # This loads torch, which the checks above do not need.
     from medseg.training.splits import patient_folds
 
     dealt = patient_folds(cases, known, count, seed)
@@ -120,30 +119,30 @@ def cross_validate(
     overwrite: bool = False,
     report: Progress | None = None,
 ) -> Scores | None:
-    """Train a copy of a bundle on each fold, or on one of them, and score each case by the fold that has not seen it.
+    """Train a copy of a bundle on each fold, or on one of them, and score each case with the fold that has not seen it.
 
     Args:
-        bundle: folder, or name of a shipped bundle; a declarative one.
-        data: data set as `medseg.components.find_dataset` takes it.
-        output: folder for all folds.
-        folds: how many there are.
-        fold: the one to train, from 0; all if not given.
-        devices: processes that train one fold together.
+        bundle: Folder, or name of a shipped bundle; it must be declarative.
+        data: Data set, as for `medseg.io.list_dataset`.
+        output: Folder of all folds.
+        folds: Number of folds.
+        fold: Fold to train, from 0; all by default.
+        devices: Number of processes that train one fold together.
         settings: knobs to change, by name; `seed` also decides which case is in which fold.
-        resume: leave finished folds as they are, and go on with unfinished ones.
-        overwrite: train all anew.
-        report: called with epochs done, epochs in all, and a few words.
+        resume: Whether to keep finished folds and continue unfinished ones.
+        overwrite: Whether to train all folds from scratch.
+        report: Called with the number of epochs done, their total, and a short note.
 
     Returns:
-        The scores, once all folds are trained; None if some still are not.
+        The scores; None as long as a fold is not trained.
 
     Raises:
-        RequestError: anything about the request that cannot be.
-        CaseError: a case that cannot be used.
+        RequestError: Invalid request.
+        CaseError: A case is unusable.
     """
     source, root, out = find_bundle(bundle), absolute(data), absolute(output)
     if fold is not None and not 0 <= fold < folds:
-        raise RequestError(f"--fold {fold}: there are folds 0 to {folds - 1}")
+        raise RequestError(f"--fold {fold}: invalid fold number, expected 0 to {folds - 1}")
     values = dict(settings or {})
     known = api.train_config(source, values.get("recipe"))
     own = {name: value for name, value in values.items() if name != "recipe"}
@@ -155,8 +154,8 @@ def cross_validate(
     begun = [target.root.name for target in targets.values() if target.weights.is_file() or _has_state(target)]
     if begun and not (resume or overwrite):
         raise RequestError(
-            f"'{out}' holds {', '.join(begun)} already: give --resume to keep what is finished and go on, --overwrite "
-            "to train anew, or another --output"
+            f"'{out}' already holds {', '.join(begun)}: give --resume to keep finished folds and continue, --overwrite "
+            "to start over, or another --output"
         )
     _write_folds(dealt, out)
     for number, target in targets.items():
@@ -174,7 +173,7 @@ def fold_bundles(folder: Path) -> list[Bundle]:
 
 @dataclass(frozen=True)
 class _FoldRun:
-    """One fold: what to train, where, and how far it is."""
+    """One fold: what to train, where, and its progress."""
 
     source: Bundle
     target: Bundle
@@ -191,7 +190,7 @@ class _FoldRun:
         return {**self.settings, "split_file": str(self.target.root / SPLIT_FILE)}
 
     def complete(self, devices: int, *, resume: bool) -> None:
-        """Train the fold and score it, as far as that is not done."""
+        """Train and score the fold, unless that is done."""
         if resume:
             self._check_config()
         trained = resume and self.is_trained()
@@ -211,10 +210,10 @@ class _FoldRun:
             api.evaluate(self.target.root, self.data, settings=scored, report=self._told("scored cases"))
 
     def is_trained(self) -> bool:
-        """Tell whether an earlier run has finished this fold, with the same settings.
+        """Whether an earlier run has finished this fold with the same settings.
 
         Raises:
-            RequestError: it has, with other settings.
+            RequestError: It has, with other settings.
         """
         path = self.target.root / "runs" / "train" / "manifest.json"
         if not (path.is_file() and self.target.weights.is_file()):
@@ -224,12 +223,13 @@ class _FoldRun:
         return manifest.status == "done"
 
     def _check_config(self) -> None:
-        """Refuse a fold that was begun from another bundle, or by another recipe."""
+        """Refuse a fold that was started from another bundle or recipe."""
         known = self.target.config_path("train").is_file()
         if known and merged(self.target.load_configs("train")) != self.config:
             raise RequestError(
-                f"'{self.target.root}' was begun with another bundle or recipe than '{self.source.name}' is now: folds "
-                "are compared only if they were trained alike. Give the same ones, or another --output"
+                f"'{self.target.root}' was started from another bundle or recipe than the present "
+                f"'{self.source.name}': folds must be trained alike to be compared. Give the same ones, or another "
+                "--output"
             )
 
     def _check_settings(self, manifest: Manifest) -> None:
@@ -240,8 +240,8 @@ class _FoldRun:
             if name not in known or (name in manifest.knobs and not _alike(then, value)):
                 given = "not set" if name not in known else f"{value!r}"
                 raise RequestError(
-                    f"'{self.target.root}' was trained with {name}={then!r}, which now is {given}: folds are compared "
-                    "only if they were trained alike. Give the same --set, --overwrite to train anew, or another "
+                    f"'{self.target.root}' was trained with {name}={then!r}, which now is {given}: folds must be "
+                    "trained alike to be compared. Give the same --set, --overwrite to start over, or another "
                     "--output"
                 )
 
@@ -257,7 +257,7 @@ class _FoldRun:
 
 
 def is_scored(bundle: Bundle) -> bool:
-    """Tell whether the present weights of a fold were evaluated."""
+    """Whether the present weights of a fold were evaluated."""
     path = bundle.root / "runs" / "evaluate" / "manifest.json"
     if not (path.is_file() and bundle.weights.is_file()):
         return False
@@ -271,14 +271,14 @@ def is_scored(bundle: Bundle) -> bool:
 
 
 def _write_folds(dealt: Folds, out: Path) -> None:
-    """Write `folds.json`; jobs that are started together write the same."""
+    """Write `folds.json`; parallel jobs write the same content."""
     check_folder(out)
     path, text = out / FOLDS_FILE, dealt.to_json()
     if not path.is_file():
         replace_text(path, text)
     elif path.read_text(encoding="utf-8") != text:
         raise RequestError(
-            f"'{path}' deals the cases in another way than this data set, number of folds and seed do: give those it "
+            f"'{path}' assigns the cases differently from this data set, number of folds and seed: give the ones it "
             "was made with, or another --output"
         )
 
@@ -310,17 +310,17 @@ def _summarize(source: Bundle, out: Path, data: Path, dealt: Folds) -> Scores | 
 
 def _seed(value: Any) -> int:
     if not isinstance(value, int):
-        raise RequestError(f"seed={value!r}: expected a whole number, which decides who is in which fold")
+        raise RequestError(f"seed={value!r}: expected an integer, which decides the assignment to folds")
     return value
 
 
 def _has_state(bundle: Bundle) -> bool:
-    """Tell whether there is something to go on from."""
+    """Whether there is a state to resume from."""
     return any((bundle.root / "runs" / "train" / name).is_file() for name in ("last.pt", "previous.pt"))
 
 
 def _alike(one: Any, other: Any) -> bool:
-    """Compare a value with what a manifest holds of it: absolute paths are cut there."""
+    """Compare a value with its record in a manifest, which cuts absolute paths to their last part."""
     if isinstance(one, str) and isinstance(other, str):
         return Path(one).name == Path(other).name
     return bool(one == other)

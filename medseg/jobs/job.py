@@ -34,17 +34,16 @@ _LISTS_CASES: Final = ("medseg.components.find_cases", "medseg.components.find_d
 
 @dataclass(frozen=True)
 class Job:
-    """A request that was checked: what to run, and with which values.
+    """A checked request: what to run, and with which values.
 
     Attributes:
         command: "train", "evaluate" or "predict".
-        bundle: whose configs run.
-        config_files: the config files, laid over each other in this order.
-        config: what they give together, with the user's values in place and the metadata; this very content was
-            checked.
-        overrides: the user's values.
-        settings: names of the knobs that the user set.
-        vouched: whether the user vouched for a bundle that need not be declarative.
+        bundle: Bundle whose configs run.
+        config_files: Config files, merged in this order.
+        config: Merged content with the user's values and the metadata; exactly this content was checked.
+        overrides: The user's values.
+        settings: Names of the settings that the user changed.
+        vouched: Whether the user trusts a bundle that contains executable code.
     """
 
     command: str
@@ -73,15 +72,15 @@ def prepare(
 
     Args:
         command: "train", "evaluate" or "predict".
-        bundle: whose configs are to run.
-        settings: knobs to change, by name.
+        bundle: Bundle whose configs run.
+        settings: Settings of the bundle to change, by name.
         paths: `dataset_dir`, and `output_dir` or `resume` where the command has them.
-        trust: fingerprint by which the user vouches for a bundle that is not declarative.
+        trust: SHA-256 of a bundle that contains executable code, to run it all the same.
 
     Raises:
-        BundleError: a config is missing or unreadable, or the bundle is not to be trusted.
-        RequestError: an unknown knob or a value of the wrong kind.
-        WeightsError: the weights that the command needs, or that training is to start from, do not exist.
+        BundleError: A config is missing or unreadable, or the bundle is not trusted.
+        RequestError: Unknown setting, or a value of the wrong type.
+        WeightsError: The weights that the command needs, or that training starts from, do not exist.
     """
     names = _CONFIGS[command]
     configs, metadata = bundle.load_configs(*names), bundle.metadata
@@ -99,16 +98,16 @@ def prepare(
 
 
 def checked_places(job: Job) -> Job:
-    """Return a job whose results go where the user said, or into the bundle.
+    """Return the job if its results go where the user said, or into the bundle.
 
     Raises:
-        BundleError: they would go to a folder that the bundle names, wherever the user happens to be.
+        BundleError: They would go to a folder of the bundle's choice.
     """
     place = job.config.get("output_dir")
     if not (job.vouched or "output_dir" in job.overrides or place is None or leads_inside(place, job.config)):
         raise BundleError(
-            f"bundle '{job.bundle.name}' would write to {place!r} of its own choice; give --set output_dir=FOLDER, or "
-            'let its output_dir be {"_target_": "medseg.components.inside", "root": "@bundle_root", "path": ...}'
+            f"bundle '{job.bundle.name}' chooses its own output folder {place!r}; give --set output_dir=FOLDER, or "
+            'set its output_dir to {"_target_": "medseg.components.inside", "root": "@bundle_root", "path": ...}'
         )
     return job
 
@@ -116,7 +115,7 @@ def checked_places(job: Job) -> Job:
 def _check_start(config: Mapping[str, Any]) -> None:
     start = config.get("pretrained")
     if isinstance(start, str) and start and not config.get("resume") and not Path(start).is_file():
-        raise WeightsError(f"no weights at '{start}' to start from: give --set pretrained=FILE, or leave it out")
+        raise WeightsError(f"no weights at '{start}' to start from: give --set pretrained=FILE, or omit it")
 
 
 def open_workflow(job: Job, kind: str, cases: Sequence[Case] | None = None) -> Any:
@@ -131,7 +130,7 @@ def open_workflow(job: Job, kind: str, cases: Sequence[Case] | None = None) -> A
         BundleError: MONAI reads other configs than those that were checked.
     """
     with warnings.catch_warnings():
-        # MONAI warns that configs run code; this one has just been checked, or vouched for by the user.
+        # MONAI warns that configs run code; this one has just been checked, or is trusted by the user.
         warnings.simplefilter("ignore")
         from monai.bundle import ConfigWorkflow
 
@@ -142,13 +141,13 @@ def open_workflow(job: Job, kind: str, cases: Sequence[Case] | None = None) -> A
             **job.overrides,
         )
     if job.vouched:
-        # Running must not change the content that the user vouched for.
+        # Running must not change the content that the user trusts.
         sys.dont_write_bytecode = True
     else:
-        # Not what the files hold by now, but what was checked.
+        # Not what the files hold by now, but the checked content.
         workflow.parser.read_config(dict(job.config))
         if workflow.parser.get() != job.config:
-            raise BundleError(f"MONAI reads the configs of '{job.bundle.name}' in another way than they were checked")
+            raise BundleError(f"MONAI reads other configs of bundle '{job.bundle.name}' than were checked")
     if cases is not None:
         _hand_over(workflow.parser, _LISTINGS[kind], cases)
     return workflow
@@ -162,10 +161,10 @@ def _hand_over(parser: Any, listing: str, cases: Sequence[Case]) -> None:
 
 
 def build_evaluator(workflow: Any) -> Any:
-    """Build everything anew: an engine that an error has stopped would take the next case for the rest of that run.
+    """Build the evaluator anew: an engine stopped by an error would take the next case for the rest of that run.
 
     Raises:
-        BundleError: the config's parts do not go together.
+        BundleError: The components of the config are incompatible.
     """
     try:
         workflow.initialize()
@@ -180,18 +179,18 @@ def build_evaluator(workflow: Any) -> Any:
         *_, first = links(error)
         causes = dict.fromkeys((in_a_line(error), in_a_line(first)))
         raise BundleError(
-            f"the parts of bundle '{workflow.config_root_path.parent}' do not go together: {'; '.join(causes)}. "
-            "`medseg bundle check` looks at them one by one"
+            f"the components of bundle '{workflow.config_root_path.parent}' are incompatible: {'; '.join(causes)}. "
+            "`medseg bundle check` tests them one by one"
         ) from error
     return evaluator
 
 
 def run_case(evaluator: Any, data: Callable[[], Mapping[str, Any]], image: str) -> None:
-    """Run an evaluator on one case; whatever goes wrong becomes a `CaseError` or another error of ours.
+    """Run an evaluator on one case; any failure becomes a `CaseError` or another `MedsegError`.
 
     Args:
         evaluator: MONAI's engine.
-        data: Gives the preprocessed case.
+        data: Returns the preprocessed case.
         image: Path of the image, for messages.
     """
     from monai.data import DataLoader, Dataset
@@ -211,7 +210,7 @@ def run_case(evaluator: Any, data: Callable[[], Mapping[str, Any]], image: str) 
 
 
 def guarded(action: Callable[[], Any]) -> Any:
-    """Call, and bring the error of ours to light that MONAI may have wrapped."""
+    """Call the action; raise the `MedsegError` that MONAI may have wrapped."""
     try:
         return action()
     except Exception as error:

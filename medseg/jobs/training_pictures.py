@@ -1,4 +1,4 @@
-"""Pictures of what a network in training makes of a few cases, for the log and as files."""
+"""Overlays of a few validation cases during training, for the log and as files."""
 
 from __future__ import annotations
 
@@ -31,16 +31,15 @@ logger = logging.getLogger(__name__)
 class PredictionPictures:
     """Draw the first validation cases with the contours of prediction and truth, every few validations.
 
-    They go to the log, and as PNG to `<output_dir>/pictures/<case>/`. A picture that cannot be drawn is left out with a
-    warning; it never ends a training.
+    They go to the log, and as PNG to `<output_dir>/pictures/<case>/`. An overlay that fails to draw is skipped with a
+    warning and never ends a training.
 
     Args:
-        output_dir: folder of the run.
-        validator: engine whose batches are single cases, with prediction and label as one-hot classes on the grid of
-            the case's files.
-        log: where the pictures go.
-        cases: how many to draw; 0 for none.
-        interval: validations from one drawing to the next.
+        output_dir: Folder of the run.
+        validator: Engine whose batches are single cases, with prediction and label as one-hot classes in native space.
+        log: Log of the run, which receives the overlays.
+        cases: Number of cases to draw; 0 for none.
+        interval: Number of validations from one drawing to the next.
     """
 
     def __init__(self, output_dir: str, validator: Engine, log: RunLog, *, cases: int = 2, interval: int = 1) -> None:
@@ -52,7 +51,7 @@ class PredictionPictures:
         self.validations = 0
 
     def attach(self, engine: Engine) -> None:
-        """Listen to the validator's cases; `engine` is the trainer, whose epochs number the pictures."""
+        """Follow the validator's cases; `engine` is the trainer, whose epochs number the overlays."""
         self.trainer = engine
         if self.cases > 0 and self.interval > 0 and is_first_process():
             self.validator.add_event_handler(Events.STARTED, self._count)
@@ -62,7 +61,7 @@ class PredictionPictures:
         self.validations += 1
 
     def draw(self, validator: Engine) -> None:
-        """Draw the case that was just predicted, if it is due."""
+        """Draw the case just predicted, if it is due."""
         if validator.state.iteration > self.cases or (self.validations - 1) % self.interval:
             return
         epoch = self.trainer.state.epoch
@@ -74,7 +73,7 @@ class PredictionPictures:
                 drawing.save(temporary, format="PNG")
             self.log.picture(f"prediction/{name}", np.asarray(drawing.convert("RGB")), epoch)
         except Exception as error:
-            logger.warning(f"no picture of epoch {epoch}: {type(error).__name__}: {error}")
+            logger.warning(f"overlay of epoch {epoch} skipped: {type(error).__name__}: {error}")
 
 
 def _folder_name(case: str) -> str:
@@ -83,7 +82,7 @@ def _folder_name(case: str) -> str:
 
 
 def _drawn(batch: Any, output: Any, title: str) -> Image.Image:
-    """Draw prediction and truth on the image as its file holds it."""
+    """Draw prediction and reference on the image in native space."""
     mask, truth = (_classes(output[key]) for key in ("pred", "label"))
     image = batch["image"]
     dims = mask.ndim

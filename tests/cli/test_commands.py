@@ -37,7 +37,7 @@ def test_predict_writes_masks_manifest_and_pictures(medseg: Any, trained: Bundle
     code, out, err = medseg("predict", trained.root, tmp_path / "in", "-o", tmp_path / "out", "--overlay")
     assert code == 0
     assert "2 masks written, 0 failed" in out
-    assert "left out" in err
+    assert "skipped" in err
     assert "notes.txt" in err
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "a.nii.gz",

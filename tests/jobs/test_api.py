@@ -33,7 +33,7 @@ def test_the_state_of_an_interrupted_training_is_not_lost_without_a_word(
         api.train(bundle.root, tiny_data, settings={"pictures": 0, "num_workers": 0}, report=stop)
     assert not bundle.weights.exists()
     before = _files(bundle.root)
-    with pytest.raises(RequestError, match="--resume to go on, or --overwrite"):
+    with pytest.raises(RequestError, match="--resume to continue, or --overwrite"):
         api.train(bundle.root, tiny_data, settings=_SHORT)
     assert _files(bundle.root) == before
     api.train(bundle.root, tiny_data, settings=_SHORT, overwrite=True)
@@ -46,14 +46,14 @@ def test_a_folder_with_another_bundle_is_not_trained_in_place_of_a_copy(
     bundle = make_bundle(tiny_source)
     other = make_bundle({**tiny_source, "name": "other_ct_unet", "knobs": {**tiny_source["knobs"], "seed": 7}})
     before = _files(other.root)
-    with pytest.raises(RequestError, match="holds another bundle"):
+    with pytest.raises(RequestError, match="holds a different bundle"):
         api.train(bundle.root, tiny_data, output=other.root, settings=_SHORT, overwrite=True)
     assert _files(other.root) == before
 
 
 def test_a_run_does_not_go_on_by_another_recipe_and_stays_what_it_was(trained_copy: Bundle, tiny_data: Path) -> None:
     before = _files(trained_copy.root)
-    with pytest.raises(RequestError, match="not begun with recipe='unet2015'"):
+    with pytest.raises(RequestError, match="not started with recipe='unet2015'"):
         api.train(trained_copy.root, tiny_data, settings={**_SHORT, "recipe": "unet2015"}, resume=True)
     assert _files(trained_copy.root) == before
 

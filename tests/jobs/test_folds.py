@@ -170,14 +170,14 @@ def test_folds_that_were_trained_otherwise_are_refused(
     with pytest.raises(RequestError, match="max_epochs=3, which now is not set"):
         cross_validate(trained.root, data, out, folds=2, resume=True)
     for change in ({"folds": 3}, {"settings": {"max_epochs": 3, "seed": 5}}):
-        with pytest.raises(RequestError, match="deals the cases in another way"):
+        with pytest.raises(RequestError, match="assigns the cases differently"):
             cross_validate(trained.root, data, out, **{"folds": 2, **change}, resume=True)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"folds": 2, "fold": 2}, "there are folds 0 to 1"),
+        ({"folds": 2, "fold": 2}, "invalid fold number, expected 0 to 1"),
         ({"folds": 1}, "no cross-validation"),
         ({"folds": 9}, "at most 4 folds"),
     ],
@@ -287,7 +287,7 @@ def test_bundles_that_do_not_fit_together_are_not_averaged(
     changed = json.loads(member.config_path("inference").read_text())
     changed["spacing"] = [1.0, 1.0, 3.0]
     member.config_path("inference").write_text(json.dumps(changed))
-    with pytest.raises(BundleError, match=r"differ in spacing of configs/inference\.json"):
+    with pytest.raises(BundleError, match=r"spacing of configs/inference\.json"):
         write_ensemble([trained, member], tmp_path / "mean")
     with pytest.raises(WeightsError, match="has no weights: train it first"):
         write_ensemble([trained, make_bundle(tiny_source)], tmp_path / "mean")
@@ -309,7 +309,7 @@ def test_a_fold_of_another_recipe_is_neither_kept_nor_joined(
     out = tmp_path / "out"
     cross_validate(trained.root, data, out, folds=2, fold=0)
     calls.made.clear()
-    with pytest.raises(RequestError, match="begun with another bundle or recipe"):
+    with pytest.raises(RequestError, match="started from another bundle or recipe"):
         cross_validate(trained.root, data, out, folds=2, settings={"recipe": recipe}, resume=True)
     assert calls.made == []
 
