@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from medseg.bundle import catalog
 from medseg.bundle.build import stale_files
 from medseg.bundle.catalog import Bundle
 from medseg.bundle.trust import require_trust
@@ -28,11 +29,10 @@ from medseg.tools.export import FORMATS, export, missing_packages
 from medseg.tools.samples import write_samples
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from medseg.bundle.compose import Config
-
-    Progress = Callable[[float, int, str], None]
+    from medseg.types import Progress
 
 __all__ = ["CHECKS", "FULL_CHECKS", "Outcome", "check_bundle", "examine"]
 
@@ -42,7 +42,7 @@ _JOBS = (
     ("train", ("train", "evaluate")),
     ("infer", ("inference",)),
 )
-_SCHEMA = Path(__file__).parent / "schema" / "meta_schema_20240725.json"
+_SCHEMA = Path(catalog.__file__).with_name("schema") / "meta_schema_20240725.json"
 # Sides of the crops and windows that are tried for a copy that is trained for a moment, smallest first.
 _SIDES: Final = {2: (64, 96, 128, 192), 3: (16, 32, 48, 64)}
 _TIMEOUT: Final = 900.0

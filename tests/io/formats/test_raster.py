@@ -12,7 +12,7 @@ from PIL import Image, ImageCms
 from medseg.errors import CaseError, GeometryError
 from medseg.io import load, read_grid
 
-SLIDES = Path(__file__).parents[3] / "shared" / "data" / "awkward" / "wsi"
+SLIDES = Path(__file__).parents[4] / "shared" / "data" / "awkward" / "wsi"
 
 
 @pytest.fixture

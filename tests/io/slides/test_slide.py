@@ -23,7 +23,7 @@ from tests.io.conftest import write_dicom_slide
 tifffile = pytest.importorskip("tifffile", reason="slides are made and read by tifffile, of the extra 'slides'")
 pytest.importorskip("openslide", reason="needs the extra 'slides'")
 
-WSI = Path(__file__).parents[3] / "shared" / "data" / "awkward" / "wsi"
+WSI = Path(__file__).parents[4] / "shared" / "data" / "awkward" / "wsi"
 needs_data = pytest.mark.skipif(not WSI.is_dir(), reason=f"real slides are not in {WSI}")
 
 
