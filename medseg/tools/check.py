@@ -29,7 +29,7 @@ from medseg.tools.export import FORMATS, export, missing_packages
 from medseg.tools.samples import write_samples
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from medseg.bundle.compose import Config
     from medseg.types import Progress
