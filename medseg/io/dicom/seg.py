@@ -11,6 +11,7 @@ the voxels in which its value is at least half of the largest.
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -222,9 +223,17 @@ def _segmentation(
         )
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise CaseError(f"Series {source.uid} cannot be the source of a DICOM SEG: {error}.") from error
+    _close_index(dataset)
     if empty:
         dataset.PixelData = bytes(len(dataset.PixelData))
     return dataset
+
+
+def _close_index(dataset: Dataset) -> None:
+    """Close the database of its frames that highdicom keeps in an object, which has no method for it."""
+    for value in vars(dataset).values():
+        if isinstance(value, sqlite3.Connection):
+            value.close()
 
 
 def _description(hd: Any, number: int, label: tuple[int, SegmentTerm], made_by: tuple[str, str]) -> Dataset:

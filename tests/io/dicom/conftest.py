@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+import sqlite3
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -246,10 +248,22 @@ def written_by_highdicom(source: Any, path: Path, pixels: NDArray[Any], kind: st
         for number, name in names.items()
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    hd.seg.Segmentation(
+    made = hd.seg.Segmentation(
         images, pixels, kind, description, hd.UID(), 1, hd.UID(), 1, "m", "m", "1", "1", **options
-    ).save_as(path)
+    )
+    with index_closed(made):
+        made.save_as(path)
     return path
+
+
+@contextmanager
+def index_closed(image: Any) -> Iterator[Any]:
+    """Close, when done, the database of its frames that highdicom keeps in an object, which has no method for it."""
+    with ExitStack() as stack:
+        for value in vars(image).values():
+            if isinstance(value, sqlite3.Connection):
+                stack.callback(value.close)
+        yield image
 
 
 def written_by_pydicom(source: Any, path: Path, mask: NDArray[Any], names: dict[int, str]) -> Path:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,7 +24,17 @@ from medseg.errors import CaseError, GeometryError, RequestError
 from medseg.io.dicom import open_series
 from medseg.io.dicom.seg import read_seg, write_seg
 from medseg.io.geometry import Grid, corner_distance
-from tests.io.dicom.conftest import ABDOMEN, DATA, LABELS, LPS, WHEN, edited, random_mask, written_by_highdicom
+from tests.io.dicom.conftest import (
+    ABDOMEN,
+    DATA,
+    LABELS,
+    LPS,
+    WHEN,
+    edited,
+    index_closed,
+    random_mask,
+    written_by_highdicom,
+)
 
 # Of the extra `dev`: in the folder of the running Python, or anywhere on the path.
 FOLDERS = [str(Path(sys.executable).parent), *os.get_exec_path()]
@@ -73,7 +84,8 @@ def test_on_any_oblique_series_highdicom_reads_the_same_voxels_at_the_same_place
     source = write_series(folder / "ct", shape=shape, angles=angles, spacing=spacing, seed=seed)
     mask = np.random.default_rng(seed).choice([0, 2, 4, 7], shape)
     path = write_seg(mask, folder / "seg.dcm", source.folder, labels=LABELS)
-    volume = hd.seg.segread(path).get_volume(combine_segments=False, allow_missing_positions=True)
+    with index_closed(hd.seg.segread(path)) as found:
+        volume = found.get_volume(combine_segments=False, allow_missing_positions=True)
     for segment, value in enumerate(LABELS):
         assert same_places(volume.array[..., segment], LPS @ volume.affine, mask == value, source.affine)
     back, grid = read_seg(path, like=source.folder, labels={"liver": 2, 2: 4, "SOMETHING else": 7})
@@ -156,14 +168,31 @@ def test_attributes_that_must_be_there_are_empty_where_the_source_lacks_them(seg
     assert dataset.AccessionNumber == dataset.ReferringPhysicianName == dataset.PatientBirthDate == ""
 
 
+@pytest.mark.parametrize("fractional", [False, True])
+def test_no_database_of_frames_stays_open(
+    source: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fractional: bool
+) -> None:
+    opened: list[sqlite3.Connection] = []
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda *given, **more: opened.append(connect(*given, **more)) or opened[-1])
+    mask = random_mask(source.values.shape)
+    values = np.stack([mask == value for value in LABELS]).astype(np.float32) if fractional else mask
+    labels = dict(enumerate(LABELS.values())) if fractional else LABELS
+    write_seg(values, tmp_path / "seg.dcm", source.folder, labels=labels, fractional=fractional)
+    assert opened
+    for connection in opened:
+        with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+            connection.execute("SELECT 1")
+
+
 def test_an_empty_mask_becomes_a_valid_object_with_one_empty_frame(source: Any, tmp_path: Path) -> None:
     empty = np.zeros(source.values.shape, np.uint8)
     path = write_seg(empty, tmp_path / "seg.dcm", source.folder, labels=LABELS)
-    found = hd.seg.segread(path)
-    assert found.number_of_segments == 3
-    assert found.pixel_array.sum() == 0
-    assert int(found.NumberOfFrames) == 1
-    assert len(found.ReferencedSeriesSequence[0].ReferencedInstanceSequence) == 6
+    with index_closed(hd.seg.segread(path)) as found:
+        assert found.number_of_segments == 3
+        assert found.pixel_array.sum() == 0
+        assert int(found.NumberOfFrames) == 1
+        assert len(found.ReferencedSeriesSequence[0].ReferencedInstanceSequence) == 6
     assert not read_seg(path, like=source.folder)[0].any()
 
 
@@ -172,7 +201,8 @@ def test_probabilities_are_stored_in_steps_of_a_255th(source: Any, tmp_path: Pat
     path = write_seg(
         probabilities, tmp_path / "seg.dcm", source.folder, labels={1: "liver", 2: "spleen"}, fractional=True
     )
-    volume = hd.seg.segread(path).get_volume(combine_segments=False, rescale_fractional=True)
+    with index_closed(hd.seg.segread(path)) as found:
+        volume = found.get_volume(combine_segments=False, rescale_fractional=True)
     order = np.sign(volume.affine[:3, 0] @ (LPS @ source.affine)[:3, 2])
     stored = volume.array if order > 0 else volume.array[::-1]
     assert np.abs(stored.transpose(3, 2, 1, 0) - probabilities[1:]).max() <= 0.5 / 255 + 1e-6
@@ -509,12 +539,12 @@ AWKWARD = DATA / "awkward" / "dicom"
 )
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of pydicom and highdicom, about these files
 def test_objects_of_other_programs_read_as_highdicom_reads_them(file: str, segments: list[int]) -> None:
-    found = hd.seg.segread(AWKWARD / file)
-    for number in segments:
-        labels, grid = read_seg(AWKWARD / file, labels={number: 1})
-        volume = found.get_volume(segment_numbers=[number], combine_segments=False, allow_missing_positions=True)
-        assert labels.any()
-        assert same_places(labels, grid.affine, volume.array[..., 0], LPS @ volume.affine)
+    with index_closed(hd.seg.segread(AWKWARD / file)) as found:
+        for number in segments:
+            labels, grid = read_seg(AWKWARD / file, labels={number: 1})
+            volume = found.get_volume(segment_numbers=[number], combine_segments=False, allow_missing_positions=True)
+            assert labels.any()
+            assert same_places(labels, grid.affine, volume.array[..., 0], LPS @ volume.affine)
 
 
 @pytest.mark.data
@@ -552,7 +582,8 @@ def test_a_real_ct_and_its_organs_come_back_from_highdicom_simpleitk_and_us(abdo
     path = write_seg(mask, tmp_path / "seg.dcm", series, labels=names)
     back, _ = read_seg(path, like=series, labels={name: value for value, name in names.items()})
     assert np.array_equal(back, mask)
-    volume = hd.seg.segread(path).get_volume(combine_segments=False, allow_missing_positions=True)
+    with index_closed(hd.seg.segread(path)) as found:
+        volume = found.get_volume(combine_segments=False, allow_missing_positions=True)
     liver = list(names).index(5)
     assert same_places(volume.array[..., liver], LPS @ volume.affine, mask == 5, series.grid.affine)
     alone = write_seg((mask == 5).astype(int), tmp_path / "liver.dcm", series, labels={1: "liver"})
