@@ -48,6 +48,7 @@ _TIFF_BITS_PER_SAMPLE, _TIFF_PHOTOMETRIC, _TIFF_ORIENTATION, _TIFF_SAMPLES, _TIF
     339,
 )
 _UNSIGNED, _SIGNED = 1, 2
+_YCBCR = 6
 _LOSSY = ("jpeg", "webp")
 
 
@@ -134,7 +135,11 @@ def _refuse_tags(picture: Image.Image, path: Path, label: bool) -> None:
     stored, read = _tag(picture, _TIFF_SAMPLES, 1), len(picture.getbands())
     if stored != read:
         raise CaseError(f"{path} has {stored} values per pixel, of which {read} would be read: choose channels first.")
-    white_is_zero = _tag(picture, _TIFF_PHOTOMETRIC, 1) == 0
+    meaning = _tag(picture, _TIFF_PHOTOMETRIC, 1)
+    if meaning == _YCBCR and picture.info.get("compression") == "raw":
+        # libtiff converts compressed YCbCr to RGB; raw, Pillow before 13 takes it for cut-off RGB.
+        raise CaseError(f"{path} has the color mode YCbCr: expected grey or RGB. Convert it.")
+    white_is_zero = meaning == 0
     if white_is_zero and (label or _sample_bits(picture, path) > 8):
         raise CaseError(f"{path} stores white as 0, which programs treat differently: invert it, with black as 0.")
 
