@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypedDict, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Announce", "Case", "CaseKind", "Progress", "SegmentationNetwork", "Skipped", "TrainingOutput"]
+__all__ = [
+    "Announce",
+    "Case",
+    "CaseKind",
+    "Progress",
+    "PrunableNetwork",
+    "SegmentationNetwork",
+    "Skipped",
+    "TrainingOutput",
+    "TransferNetwork",
+]
 
 CaseKind = Literal["volume", "image", "slide"]
 # Called with what is done, the total (cases, epochs or steps) and a few words on the present state.
@@ -98,3 +108,38 @@ class SegmentationNetwork(Protocol):
 
     def forward_train(self, x: Tensor) -> TrainingOutput:
         """Return the logits together with what training losses may need."""
+
+
+@runtime_checkable
+class TransferNetwork(Protocol):
+    """A network that can start from the weights of a network of another class."""
+
+    def transfer(self, state: Mapping[str, Tensor], *, cat_order: str | None = None) -> object:
+        """Take over what fits from a state dict; the returned report reads well as text.
+
+        Args:
+            state: State dict of the other network.
+            cat_order: Order in which that network joins its features, "up_first" or "skip_first"; None for its default.
+        """
+
+
+class PrunableNetwork(Protocol):
+    """A network with heads at several depths, which can be cut at each of them.
+
+    Attributes:
+        arguments: What its class was called with.
+    """
+
+    arguments: dict[str, Any]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the weights by name, as `torch.nn.Module` does."""
+
+    def prune(self, level: int) -> PrunableNetwork:
+        """Return a network of its own whose output is that of head `level`."""
+
+    def set_output(self, mode: str, *, head_activation: str | None = None) -> None:
+        """Choose what `forward` returns: "head", or "mean" of all heads' probabilities, as a logit."""
+
+    def level_sizes(self) -> Sequence[Any]:
+        """Return `level`, `parameters` and `megabytes` of every head, shallow first, and last of the mean."""

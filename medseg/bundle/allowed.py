@@ -18,6 +18,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from medseg import components
+from medseg.networks.registry import NETWORKS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -141,8 +142,7 @@ ARGUMENTS: Final[Mapping[str, Mapping[str, tuple[bool | str | None, ...]]]] = {
         "mmap_mode": (None, "c", "r"),
         "data_root_dir": ("",),  # MONAI joins the way from it to the image, which may lead up, to the output folder
     },
-    "medseg.components.UCTransNet": {"backbone": ("paper", "unet")},
-    "medseg.components.BANet": {"backbone": ("resnet50", "resnet101", "resnet152")},
+    **{entry.target: entry.choices for entry in NETWORKS.values() if entry.choices},
     "monai.networks.nets.FlexibleUNet": {
         "backbone": (
             *(f"efficientnet-{size}" for size in ("b0", "b1", "b2", "b3", "b4", "b5", "b6", "b7", "b8", "l2")),

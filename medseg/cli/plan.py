@@ -14,6 +14,7 @@ from medseg.cli.console import Device, Settings, errors, output, progress, with_
 from medseg.errors import BundleError, RequestError
 from medseg.files import check_folder, load_json, replace_text
 from medseg.io import find_dataset
+from medseg.networks.registry import NETWORKS
 from medseg.planning import PlanRequest, parse_duration, parse_network, parse_size
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def plan(
     ],
     out: Annotated[Path, typer.Option("--output", "-o", help="Folder of the new bundle.", metavar="BUNDLE")],
     network: Annotated[
-        str, typer.Option(help="unet, unetplusplus, uctransnet or banet; with +selfreg its features are regularized.")
+        str, typer.Option(help=f"{', '.join(NETWORKS).lower()}; with +selfreg its features are regularized.")
     ] = "unet",
     dims: Annotated[int | None, typer.Option(min=2, max=3, help="Refuse data of other dimensions.")] = None,
     memory: Annotated[

@@ -19,7 +19,7 @@ import torch
 from medseg.bundle.weight_files import weights_problem
 from medseg.errors import RequestError, WeightsError
 from medseg.files import load_json
-from medseg.networks.uctransnet import UCTransNet, transfer_unet
+from medseg.types import TransferNetwork
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -120,14 +120,15 @@ def load_weights(network: nn.Module, path: str, bundle_root: str | None = None) 
 def start_from(network: nn.Module, path: str, *, resume: bool = False, cat_order: str | None = None) -> str:
     """Give a network, before its training, the weights of an earlier one.
 
-    Weights of the same network are taken as they are. A `UCTransNet` also starts from a U-Net, the paper's
-    pre-training (see `medseg.networks.uctransnet.transfer_unet`).
+    Weights of the same network are taken as they are. A network with a method `transfer` (see
+    `medseg.types.TransferNetwork`) also starts from another one, as in its paper's pre-training.
 
     Args:
         network: changed in place.
         path: file written by `torch.save(network.state_dict(), ...)`; empty to leave the network as it is.
         resume: leave the network as it is: the state to resume from holds its weights.
-        cat_order: how the U-Net of a `UCTransNet` joins, "up_first" or "skip_first", where that is not its default.
+        cat_order: Order in which the other network joins its features, "up_first" or "skip_first", where that is not
+            its default.
 
     Returns:
         What was taken over, for people; empty if nothing was.
@@ -141,9 +142,9 @@ def start_from(network: nn.Module, path: str, *, resume: bool = False, cat_order
     if not file.is_file():
         raise WeightsError(f"no weights at '{path}' to start from: give --set pretrained=FILE, or leave it out")
     state = read_state(file.read_bytes(), path)
-    if isinstance(network, UCTransNet) and set(state) != set(network.state_dict()):
+    if isinstance(network, TransferNetwork) and set(state) != set(network.state_dict()):
         try:
-            taken = str(transfer_unet(network, state, cat_order=cat_order))
+            taken = str(network.transfer(state, cat_order=cat_order))
         except WeightsError as error:
             raise WeightsError(f"'{path}': {error}") from error
     else:

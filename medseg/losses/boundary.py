@@ -169,7 +169,8 @@ class BoundaryMultiTaskLoss(nn.Module):
         if "aux" not in output or "edges" not in output:
             raise RequestError(
                 f"BoundaryMultiTaskLoss needs the stages' maps 'aux' and 'edges', but the output holds "
-                f"{', '.join(output)}. Use a BANet with use_mtl=True, or TrainingLoss for the logits alone."
+                f"{', '.join(output)}. Use a network with heads for both (use_mtl=True), or TrainingLoss for the "
+                "logits alone."
             )
         if truth.shape != (len(logits), 1, *logits.shape[2:]) or whole.shape[1] not in self._channels():
             raise SizeError(

@@ -210,6 +210,10 @@ class UCTransNet(nn.Module):
         layers = self.cct.attention_maps([maps[i] for i in self.fused])
         return [dict(zip(self.cct_levels, layer, strict=True)) for layer in layers]
 
+    def transfer(self, state: Mapping[str, Tensor], *, cat_order: str | None = None) -> Transfer:
+        """Start from a trained U-Net; arguments and errors as for `transfer_unet`."""
+        return transfer_unet(self, state, cat_order=cat_order)
+
     def _encode(self, x: Tensor) -> list[Tensor]:
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             self._check(x)

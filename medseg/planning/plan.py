@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from medseg.inferers.blend import count_windows
 from medseg.inferers.memory import shown_bytes
+from medseg.networks.registry import NETWORKS
 from medseg.planning.case_stats import shown
 from medseg.planning.choices import analyze, bundle_name
 from medseg.planning.network_sizing import strides_note
@@ -273,27 +275,19 @@ def _knobs(
 
 
 def _blocks(analysis: DatasetAnalysis, request: PlanRequest) -> tuple[dict[str, Any], dict[str, str]]:
-    blocks = dict(analysis.blocks)
+    blocks, own = dict(analysis.blocks), NETWORKS[request.network].planning
     loss: dict[str, Any] = {"_target_": "medseg.components.TrainingLoss", "loss": {"block": "loss"}}
     shares = (
         "Dice and cross-entropy in equal parts: Dice does not care how rare a class is, cross-entropy gives every voxel"
     )
     why = f"{shares} a gradient from the start"
-    if request.network == "UNetPlusPlus":
-        loss = {"_target_": "medseg.components.DeepSupervision", "loss": {"block": "loss"}}
-        why += "; taken at every head of the UNet++, as its paper trains it"
-    elif request.network == "BANet":
-        loss = {
-            "_target_": "medseg.components.BoundaryMultiTaskLoss",
-            "preset": "paper",
-            "main_loss": {"block": "loss"},
-            "seg_loss": {"block": "loss"},
-        }
-        why += "; for the stages' maps too, with binary cross-entropy for their edges"
+    if own.training_loss:
+        loss = copy.deepcopy(dict(own.training_loss))
+        why += f"; {own.loss_reason}"
     if request.selfreg:
         loss = {"_target_": "medseg.components.SelfRegularizedLoss", "loss": loss}
         why += "; SelfReg is added, because it was asked for"
-    if request.network in ("UNetPlusPlus", "BANet") or request.selfreg:
+    if own.training_loss or request.selfreg:
         blocks["training_loss"] = loss
     return blocks, {"loss": why}
 
@@ -319,7 +313,7 @@ def _patches_reason(item: Candidate) -> str:
 
 
 def _learning_rate(request: PlanRequest, analysis: DatasetAnalysis) -> float:
-    return 0.002 if analysis.spatial_dims == 3 and request.network in ("UNet", "UNetPlusPlus") else 0.001
+    return NETWORKS[request.network].planning.learning_rate[analysis.spatial_dims]
 
 
 def _rate_reason(request: PlanRequest, analysis: DatasetAnalysis) -> str:

@@ -1,4 +1,4 @@
-"""What a user asks of a plan, read off the command line. Standard library only."""
+"""What a user asks of a plan, read off the command line. No import of torch or MONAI."""
 
 from __future__ import annotations
 
@@ -8,19 +8,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from medseg.errors import RequestError
+from medseg.networks.registry import NETWORKS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 __all__ = ["DEFAULT_MEMORY", "NETWORK_NAMES", "PlanRequest", "parse_duration", "parse_network", "parse_size"]
 
-# As typed -> class in medseg.networks. A test compares it with the classes there are.
-NETWORK_NAMES: Final = {
-    "unet": "UNet",
-    "unetplusplus": "UNetPlusPlus",
-    "uctransnet": "UCTransNet",
-    "banet": "BANet",
-}
+# As typed -> class in medseg.networks.
+NETWORK_NAMES: Final = {name.lower(): name for name in NETWORKS}
 # What a laptop can spare; a plan that nobody gave a limit is the same everywhere.
 DEFAULT_MEMORY: Final = 8 << 30
 
@@ -44,7 +40,7 @@ class PlanRequest:
         settings: knobs that the user sets; these are not planned.
     """
 
-    network: str = "UNet"
+    network: str = next(iter(NETWORKS))
     selfreg: bool = False
     dims: int | None = None
     memory: int = DEFAULT_MEMORY

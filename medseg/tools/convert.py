@@ -13,6 +13,7 @@ from medseg.bundle.compose import Config, compose, nearest
 from medseg.bundle.trust import require_trust
 from medseg.errors import BundleError, RequestError, WeightsError
 from medseg.files import check_folder, load_json, replace_text
+from medseg.networks.registry import SOURCES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,18 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SOURCE_NAMES", "Conversion", "convert"]
 
-# The keys of `medseg.networks.convert.SOURCES`, which cannot be asked before torch is imported.
-SOURCE_NAMES = (
-    "unet-port",
-    "unet-2018",
-    "unet-2015",
-    "unetpp-port",
-    "unetpp-2018",
-    "unetpp-nnunet",
-    "banet",
-    "uctransnet",
-    "uctransnet-unet",
-)
+SOURCE_NAMES = tuple(SOURCES)
 # What a bundle.json says of the data and of what becomes of it; the rest tells of weights that are not these.
 _KEPT = ("template", "authors", "channels", "labels", "label_mapping", "image_classes", "label_classes")
 _SETTINGS = ("blocks", "knobs")

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean, median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from medseg import errors
 from medseg.bundle.build import build
@@ -29,6 +29,7 @@ from medseg.errors import BundleError, MedsegError, RequestError, in_a_line
 from medseg.files import check_folder, load_json, replace_text
 from medseg.io import list_dataset
 from medseg.jobs.job import build_evaluator, open_workflow, prepare, run_case
+from medseg.networks.registry import NETWORKS
 from medseg.scoring.scores import nanmean
 
 if TYPE_CHECKING:
@@ -37,12 +38,11 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from medseg.jobs.job import Job
-    from medseg.networks.unetplusplus import UNetPlusPlus
-    from medseg.types import Progress
+    from medseg.types import Progress, PrunableNetwork
 
 __all__ = ["LevelResult", "PruneTable", "measure_from_stdin", "prune"]
 
-_TARGET = "medseg.components.UNetPlusPlus"
+_PRUNABLE = {entry.target: entry for entry in NETWORKS.values() if entry.prunable}
 _LOSS = "medseg.components.DeepSupervision"
 _METRIC = "monai.handlers.MeanDice"
 _WORKER = "from medseg.tools.prune import measure_from_stdin; measure_from_stdin()"
@@ -125,7 +125,7 @@ def prune(
     The request is checked before torch or MONAI are imported.
 
     Args:
-        bundle: folder, or name of a shipped bundle; its network is a `medseg.components.UNetPlusPlus`.
+        bundle: folder, or name of a shipped bundle; its network has heads at several depths, like the UNet++.
         data: data set as `medseg.components.find_dataset` takes it.
         split: "val", "train" or "test"; a choice made on "test" makes its scores worthless as a test.
         select: how much Dice below the best level is good enough, 0 to 1.
@@ -169,10 +169,10 @@ def _check_network(bundle: Bundle) -> None:
     config = merged(bundle.load_configs("train", "evaluate"))
     network = config.get("network_def")
     kind = network.get("_target_") if isinstance(network, dict) else network
-    if not isinstance(network, dict) or kind != _TARGET:
+    if not isinstance(network, dict) or kind not in _PRUNABLE:
         raise RequestError(
-            f"bundle '{bundle.name}' has the network {kind}, which cannot be pruned: only {_TARGET} has heads at "
-            "several depths. Train a bundle with that network."
+            f"bundle '{bundle.name}' has the network {kind}, which cannot be pruned: only {' and '.join(_PRUNABLE)} "
+            "has heads at several depths. Train a bundle with that network."
         )
     if not network.get("deep_supervision", True) or len(network.get("features", (0,) * 5)) < 3:
         raise RequestError(
@@ -216,11 +216,14 @@ def _check_selection(bundle: Bundle, select: float | None, output: str | Path | 
 def _variants(job: Job, folder: Path) -> list[_Variant]:
     """Cut the network at every level, shallow first, and set it to the mean of all heads last."""
     from medseg.jobs.config_functions import load_weights
-    from medseg.networks.unetplusplus import UNetPlusPlus
     from medseg.training.checkpoint import save_tensors
 
-    network = UNetPlusPlus(**{name: value for name, value in job.config["network_def"].items() if name[0] != "_"})
-    load_weights(network, str(job.weights), str(job.bundle.root))
+    definition = job.config["network_def"]
+    module = _PRUNABLE[definition["_target_"]].load()(
+        **{name: value for name, value in definition.items() if name[0] != "_"}
+    )
+    load_weights(module, str(job.weights), str(job.bundle.root))
+    network = cast("PrunableNetwork", module)
     network.set_output("mean", head_activation=network.arguments["head_activation"] or _activation(job.config))
     found = []
     for size in network.level_sizes():
@@ -228,7 +231,8 @@ def _variants(job: Job, folder: Path) -> list[_Variant]:
         cut = network if mean else network.prune(int(size.level))
         name = "mean" if mean else f"L{size.level}"
         weights = save_tensors(cut.state_dict(), folder / f"{name}.pt")
-        found.append(_Variant(name, size.parameters, size.megabytes, _definition(cut), weights))
+        kept = {"_target_": definition["_target_"], **cut.arguments}
+        found.append(_Variant(name, size.parameters, size.megabytes, json.loads(json.dumps(kept)), weights))
     return found
 
 
@@ -237,11 +241,6 @@ def _activation(config: Mapping[str, Any]) -> str:
     steps = config["validate"]["postprocessing"]["transforms"]
     by_step = any(step.get("sigmoid") is True for step in steps)
     return "sigmoid" if by_step else str(config["validate"]["inferer"].get("activation", "softmax"))
-
-
-def _definition(network: UNetPlusPlus) -> Config:
-    definition: Config = json.loads(json.dumps({"_target_": _TARGET, **network.arguments}))
-    return definition
 
 
 def _smallest(results: Sequence[LevelResult], loss: float) -> int:

@@ -1,6 +1,6 @@
-"""What every network of `NETWORKS` must do; a new network is tested by its entry in `SMALL` of forms.py.
+"""What every network must do; a new one is tested in the form `tiny` of its registry entry.
 
-ONNX parity of the same forms is in tests/bundle/test_export.py.
+ONNX parity of the same forms is in tests/tools/test_export.py.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from medseg.errors import SizeError
 from medseg.networks import NETWORKS
-from tests.networks.forms import SMALL, Small, tiny_options
+from tests.networks.forms import SIZES, tiny_options
 
 OUT_CHANNELS = 2
 
@@ -29,12 +29,8 @@ class Subject:
     dims: int
 
     @property
-    def small(self) -> Small:
-        return SMALL[self.network.__name__]
-
-    @property
     def size(self) -> tuple[int, ...]:
-        return self.small.sizes[self.dims]
+        return SIZES[self.dims]
 
     @property
     def options(self) -> dict[str, Any]:
@@ -63,10 +59,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def test_every_network_has_a_small_form_to_test():
-    assert set(NETWORKS) == set(SMALL)
 
 
 def test_logits_have_the_class_channels_and_the_size_of_the_image(subject):
@@ -240,19 +232,14 @@ def suggested_size(error: SizeError, given: tuple[int, ...]) -> tuple[int, ...]:
 
 def exported(network: nn.Module, subject: Subject) -> torch.export.ExportedProgram:
     """Export with a dynamic batch and dynamic spatial axes."""
-    step = subject.small.multiple
     dynamic: dict[int, Any] = {0: torch.export.Dim("batch", max=64)}
-    for axis, n in enumerate(subject.size):
-        low, high = n // 2 // step, 4 * n // step
-        unit = torch.export.Dim(f"n{axis}", min=low, max=high)
-        dynamic[axis + 2] = step * unit if step > 1 else unit
+    dynamic |= {axis + 2: torch.export.Dim(f"n{axis}", min=n // 2, max=4 * n) for axis, n in enumerate(subject.size)}
     return torch.export.export(network, (subject.image(),), dynamic_shapes=(dynamic,))
 
 
 def assert_same(network: nn.Module, other: Any, subject: Subject) -> None:
     """Compare with eager at the size seen when the graph was made, and at another size and batch."""
-    step = subject.small.multiple
-    another = tuple(n + step * (3 - 5 * i) for i, n in enumerate(subject.size))
+    another = tuple(n + (3 - 5 * i) for i, n in enumerate(subject.size))
     for x in (subject.image(), subject.image(batch=3, size=another)):
         with torch.no_grad():
             torch.testing.assert_close(other(x), network(x), atol=1e-5, rtol=1e-5)

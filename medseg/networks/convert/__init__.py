@@ -1,11 +1,13 @@
 """Weights of the authors' and other public code, loaded into the networks of this package by name.
 
-Each source is one function that reads widths, depth and dimensions off the tensors and says which of our modules each
-of theirs is (`Reference`); everything else (missing, surplus and misshapen tensors) is checked here. One file a family.
+Each source is one function that reads widths, depth and dimensions off the tensors and maps each of their modules to
+one of ours (`Reference`); everything else (missing, surplus and misshapen tensors) is checked here. The sources of a
+network are named in its registry entry; their functions are in the file of the network's name.
 """
 
 from __future__ import annotations
 
+import importlib
 import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,17 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from medseg.errors import MedsegError, RequestError, WeightsError
-from medseg.networks.convert import banet, uctransnet, unet, unetplusplus
 from medseg.networks.convert.reading import NAMES_SHOWN, Reference
+from medseg.networks.registry import SOURCES
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
     from numpy.typing import NDArray
 
 __all__ = ["SOURCES", "Converted", "Reference", "from_reference", "read_reference"]
-
-SOURCES = {**unet.SOURCES, **unetplusplus.SOURCES, **banet.SOURCES, **uctransnet.SOURCES}
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def read_reference(source: str, state: Mapping[str, Tensor | NDArray[Any]], **co
 
 def _read(source: str, state: Mapping[str, Tensor | NDArray[Any]]) -> Reference:
     try:
-        return SOURCES[source](_tensors(state))
+        return _reader(source)(_tensors(state))
     except MedsegError:
         raise
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
@@ -88,6 +88,12 @@ def _read(source: str, state: Mapping[str, Tensor | NDArray[Any]]) -> Reference:
             f"The weights do not fit source {source!r}: its tensors have other shapes and types ({error}). Check that "
             "the file belongs to this source."
         ) from error
+
+
+def _reader(source: str) -> Callable[[Mapping[str, Tensor]], Reference]:
+    found: Callable[[Mapping[str, Tensor]], Reference]
+    found = importlib.import_module(SOURCES[source].converter).SOURCES[source]
+    return found
 
 
 def _built(source: str, reference: Reference, arguments: Mapping[str, Any]) -> nn.Module:
