@@ -38,8 +38,9 @@ from medseg.errors import CaseError, GeometryError, RequestError
 from medseg.files import check_folder, replace_text, replacing
 from medseg.io import load, read_grid, write_mask
 from medseg.io.dicom.detect import DIRECTORY_FILE, image_kind, split_series
+from medseg.io.formats import FORMATS
 from medseg.io.geometry import GRID_TOLERANCE, Grid, corner_distance
-from medseg.io.names import WRITTEN, absolute, file_kind, split_suffix
+from medseg.io.names import absolute, file_kind, split_suffix
 from medseg.io.streams import coding_of, detached_data_file, gzip_writer, opened
 from medseg.io.survey import count_values
 
@@ -288,7 +289,8 @@ def _copy_one(source: Path, target: Path) -> None:
 
 def _rewrite_label(source: Path, target: Path, image: Path, repairs: list[str]) -> list[tuple[str, str, str]]:
     """Write a label anew; return what was done, before and after."""
-    if not target.name.lower().endswith(WRITTEN.get(str(file_kind(target)), ())):
+    kind = file_kind(target)
+    if kind is None or not target.name.lower().endswith(FORMATS[kind].written):
         raise CaseError(f"{source.name} would have to be written anew, and its format is not written.")
     loaded = load(source, label=True)
     array: NDArray[Any] = loaded.as_tensor().numpy()[0]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -25,7 +25,7 @@ from medseg.io.datasets import (
     split_stems,
 )
 from medseg.io.dicom.detect import DIRECTORY_FILE, is_dicom, named_file, split_series
-from medseg.io.names import IMAGE_SUFFIXES, StrPath, absolute, file_kind, mask_name, split_suffix
+from medseg.io.names import IMAGE_SUFFIXES, StrPath, absolute, case_kind, file_kind, mask_name, split_suffix
 from medseg.types import Case, CaseKind, Skipped
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 __all__ = ["CaseList", "find_cases", "list_cases"]
 
-_KINDS: Final[Mapping[str, CaseKind]] = {"picture": "image", "slide": "slide"}
 _TIFF: Final = (".tif", ".tiff")
 
 
@@ -394,7 +393,7 @@ def _seen(skipped: Sequence[Skipped]) -> str:
 
 def _case(image: _Image, base: Path) -> Case:
     name = image.label.relative_to(base).as_posix()
-    kind: CaseKind = "slide" if image.slide else _KINDS.get(str(file_kind(image.image)), "volume")
+    kind: CaseKind = "slide" if image.slide else case_kind(image.image)
     named = f"{split_suffix(name)[0]}.geojson" if kind == "slide" else mask_name(name)
     return Case(named, (image.image,), kind=kind, output=named, series=split_series(image.image)[1])
 

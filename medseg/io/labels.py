@@ -23,6 +23,7 @@ from medseg.io.dicom.objects import OnOverlap
 from medseg.io.dicom.rtstruct import RTSTRUCT_CLASS, read_rtstruct
 from medseg.io.dicom.seg import SEG_CLASSES, read_seg
 from medseg.io.dicom.sources import find_sources
+from medseg.io.formats import FORMATS
 from medseg.io.geometry import MAX_VOXELS, Grid
 from medseg.io.names import StrPath, absolute, file_kind
 from medseg.io.readers import load, placed_tensor, read_grid
@@ -111,9 +112,10 @@ def _place(like: StrPath | Grid | None, file: Path) -> Path | Grid | None:
     if like is None or isinstance(like, Grid):
         return like
     image = absolute(like)
-    if image_kind(image) == "dicom":
+    kind = image_kind(image)
+    if kind == "dicom":
         return image
-    if image_kind(image) == "picture":
+    if kind is not None and FORMATS[kind].kind == "image":
         raise GeometryError(
             f"{file} lies in space, and its image {image} does not say where it lies: give the DICOM image."
         )

@@ -9,18 +9,18 @@ import os
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
-from typing import Final, NamedTuple, TypeAlias
+from typing import Final, TypeAlias
 
 from medseg.errors import OutputError, RequestError
+from medseg.io.formats import FORMATS
+from medseg.types import CaseKind
 
 __all__ = [
     "IMAGE_SUFFIXES",
-    "KINDS",
     "OUTPUT_FORMATS",
-    "WRITTEN",
-    "Kind",
     "StrPath",
     "absolute",
+    "case_kind",
     "case_stem",
     "file_kind",
     "mask_name",
@@ -31,64 +31,24 @@ __all__ = [
 StrPath: TypeAlias = str | os.PathLike[str]
 
 
-class Kind(NamedTuple):
-    """One family of formats, by the names of its files.
-
-    Attributes:
-        images: how the images that are read end, in lower case; of two that fit one name, the longer first.
-        masks: how masks of such an image may end. A mask keeps the ending of its image if that is among them, and
-            otherwise gets the first.
-    """
-
-    images: tuple[str, ...]
-    masks: tuple[str, ...]
-
-
-# Every family that is read. Its reader is named in medseg.io.readers, its writer in medseg.io.writers.
-KINDS: Final[Mapping[str, Kind]] = MappingProxyType(
-    {
-        "nifti": Kind(images=(".nii.gz", ".nii"), masks=(".nii.gz", ".nii")),
-        "nrrd": Kind(images=(".nrrd", ".nhdr"), masks=(".nrrd",)),
-        "meta": Kind(images=(".mha", ".mhd"), masks=(".mha",)),
-        "mgh": Kind(images=(".mgz", ".mgh"), masks=(".mgz", ".mgh")),
-        "dicom": Kind(images=(".dcm",), masks=(".nii.gz", ".nii")),
-        "picture": Kind(images=(".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"), masks=(".png",)),
-        # Read in pieces by medseg.io.slides.slide, never whole.
-        "slide": Kind(images=(".svs", ".ndpi", ".scn", ".mrxs", ".bif", ".vms"), masks=(".geojson",)),
-    }
-)
-IMAGE_SUFFIXES: Final = tuple(suffix for kind in KINDS.values() for suffix in kind.images)
+IMAGE_SUFFIXES: Final = tuple(suffix for entry in FORMATS.values() for suffix in entry.images)
 
 # What a user may ask masks to be, and how their names end then.
 OUTPUT_FORMATS: Final[Mapping[str, str]] = MappingProxyType(
-    {
-        "nifti": ".nii.gz",
-        "nrrd": ".nrrd",
-        "mha": ".mha",
-        "mgz": ".mgz",
-        "png": ".png",
-        "tiff": ".tif",
-        "dicom-seg": ".seg.dcm",
-        "rtstruct": ".rtstruct.dcm",
-    }
-)
-
-# Kind -> the endings that write_mask takes for it.
-WRITTEN: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
-    {
-        "nifti": (".nii.gz", ".nii"),
-        "nrrd": (".nrrd",),
-        "meta": (".mha",),
-        "mgh": (".mgz", ".mgh"),
-        "picture": (".png", ".tif", ".tiff"),
-    }
+    {name: ending for entry in FORMATS.values() for name, ending in entry.outputs.items()}
 )
 
 
 def file_kind(path: StrPath) -> str | None:
-    """Return the family of formats, a key of `KINDS`, that a file name belongs to, or None if medseg reads none."""
+    """Return the format, a key of `medseg.io.formats.FORMATS`, that a file name ends like, or None if none is read."""
     name = os.fspath(path).lower()
-    return next((kind for kind, names in KINDS.items() if name.endswith(names.images)), None)
+    return next((entry.name for entry in FORMATS.values() if name.endswith(entry.images)), None)
+
+
+def case_kind(path: StrPath) -> CaseKind:
+    """Return what an image is by its name: "image" (2D, without geometry), "slide", or else "volume"."""
+    kind = file_kind(path)
+    return "volume" if kind is None else FORMATS[kind].kind
 
 
 def split_suffix(name: str) -> tuple[str, str]:
@@ -123,7 +83,7 @@ def mask_name(name: str, output_format: str = "") -> str:
     if output_format:
         ending = _output_suffix(output_format)
         return name if name.lower().endswith(ending) else stem + ending
-    masks = KINDS[str(file_kind(name))].masks if suffix else ("",)
+    masks = FORMATS[str(file_kind(name))].mask_endings if suffix else ("",)
     return stem + (suffix if suffix.lower() in masks else masks[0])
 
 

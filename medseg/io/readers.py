@@ -1,7 +1,7 @@
 """Reading: any image or label file becomes a channel-first MetaTensor with its place in space.
 
-A format is a module with `read` and `read_grid`, loaded when the first file of its kind is read; a new one is a line in
-`READERS`, and its file names in `medseg.io.names.KINDS`.
+A format is a module with `read` and `read_grid`, imported with the first file, and an entry in
+`medseg.io.formats.FORMATS`.
 """
 
 from __future__ import annotations
@@ -9,11 +9,10 @@ from __future__ import annotations
 import importlib
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Final, Literal, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 import torch
@@ -22,11 +21,12 @@ from numpy.typing import NDArray
 
 from medseg.errors import CaseError, RequestError
 from medseg.io.dicom.detect import image_kind, split_series
+from medseg.io.formats import FORMATS
 from medseg.io.geometry import MAX_VOXELS, Grid
 from medseg.io.names import IMAGE_SUFFIXES, StrPath, absolute
 from medseg.io.voxels import ReadOptions, refuse_nonfinite
 
-__all__ = ["READERS", "Reader", "load", "placed_tensor", "read_grid"]
+__all__ = ["Reader", "find_reader", "load", "placed_tensor", "read_grid"]
 
 
 class Reader(Protocol):
@@ -43,17 +43,9 @@ class Reader(Protocol):
         """Return the grid without reading voxels."""
 
 
-# Kind of file -> the module that reads it.
-READERS: Final[Mapping[str, str]] = MappingProxyType(
-    {
-        "nifti": "medseg.io.formats.nifti",
-        "nrrd": "medseg.io.formats.nrrd",
-        "meta": "medseg.io.formats.metaimage",
-        "mgh": "medseg.io.formats.mgh",
-        "dicom": "medseg.io.dicom.reader",
-        "picture": "medseg.io.formats.raster",
-    }
-)
+def find_reader(kind: str) -> Reader:
+    """Import and return the module that reads a format, a key of `FORMATS`."""
+    return cast("Reader", importlib.import_module(FORMATS[kind].module))
 
 
 def load(
@@ -144,12 +136,12 @@ def _resolve(path: StrPath) -> tuple[Path, Reader]:
         raise CaseError(f"{file} is in no format that medseg reads: expected {', '.join(IMAGE_SUFFIXES)}, or DICOM.")
     if source.is_file() and source.stat().st_size == 0:
         raise CaseError(f"{file} is empty (0 bytes): copy it again.")
-    if kind not in READERS:
+    if not FORMATS[kind].module:
         raise CaseError(
             f"{file} is a whole-slide image, too large to be read as one picture: `medseg predict` takes it with a "
             "bundle for color pictures, and medseg.io.slides.open_slide reads it in pieces."
         )
-    return file, cast("Reader", importlib.import_module(READERS[kind]))
+    return file, find_reader(kind)
 
 
 @contextmanager

@@ -8,7 +8,6 @@ process.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,10 +20,11 @@ from numpy.typing import NDArray
 
 from medseg.errors import CaseError
 from medseg.io.dicom.detect import image_kind
+from medseg.io.formats import FORMATS
 from medseg.io.geometry import Grid, corner_distance
 from medseg.io.labels import load_label
 from medseg.io.names import StrPath, absolute
-from medseg.io.readers import READERS, Reader, load
+from medseg.io.readers import find_reader, load
 from medseg.io.voxels import ReadOptions
 
 __all__ = [
@@ -72,7 +72,7 @@ class FileFacts:
 
     Attributes:
         file: its name, relative to what was examined.
-        format: family of formats, a key of `medseg.io.names.KINDS`.
+        format: family of formats, a key of `medseg.io.formats.FORMATS`.
         shape: voxels along each axis in space.
         channels: values per voxel.
         spacing: mm between voxel centers.
@@ -269,7 +269,7 @@ def _read_image(path: StrPath, spatial_dims: int | None, channels: int | None) -
 def _read_nonfinite(path: StrPath, spatial_dims: int | None, channels: int | None) -> tuple[NDArray[Any], Grid, int]:
     """Read a file that `load` refuses for its values alone."""
     file = absolute(path)
-    reader = cast("Reader", importlib.import_module(READERS[str(image_kind(file))]))
+    reader = find_reader(str(image_kind(file)))
     array, grid = reader.read(file, ReadOptions(spatial_dims=spatial_dims, channels=channels, stored=True))
     return array, grid, sum(int((~np.isfinite(slab)).sum()) for slab in _slabs(array))
 
@@ -278,7 +278,9 @@ def _facts(
     path: StrPath, file: str, array: NDArray[Any], grid: Grid, *, nonfinite: int = 0, label: bool = False
 ) -> FileFacts:
     kind = str(image_kind(path))
-    has_geometry = kind != "picture" and not (len(grid.shape) == 2 and np.array_equal(grid.affine, np.eye(4)))
+    has_geometry = FORMATS[kind].kind != "image" and not (
+        len(grid.shape) == 2 and np.array_equal(grid.affine, np.eye(4))
+    )
     header = nifti_header(path)
     low, high, parts = _statistics(array, sampled=not label)
     digest, slices = _digests(array, grid if has_geometry and len(grid.shape) == 3 else None)

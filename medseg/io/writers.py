@@ -5,10 +5,9 @@ from __future__ import annotations
 import importlib
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, BinaryIO, Final, Protocol, cast
+from typing import Any, BinaryIO, Protocol, cast
 
 import numpy as np
 import torch
@@ -16,12 +15,13 @@ from numpy.typing import NDArray
 
 from medseg.errors import CaseError, GeometryError, OutputError, RequestError
 from medseg.files import replacing
+from medseg.io.formats import FORMATS, Format
 from medseg.io.geometry import Grid
-from medseg.io.names import OUTPUT_FORMATS, WRITTEN, StrPath, absolute, file_kind, mask_name, split_suffix
+from medseg.io.names import OUTPUT_FORMATS, StrPath, absolute, case_kind, file_kind, mask_name, split_suffix
 from medseg.io.readers import read_grid
 from medseg.io.voxels import label_values, smallest_label_type
 
-__all__ = ["WRITERS", "Writer", "to_numpy", "write_label_files", "write_mask", "write_probabilities"]
+__all__ = ["Writer", "to_numpy", "write_label_files", "write_mask", "write_probabilities"]
 
 
 class Writer(Protocol):
@@ -40,17 +40,6 @@ class Writer(Protocol):
         """
 
 
-# Kind of file -> the module that writes it.
-WRITERS: Final[Mapping[str, str]] = MappingProxyType(
-    {
-        "nifti": "medseg.io.formats.nifti",
-        "nrrd": "medseg.io.formats.nrrd",
-        "meta": "medseg.io.formats.metaimage",
-        "mgh": "medseg.io.formats.mgh",
-        "picture": "medseg.io.formats.raster",
-    }
-)
-_WITH_CHANNELS = ("nifti", "nrrd", "meta")
 _PROBABILITY_TYPES = ("uint8", "float16", "float32")
 _MAX_NAME = 100
 
@@ -69,7 +58,8 @@ def write_mask(mask: torch.Tensor | NDArray[Any], path: StrPath, *, like: StrPat
 
     Args:
         mask: whole numbers of 0 or more, of any type, shape `(x, y)` or `(x, y, z)`.
-        path: where to write, with one of the endings in `medseg.io.names.WRITTEN`. Its folder is made if missing.
+        path: where to write, with one of the `written` endings of `medseg.io.formats.FORMATS`. Its folder is made if
+            missing.
         like: the image file that the mask belongs to.
 
     Raises:
@@ -80,7 +70,7 @@ def write_mask(mask: torch.Tensor | NDArray[Any], path: StrPath, *, like: StrPat
     target, source = absolute(path), absolute(like)
     grid = read_grid(source, max_voxels=sys.maxsize)
     labels = _on_grid(to_numpy(mask), grid, source)
-    _refuse_target(target, source, grid, tuple(WRITTEN))
+    _refuse_target(target, source, grid, list(FORMATS.values()))
     _write(labels.astype(smallest_label_type(labels, target), copy=False), target, grid=grid, source=source)
 
 
@@ -142,7 +132,7 @@ def write_probabilities(probabilities: torch.Tensor | NDArray[Any], path: StrPat
         )
     grid = read_grid(source, max_voxels=sys.maxsize)
     channels = np.stack([_on_grid(channel, grid, source) for channel in array])
-    _refuse_target(target, source, grid, _WITH_CHANNELS)
+    _refuse_target(target, source, grid, [entry for entry in FORMATS.values() if entry.channels])
     _write(channels.astype(np.float32 if channels.dtype.kind == "f" else np.uint8), target, grid=grid, source=source)
 
 
@@ -163,13 +153,13 @@ def _on_grid(array: NDArray[Any], grid: Grid, source: Path) -> NDArray[Any]:
     return array.reshape(grid.shape)
 
 
-def _refuse_target(target: Path, source: Path, grid: Grid, kinds: tuple[str, ...]) -> None:
+def _refuse_target(target: Path, source: Path, grid: Grid, formats: Sequence[Format]) -> None:
     """Refuse names of no format, of one that cannot hold the mask or its place, and the source itself."""
-    if file_kind(source) == "picture":  # without a place in space, which a volume format would have to make up
-        kinds = tuple(kind for kind in kinds if kind == "picture")
+    if case_kind(source) == "image":  # without geometry, which a volume format would have to make up
+        formats = [entry for entry in formats if entry.kind == "image"]
     elif grid.shape[2:] not in ((), (1,)):
-        kinds = tuple(kind for kind in kinds if kind != "picture")
-    endings = [suffix for kind in kinds for suffix in WRITTEN[kind]]
+        formats = [entry for entry in formats if entry.kind != "image"]
+    endings = [suffix for entry in formats for suffix in entry.written]
     if not target.name.lower().endswith(tuple(endings)):
         raise OutputError(
             f"{target} cannot hold the mask of {source}: expected a name in {' or '.join(endings) or 'no format'}."
@@ -180,7 +170,7 @@ def _refuse_target(target: Path, source: Path, grid: Grid, kinds: tuple[str, ...
 
 def _write(array: NDArray[Any], target: Path, *, grid: Grid, source: Path) -> None:
     kind = str(file_kind(target))
-    writer = cast("Writer", importlib.import_module(WRITERS[kind]))
+    writer = cast("Writer", importlib.import_module(FORMATS[kind].module))
     with replacing(target) as part, part.open("xb") as stream:
         writer.write(stream, array, target, grid=grid, like=source if file_kind(source) == kind else None)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from medseg.errors import RequestError
 from medseg.files import check_folder
+from medseg.io.formats import FORMATS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -24,7 +25,9 @@ _BUNDLES: Final = "MEDSEG_LABEL_BUNDLES"
 _MODELS: Final = "MEDSEG_LABEL_MODELS"
 
 # How the files of a folder end that count as images; volumes that are one file, and pictures, as cameras name them too.
-_IMAGES: Final = (".nii.gz", ".nii", ".nrrd", ".mha", ".mgz", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
+_IMAGES: Final = tuple(
+    ending for entry in FORMATS.values() for ending in (entry.images if entry.kind == "image" else entry.written)
+)
 ENDINGS: Final = (*_IMAGES, *(ending.upper() for ending in _IMAGES))
 
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from medseg.errors import CaseError, RequestError, in_a_line, own_error
 from medseg.files import sha256_file
 from medseg.io import find_cases
-from medseg.io.names import OUTPUT_FORMATS, mask_name, split_suffix
+from medseg.io.formats import FORMATS
+from medseg.io.names import mask_name, split_suffix
 from medseg.jobs.job import build_evaluator, open_workflow, prepare, run_case
 from medseg.label.uncertainty import uncertainty
 
@@ -137,7 +138,8 @@ def _state(path: Path) -> tuple[object, ...]:
 
 def _format(ending: str) -> str:
     wanted = ending.lower() if ending.startswith(".") else f".{ending.lower()}"
-    formats = {suffix: name for name, suffix in OUTPUT_FORMATS.items() if name not in ("dicom-seg", "rtstruct")}
+    label_maps = [entry for entry in FORMATS.values() if not entry.object_writer]
+    formats = {suffix: name for entry in label_maps for name, suffix in entry.outputs.items()}
     formats |= _ENDINGS
     if wanted not in formats:
         raise RequestError(f"no result can end in '{ending}': use one of {', '.join(formats)}")

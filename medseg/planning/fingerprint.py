@@ -20,7 +20,7 @@ from medseg.errors import CaseError, GeometryError, RequestError
 from medseg.io import find_dataset, grid_difference, read_grid
 from medseg.io.datasets import DATASET_FILE, read_json
 from medseg.io.dicom.detect import split_series
-from medseg.io.names import absolute, file_kind
+from medseg.io.names import absolute, case_kind
 from medseg.io.survey import open_image, open_label
 from medseg.planning.case_stats import CaseStats, Fingerprint, Intensity
 from medseg.planning.labels import names_of_labels
@@ -141,7 +141,7 @@ def _case(case: dict[str, Any], spatial_dims: int | None, *, seed: int, draw: in
 
 def _axes(path: str, wanted: int | None) -> int | None:
     """Return how many axes to ask for, so that a wrong `--dims` is refused with its reason."""
-    picture = file_kind(path) == "picture"
+    picture = case_kind(path) == "image"
     if wanted == 3 and picture:
         raise CaseError(f"{path} is a picture: it cannot be planned with --dims 3. Leave --dims out.")
     if wanted == 2 and not picture:
@@ -193,7 +193,7 @@ def _turn(facts: FileFacts) -> list[int]:
 
 def _microns(path: str) -> float:
     """Return what a picture's resolution tells; 0 where it tells nothing that a microscope would."""
-    if file_kind(path) != "picture":
+    if case_kind(path) != "image":
         return 0.0
     try:
         with warnings.catch_warnings():

@@ -14,6 +14,7 @@ from monai.transforms import SaveImaged
 
 from medseg.errors import CaseError, GeometryError, RequestError
 from medseg.io import Grid, grid_difference, output_path, read_grid, write_label_files, write_mask
+from medseg.io.formats import FORMATS, Format
 from medseg.io.geometry import to_affine4
 from medseg.io.names import OUTPUT_FORMATS, StrPath, mask_name
 from medseg.io.voxels import label_values
@@ -21,11 +22,8 @@ from medseg.io.writers import to_numpy
 
 __all__ = ["SaveMaskd"]
 
-# Output format -> where its writer is, loaded on first use: it needs packages that others do without.
-_OBJECTS = {
-    "dicom-seg": ("medseg.io.dicom.seg", "write_seg"),
-    "rtstruct": ("medseg.io.dicom.rtstruct", "write_rtstruct"),
-}
+# DICOM objects by their ending; their modules need packages that others do without.
+_OBJECTS = {ending: entry for entry in FORMATS.values() if entry.object_writer for ending in entry.outputs.values()}
 
 
 class SaveMaskd(SaveImaged):  # type: ignore[misc]  # MONAI publishes no types
@@ -69,7 +67,7 @@ class SaveMaskd(SaveImaged):  # type: ignore[misc]  # MONAI publishes no types
             raise RequestError(f"SaveMaskd writes one entry of a case, got {self.keys}: use one SaveMaskd for each.")
         if output_format and output_format not in OUTPUT_FORMATS:
             raise RequestError(f"There is no output format {output_format!r}: use one of {', '.join(OUTPUT_FORMATS)}.")
-        if separate_labels and output_format in _OBJECTS:
+        if separate_labels and OUTPUT_FORMATS.get(output_format) in _OBJECTS:
             raise RequestError(f"{output_format} names its labels inside of one file: leave separate_labels out.")
         self.output_dir = Path(output_dir)
         self.output_format = output_format
@@ -89,9 +87,9 @@ class SaveMaskd(SaveImaged):  # type: ignore[misc]  # MONAI publishes no types
         return case
 
     def _write(self, mask: torch.Tensor, target: Path, source: Path) -> None:
-        kind = next((kind for kind in _OBJECTS if target.name.lower().endswith(OUTPUT_FORMATS[kind])), None)
-        if kind is not None:
-            _write_object(kind, mask, target, source, self.labels)
+        form = next((entry for ending, entry in _OBJECTS.items() if target.name.lower().endswith(ending)), None)
+        if form is not None:
+            _write_object(form, mask, target, source, self.labels)
             return
         if self.separate_labels:
             write_label_files(mask, target, like=source, labels=self.labels)
@@ -116,12 +114,11 @@ def _names_by_value(labels: Mapping[int, str] | Mapping[str, str]) -> dict[int, 
     return {value: name for value, name in names.items() if value != 0}
 
 
-def _write_object(kind: str, mask: torch.Tensor, target: Path, source: Path, labels: Mapping[int, str]) -> None:
+def _write_object(form: Format, mask: torch.Tensor, target: Path, source: Path, labels: Mapping[int, str]) -> None:
     """Write a DICOM object that describes the mask; a value without a name is called by its number."""
-    module, function = _OBJECTS[kind]
     array = to_numpy(mask)
     named = {value: f"label {value}" for value in label_values(array, source) if value != 0} | dict(labels)
-    getattr(importlib.import_module(module), function)(array, target, source, labels=named)
+    getattr(importlib.import_module(form.module), form.object_writer)(array, target, source, labels=named)
 
 
 def _label_map(mask: Any, source: Path) -> torch.Tensor:

@@ -5,7 +5,8 @@ import pytest
 
 from medseg.errors import OutputError, RequestError
 from medseg.io import case_stem, output_path
-from medseg.io.names import KINDS, OUTPUT_FORMATS, file_kind, mask_name
+from medseg.io.formats import FORMATS
+from medseg.io.names import OUTPUT_FORMATS, file_kind, mask_name
 
 
 @pytest.mark.parametrize(
@@ -58,11 +59,11 @@ def test_unknown_output_formats_are_refused_with_the_known_ones():
 
 
 def test_no_two_kinds_of_files_share_an_ending():
-    endings = [suffix for kind in KINDS.values() for suffix in kind.images]
+    endings = [suffix for kind in FORMATS.values() for suffix in kind.images]
     assert len(set(endings)) == len(endings)
     for suffix in endings:
         assert suffix == suffix.lower()
-        assert file_kind(f"a{suffix.upper()}") == next(kind for kind in KINDS if suffix in KINDS[kind].images)
+        assert file_kind(f"a{suffix.upper()}") == next(kind for kind in FORMATS if suffix in FORMATS[kind].images)
 
 
 def test_output_path_lies_below_the_folder(tmp_path):

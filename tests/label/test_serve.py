@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from medseg.errors import RequestError
-from medseg.io.names import KINDS, file_kind
+from medseg.io.formats import FORMATS
+from medseg.io.names import file_kind
 from medseg.label import serve
 from medseg.label.accounts import Accounts
 from medseg.label.options import ENDINGS, LabelOptions, default_state, is_loopback
@@ -19,7 +20,7 @@ from medseg.label.options import ENDINGS, LabelOptions, default_state, is_loopba
 def test_all_files_that_are_read_whole_count_as_images_however_they_are_written() -> None:
     kinds = ("nifti", "nrrd", "meta", "mgh", "picture")
     assert {file_kind(f"a{ending}") for ending in ENDINGS} == set(kinds)
-    assert set(KINDS["picture"].images) <= set(ENDINGS)
+    assert set(FORMATS["picture"].images) <= set(ENDINGS)
     assert {".JPG", ".TIF", ".jpeg", ".tiff"} <= set(ENDINGS)
 
 

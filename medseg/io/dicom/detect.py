@@ -53,7 +53,7 @@ def split_series(path: StrPath) -> tuple[Path, str]:
 
 
 def image_kind(path: StrPath) -> str | None:
-    """Return the family of formats, a key of `medseg.io.names.KINDS`, of a path that may also name a DICOM series.
+    """Return the family of formats, a key of `medseg.io.formats.FORMATS`, of a path that may also name a DICOM series.
 
     Unlike `file_kind` this looks at the disk: folders, zip archives and files with DICOM content are "dicom".
     """
