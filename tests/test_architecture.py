@@ -18,14 +18,15 @@ PACKAGE = Path(medseg.__file__).parent
 FLOORS = {
     0: ("errors", "types", "version", "files", "machine", "manifest", "components"),
     1: ("networks", "losses", "metrics", "io"),
-    2: ("transforms", "inferers"),
-    3: ("bundle", "training", "checks", "scoring", "reporting"),
-    4: ("jobs",),
-    5: ("planning", "diagnosis", "tools"),
-    6: ("cluster",),
-    7: ("label", "service", "studies"),
-    8: ("cli",),
-    9: ("__main__",),
+    2: ("transforms",),
+    3: ("inferers",),
+    4: ("bundle", "training", "checks", "scoring", "reporting"),
+    5: ("jobs",),
+    6: ("planning", "diagnosis", "tools"),
+    7: ("cluster",),
+    8: ("label", "service", "studies"),
+    9: ("cli",),
+    10: ("__main__",),
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 MODULES = sorted(name for _, name, _ in pkgutil.walk_packages([str(PACKAGE)], "medseg.") if name != "medseg.__main__")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,19 +14,10 @@ from monai.data.utils import to_affine_nd
 from numpy.typing import NDArray
 
 from medseg.errors import GeometryError, RequestError
+from medseg.transforms.traits import traced_effect
 
 __all__ = ["Axis", "GridMapping", "find_grid_mapping"]
 
-# Steps of a preprocessing that change the grid and are undone by position alone.
-_RESAMPLED = ("SpatialResample", "SeparableResample", "Resize")
-_GRID_STEPS = ("Orientation", "Flip", *_RESAMPLED, "Rotate90")
-# Steps that cut or enlarge the grid; what lies outside of it becomes background.
-_EXTENT_STEPS = (
-    *("SpatialCrop", "CenterSpatialCrop", "CropForeground", "ResizeWithPadOrCrop", "Crop"),
-    *("SpatialPad", "DivisiblePad", "BorderPad", "Pad"),
-)
-# Steps that move voxels in a way that their metadata do not tell completely.
-_OTHER_STEPS = ("Rand", "Zoom", "Affine", "Rotate", "Transpose", "Grid", "Deform", "Warp", "SpatialTransform")
 # Of a voxel; rounded headers stay far below.
 _NEAR = 1e-4
 
@@ -87,16 +78,16 @@ def find_grid_mapping(image: MetaTensor) -> GridMapping:
 
     Raises:
         RequestError: the metadata are missing, or a step cannot be undone by position (a zoom, a rotation by any
-            angle, a deformation).
+            angle, a deformation, one that medseg does not know).
         GeometryError: the affines cannot be inverted.
     """
     operations = _flat(image.applied_operations)
-    steps = [str(step.get("class", "")) for step in operations]
-    for step in steps:
-        if step.startswith(_OTHER_STEPS) and step not in _GRID_STEPS:
+    for operation in operations:
+        if traced_effect(operation) in (None, "unmapped"):
             raise RequestError(
-                f"the result cannot be restored through '{step}': set output to 'logits' and invert the preprocessing "
-                "with Invertd afterwards, or leave the step out"
+                f"the result cannot be restored through '{operation.get('class', '')}', which may move voxels in other "
+                "ways than an affine map: set output to 'logits' and invert the preprocessing with Invertd afterwards, "
+                "or leave the step out"
             )
     model_shape = tuple(int(size) for size in image.shape[1:])
     dims = len(model_shape)
@@ -113,7 +104,7 @@ def find_grid_mapping(image: MetaTensor) -> GridMapping:
     except np.linalg.LinAlgError as error:
         raise GeometryError(f"The affine of the model's grid cannot be inverted: {model.tolist()}.") from error
     return GridMapping(
-        native_shape, model_shape, matrix, native, _valid_extent(operations, model_shape), _border(steps)
+        native_shape, model_shape, matrix, native, _valid_extent(operations, model_shape), _border(operations)
     )
 
 
@@ -139,7 +130,7 @@ def _valid_extent(operations: Sequence[Any], shape: tuple[int, ...]) -> tuple[tu
     """Return where the resampled image begins and ends on the final grid, which may have been padded or cropped."""
     low, size = np.zeros(len(shape)), np.array(shape)
     for step in reversed(operations):
-        if step["class"] not in _EXTENT_STEPS:
+        if traced_effect(step) != "cut":
             break
         info = step["extra_info"]
         if "padded" in info:
@@ -154,14 +145,13 @@ def _valid_extent(operations: Sequence[Any], shape: tuple[int, ...]) -> tuple[tu
     return tuple((float(a), float(a + n - 1)) for a, n in zip(low, size, strict=True))
 
 
-def _border(steps: Sequence[str]) -> float:
+def _border(operations: Sequence[Mapping[str, Any]]) -> float:
     """Return how far beyond the model's grid values count, as zero padding in the inverse steps would have it."""
-    cuts = [number for number, step in enumerate(steps) if step in _EXTENT_STEPS]
-    if not cuts:
+    effects = [traced_effect(operation) for operation in operations]
+    if "cut" not in effects:
         return math.inf
-    resampled = [number for number, step in enumerate(steps) if step in _RESAMPLED]
     # before the resampling the rim is exact up to its rounding; after it, values fade over one model voxel
-    return 1 - _NEAR if resampled and cuts[0] > resampled[0] else 0.5 + _NEAR
+    return 1 - _NEAR if "resampled" in effects[: effects.index("cut")] else 0.5 + _NEAR
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from medseg.bundle.catalog import Bundle, merged
 from medseg.bundle.knobs import changed
 from medseg.bundle.trust import leads_inside, require_trust
 from medseg.errors import BundleError, CaseError, WeightsError, in_a_line, links, own_error
+from medseg.transforms.traits import refuse_unmapped
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -169,9 +170,11 @@ def build_evaluator(workflow: Any) -> Any:
     try:
         workflow.initialize()
         evaluator = workflow.evaluator
-        missing = [name for name in _PARTS[workflow.get_workflow_type()] if not callable(getattr(workflow, name))]
+        parts = preprocessing, _ = _PARTS[workflow.get_workflow_type()]
+        missing = [name for name in parts if not callable(getattr(workflow, name))]
         if missing or not hasattr(evaluator, "state"):
             raise TypeError(f"no usable {', '.join(missing) or 'evaluator'}")
+        refuse_unmapped(getattr(workflow, preprocessing))
     except Exception as error:
         own = own_error(error)
         if own is not None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from medseg.errors import CaseError, MedsegError, RequestError
 from medseg.io.names import mask_name
+from medseg.transforms.traits import traits_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -209,7 +210,8 @@ def _per_pixel(preprocessing: Any) -> Callable[[torch.Tensor], torch.Tensor]:
 
     steps = [step for step in preprocessing.transforms if not isinstance(step, LoadImaged)]
     for step in steps:
-        if not _acts_per_pixel(step):
+        traits = traits_of(step)
+        if traits is None or not traits.is_per_pixel(step):
             raise RequestError(
                 f"the bundle's preprocessing has {type(step).__name__}, which may need a picture as a whole: slides "
                 "are read in pieces. Scale by constants (ScaleIntensityRanged), or cut the slide into pictures"
@@ -223,15 +225,6 @@ def _per_pixel(preprocessing: Any) -> Callable[[torch.Tensor], torch.Tensor]:
         return (image.as_tensor() if isinstance(image, MetaTensor) else image).float()
 
     return prepare
-
-
-def _acts_per_pixel(step: Any) -> bool:
-    from monai import transforms
-
-    if isinstance(step, transforms.NormalizeIntensityd):
-        own = step.normalizer
-        return own.subtrahend is not None and own.divisor is not None and not own.nonzero
-    return type(step) in (transforms.ScaleIntensityRanged, transforms.ThresholdIntensityd, transforms.CastToTyped)
 
 
 def _refuse_others(postprocessing: Any) -> None:

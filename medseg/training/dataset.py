@@ -12,16 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from monai.data import Dataset, MetaTensor, list_data_collate
-from monai.transforms import (
-    Compose,
-    RandCropByLabelClassesd,
-    RandCropByPosNegLabeld,
-    RandomizableTrait,
-    RandSpatialCropd,
-    RandSpatialCropSamplesd,
-    RandWeightedCropd,
-    Transform,
-)
+from monai.transforms import Compose, RandomizableTrait, Transform
 from torch.utils.data import get_worker_info
 
 from medseg.errors import CaseError, MedsegError, RequestError, links, own_error
@@ -29,7 +20,7 @@ from medseg.inferers.blend import one_thread
 from medseg.inferers.memory import shown_bytes
 from medseg.training.cache import DiskCache, memory_bound, size_of, strip_metadata
 from medseg.training.randomness import isolated_seed, seed_from
-from medseg.transforms.warp import RandWarpd
+from medseg.transforms.traits import traits_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, MutableSequence, Sequence
@@ -37,16 +28,6 @@ if TYPE_CHECKING:
 __all__ = ["SeededDataset", "collate"]
 
 logger = logging.getLogger(__name__)
-
-# They only cut, so they need no copy of the whole case to work on.
-_CUTS = (
-    RandCropByLabelClassesd,
-    RandCropByPosNegLabeld,
-    RandSpatialCropSamplesd,
-    RandSpatialCropd,
-    RandWarpd,
-    RandWeightedCropd,
-)
 
 
 class SeededDataset(Dataset):  # type: ignore[misc]  # MONAI publishes no types
@@ -147,7 +128,7 @@ class SeededDataset(Dataset):  # type: ignore[misc]  # MONAI publishes no types
         self.transform.set_random_state(seed=seed)
         steps, start = self.transform.transforms, self.first_random
         with isolated_seed(seed):
-            if start < len(steps) and isinstance(steps[start], _CUTS):
+            if start < len(steps) and _only_crops(steps[start]):
                 cut = self.transform(_shared(case), start=start, end=start + 1)
                 return self.transform(_copied(cut), start=start + 1)
             return self.transform(_copied(_shared(case)), start=start)
@@ -198,6 +179,12 @@ def collate(samples: Sequence[Any]) -> Any:
     """Return samples as a batch, as MONAI does; an error among them is returned in place of it."""
     errors = [sample for sample in samples if isinstance(sample, MedsegError)]
     return errors[0] if errors else list_data_collate(samples)
+
+
+def _only_crops(transform: Any) -> bool:
+    """Tell whether a transform needs no copy of the whole case to work on."""
+    traits = traits_of(transform)
+    return traits is not None and traits.crops
 
 
 def _is_random(transform: Any) -> bool:

@@ -11,6 +11,7 @@ from monai.transforms import MapTransform
 
 from medseg.losses.boundary import edge_truth
 from medseg.transforms.tensors import plain_tensor, with_metadata
+from medseg.transforms.traits import Traits
 
 __all__ = ["LabelToEdged"]
 
@@ -30,6 +31,8 @@ class LabelToEdged(MapTransform):  # type: ignore[misc]  # MONAI publishes no ty
     Raises:
         RequestError: a width below 0, or not one for each axis.
     """
+
+    traits = Traits("kept")
 
     def __init__(
         self,

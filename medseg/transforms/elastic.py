@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from medseg.errors import RequestError
 from medseg.transforms.sampling import Sampler
 from medseg.transforms.tensors import one_shape, plain_tensor, with_metadata
+from medseg.transforms.traits import Traits
 
 __all__ = ["RandElasticd", "check_elastic", "dense_field", "draw_control"]
 
@@ -42,6 +43,8 @@ class RandElasticd(RandomizableTransform, MapTransform):  # type: ignore[misc]  
         RequestError: fewer than 2 nodes, a negative deviation, or numbers that are not one for each axis.
         CaseError: the entries of a case differ in shape.
     """
+
+    traits = Traits("unmapped")
 
     def __init__(
         self,

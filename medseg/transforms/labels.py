@@ -12,6 +12,7 @@ from monai.transforms import MapTransform
 
 from medseg.errors import CaseError, RequestError
 from medseg.transforms.tensors import plain_tensor, with_metadata
+from medseg.transforms.traits import Traits
 
 __all__ = ["MapLabelsd"]
 
@@ -38,6 +39,8 @@ class MapLabelsd(MapTransform):  # type: ignore[misc]  # MONAI publishes no type
         RequestError: the mapping itself is wrong.
         CaseError: a label holds a value that the mapping does not name.
     """
+
+    traits = Traits("kept", per_pixel=True)
 
     def __init__(
         self, keys: KeysCollection, mapping: Mapping[str, int] | Mapping[int, int], *, allow_missing_keys: bool = False

@@ -11,6 +11,7 @@ from monai.transforms import LoadImaged, MapTransform
 
 from medseg.errors import GeometryError, RequestError
 from medseg.io import Grid, grid_difference, load, load_label
+from medseg.transforms.traits import Traits
 
 __all__ = ["LoadCased"]
 
@@ -40,6 +41,8 @@ class LoadCased(LoadImaged):  # type: ignore[misc]  # MONAI publishes no types
         CaseError: a file cannot be used (see `medseg.io.load`), or nothing names the segments of a label.
         GeometryError: two files of a case do not lie on one grid.
     """
+
+    traits = Traits("kept")
 
     def __init__(
         self,

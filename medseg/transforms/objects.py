@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from medseg.errors import RequestError
 from medseg.transforms.tensors import single_label, with_metadata
+from medseg.transforms.traits import Traits
 
 __all__ = ["NumberObjectsd", "filled", "grown", "number_objects", "without_small"]
 
@@ -39,6 +40,8 @@ class NumberObjectsd(MapTransform):  # type: ignore[misc]  # MONAI publishes no 
         RequestError: a size or growth below 0.
         CaseError: the entry is not one channel of labels.
     """
+
+    traits = Traits("kept")
 
     def __init__(
         self,

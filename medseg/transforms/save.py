@@ -19,6 +19,7 @@ from medseg.io.geometry import to_affine4
 from medseg.io.names import OUTPUT_FORMATS, StrPath, mask_name
 from medseg.io.voxels import label_values
 from medseg.io.writers import to_numpy
+from medseg.transforms.traits import Traits
 
 __all__ = ["SaveMaskd"]
 
@@ -50,6 +51,8 @@ class SaveMaskd(SaveImaged):  # type: ignore[misc]  # MONAI publishes no types
         GeometryError: it does not lie on the grid of the image.
         OutputError: it cannot be written (see `medseg.io.write_mask`).
     """
+
+    traits = Traits("kept")
 
     def __init__(
         self,

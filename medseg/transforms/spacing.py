@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from medseg.errors import GeometryError, by
 from medseg.io.geometry import MAX_VOXELS
+from medseg.transforms.traits import Traits
 
 __all__ = ["SeparableResample", "SeparableSpacingd"]
 
@@ -44,6 +45,8 @@ class SeparableSpacingd(Spacingd):  # type: ignore[misc]  # MONAI publishes no t
         GeometryError: an image would have more than 2^31 voxels.
     """
 
+    traits = Traits("resampled")
+
     def __init__(
         self,
         keys: KeysCollection,
@@ -68,6 +71,12 @@ class SeparableSpacingd(Spacingd):  # type: ignore[misc]  # MONAI publishes no t
 
 class SeparableResample(SpatialResample):  # type: ignore[misc]
     """MONAI's `SpatialResample` that does linear interpolation axis by axis, and leaves other requests to MONAI."""
+
+    traits = Traits("resampled")
+
+    def get_transform_info(self) -> dict[str, Any]:
+        """Return what goes into the image's `applied_operations`, with the effect on the grid."""
+        return {**super().get_transform_info(), "grid": self.traits.grid}
 
     def __call__(self, img: torch.Tensor, dst_affine: Any = None, spatial_size: Any = None, **options: Any) -> Any:
         """Return the image `(C, *spatial)` on another grid, float32; arguments as for `SpatialResample`."""

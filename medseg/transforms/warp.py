@@ -19,6 +19,7 @@ from medseg.errors import CaseError, RequestError
 from medseg.transforms.elastic import check_elastic, dense_field, draw_control
 from medseg.transforms.sampling import Sampler, check_padding, cut
 from medseg.transforms.tensors import one_shape, plain_tensor
+from medseg.transforms.traits import Traits
 
 __all__ = ["ClassIndicesd", "RandWarpd"]
 
@@ -40,6 +41,8 @@ class ClassIndicesd(MapTransform):  # type: ignore[misc]  # MONAI publishes no t
         ignore_label: a value that is no class.
         allow_missing_keys: pass over keys that a case lacks.
     """
+
+    traits = Traits("kept")
 
     def __init__(
         self,
@@ -108,6 +111,8 @@ class RandWarpd(Randomizable, MapTransform, MultiSampleTrait):  # type: ignore[m
         RequestError: a setting that cannot be, or that does not fit the image's axes.
         CaseError: the entries of a case differ in shape.
     """
+
+    traits = Traits("unmapped", crops=True)
 
     def __init__(
         self,

@@ -19,6 +19,7 @@ from medseg.errors import CaseError, RequestError
 from medseg.transforms.labels import MapLabelsd
 from medseg.transforms.objects import number_objects
 from medseg.transforms.tensors import plain_tensor, single_label, with_metadata
+from medseg.transforms.traits import Traits
 
 __all__ = ["BorderWeightMapd", "border_term", "class_balance", "two_nearest"]
 
@@ -56,6 +57,8 @@ class BorderWeightMapd(MapTransform):  # type: ignore[misc]  # MONAI publishes n
         RequestError: a setting that cannot be, or fewer class weights than classes.
         CaseError: a label is not one channel of whole numbers from 0 up.
     """
+
+    traits = Traits("kept")
 
     def __init__(
         self,
