@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from medseg.errors import RequestError
+from medseg.errors import RequestError, shortened
 from medseg.io.cases import list_cases
 from medseg.io.datasets import (
     DATASET_FILE,
@@ -105,7 +105,7 @@ class Collection:
 
     def shortened(self, text: str) -> str:
         """Return a message with the root taken off the paths in it."""
-        return text.replace(f"{self.root}/", "").replace(str(self.root), self.root.name)
+        return shortened(text, self.root)
 
 
 def find_subjects(path: StrPath) -> Collection:
@@ -183,7 +183,7 @@ def _paired(root: Path, listing: Path, content: Mapping[str, Any]) -> Collection
     except RequestError as error:
         image_folder = next(images for images, labels in _LAYOUTS if (root / images).is_dir())
         plain = _plain(root / image_folder)
-        fault = Finding("error", "listing", str(error).replace(f"{root}/", ""))
+        fault = Finding("error", "listing", shortened(error, root))
         return Collection(plain.root, plain.subjects, (fault, *plain.findings))
     findings: list[Finding] = []
     images = dict(dataset.images)
@@ -256,7 +256,7 @@ def _parts_of(
     try:
         found = read_split(root)
     except RequestError as error:
-        findings.append(Finding("error", "listing", str(error).replace(f"{root}/", "")))
+        findings.append(Finding("error", "listing", shortened(error, root)))
         return dict(images), []
     if found is None:
         return dict(images), []
@@ -273,9 +273,8 @@ def _refusals(source: Path) -> Iterator[Finding]:
     try:
         split_stems(read_dataset(source))
     except RequestError as error:
-        undecided = "does not say which" in str(error)
-        folder = source if source.is_dir() else source.parent
-        text = str(error).replace(f"{folder}/", "").replace(str(folder), folder.name)
+        undecided = error.code == "no-split"
+        text = shortened(error, source if source.is_dir() else source.parent)
         yield Finding("warning" if undecided else "error", "no split" if undecided else "listing", text)
 
 

@@ -88,7 +88,11 @@ def fitting_batch(limit: int, wanted: int, *, held: int, slab: int, result: int,
         raise CaseError(
             f"this does not fit into {shown_bytes(limit)}: {shown_bytes(held)} are held already (programs, weights and "
             f"the image), and needed are {shown_bytes(slab)} for the slab, {shown_bytes(result)} for the result and "
-            f"{shown_bytes(window)} for one window in the network. Allow more memory, or choose a smaller roi_size"
+            f"{shown_bytes(window)} for one window in the network. Allow more memory, or choose a smaller roi_size",
+            code="memory",
+            limit=limit,
+            held=held,
+            expected=held + slab + result + window,
         )
     return batch
 

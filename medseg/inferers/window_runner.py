@@ -177,5 +177,7 @@ def no_room_for_a_window(roi: Sequence[int]) -> CaseError:
     """Return the error of a GPU whose memory does not hold one window."""
     return CaseError(
         f"The GPU's memory does not hold one window of {tuple(roi)}: choose a smaller roi_size, precision bfloat16, or "
-        "the CPU."
+        "the CPU.",
+        code="memory",
+        window=list(roi),
     )

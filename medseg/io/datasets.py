@@ -393,7 +393,9 @@ def _read_split(path: Path, dataset: Dataset, wanted: Sequence[str]) -> dict[str
         example = next(iter(sorted(dataset.images)))
         raise RequestError(
             f"{dataset.root} does not say which cases are for training and which for validation: expected {path} with "
-            f'{{"train": [...], "val": [...]}} and the names of the cases, such as "{example}".'
+            f'{{"train": [...], "val": [...]}} and the names of the cases, such as "{example}".',
+            code="no-split",
+            path=path,
         )
     parts = {part: content.get(part) for part in wanted}
     for part, stems in parts.items():

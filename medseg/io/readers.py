@@ -153,4 +153,4 @@ def _decoding(file: Path) -> Iterator[None]:
     except OSError as error:
         raise CaseError(f"{file} cannot be read ({error.strerror or error}).") from error
     except MemoryError as error:
-        raise CaseError(f"{file} does not fit into memory.") from error
+        raise CaseError(f"{file} does not fit into memory.", code="memory", path=file) from error

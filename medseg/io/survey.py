@@ -256,9 +256,9 @@ def _read_image(path: StrPath, spatial_dims: int | None, channels: int | None) -
             loaded = load(path, spatial_dims=spatial_dims, channels=count, dtype="stored")
         except CaseError as error:
             first = first or error
-            if "NaN" in str(error):
+            if error.code == "nonfinite":
                 return _read_nonfinite(path, spatial_dims, count)
-            if "values per voxel" not in str(error):
+            if error.code != "channels":
                 break
             continue
         array: NDArray[Any] = loaded.as_tensor().numpy()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -75,7 +76,11 @@ def choose_channels(rest: tuple[int, ...], channels: int | None, index: int | No
     if index is not None or len(sizes) > 1 or found != (channels or 1):
         raise CaseError(
             f"{source} has {held}: expected {channels or 1}. Take one volume (index=0 is the first), or stack what the "
-            "model was made for."
+            "model was made for.",
+            code="channels",
+            path=_path(source),
+            found=found,
+            expected=channels or 1,
         )
     return range(found)
 
@@ -135,7 +140,11 @@ def refuse_nonfinite(values: NDArray[Any], source: object) -> None:
     if bad:
         raise CaseError(
             f"{source} holds values that are no numbers: {nan:,} NaN and {bad - nan:,} infinite (or beyond float32) of "
-            f"{values.size:,} voxels. Replace them, for instance by the background value, and run again."
+            f"{values.size:,} voxels. Replace them, for instance by the background value, and run again.",
+            code="nonfinite",
+            path=_path(source),
+            nan=nan,
+            infinite=bad - nan,
         )
 
 
@@ -182,12 +191,20 @@ def _scaled(raw: NDArray[Any], slope: float, inter: float) -> NDArray[Any]:
 
 def _whole(values: NDArray[Any], source: object) -> NDArray[Any]:
     if not np.isfinite(values).all():
-        raise CaseError(f"{source} is a label with NaN or infinite values: expected whole numbers.")
+        raise CaseError(
+            f"{source} is a label with NaN or infinite values: expected whole numbers.",
+            code="nonfinite",
+            path=_path(source),
+        )
     rounded: NDArray[Any] = np.rint(values)
     far = np.abs(values - rounded) > _LABEL_TOLERANCE
     if far.any():
         raise CaseError(f"{source} is a label but holds {values[far][0]:g}: expected whole numbers.")
     return rounded
+
+
+def _path(source: object) -> Path | None:
+    return source if isinstance(source, Path) else None
 
 
 def _slabs(values: NDArray[Any]) -> list[NDArray[Any]]:

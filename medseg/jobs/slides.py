@@ -140,8 +140,15 @@ class SlidePredictor:
         except RequestError as error:  # about this slide; the next may have what is asked for
             raise CaseError(str(error)) from error
         except CaseError as error:
-            hint = "default_mpp, the micrometers"
-            raise CaseError(str(error).replace(hint, "--set slide_microns_per_pixel, the micrometers")) from error
+            if error.code != "no-resolution":
+                raise
+            raise CaseError(
+                f"{image} {error.data['reason']}, so it cannot be read at {self.microns_per_pixel} µm/px: give --set "
+                "slide_microns_per_pixel, the resolution of its finest level in µm/px.",
+                code=error.code,
+                path=error.path,
+                **error.data,
+            ) from error
         with slide:
             yield slide
 

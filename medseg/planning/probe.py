@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medseg.errors import RequestError, in_a_line, own_error
+from medseg.errors import RequestError, in_a_line, out_of_memory, own_error
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -236,10 +236,8 @@ def _main() -> int:
     task = json.loads(task_file.read_text(encoding="utf-8"))
     try:
         content = asdict(_probe(task))
-    except MemoryError:
-        return _KILLED
     except Exception as error:  # whatever it is, the parent tells it in one line
-        if "not enough memory" in str(error) or "out of memory" in str(error):
+        if out_of_memory(error):
             return _KILLED
         content = {"error": str(own_error(error) or in_a_line(error))}
     answer_file.write_text(json.dumps(content), encoding="utf-8")

@@ -21,11 +21,10 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any, cast
 
-from medseg import errors
 from medseg.bundle.build import build
 from medseg.bundle.catalog import Bundle, find_bundle, merged
 from medseg.bundle.compose import Config, compose
-from medseg.errors import BundleError, MedsegError, RequestError, in_a_line
+from medseg.errors import BundleError, CaseError, MedsegError, RequestError, error_from_json, in_a_line
 from medseg.files import check_folder, load_json, replace_text
 from medseg.io import list_dataset
 from medseg.jobs.job import build_evaluator, open_workflow, prepare, run_case
@@ -247,7 +246,7 @@ def _smallest(results: Sequence[LevelResult], loss: float) -> int:
     """Return the number of the first level that is at most `loss` worse than the best; levels grow."""
     known = {number: result.dice for number, result in enumerate(results) if result.dice is not None}
     if not known:
-        raise errors.CaseError("no case of this split has a label, so no level is better than another")
+        raise CaseError("no case of this split has a label, so no level is better than another")
     best = max(known.values())
     return next(number for number, dice in known.items() if dice >= best - loss)
 
@@ -327,7 +326,7 @@ def _in_own_process(request: Mapping[str, Any], tell: Callable[[float, int, str]
         log.seek(0)
         said = log.read().decode("utf-8", errors="replace").strip().splitlines()
     if "error" in answer:
-        raise getattr(errors, answer["error"])(answer["message"])
+        raise error_from_json(answer["error"])
     if code or "result" not in answer:
         hint = f" ({said[-1]})" if said else ""
         raise MedsegError(f"measuring a level ended with code {code}{hint}; a negative code may mean too little memory")
@@ -357,7 +356,7 @@ def measure_from_stdin() -> None:
         request = json.load(sys.stdin)
         say(result=_measure(request, lambda *passes: say(passes=passes)))
     except MedsegError as error:
-        say(error=type(error).__name__, message=str(error))
+        say(error=error.to_json())
 
 
 def _measure(request: Mapping[str, Any], report: Progress) -> dict[str, Any]:

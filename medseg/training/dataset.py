@@ -15,7 +15,7 @@ from monai.data import Dataset, MetaTensor, list_data_collate
 from monai.transforms import Compose, RandomizableTrait, Transform
 from torch.utils.data import get_worker_info
 
-from medseg.errors import CaseError, MedsegError, RequestError, links, own_error
+from medseg.errors import CaseError, MedsegError, RequestError, links, out_of_memory, own_error
 from medseg.inferers.blend import one_thread
 from medseg.inferers.memory import shown_bytes
 from medseg.training.cache import DiskCache, memory_bound, size_of, strip_metadata
@@ -170,7 +170,7 @@ class SeededDataset(Dataset):  # type: ignore[misc]  # MONAI publishes no types
         *_, first = links(error)
         shown = own_error(error) or first
         said = str(shown) if isinstance(shown, MedsegError) else f"{type(shown).__name__}: {shown}"
-        if isinstance(shown, MemoryError) or "can't allocate memory" in said:
+        if out_of_memory(shown):
             said += ". There is not enough memory: lower num_workers, cache_memory or patch_size"
         return CaseError(f"{self.describe(index)} cannot be used: {said}")
 

@@ -83,7 +83,13 @@ def _channel_count(series: Series, channels: int | None, dims: int, path: Path) 
         return 3
     if due != samples:
         kind = "grey" if samples == 1 else "in color"
-        raise CaseError(f"{path} is {kind}, {samples} values per voxel: expected {due}. Convert it.")
+        raise CaseError(
+            f"{path} is {kind}, {samples} values per voxel: expected {due}. Convert it.",
+            code="channels",
+            path=path,
+            found=samples,
+            expected=due,
+        )
     return samples
 
 

@@ -346,7 +346,11 @@ def _target(
     if levels.mpp is None and default_mpp is None:
         raise CaseError(
             f"{file} {levels.note}, so {microns:g} micrometers per pixel cannot be had: give default_mpp, the "
-            "micrometers per pixel of its finest level."
+            "micrometers per pixel of its finest level.",
+            code="no-resolution",
+            path=file,
+            expected=microns,
+            reason=levels.note,
         )
     found = levels.mpp or (default_mpp or 0.0, default_mpp or 0.0)
     wanted = microns / found[0], microns / found[1]
