@@ -56,7 +56,7 @@ def measured(bundle: Bundle, file_format: str, target: Path, *, half: bool) -> s
         done = export(bundle, file_format, target, random=True, half=half, tolerance=1.0)
     except MedsegError as refusal:
         return str(refusal)
-    worst = max(one.relative for one in done.comparisons)
+    worst = max(one.relative for one in done.differences)
     verdict = "" if worst <= TOLERANCE[half] else ", refused"
     bound = "" if done.free == "batch and size" else f", free: {done.free or 'nothing'}"
     return f"{worst:.0e}{bound}{verdict}"

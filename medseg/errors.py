@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 
-Json: TypeAlias = "None | bool | int | float | str | Sequence[Json] | Mapping[str, Json]"
+Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
 
 # The finer codes that an error may carry in place of its class's own.
 CODES: Final[Mapping[str, str]] = {

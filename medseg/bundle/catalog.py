@@ -99,12 +99,14 @@ def shipped_bundles() -> list[Bundle]:
     return sorted((Bundle(root) for root in _roots()), key=lambda bundle: bundle.name)
 
 
-def find_bundle(name: str | Path) -> Bundle:
-    """Return the bundle in folder `name`, or the shipped one of that name.
+def find_bundle(name: str | Path | Bundle) -> Bundle:
+    """Return the bundle in folder `name`, or the shipped one of that name; a `Bundle` as it is.
 
     Raises:
         BundleError: neither exists; the message names the nearest shipped bundle.
     """
+    if isinstance(name, Bundle):
+        return name
     folder = Path(name)
     if folder.is_dir():
         if not ((folder / "configs").is_dir() or (folder / "bundle.json").is_file()):

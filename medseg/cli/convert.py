@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from medseg.bundle.knobs import parse_settings
-from medseg.cli.console import output
+from medseg.cli.tables import print_conversion
 from medseg.tools import convert as conversion
 
 __all__ = ["convert"]
@@ -46,12 +46,4 @@ def convert(
         reverse_channels=reverse_channels,
         overwrite=overwrite,
     )
-    lines = [f"{done.network} from {source}: {done.tensors} tensors with {done.parameters} parameters"]
-    if done.left_out:
-        lines.append(
-            f"left out, because the network never uses them ({len(done.left_out)}): {', '.join(done.left_out)}"
-        )
-    if done.background:
-        lines.append("added: a channel of zeros for the background; softmax then gives what the sigmoid gave")
-    for line in (*lines, f"weights: {done.weights}"):
-        output.print(line, markup=False, soft_wrap=True)
+    print_conversion(done)

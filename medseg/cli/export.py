@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from medseg.bundle.catalog import find_bundle
-from medseg.cli.console import BundleName, Trust, output
+from medseg.cli.console import BundleName, Trust
+from medseg.cli.tables import print_export
 from medseg.tools import export as exporting
 
 __all__ = ["export"]
@@ -35,18 +35,5 @@ def export(
 
     ts: TorchScript, as MONAI's ckpt_export. onnx: ONNX. pt2: torch.export. openvino: OpenVINO (.xml and .bin).
     """
-    done = exporting.export(
-        find_bundle(bundle), file_format, out, half=half, random=random, tolerance=tolerance, trust=trust
-    )
-    output.print(f"{done.path}: {sum(path.stat().st_size for path in _files(done.path)) / 1e6:.2f} MB", soft_wrap=True)
-    output.print(f"free: {done.free or 'nothing: batch and size are fixed'}")
-    for one in done.comparisons:
-        output.print(
-            f"{'x'.join(map(str, one.shape))}: largest difference {one.difference:.1e} of logits up to "
-            f"{one.largest:.1f}, {one.changed:.4%} of the voxels get another label",
-            soft_wrap=True,
-        )
-
-
-def _files(path: Path) -> list[Path]:
-    return [path, *(other for other in (path.with_suffix(".bin"),) if path.suffix == ".xml" and other.is_file())]
+    done = exporting.export(bundle, file_format, out, half=half, random=random, tolerance=tolerance, trust=trust)
+    print_export(done)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from medseg.bundle.knobs import parse_settings
-from medseg.cli.console import BundleName, Device, Settings, Trust, output, progress, with_options
+from medseg.cli.console import BundleName, Device, Settings, Trust, progress, with_options
+from medseg.cli.tables import print_prune
 from medseg.files import check_folder, replace_text
-from medseg.tools.prune import prune as measure_levels
-
-if TYPE_CHECKING:
-    from medseg.tools.prune import PruneTable
+from medseg.tools import prune as pruning
 
 __all__ = ["prune"]
 
@@ -41,7 +39,7 @@ def prune(
     if json_file is not None:
         check_folder(json_file.absolute().parent)
     with progress("passes") as report:
-        table = measure_levels(
+        table = pruning.prune(
             bundle,
             data,
             split=split,
@@ -53,22 +51,4 @@ def prune(
         )
     if json_file is not None:
         replace_text(json_file, table.to_json())
-    _print_table(table)
-    if table.selected is not None:
-        output.print(f"{table.selected} is written: {out}", soft_wrap=True)
-
-
-def _print_table(result: PruneTable) -> None:
-    from rich.table import Table
-
-    memory = "on the CUDA device" if result.device.startswith("cuda") else "process, libraries included"
-    table = Table(title=f"{result.bundle}, {result.cases} cases of '{result.split}', {result.device}")
-    headers = ("level", "weights", "MB", f"peak MiB ({memory})", "ms/case (network, median)", "Dice", "IoU")
-    for header in headers:
-        table.add_column(header, justify="left" if header == "level" else "right")
-    for row in result.levels:
-        scores = ("-" if score is None else f"{score:.4f}" for score in (row.dice, row.iou))
-        peak = "-" if row.peak_memory_mib is None else f"{row.peak_memory_mib:.0f}"
-        cost = (f"{row.parameters:,}", f"{row.megabytes:.2f}", peak, f"{row.milliseconds:.1f}")
-        table.add_row(row.level, *cost, *scores, style="bold" if row.level == result.selected else None)
-    output.print(table)
+    print_prune(table)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,9 +18,10 @@ from medseg.io.geometry import Grid, corner_distance
 from medseg.io.names import StrPath
 from medseg.io.survey import FileFacts, Opened, foreground_inside, open_image, open_label, share_on_minimum
 
-__all__ = ["Report", "compare_grids", "examine"]
+if TYPE_CHECKING:
+    from medseg.types import Progress
 
-Progress: TypeAlias = Callable[[float, int, str], None]
+__all__ = ["Change", "Findings", "compare_grids", "examine"]
 
 # In voxels: below the first, headers are equal but for rounding in the last place; below the second, for rounding.
 _EQUAL = 1e-3
@@ -34,26 +36,58 @@ _SHOWN = 5
 
 
 @dataclass(frozen=True)
-class Report:
-    """What an examination found.
+class Change:
+    """One change of one file in a repaired copy.
 
     Attributes:
-        collection: what was examined.
-        cases: what each file holds; without an image or label where that could not be read.
-        findings: what is wrong or worth a look, errors first.
+        file: Name, relative to the data set.
+        what: What was done.
+        before: State before.
+        after: State now.
+    """
+
+    file: str
+    what: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Result of an examination.
+
+    Attributes:
+        collection: What was examined.
+        cases: Content of each file; without an image or label where that could not be read.
+        findings: What is wrong or suspicious, errors first.
+        changes: How a repaired copy differs from the original; empty where none was made.
+        repaired: Findings of the repaired copy; None where none was made.
     """
 
     collection: Collection
     cases: tuple[Examined, ...]
     findings: tuple[Finding, ...]
+    changes: tuple[Change, ...] = ()
+    repaired: Findings | None = None
 
     @property
     def errors(self) -> int:
         """Number of findings that are errors."""
         return sum(finding.severity == "error" for finding in self.findings)
 
+    @property
+    def exit_code(self) -> int:
+        """What the command returns: 1 if errors remain, in the repaired copy where there is one."""
+        return 1 if (self.repaired or self).errors else 0
+
+    def __str__(self) -> str:
+        counts = Counter(finding.severity for finding in self.findings)
+        lines = [f"{len(self.cases)} cases, {counts['error']} errors, {counts['warning']} warnings"]
+        lines += [f"{finding.severity}: {finding.kind}: {finding.message}" for finding in self.findings]
+        return "\n".join(lines)
+
     def to_json(self) -> dict[str, Any]:
-        """Return everything as values that JSON has; no hash of a patient is among them."""
+        """Return cases and findings as JSON values; no hash of a patient is among them."""
         return {
             "cases": [
                 {
@@ -68,7 +102,7 @@ class Report:
         }
 
 
-def examine(path: StrPath, *, needs: Needs | None = None, report: Progress | None = None) -> Report:
+def examine(path: StrPath, *, needs: Needs | None = None, report: Progress | None = None) -> Findings:
     """Open every image and label at a path, and say what they hold and what is wrong.
 
     Args:
@@ -93,7 +127,9 @@ def examine(path: StrPath, *, needs: Needs | None = None, report: Progress | Non
     if needs is not None:
         findings += check_suitability(cases, collection, needs)
     order = {"error": 0, "warning": 1, "note": 2}
-    return Report(collection, tuple(cases), tuple(sorted(findings, key=lambda item: (order[item.severity], item.kind))))
+    return Findings(
+        collection, tuple(cases), tuple(sorted(findings, key=lambda item: (order[item.severity], item.kind)))
+    )
 
 
 def compare_grids(label: Opened, image: FileFacts) -> tuple[str, str, str]:

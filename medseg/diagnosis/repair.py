@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import nibabel as nib
 import numpy as np
@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 
 from medseg.checks.dataset_checks import Examined
 from medseg.checks.subjects import PARTS, Subject
-from medseg.diagnosis.doctor import Progress, Report
+from medseg.diagnosis.doctor import Change, Findings
 from medseg.errors import CaseError, GeometryError, RequestError
 from medseg.files import check_folder, replace_text, replacing
 from medseg.io import load, read_grid, write_mask
@@ -44,7 +44,10 @@ from medseg.io.names import absolute, file_kind, split_suffix
 from medseg.io.streams import coding_of, detached_data_file, gzip_writer, opened
 from medseg.io.survey import count_values
 
-__all__ = ["Change", "repair", "resample_nearest"]
+if TYPE_CHECKING:
+    from medseg.types import Progress
+
+__all__ = ["repair", "resample_nearest"]
 
 _KEPT_FIRST = ("test", "val", "", "train")
 _DATA_FILE = re.compile(r"^(?:data ?file:|ElementDataFile\s*=)\s*(\S.*?)\s*$", re.IGNORECASE | re.MULTILINE)
@@ -55,24 +58,7 @@ _STRETCHED = 0.01
 _LABEL_REPAIRS = ("header", "resample", "integers")
 
 
-@dataclass(frozen=True)
-class Change:
-    """One change of one file.
-
-    Attributes:
-        file: its name, relative to the data set.
-        what: what was done.
-        before: what it was.
-        after: what it is now.
-    """
-
-    file: str
-    what: str
-    before: str
-    after: str
-
-
-def repair(found: Report, target: Path, *, report: Progress | None = None) -> list[Change]:
+def repair(found: Findings, target: Path, *, report: Progress | None = None) -> list[Change]:
     """Write a repaired copy of what was examined.
 
     Args:
@@ -128,7 +114,7 @@ def resample_nearest(label: NDArray[Any], grid: Grid, onto: Grid) -> NDArray[Any
     return result
 
 
-def _duplicates(found: Report) -> dict[str, str]:
+def _duplicates(found: Findings) -> dict[str, str]:
     """Return the cases to leave out, each with the one that stays."""
     parts = {case.name: case.part for case in found.cases}
     files = {case.name: case.subject.image for case in found.cases}
@@ -145,7 +131,7 @@ def _duplicates(found: Report) -> dict[str, str]:
 class _Job:
     """One run: where things go, and what was changed."""
 
-    found: Report
+    found: Findings
     target: Path
     changes: list[Change]
 

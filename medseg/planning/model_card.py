@@ -10,16 +10,15 @@ from medseg.planning.schedule import shown_time
 
 if TYPE_CHECKING:
     from medseg.planning.plan import Plan
-    from medseg.planning.request import PlanRequest
 
-__all__ = ["card", "forecast_rows"]
+__all__ = ["card", "choice_lines", "forecast_rows"]
 
 _BUSY = 1.7
 
 
-def card(plan: Plan, request: PlanRequest) -> str:
+def card(plan: Plan) -> str:
     """Return the model card, `docs/README.md` of the bundle."""
-    bundle = plan.bundle
+    bundle, request = plan.bundle, plan.request
     limits = f"memory {shown_bytes(request.memory)}"
     if request.budget is not None:
         limits += f" and time {shown_time(request.budget)}"
@@ -43,7 +42,7 @@ def card(plan: Plan, request: PlanRequest) -> str:
         "",
         "| what | how much |",
         "|---|---|",
-        *(f"| {what} | {figure} |" for what, figure in forecast_rows(plan, request)),
+        *(f"| {what} | {figure} |" for what, figure in forecast_rows(plan)),
         "",
         "Change a knob with `--set` when training, or edit `bundle.json` and run `medseg bundle build` on the folder.",
         "What was seen and measured is in `plan.json`.",
@@ -55,10 +54,19 @@ def card(plan: Plan, request: PlanRequest) -> str:
     return "\n".join(lines) + "\n"
 
 
-def forecast_rows(plan: Plan, request: PlanRequest) -> list[tuple[str, str]]:
-    """Return what training will take, as pairs of what and how much."""
+def choice_lines(plan: Plan) -> list[str]:
+    """Return a line for each choice: setting, value and reason."""
+    lines = []
+    for setting, reason in plan.bundle["plan"].items():
+        value = plan.bundle["knobs"].get(setting)
+        lines.append(f"{setting}{'' if value is None else f' = {json.dumps(value)}'}: {reason}")
+    return lines
+
+
+def forecast_rows(plan: Plan) -> list[tuple[str, str]]:
+    """Return pairs of quantity and figure: the memory and time that training will take."""
     forecast = plan.forecast
-    rows = [("memory, counted", f"{shown_bytes(forecast.memory)} of {shown_bytes(request.memory)}")]
+    rows = [("memory, counted", f"{shown_bytes(forecast.memory)} of {shown_bytes(plan.request.memory)}")]
     if not forecast.total:
         return [*rows, ("time", "not measured")]
     knobs = plan.bundle["knobs"]

@@ -17,6 +17,8 @@ from medseg.planning.schedule import Schedule, epoch_steps, fixed_schedule, sche
 from medseg.planning.search import Candidate, Found, candidates, find, overlap_for, pace_of, whole_number
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from medseg.planning.case_stats import Fingerprint
     from medseg.planning.choices import DatasetAnalysis
     from medseg.planning.probe import Measurement
@@ -64,14 +66,24 @@ class Plan:
     """A planned bundle.
 
     Attributes:
-        bundle: content of its `bundle.json`.
-        forecast: what training it will take.
-        measured: the probe's figures; None where nothing was measured.
+        bundle: Content of its `bundle.json`; `bundle["plan"]` has the reason of each choice.
+        forecast: Memory and time that training will take.
+        measured: Figures of the measured training step; None where nothing was measured.
+        request: What the plan was made for.
+        root: Folder that the bundle was written to; None where it was not written.
     """
 
     bundle: dict[str, Any]
     forecast: Forecast
     measured: Measurement | None
+    request: PlanRequest
+    root: Path | None = None
+
+    def __str__(self) -> str:
+        from medseg.planning.model_card import choice_lines, forecast_rows
+
+        rows = [f"{what}: {figure}" for what, figure in forecast_rows(self)]
+        return "\n".join([f"{self.bundle['name']} in {self.root}", *choice_lines(self), *rows])
 
     def to_json(self, fingerprint: Fingerprint) -> dict[str, Any]:
         """Return the record of the plan for `plan.json`: what was seen, measured and forecast."""
@@ -128,7 +140,7 @@ def make_plan(
     schedule = _schedule(request, fingerprint, found.candidate, pace)
     bundle = _bundle(name, analysis, fingerprint, request, found, schedule)
     compose(bundle)
-    return Plan(bundle, _forecast(found, pace, schedule, gpu=gpu), found.measured)
+    return Plan(bundle, _forecast(found, pace, schedule, gpu=gpu), found.measured, request)
 
 
 def _measuring(

@@ -104,7 +104,7 @@ class Comparison:
 
 
 def compare(places: Sequence[str | Path]) -> Comparison:
-    """Compare runs on the cases that they share.
+    """Compare scored runs on the cases that they share.
 
     Args:
         places: two or more, as `medseg.scoring.scores.read_scores` takes them.

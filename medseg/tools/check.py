@@ -339,7 +339,7 @@ def _exports_as(file_format: str) -> Callable[[_Trial], str]:
         if missing := missing_packages(file_format):
             raise _SkipError(f"needs {', '.join(missing)}")
         done = export(trial.trained, file_format, trial.folder / f"model{FORMATS[file_format][0]}")
-        worst = max(one.difference for one in done.comparisons)
+        worst = max(one.difference for one in done.differences)
         return f"{worst:.0e}, free: {done.free or 'nothing'}"
 
     return check

@@ -45,6 +45,7 @@ class Conversion:
 
     Attributes:
         weights: the bundle's weight file.
+        source: whose code the weights come from, one of `SOURCE_NAMES`.
         network: name of the network's class.
         tensors: how many the weight file holds.
         parameters: how many numbers of these are parameters.
@@ -53,6 +54,7 @@ class Conversion:
     """
 
     weights: Path
+    source: str
     network: str
     tensors: int
     parameters: int
@@ -112,6 +114,7 @@ def convert(
     build(target)
     return Conversion(
         target.weights,
+        source,
         type(found.network).__name__,
         len(found.network.state_dict()),
         sum(parameter.numel() for parameter in found.network.parameters()),

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from medseg.bundle.catalog import find_bundle
 from medseg.bundle.compose import nearest
 from medseg.bundle.knobs import knobs
 from medseg.bundle.trust import require_trust
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
     Run = Callable[[Tensor], Tensor]
 
-__all__ = ["FORMATS", "TOLERANCE", "Comparison", "Exported", "export", "missing_packages"]
+__all__ = ["FORMATS", "TOLERANCE", "Difference", "ExportResult", "export", "missing_packages"]
 
 # Format -> suffix of its file, packages it takes besides torch, the extra of medseg that brings them.
 FORMATS: Final[Mapping[str, tuple[str, tuple[str, ...], str]]] = {
@@ -51,7 +52,7 @@ _NOTED: Final = ("spacing", "microns_per_pixel", "orientation", "intensity_range
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Difference:
     """How an exported network differs from the network itself on one random input.
 
     Attributes:
@@ -73,20 +74,27 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Exported:
-    """What `export` wrote.
+class ExportResult:
+    """Result of `export`.
 
     Attributes:
-        path: the file; OpenVINO's weights lie beside it as `.bin`.
-        free: which axes of the input may have any size: "batch and size", "batch", or "" for none.
-        comparisons: with the network, on two inputs.
-        tolerance: largest difference that was allowed, in units of the largest logit if that is above 1.
+        path: The file; the weights of OpenVINO are beside it as `.bin`.
+        free: Axes of the input that may have any size: "batch and size", "batch", or "" for none.
+        differences: Differences from the network on two random inputs.
+        tolerance: Largest difference allowed, in units of the largest logit if that is above 1.
     """
 
     path: Path
     free: str
-    comparisons: tuple[Comparison, ...]
+    differences: tuple[Difference, ...]
     tolerance: float
+
+    @property
+    def bytes(self) -> int:
+        """Size of the exported files in bytes."""
+        weights = self.path.with_suffix(".bin")
+        files = [self.path, *([weights] if self.path.suffix == ".xml" and weights.is_file() else [])]
+        return sum(file.stat().st_size for file in files)
 
 
 def missing_packages(file_format: str) -> tuple[str, ...]:
@@ -95,26 +103,29 @@ def missing_packages(file_format: str) -> tuple[str, ...]:
 
 
 def export(
-    bundle: Bundle,
+    bundle: str | Path | Bundle,
     file_format: str,
-    target: Path,
+    output: str | Path,
     *,
     half: bool = False,
     random: bool = False,
     tolerance: float | None = None,
     trust: str | None = None,
-) -> Exported:
+) -> ExportResult:
     """Write a bundle's network for another program, and compare both on random images of two sizes.
 
     Args:
-        bundle: with weights, unless `random`.
-        file_format: one of `FORMATS`.
-        target: file to write, whole or not at all; one that is there is replaced.
-        half: 16-bit weights and arithmetic, not for OpenVINO; input and output stay float32.
-        random: export the network with fresh weights, where the bundle has none.
-        tolerance: largest difference of a logit that is allowed, in units of the largest logit if that is above 1;
-            1e-4 if not given, and 3e-2 for `half`.
-        trust: fingerprint by which you vouch for a bundle that is not declarative.
+        bundle: Folder of a bundle, or name of a shipped one.
+        file_format: Format of the file: "ts" (TorchScript), "onnx", "pt2" (torch.export) or "openvino".
+        output: File to write, whole or not at all; an existing one is replaced.
+        half: Whether weights and arithmetic have 16 bits, not for OpenVINO; input and output stay float32.
+        random: Whether to export the network with random weights, for a bundle without weights.
+        tolerance: Largest difference of a logit allowed, in units of the largest logit if that is above 1; 1e-4 by
+            default, and 3e-2 with `half`.
+        trust: Fingerprint of a bundle that contains executable code, to trust it.
+
+    Returns:
+        The file, its free axes, and its differences from the network.
 
     Raises:
         RequestError: an unknown format, a package that is missing, a network that the format cannot hold, or an
@@ -126,28 +137,29 @@ def export(
         raise RequestError(
             "OpenVINO chooses its precision where the file is loaded (INFERENCE_PRECISION_HINT): leave out --half"
         )
-    config = _checked(bundle, file_format, target, random=random, trust=trust)
+    found, target = find_bundle(bundle), Path(output)
+    config = _checked(found, file_format, target, random=random, trust=trust)
     allowed = TOLERANCE[half] if tolerance is None else tolerance
     from medseg.inferers.engines import quiet
 
     with quiet(), tempfile.TemporaryDirectory(prefix=".partial-", dir=target.absolute().parent) as folder:
-        network, shapes = _built(bundle, config, random=random)
+        network, shapes = _built(found, config, random=random)
         form = _half(network) if half else network
         written = Path(folder, target.name)
         try:
-            free = _WRITERS[file_format](form, shapes, written, _notes(bundle, config), half)
+            free = _WRITERS[file_format](form, shapes, written, _notes(found, config), half)
             run = _READERS[file_format](written)
-            found = tuple(_compared(network, run, shape) for shape in _inputs(shapes, free))
+            differences = tuple(_compared(network, run, shape) for shape in _inputs(shapes, free))
         except MedsegError:
             raise
         except Exception as error:
             raise RequestError(
-                f"{type(network).__name__} of bundle '{bundle.name}' cannot be exported as {file_format}"
+                f"{type(network).__name__} of bundle '{found.name}' cannot be exported as {file_format}"
                 f"{' with half precision' if half else ''}: {in_a_line(error)}"
             ) from error
-        _check_same(found, allowed, target, half=half)
+        _check_same(differences, allowed, target, half=half)
         _move(Path(folder), target)
-    return Exported(target, free, found, allowed)
+    return ExportResult(target, free, differences, allowed)
 
 
 # The request
@@ -407,7 +419,7 @@ def _inputs(shapes: _Shapes, free: str) -> Sequence[tuple[int, ...]]:
     return ((2, *shapes.window[1:]) if free else shapes.window), shapes.window
 
 
-def _compared(network: nn.Module, run: Run, shape: tuple[int, ...]) -> Comparison:
+def _compared(network: nn.Module, run: Run, shape: tuple[int, ...]) -> Difference:
     import torch
 
     x = torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
@@ -416,7 +428,7 @@ def _compared(network: nn.Module, run: Run, shape: tuple[int, ...]) -> Compariso
     if expected.shape != found.shape:
         raise RequestError(f"the exported network gives {tuple(found.shape)} for {shape}, not {tuple(expected.shape)}")
     labels = [y.argmax(1) if y.shape[1] > 1 else y > 0 for y in (expected, found)]
-    return Comparison(
+    return Difference(
         shape,
         float((expected - found).abs().max()),
         float(expected.abs().max()),
@@ -424,7 +436,7 @@ def _compared(network: nn.Module, run: Run, shape: tuple[int, ...]) -> Compariso
     )
 
 
-def _check_same(found: Sequence[Comparison], tolerance: float, target: Path, *, half: bool) -> None:
+def _check_same(found: Sequence[Difference], tolerance: float, target: Path, *, half: bool) -> None:
     for one in found:
         # Not `>`: a NaN is refused too
         if not one.relative <= tolerance:

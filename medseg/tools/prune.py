@@ -83,6 +83,7 @@ class PruneTable:
         device: where the network ran.
         levels: shallow first; last the mean of the heads.
         selected: the level that was written, None if none was asked for.
+        root: folder of the bundle that was written.
     """
 
     bundle: str
@@ -91,10 +92,12 @@ class PruneTable:
     device: str
     levels: tuple[LevelResult, ...]
     selected: str | None = None
+    root: Path | None = None
 
     def to_json(self) -> str:
         """Return the table as JSON text; a score without a value is null."""
-        return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
+        content = {name: value for name, value in asdict(self).items() if name != "root"}
+        return json.dumps(content, indent=2, allow_nan=False) + "\n"
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,7 @@ def prune(
             return table
         chosen = _smallest(results, select)
         _write(found, variants[chosen], target)
-        return replace(table, selected=results[chosen].level)
+        return replace(table, selected=results[chosen].level, root=target)
 
 
 def _check_network(bundle: Bundle) -> None:

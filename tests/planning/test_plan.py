@@ -293,7 +293,7 @@ def test_cases_that_do_not_stay_in_memory_give_several_patches_each(volumes: Any
 def test_the_card_holds_every_choice(volumes: Any, fake_probe: Any) -> None:
     request = PlanRequest(budget=1800.0)
     _, plan = planned(volumes(), request, fake_probe())
-    text = card(plan, request)
+    text = card(plan)
     for knob, reason in plan.bundle["plan"].items():
         assert f"| {knob} |" in text
         assert reason.replace("|", "\\|") in text

@@ -20,7 +20,7 @@ from medseg.errors import BundleError, RequestError, UntrustedBundleError, Weigh
 from medseg.inferers.engines import openvino_core
 from medseg.networks import NETWORKS, small
 from medseg.tools import export as exporting
-from medseg.tools.export import FORMATS, Exported, export
+from medseg.tools.export import FORMATS, ExportResult, export
 from tests.networks.forms import tiny_options
 
 NAMES = list(NETWORKS)
@@ -70,11 +70,11 @@ def _source(source: dict[str, Any], name: str, dims: int, **changes: Any) -> dic
 
 
 @pytest.fixture(scope="module")
-def exported(trained: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
+def exported(trained: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ExportResult]:
     """Return a function that exports the trained bundle to a format, once, alone in a folder that was not there."""
-    finished: dict[str, Exported] = {}
+    finished: dict[str, ExportResult] = {}
 
-    def once(file_format: str) -> Exported:
+    def once(file_format: str) -> ExportResult:
         if file_format not in finished:
             target = _target(tmp_path_factory.mktemp("exported") / "deeper" / "still", file_format)
             finished[file_format] = export(trained, file_format, target)
@@ -86,12 +86,12 @@ def exported(trained: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Calla
 
 @pytest.mark.parametrize("file_format", EVERY)
 def test_the_file_gives_the_logits_of_the_bundle_at_any_size(
-    file_format: str, trained: Bundle, exported: Callable[[str], Exported]
+    file_format: str, trained: Bundle, exported: Callable[[str], ExportResult]
 ) -> None:
     done = exported(file_format)
     target = done.path
     assert done.free == "batch and size"
-    assert len({one.shape for one in done.comparisons}) == 2
+    assert len({one.shape for one in done.differences}) == 2
     run = exporting._READERS[file_format](target)
     for shape in ((1, 1, 16, 24, 24), (3, 1, 21, 32, 17)):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(5))
@@ -133,7 +133,7 @@ def test_every_network_is_exported_to_every_format(
     bundle = make_bundle(_source(tiny_source, name, dims, **({"norm": small(name, dims)["norm"]} if openvino else {})))
     done = export(bundle, file_format, _target(tmp_path, file_format), random=True)
     assert done.free == "batch and size"
-    for one in done.comparisons:
+    for one in done.differences:
         assert one.difference <= (1e-4 if openvino else 1e-5) * max(1.0, one.largest)
         assert one.largest > 0
 
@@ -147,10 +147,12 @@ def test_a_pruned_network_and_one_without_padding_are_exported(
     valid = _source(tiny_source, "UNet", 2, features=[4, 8, 8], padding="valid")
     valid["knobs"] = {"roi_size": [60, 76]}
     done = export(make_bundle(valid), "pt2", tmp_path / "valid.pt2", random=True)
-    assert all(one.difference < 1e-4 for one in done.comparisons)
+    assert all(one.difference < 1e-4 for one in done.differences)
 
 
-def test_what_a_user_of_the_file_must_know_is_in_the_file(trained: Bundle, exported: Callable[[str], Exported]) -> None:
+def test_what_a_user_of_the_file_must_know_is_in_the_file(
+    trained: Bundle, exported: Callable[[str], ExportResult]
+) -> None:
     found = {"medseg.json": "", "metadata.json": "", "inference.json": ""}
     torch.jit.load(str(exported("ts").path), _extra_files=found)
     notes = json.loads(found["medseg.json"])
@@ -166,7 +168,7 @@ def test_what_a_user_of_the_file_must_know_is_in_the_file(trained: Bundle, expor
     assert json.loads(found["medseg.json"]) == notes
 
 
-def test_onnx_holds_the_notes_and_no_path_of_this_machine(exported: Callable[[str], Exported]) -> None:
+def test_onnx_holds_the_notes_and_no_path_of_this_machine(exported: Callable[[str], ExportResult]) -> None:
     onnx = pytest.importorskip("onnx", reason="needs onnx")
     pytest.importorskip("onnxruntime", reason="needs onnxruntime")
     path = exported("onnx").path
@@ -180,7 +182,7 @@ def test_onnx_holds_the_notes_and_no_path_of_this_machine(exported: Callable[[st
     assert str(Path(torch.__file__).parent).encode() not in content
 
 
-def test_openvino_holds_the_notes(exported: Callable[[str], Exported]) -> None:
+def test_openvino_holds_the_notes(exported: Callable[[str], ExportResult]) -> None:
     pytest.importorskip("openvino", reason="needs openvino")
     model = openvino_core().read_model(exported("openvino").path)
     notes = json.loads(model.get_rt_info(["medseg", "medseg"]).astype(str))
@@ -189,7 +191,7 @@ def test_openvino_holds_the_notes(exported: Callable[[str], Exported]) -> None:
 
 @pytest.mark.parametrize("file_format", EVERY[:3])
 def test_half_precision_makes_a_smaller_file_with_nearly_the_same_logits(
-    file_format: str, trained: Bundle, exported: Callable[[str], Exported], tmp_path: Path
+    file_format: str, trained: Bundle, exported: Callable[[str], ExportResult], tmp_path: Path
 ) -> None:
     whole = exported(file_format)
     done = export(trained, file_format, _target(tmp_path, file_format), half=True)
@@ -200,8 +202,8 @@ def test_half_precision_makes_a_smaller_file_with_nearly_the_same_logits(
     assert done.path.stat().st_size < whole.path.stat().st_size
     assert (
         0
-        < max(one.difference for one in done.comparisons)
-        <= 3e-2 * max(1.0, *(one.largest for one in done.comparisons))
+        < max(one.difference for one in done.differences)
+        <= 3e-2 * max(1.0, *(one.largest for one in done.differences))
     )
 
 
@@ -351,7 +353,7 @@ def test_monais_ckpt_export_takes_the_bundle_from_any_folder(trained: Bundle, tm
     torch.testing.assert_close(torch.load(tmp_path / "y.pt"), _logits(trained, x))
 
 
-def test_monais_loader_reads_our_torchscript(trained: Bundle, exported: Callable[[str], Exported]) -> None:
+def test_monais_loader_reads_our_torchscript(trained: Bundle, exported: Callable[[str], ExportResult]) -> None:
     from monai.data import load_net_with_metadata
 
     network, metadata, _ = load_net_with_metadata(str(exported("ts").path))
