@@ -1,25 +1,33 @@
-"""medseg: published U-Net families as MONAI networks, bundled and run on real medical images.
+"""Medical image segmentation with published U-Net families, as MONAI bundles.
 
-`predict`, `train`, `evaluate` and `load` are loaded on first use, so that importing medseg costs nothing.
+Use a bundle: `predict` writes masks, `Predictor` keeps a bundle loaded and takes images in memory, `load` reads an
+image. Make one: `plan`, `train`, `convert`. Judge it: `evaluate`, `compare`, and `doctor` for data. Share it: `export`,
+`prune`. What can go wrong is in `medseg.errors`.
+
+Each name is loaded on first use, so importing medseg costs nothing; arguments are checked before torch is imported.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from importlib import import_module as _import_module
+from pathlib import Path as _Path
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
-from medseg.version import __version__
+from medseg.lazy import listed as _listed
 
-if TYPE_CHECKING:
-    from medseg.io import load
-    from medseg.jobs.api import evaluate, predict, train
+if _TYPE_CHECKING:
+    from typing import Any
 
-__all__ = ["__version__", "evaluate", "load", "predict", "train"]
-
-_HOMES = {"evaluate": "jobs.api", "predict": "jobs.api", "train": "jobs.api", "load": "io"}
+_import_module("medseg.errors")  # so that `except medseg.errors.CaseError` needs no import of its own
+_MODULES = _listed(_Path(__file__).with_suffix(".pyi"))
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(_import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -7,31 +7,25 @@ the trust check relies on. A part is imported on first use; listing them imports
 
 from __future__ import annotations
 
-import ast as _ast
 import importlib as _importlib
 from pathlib import Path as _Path
 from typing import TYPE_CHECKING as _TYPE_CHECKING
+
+from medseg.lazy import listed as _listed
 
 if _TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
 
-def _listed() -> dict[str, str]:
+def _all() -> dict[str, str]:
     """Return the module of each part in `components.pyi`, and of each network."""
-    stub = _ast.parse(_Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
-    imports = [node for node in stub.body if isinstance(node, _ast.ImportFrom)]
-    parts = {
-        alias.name: str(node.module)
-        for node in imports
-        for alias in node.names
-        if str(node.module).startswith("medseg.")
-    }
     networks = _importlib.import_module("medseg.networks.registry").NETWORKS
+    parts = _listed(_Path(__file__).with_suffix(".pyi"))
     return {**parts, **{name: entry.module for name, entry in networks.items()}}
 
 
-_MODULES = _listed()
+_MODULES = _all()
 __all__ = sorted(_MODULES)
 
 

@@ -44,6 +44,7 @@ import os
 import platform
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import KW_ONLY, asdict, dataclass, field, fields
@@ -322,6 +323,24 @@ class Manifest:
     def exit_code(self) -> int:
         """What the command returns for this run: 0, or 1 if a case failed."""
         return 1 if self.counts["failed"] else 0
+
+    def __str__(self) -> str:
+        bundle = f" with {self.bundle.name} {self.bundle.version or ''}".rstrip() if self.bundle else ""
+        counts = "".join(f", {count} {status}" for status, count in self.counts.items() if count)
+        lines = [f"{self.command}{bundle}: {self.status}{counts}"]
+        lines += [f"error: {self.error}"] if self.error else []
+        lines += [f"note: {note}" for note in self.notes]
+        lines += [f"validated {len(self.validations)} times"] if self.validations else []
+        lines += [f"warning: {text}{f' ({count} times)' if count > 1 else ''}" for text, count in self._all_warnings()]
+        lines += [f"failed: {case.name}: {case.error}" for case in self.cases.values() if case.status == "failed"]
+        return "\n".join([*lines, *([f"manifest: {self.path}"] if self.path else [])])
+
+    def _all_warnings(self) -> list[tuple[str, int]]:
+        """Return the first text of each kind of warning, and how many there are."""
+        found = [warning for owner in (self, *self.cases.values()) for warning in getattr(owner, "warnings", ())]
+        counts = Counter(warning.code for warning in found)
+        first = {warning.code: str(warning) for warning in reversed(found)}
+        return [(first[code], count) for code, count in counts.items()]
 
     def to_dict(self) -> dict[str, Any]:
         """The content of the file, in its order, holding only what JSON knows."""
