@@ -1,5 +1,4 @@
 # The public names of medseg. This is the one list: the package, `help(medseg)` and type checkers read it.
-from . import errors as errors
 from medseg.diagnosis.api import doctor as doctor
 from medseg.io.readers import load as load
 from medseg.jobs.api import evaluate as evaluate
@@ -12,3 +11,5 @@ from medseg.tools.convert import convert as convert
 from medseg.tools.export import export as export
 from medseg.tools.prune import prune as prune
 from medseg.version import __version__ as __version__
+
+from . import errors as errors

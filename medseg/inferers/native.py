@@ -60,7 +60,7 @@ class NativeResampler:
         classes: channels of logits.
         axis: the model axis along which the stream runs.
         output: "labels" (softmax: the top class; sigmoid: 0 or 1 for each channel), or the probabilities as "uint8"
-            (0..255 stands for 0..1) or "float16".
+            (0..255 stands for 0..1), "float16" or "float32".
         activation: "softmax", "sigmoid", or "none" to interpolate and compare logits.
         threshold: of sigmoid labels.
         device: where the slabs come from; the result is on the CPU.
@@ -278,7 +278,7 @@ class NativeResult:
 
     Attributes:
         output: "labels" (one channel for softmax, one 0/1 channel for each class for sigmoid), uint8 up to 256 classes;
-            or probabilities as "uint8" (0..255) or "float16".
+            or probabilities as "uint8" (0..255), "float16" or "float32".
         activation: "softmax", "sigmoid", or "none" to interpolate and compare logits.
         threshold: of sigmoid labels.
     """
@@ -314,7 +314,7 @@ class NativeResult:
     def size_in_bytes(self, images: torch.Tensor, classes: int) -> int:
         """Return how large the result of these images is."""
         channels = 1 if self.output == "labels" and self.activation != "sigmoid" else classes
-        each = {"labels": 1 if classes <= 256 else 4, "uint8": 1, "float16": 2}[self.output]
+        each = {"labels": 1 if classes <= 256 else 4, "uint8": 1, "float16": 2, "float32": 4}[self.output]
         return sum(math.prod(place.native_shape) for place in _grid_mappings(images)) * channels * each
 
     def _restorer(self, mapping: GridMapping, slab: Slab, axis: int) -> NativeResampler:
@@ -337,7 +337,7 @@ class NativeInferer(monai.inferers.Inferer):  # type: ignore[misc]  # MONAI publ
 
     Args:
         inferer: returns logits `(B, K, *spatial)`.
-        output: "labels", "uint8" or "float16", as in `SlidingWindowInferer`.
+        output: "labels", "uint8", "float16" or "float32", as in `SlidingWindowInferer`.
         activation: "softmax", "sigmoid" or "none".
         threshold: of sigmoid labels.
     """

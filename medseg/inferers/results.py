@@ -34,7 +34,7 @@ __all__ = [
 
 ACTIVATIONS = ("softmax", "sigmoid")
 SCORES = ("softmax", "sigmoid", "none")
-OUTPUTS = ("logits", "labels", "uint8", "float16")
+OUTPUTS = ("logits", "labels", "uint8", "float16", "float32")
 
 _TINY = torch.finfo(torch.float32).tiny
 _EPSILON = torch.finfo(torch.float32).eps / 2
@@ -163,5 +163,7 @@ def empty_result(shape: tuple[int, ...], output: str, classes: int, activation: 
 
 
 def packed(scores: torch.Tensor, output: str) -> torch.Tensor:
-    """Return probabilities as float16, or as whole numbers of 0..255."""
+    """Return probabilities as float32 or float16, or as whole numbers of 0..255."""
+    if output == "float32":
+        return scores.float()
     return scores.half() if output == "float16" else scores.mul(255).round_().clamp_(0, 255).byte()

@@ -53,7 +53,8 @@ class SlidingWindowInferer(monai.inferers.SlidingWindowInferer):  # type: ignore
         buffer_dim: taken and not needed.
         with_coord: pass the windows' places to the network.
         output: "logits" on the model's grid; "labels" on the native one (`(B, 1, ...)` for softmax, one 0/1 channel for
-            each class for sigmoid), uint8 up to 256 classes; or probabilities there as "uint8" (0..255) or "float16".
+            each class for sigmoid), uint8 up to 256 classes; or probabilities there as "uint8" (0..255), "float16" or
+            "float32".
         activation: "softmax", "sigmoid", or "none" to interpolate and compare logits.
         threshold: of sigmoid labels.
         max_memory: what the process may take, such as "2G"; fewer windows run at a time to keep to it, or the image is

@@ -23,6 +23,7 @@ from medseg.errors import CaseError, RequestError
 from medseg.io.dicom.detect import image_kind, split_series
 from medseg.io.formats import FORMATS
 from medseg.io.geometry import MAX_VOXELS, Grid
+from medseg.io.memory import MemoryImage, memory_image
 from medseg.io.names import IMAGE_SUFFIXES, StrPath, absolute
 from medseg.io.voxels import ReadOptions, refuse_nonfinite
 
@@ -49,7 +50,7 @@ def find_reader(kind: str) -> Reader:
 
 
 def load(
-    path: StrPath,
+    path: StrPath | MemoryImage,
     *,
     spatial_dims: int | None = None,
     channels: int | None = None,
@@ -63,7 +64,7 @@ def load(
     Args:
         path: a volume (NIfTI, NRRD, MetaImage, MGH) or a picture (PNG, JPEG, TIFF, BMP), told by its name; or DICOM,
             told by its content: a folder, one file, a DICOMDIR or a zip archive, of several series one as
-            `folder::series` (see `medseg.io.dicom.open_series`).
+            `folder::series` (see `medseg.io.dicom.open_series`). Or an image in memory (see `medseg.io.memory`).
         spatial_dims: 2 or 3 to refuse everything else; by default what the file is.
         channels: how many values per voxel are due. A fourth axis counts as channels only if asked for here; by
             default volumes have one channel, and pictures one or three.
@@ -87,7 +88,12 @@ def load(
     """
     if dtype not in ("float32", "stored"):
         raise RequestError(f"An image is read as 'float32' or as 'stored', got {dtype!r}.")
-    file, reader = _resolve(path)
+    if isinstance(path, str | os.PathLike):
+        file, reader = _resolve(path)
+        read = reader.read
+    else:
+        image = path if isinstance(path, MemoryImage) else memory_image(path)
+        file, read = Path(image.name), image.read
     options = ReadOptions(
         spatial_dims=spatial_dims,
         channels=1 if label and channels is None else channels,
@@ -97,7 +103,7 @@ def load(
         max_voxels=max_voxels,
     )
     with _decoding(file):
-        array, grid = reader.read(file, options)
+        array, grid = read(file, options)
     if array.dtype.kind == "f":
         refuse_nonfinite(array, file)
     return placed_tensor(array, grid, file)
@@ -124,7 +130,7 @@ def read_grid(path: StrPath, *, spatial_dims: int | None = None, max_voxels: int
 
 def _resolve(path: StrPath) -> tuple[Path, Reader]:
     if not isinstance(path, str | os.PathLike):
-        raise RequestError(f"An image is read from a path: expected text, got {type(path).__name__}.")
+        raise RequestError(f"A header is read from a path: expected text, got {type(path).__name__}.")
     file = absolute(path)
     source, _ = split_series(file)
     if not source.exists():

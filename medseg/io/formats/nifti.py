@@ -22,7 +22,7 @@ from medseg.io.geometry import GRID_TOLERANCE, MAX_VOXELS, Grid, check_size, cor
 from medseg.io.streams import Voxels, check_capacity, coding_of, gzip_writer, opened, read_voxels, write_voxels
 from medseg.io.voxels import ReadOptions, choose_channels
 
-__all__ = ["read", "read_grid", "write"]
+__all__ = ["affine_of", "image_like", "read", "read_grid", "write"]
 
 logger = logging.getLogger(__name__)
 # nibabel reports what it corrects in a header to a logger; what matters here is decided by this module.
@@ -113,6 +113,32 @@ def write(stream: BinaryIO, array: NDArray[Any], path: Path, *, grid: Grid, like
         return
     with gzip_writer(stream) as packed:
         _write_plain(packed, header, array, grid)
+
+
+def affine_of(header: Any, shape: tuple[int, ...], path: Path) -> NDArray[np.float64]:
+    """Return the affine of a nibabel NIfTI header, voxels to RAS+ mm, with the checks that a file gets.
+
+    Raises:
+        GeometryError: Neither sform nor qform is set, or the qform is invalid.
+    """
+    return _affine(header, shape, path)
+
+
+def image_like(image: Any, values: NDArray[Any]) -> Any:
+    """Return results `(C, *spatial)` as a nibabel image with the geometry fields of another, and nothing else of it."""
+    source = image.header
+    header = type(source)(endianness=source.endianness)
+    for field in _PLACE:
+        header[field] = source[field]
+    array = values[0] if len(values) == 1 else np.moveaxis(values, 0, -1).reshape(*_three(values.shape[1:]), -1)
+    header.set_data_shape(array.shape)
+    header.set_data_dtype(array.dtype)
+    header["intent_code"] = _INTENT_LABEL if len(values) == 1 else 0
+    return type(image)(array, image.affine, header)
+
+
+def _three(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (*shape, *(1,) * (3 - len(shape)))
 
 
 def _read_header(stream: BinaryIO, path: Path, max_voxels: int) -> _Header:

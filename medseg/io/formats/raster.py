@@ -34,7 +34,7 @@ from medseg.errors import CaseError, MedsegError
 from medseg.io.geometry import MAX_VOXELS, Grid, check_size
 from medseg.io.voxels import ReadOptions, fill_image, fill_labels, image_type
 
-__all__ = ["read", "read_grid", "write"]
+__all__ = ["read", "read_grid", "to_channels", "write"]
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def read(path: Path, options: ReadOptions) -> tuple[NDArray[Any], Grid]:
         _refuse_unsuited(picture, path, options.label)
         pixels = _label_pixels(picture, path) if options.label else _image_pixels(picture, path)
     first = pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0)
-    planes = _to_channels(first.transpose(0, 2, 1), options.channels, path)
+    planes = to_channels(first.transpose(0, 2, 1), options.channels, path)
     array = np.empty(planes.shape, dtype=np.int32 if options.label else image_type(planes.dtype, stored=options.stored))
     if options.label:
         fill_labels(array, planes, 1.0, 0.0, path)
@@ -220,7 +220,7 @@ def _refuse_transparency(clear: int, picture: Image.Image, path: Path) -> NoRetu
     )
 
 
-def _to_channels(planes: NDArray[Any], channels: int | None, path: Path) -> NDArray[Any]:
+def to_channels(planes: NDArray[Any], channels: int | None, path: Path) -> NDArray[Any]:
     """Give `(C, x, y)` the asked number of channels, where that loses nothing."""
     found = len(planes)
     if channels is None or channels == found:
