@@ -71,12 +71,6 @@ class LoadedBundle:
         result: MetaTensor = self._run(entry, "probabilities" if probabilities else "labels")["pred"]
         return result
 
-    @contextmanager
-    def exclusive(self) -> Iterator[Any]:
-        """Give the workflow to the calling thread alone."""
-        with self._lock:
-            yield self.workflow
-
     def _run(self, entry: Mapping[str, Any], output: Output) -> Mapping[str, Any]:
         with self._lock:
             if self._evaluator is None:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import threading
 import uuid
-from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from medseg.errors import CaseError, RequestError, in_a_line, own_error
 from medseg.files import sha256_file
 from medseg.io import find_cases
-from medseg.io.formats import FORMATS
 from medseg.io.names import mask_name, split_suffix
-from medseg.jobs.job import build_evaluator, open_workflow, prepare, run_case
+from medseg.jobs.job import prepare
+from medseg.jobs.loaded import LoadedBundle
 from medseg.label.uncertainty import uncertainty
 
 if TYPE_CHECKING:
@@ -27,15 +25,6 @@ __all__ = ["Predictor"]
 
 # What viewers ask a result to end in, where that is not the ending of a format of ours.
 _ENDINGS = {".nii": "nifti", ".seg.nrrd": "nrrd"}
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    """A bundle with weights in memory; another key means that it has to be loaded again."""
-
-    key: tuple[object, ...]
-    workflow: Any
-    evaluator: Any
 
 
 class Predictor:
@@ -53,7 +42,8 @@ class Predictor:
         self.offer = offer
         self.results = results
         self._lock = threading.Lock()
-        self._loaded: _Loaded | None = None
+        self._key: tuple[object, ...] = ()
+        self._loaded: LoadedBundle | None = None
         self._hashed: tuple[tuple[object, ...], str] | None = None
 
     def predict(self, image: Path, *, ending: str = "", settings: Mapping[str, Any] | None = None) -> Path:
@@ -70,12 +60,7 @@ class Predictor:
         """
         case = self._case(image, ending)
         with self._lock:
-            loaded = self._ready(case["image"], settings or {})
-            try:
-                run_case(loaded.evaluator, partial(loaded.workflow.preprocessing, dict(case)), case["image"])
-            except BaseException:
-                self._loaded = None  # an engine that an error has stopped would finish its old run first
-                raise
+            self._ready(case["image"], settings or {}).write(case)
         return self.results / case["name"]
 
     def uncertainty(self, image: Path, *, settings: Mapping[str, Any] | None = None) -> float:
@@ -110,16 +95,16 @@ class Predictor:
         name = uuid.uuid4().hex + split_suffix(known)[1]
         return {"image": cases[0]["image"], "name": mask_name(name, _format(ending)) if ending else name}
 
-    def _ready(self, image: str, settings: Mapping[str, Any]) -> _Loaded:
+    def _ready(self, image: str, settings: Mapping[str, Any]) -> LoadedBundle:
+        """Return the bundle with its current weights and these settings, loaded anew if another one is loaded."""
         bundle = self.offer.current
         key = (*_state(bundle.weights), *_state(bundle.config_path("inference")), repr(sorted(settings.items())))
-        if self._loaded is None or self._loaded.key != key:
+        if self._loaded is None or self._key != key:
             self._loaded = None
             self.results.mkdir(parents=True, exist_ok=True)
             paths = {"dataset_dir": image, "output_dir": str(self.results)}
             job = prepare("predict", bundle, {**_classes_alone(bundle), **settings}, paths=paths)
-            workflow = open_workflow(job, "infer")
-            self._loaded = _Loaded(key, workflow, build_evaluator(workflow))
+            self._loaded, self._key = LoadedBundle(job), key
         return self._loaded
 
 
