@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from medseg.errors import CaseError, RequestError, in_a_line, own_error
 from medseg.files import sha256_file
 from medseg.io import find_cases
+from medseg.io.formats import FORMATS
 from medseg.io.names import mask_name, split_suffix
 from medseg.jobs.job import prepare
 from medseg.jobs.loaded import LoadedBundle
