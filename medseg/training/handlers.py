@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 from ignite.engine import Events
+from ignite.handlers import EarlyStopping
 from monai.engines.utils import IterationEvents
 from monai.handlers import ValidationHandler
 
@@ -226,44 +228,43 @@ class Validation(ValidationHandler):  # type: ignore[misc]  # MONAI publishes no
         return bool(epoch % self.interval == 0 or epoch == engine.state.max_epochs)
 
 
-class EarlyStop:
+class EarlyStop(EarlyStopping):  # type: ignore[misc]  # ignite publishes no types
     """End the training when a number of validations in a row brought no better key metric.
 
+    This is ignite's handler with three additions: it is made before the trainer that it stops, it counts a metric
+    without a finite value as no improvement, and a resumed run that had stopped does not go on.
+
     Args:
-        validator: engine with the key metric.
-        patience: how many validations; 0 never ends the training.
+        validator: Engine with the key metric.
+        patience: Number of validations without improvement after which training ends; 0 never ends it.
+
+    Raises:
+        RequestError: The patience is negative.
     """
 
     def __init__(self, validator: Engine, patience: int) -> None:
         if patience < 0:
             raise RequestError(f"patience={patience}: expected a number of validations, or 0 for no early stop")
+        super().__init__(max(patience, 1), _key_metric, trainer=validator)
         self.validator = validator
-        self.patience = patience
-        self.waited = 0
+        self.is_active = patience > 0
+        # ignite's own logger writes to the terminal by itself.
+        self.logger = logger
 
     def attach(self, engine: Engine) -> None:
-        """Listen to the validator's results, and to the trainer's start: a run that has stopped does not go on."""
+        """Listen to the validator's results, and to the start of the trainer's epochs."""
         self.trainer = engine
-        if self.patience > 0:
-            self.validator.add_event_handler(Events.EPOCH_COMPLETED, self.count)
+        if self.is_active:
+            self.validator.add_event_handler(Events.EPOCH_COMPLETED, self)
             engine.add_event_handler(Events.EPOCH_STARTED, self.stop_if_due)
 
-    def count(self, validator: Engine) -> None:
-        """Count this validation, unless it was the best so far."""
-        best = validator.state.best_metric_epoch == validator.state.epoch
-        self.waited = 0 if best else self.waited + 1
-        self.stop_if_due()
-
     def stop_if_due(self) -> None:
-        """End the training if nothing improved for too long."""
-        if self.waited >= self.patience:
-            logger.info(f"stopped early: {self.waited} validations without a better result")
+        """End a resumed training that had stopped before."""
+        if self.counter >= self.patience:
             self.trainer.terminate()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs."""
-        return {"waited": self.waited}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the state of an earlier run."""
-        self.waited = int(state["waited"])
+def _key_metric(validator: Engine) -> float:
+    """Return the key metric of a validation; the lowest value if it is not finite, which ignite would call better."""
+    value = float(validator.state.metrics[validator.state.key_metric_name])
+    return value if math.isfinite(value) else -math.inf

@@ -217,23 +217,21 @@ def test_what_a_step_draws_depends_on_seed_and_step_alone() -> None:
     assert not set(draws(2)) & set(whole)
 
 
-def _stopping(scores: list[float], patience: int, waited: int = 0) -> int:
-    """Train with validations that give these scores; return the epochs that were trained."""
+def _stopping(scores: list[float], patience: int, state: dict[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
+    """Train with validations that give these scores; return the epochs that were trained, and the handler's state."""
     given = iter(scores)
     validator = Engine(lambda engine, batch: None)
-    validator.state.best_metric = -1.0
-    validator.state.best_metric_epoch = -1
+    validator.state.key_metric_name = "dice"
 
     @validator.on(Events.EPOCH_COMPLETED)
-    def _compare(engine: Engine) -> None:
-        score = next(given)
-        if score > engine.state.best_metric:
-            engine.state.best_metric, engine.state.best_metric_epoch = score, engine.state.epoch
+    def _measure(engine: Engine) -> None:
+        engine.state.metrics = {"dice": next(given)}
 
     ended: list[int] = []
     trainer = Engine(lambda engine, batch: None)
     stop = EarlyStop(validator, patience)
-    stop.load_state_dict({"waited": waited})
+    if state is not None:
+        stop.load_state_dict(state)
     stop.attach(trainer)
 
     @trainer.on(Events.EPOCH_COMPLETED)
@@ -243,7 +241,7 @@ def _stopping(scores: list[float], patience: int, waited: int = 0) -> int:
         ended.append(engine.state.epoch)
 
     trainer.run([0], max_epochs=len(scores))
-    return len(ended)
+    return len(ended), dict(stop.state_dict())
 
 
 @pytest.mark.parametrize(
@@ -253,15 +251,27 @@ def _stopping(scores: list[float], patience: int, waited: int = 0) -> int:
         ([0.5, 0.4, 0.4, 0.4, 0.9], 3, 4),
         ([0.5, 0.4, 0.4, 0.4, 0.9], 0, 5),
         ([0.5, 0.5, 0.9], 1, 2),
+        ([float("nan"), 0.5, float("nan"), float("nan"), 0.9], 2, 4),
     ],
 )
 def test_training_ends_when_nothing_improves_for_too_long(scores: list[float], patience: int, epochs: int) -> None:
-    assert _stopping(scores, patience) == epochs
+    assert _stopping(scores, patience)[0] == epochs
+
+
+@pytest.mark.parametrize("interrupted", [1, 2, 3])
+def test_a_resumed_run_stops_where_the_uninterrupted_one_does(interrupted: int) -> None:
+    scores = [0.5, 0.4, 0.6, 0.55, 0.1, 0.9]
+    whole, end = _stopping(scores, 2)
+    _, state = _stopping(scores[:interrupted], 2)
+    epochs, resumed = _stopping(scores[interrupted:], 2, state)
+    assert (interrupted + epochs, resumed) == (whole, end)
+    assert whole == 5
 
 
 def test_a_run_that_had_stopped_does_not_go_on() -> None:
-    assert _stopping([0.5, 0.9], patience=2, waited=2) == 0
-    assert _stopping([0.5, 0.9], patience=3, waited=2) == 2
+    _, stopped = _stopping([0.5, 0.4, 0.4, 0.9], 2)
+    assert _stopping([0.9, 0.9], 2, stopped)[0] == 0
+    assert _stopping([0.4, 0.9], 3, stopped)[0] == 1
 
 
 @pytest.mark.parametrize(("interval", "epochs", "expected"), [(2, 5, [2, 4, 5]), (2, 4, [2, 4]), (9, 1, [1])])
