@@ -12,18 +12,27 @@ from __future__ import annotations
 import copy
 import math
 import re
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medseg.bundle.recipes import read_recipe
-from medseg.errors import BundleError, in_a_line
+from medseg.bundle.source_schema import check_source, nearest, place
+from medseg.errors import BundleError
 from medseg.files import load_json
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
-__all__ = ["CONFIG_NAMES", "Config", "checked_value", "compose", "nearest", "spatial_dims", "template_names"]
+__all__ = [
+    "CONFIG_NAMES",
+    "Config",
+    "checked_value",
+    "compose",
+    "nearest",
+    "spatial_dims",
+    "template_knobs",
+    "template_names",
+]
 
 Config = dict[str, Any]
 
@@ -32,38 +41,9 @@ CONFIG_NAMES = ("train", "evaluate", "inference", "multi_gpu_train")
 _OVERLAYS = ("evaluate", "multi_gpu_train")
 
 _TEMPLATES = Path(__file__).parent / "templates"
-_REQUIRED = ("name", "template", "version", "description", "authors", "channels", "labels", "network_def")
-_OPTIONAL = (
-    "blocks",
-    "changelog",
-    "copyright",
-    "data_source",
-    "data_type",
-    "display_name",
-    "image_classes",
-    "intended_use",
-    "knobs",
-    "label_classes",
-    "label_mapping",
-    "plan",
-    "pred_classes",
-    "recipe",
-    "references",
-    "weights_license",
-)
 _REFERENCE = re.compile(r"^@(\w+)")
-_NAME = re.compile(r"[a-z0-9]+(_[a-z0-9]+){2,}")
 # Our templates put less than a hundred into a config.
 _MAX_BLOCKS = 1000
-# MONAI Label chooses the kind of task by these words in a bundle's name.
-_MISLEADING_WORDS = ("deepedit", "deepgrow", "detection", "classification")
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return a hint for a misspelt name: `; did you mean 'x'?`, or the list of what is known."""
-    known = sorted(known)
-    close = get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else f"; known are: {', '.join(known)}"
 
 
 def template_names() -> tuple[str, ...]:
@@ -71,13 +51,18 @@ def template_names() -> tuple[str, ...]:
     return tuple(sorted(name for name in (p.stem for p in _TEMPLATES.glob("*.json")) if "modality" in _template(name)))
 
 
+def template_knobs(name: str) -> Config:
+    """Return the knobs of a template with their default values."""
+    return {knob: entry["value"] for knob, entry in _template(name)["knobs"].items()}
+
+
 def spatial_dims(bundle: Config) -> int:
     """Return 2 or 3, for the content of a `bundle.json`.
 
     Raises:
-        BundleError: its template is unknown.
+        BundleError: It does not fit its schema.
     """
-    _check_template(bundle)
+    check_source(bundle)
     dims: int = _template(bundle["template"])["spatial_dims"]
     return dims
 
@@ -89,22 +74,21 @@ def compose(bundle: Config) -> dict[str, Config]:
         bundle: content of a `bundle.json`.
 
     Raises:
-        BundleError: a key, knob or block that nothing knows, a value of the wrong kind, or a network that does not
-            fit the listed channels and labels. The message names the nearest known name.
+        BundleError: It does not fit its schema (see `medseg.bundle.source_schema`), names a knob or block that its
+            template lacks, or a network that does not fit the listed channels and labels.
     """
     try:
         return _composed(bundle)
     except RecursionError as error:
         raise BundleError("bundle.json: its blocks hold each other, or too many blocks") from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise BundleError(f"bundle.json: an entry has a wrong form: {in_a_line(error)}") from error
 
 
 def _composed(bundle: Config) -> dict[str, Config]:
-    _check_keys(bundle)
+    check_source(bundle)
+    _check_network(bundle)
     template = _template(bundle["template"])
     recipe = read_recipe(bundle["recipe"], template["spatial_dims"]) if bundle.get("recipe") else {}
-    knobs = _merged_knobs(template, recipe, bundle)
+    knobs = _merged_knobs(recipe, bundle)
     blocks = _merged_blocks(template, recipe, bundle)
     constants = _constants(template, bundle)
     values = {name: {} if name in _OVERLAYS else knobs | constants for name in CONFIG_NAMES}
@@ -126,54 +110,31 @@ def _template(name: str) -> Config:
     return {**base, **own}
 
 
-def _check_keys(bundle: Config) -> None:
-    for key in bundle:
-        if key not in _REQUIRED + _OPTIONAL:
-            raise BundleError(f"bundle.json: unknown key '{key}'{nearest(key, _REQUIRED + _OPTIONAL)}")
-    missing = [key for key in _REQUIRED if key not in bundle]
-    if missing:
-        raise BundleError(f"bundle.json: missing {', '.join(missing)}")
-    _check_template(bundle)
-    name = bundle["name"]
-    if not _NAME.fullmatch(name) or any(word in name for word in _MISLEADING_WORDS):
-        raise BundleError(
-            f"bundle.json: the name '{name}' should read <target>_<modality>_<network> in lower case, "
-            f"without {', '.join(_MISLEADING_WORDS)}"
-        )
-    _check_network(bundle)
-
-
-def _check_template(bundle: Config) -> None:
-    name = str(bundle.get("template"))
-    if name not in template_names():
-        raise BundleError(f"bundle.json: no template '{name}'{nearest(name, template_names())}")
-
-
 def _check_network(bundle: Config) -> None:
     network = bundle["network_def"]
     for argument, listed in (("in_channels", "channels"), ("out_channels", "labels")):
         if network.get(argument) != len(bundle[listed]):
             raise BundleError(
-                f"bundle.json: network_def has {argument}={network.get(argument)}, but {listed} lists "
-                f"{len(bundle[listed])}; make them agree"
+                f"{place(['network_def', argument])}: found {network.get(argument)}, expected {len(bundle[listed])} "
+                f"as {listed} lists; make them agree"
             )
     for listed in ("channels", "labels"):
         if list(bundle[listed]) != [str(i) for i in range(len(bundle[listed]))]:
             raise BundleError(
-                f"bundle.json: {listed} must be numbered '0', '1', ... in order, found {list(bundle[listed])}"
+                f"{place([listed])}: found the indices {list(bundle[listed])}, expected '0', '1', ... in order"
             )
     names = list(map(str, bundle["labels"].values()))
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise BundleError(f"bundle.json: labels names {twice!r} twice; scores and masks need a name for each")
+        raise BundleError(f"{place(['labels'])}: found {twice!r} twice, expected a name of its own for each label")
 
 
-def _merged_knobs(template: Config, *layers: Config) -> Config:
-    knobs = {name: knob["value"] for name, knob in template["knobs"].items()}
-    for layer in layers:
+def _merged_knobs(recipe: Config, bundle: Config) -> Config:
+    knobs = template_knobs(bundle["template"])
+    for layer in (recipe, bundle):
         for name, value in layer.get("knobs", {}).items():
             if name not in knobs:
-                raise BundleError(f"bundle.json: unknown knob '{name}'{nearest(name, knobs)}")
-            knobs[name] = checked_value(name, value, knobs[name])
+                raise BundleError(f"{place(['knobs'])}: this template has no knob '{name}'{nearest(name, knobs)}")
+            knobs[name] = checked_value(place(["knobs", name]), value, knobs[name])
     return knobs
 
 
@@ -181,10 +142,10 @@ def checked_value(name: str, value: Any, default: Any) -> Any:
     """Return `value` if it is finite and of the kind of `default` (whole numbers pass for floats).
 
     Raises:
-        BundleError: it is not.
+        BundleError: It is not; the message begins with `name`.
     """
     if isinstance(value, float) and not math.isfinite(value):
-        raise BundleError(f"'{name}' must be a finite number, found {value!r}")
+        raise BundleError(f"{name}: found {value!r}, expected a finite number")
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if default is None or value is None or type(value) is type(default):
@@ -193,7 +154,7 @@ def checked_value(name: str, value: Any, default: Any) -> Any:
         return value
     kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", list: "a list"}
     wanted = kinds.get(type(default), type(default).__name__)
-    raise BundleError(f"'{name}' must be {wanted} (for example {default!r}), found {value!r}")
+    raise BundleError(f"{name}: found {value!r}, expected {wanted} (for example {default!r})")
 
 
 def _merged_blocks(template: Config, recipe: Config, bundle: Config) -> Config:
@@ -201,7 +162,7 @@ def _merged_blocks(template: Config, recipe: Config, bundle: Config) -> Config:
     for layer in (recipe, bundle):
         for name, block in layer.get("blocks", {}).items():
             if name not in blocks:
-                raise BundleError(f"bundle.json: unknown block '{name}'{nearest(name, blocks)}")
+                raise BundleError(f"{place(['blocks'])}: this template has no block '{name}'{nearest(name, blocks)}")
             blocks[name] = block
     return {**blocks, "network_def": bundle["network_def"]}
 
@@ -236,7 +197,7 @@ def _expand(node: Any, blocks: Config, left: Iterator[int]) -> Any:
     if isinstance(node, dict):
         if set(node) == {"block"}:
             name = node["block"]
-            if name not in blocks:
+            if not isinstance(name, str) or name not in blocks:
                 raise BundleError(f"bundle.json: unknown block {name!r}{nearest(str(name), blocks)}")
             if next(left, None) is None:
                 raise RecursionError

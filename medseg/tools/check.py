@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from medseg.bundle import catalog
 from medseg.bundle.build import stale_files
 from medseg.bundle.catalog import Bundle
+from medseg.bundle.source_schema import SCHEMA
 from medseg.bundle.trust import require_trust
 from medseg.errors import MedsegError
 from medseg.files import load_json, sha256_file
@@ -42,7 +42,7 @@ _JOBS = (
     ("train", ("train", "evaluate")),
     ("infer", ("inference",)),
 )
-_SCHEMA = Path(catalog.__file__).with_name("schema") / "meta_schema_20240725.json"
+_SCHEMA = SCHEMA.with_name("meta_schema_20240725.json")
 # Sides of the crops and windows that are tried for a copy that is trained for a moment, smallest first.
 _SIDES: Final = {2: (64, 96, 128, 192), 3: (16, 32, 48, 64)}
 _TIMEOUT: Final = 900.0

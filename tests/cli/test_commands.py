@@ -162,7 +162,7 @@ def test_requests_that_cannot_be_are_refused_before_anything_is_written(
         (["predict", "gland_pathology_unet", scan, "-o", out], "no weights"),
         (["predict", trained.root, scan, "-o", out, "--set", "overlapp=0"], "did you mean 'overlap'"),
         (["predict", trained.root, scan, "-o", out, "--set", "overlap"], "no setting"),
-        (["predict", trained.root, scan, "-o", out, "--set", "roi_size=big"], "must be a list"),
+        (["predict", trained.root, scan, "-o", out, "--set", "roi_size=big"], "roi_size: found 'big', expected a list"),
         (["predict", trained.root, scan, "-o", out, "--set", "inferer=$1"], "no knob"),
         (["predict", trained.root, scan, "-o", tmp_path / "file" / "out"], "cannot write"),
         (["predict", trained.root, scan, "-o", out, "--trust", "0" * 64], "--trust"),
