@@ -5,73 +5,57 @@ Each process runs `configs/train.json` with `configs/multi_gpu_train.json` laid 
 `logs/process_<n>.log` in the run's folder. When one dies, the others are stopped and the error says which one, why as
 far as that can be known (see `medseg.jobs.exit_diagnosis`), and what to change.
 
-The processes hear of their job through standard input and end when it is closed, so none outlives this one.
+torch's elastic multiprocessing starts and stops the processes (`medseg.jobs.processes`); what each does is in
+`medseg.jobs.worker`. None outlives this one.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import queue
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
-import threading
-import time
 import traceback
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from medseg.bundle.catalog import Bundle, merged
 from medseg.bundle.trust import require_trust
 from medseg.errors import MedsegError, RequestError
 from medseg.files import check_folder, replace_text
-from medseg.jobs import runner
-from medseg.jobs.exit_diagnosis import Note, describe_exit, explain, memory_kills, note_of
-from medseg.jobs.job import Job, checked_places, open_workflow
+from medseg.jobs import runner, worker
+from medseg.jobs.exit_diagnosis import Note, describe_exit, explain, memory_kills
+from medseg.jobs.job import Job, checked_places
 from medseg.jobs.job import prepare as prepare_job
 from medseg.manifest import Manifest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
-    from medseg.jobs.job import Job
+    from medseg.jobs.processes import Exit
     from medseg.types import Progress
 
-__all__ = ["check_processes", "prepare", "run_folder", "train", "work_from_stdin"]
+__all__ = ["check_processes", "prepare", "run_folder", "train"]
 
 _CONFIGS: Final = ("train", "multi_gpu_train")
-_WORKER: Final = "from medseg.jobs.launch import work_from_stdin; work_from_stdin()"
-_POLL: Final = 0.1
 # After a death the others notice it by themselves, and say so; what they say tells whether it was the first.
 _GRACE: Final = 3.0
-_STOP: Final = 10.0
 _TAIL: Final = 300
 # The signal by which libraries end a process whose connection broke.
 _ABORT: Final = signal.SIGABRT
 
 
-@dataclass
-class _Process:
-    """One process that trains.
+@dataclass(frozen=True)
+class _Death:
+    """A process that did not end well, its log, and the word that it left of an exception."""
 
-    Attributes:
-        rank: its number.
-        handle: the process itself.
-        log: what it prints.
-        note: where it leaves word of an exception.
-        stopped: whether it was stopped because of another one.
-    """
-
-    rank: int
-    handle: subprocess.Popen[str]
+    exit: Exit
     log: Path
-    note: Path
-    stopped: bool = False
+    note: Note | None
 
 
 def check_processes(count: int, config: Mapping[str, Any]) -> None:
@@ -95,7 +79,7 @@ def check_processes(count: int, config: Mapping[str, Any]) -> None:
 
 
 def prepare(bundle: Bundle, settings: Mapping[str, Any], *, paths: Mapping[str, Any], trust: str | None = None) -> Job:
-    """Check a training with several processes without importing torch or MONAI; see `medseg.jobs.prepare_job`."""
+    """Check a training with several processes without importing torch or MONAI; see `medseg.jobs.job.prepare`."""
     job = prepare_job("train", bundle, settings, paths=paths, trust=trust)
     configs = bundle.load_configs(*_CONFIGS)
     require_trust(bundle.root, configs, trust)
@@ -117,7 +101,7 @@ def train(job: Job, processes: int, *, report: Progress | None = None) -> Manife
     """Train in this process, or with several; either leaves what `medseg.jobs.runner.train` leaves.
 
     Args:
-        job: from `prepare`; for one process from `medseg.jobs.prepare_job`.
+        job: from `prepare`; for one process from `medseg.jobs.job.prepare`.
         processes: how many; on CUDA each has a device of its own, on the CPU they share the cores.
         report: told about each finished step.
 
@@ -149,19 +133,38 @@ def _train_together(job: Job, processes: int, report: Progress | None) -> Manife
     check_folder(logs)
     for log in logs.glob("process_*.log"):
         log.unlink()
+    files = [logs / f"process_{rank}.log" for rank in range(processes)]
     kills = memory_kills()
-    with tempfile.TemporaryDirectory() as notes:
-        group = _start(job, processes, logs, Path(notes))
-        try:
-            _follow(group, report)
-        finally:
-            _stop(group)
-        failed = [process for process in group if process.handle.returncode != 0]
-        if failed:
-            error = _death(failed, processes, out_of_memory=memory_kills() > kills)
-            _record(folder / "manifest.json", error)
-            raise error
+    with tempfile.TemporaryDirectory() as folder_of_notes:
+        notes = Path(folder_of_notes)
+        exits = _run(job, files, notes, report)
+        failed = [
+            _Death(end, log, Note.read(_note_file(notes, end.rank)))
+            for end, log in zip(exits, files, strict=True)
+            if end.code
+        ]
+    if failed:
+        error = _error(failed, processes, out_of_memory=memory_kills() > kills)
+        _record(folder / "manifest.json", error)
+        raise error
     return Manifest.read(folder / "manifest.json")
+
+
+def _run(job: Job, logs: Sequence[Path], exchange: Path, report: Progress | None) -> list[Exit]:
+    from medseg.jobs.processes import run_together
+
+    worker.write_request(exchange, job)
+    for log in logs:
+        log.write_bytes(b"")
+    # The processes end when this socket closes, however this process ends.
+    with socket.create_server(("127.0.0.1", 0), backlog=len(logs)) as lifeline:
+        port = lifeline.getsockname()[1]
+        return run_together(
+            [worker.command(exchange, log, port) for log in logs],
+            _environments(len(logs), exchange),
+            tick=_Progress(exchange / worker.PROGRESS, report).pass_on,
+            grace=_GRACE,
+        )
 
 
 def _train_here(job: Job, report: Progress | None) -> Manifest:
@@ -175,212 +178,75 @@ def _train_here(job: Job, report: Progress | None) -> Manifest:
         raise explain(error, log) from error
 
 
-def work_from_stdin() -> None:
-    """Be one of the processes: train what standard input describes, and print progress as lines of JSON."""
-    request = json.loads(sys.stdin.readline())
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    # Whatever libraries print belongs to the log; only progress goes to the parent.
-    speech = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    code = 0
-    try:
-        _work(request, speech)
-    except BaseException as error:
-        traceback.print_exc()
-        note = note_of(error)
-        note.write(Path(request["note"]))
-        code = note.exit_code or 1
-    # Threads of a connection that broke could hold up an ordinary end.
-    for stream in (speech, sys.stdout, sys.stderr):
-        with suppress(OSError):
-            stream.flush()
-    os._exit(code)
-
-
-def _work(request: Mapping[str, Any], speech: IO[str]) -> None:
-    job = _job_of(request["job"])
-    if int(os.environ["RANK"]) == 0:
-
-        def report(done: float, total: int, note: str) -> None:
-            speech.write(json.dumps([done, total, note]) + "\n")
-            speech.flush()
-
-        runner.train(job, report=report)
-    else:
-        workflow = open_workflow(job, "train")
-        workflow.initialize()
-        workflow.run()
-    from medseg.training.distributed import stop_processes
-
-    stop_processes()
-
-
-def _request(job: Job, note: Path) -> str:
-    content = {
-        "bundle": str(job.bundle.root),
-        "config_files": [str(path) for path in job.config_files],
-        "config": job.config,
-        "overrides": job.overrides,
-        "settings": job.settings,
-        "vouched": job.vouched,
-    }
-    return json.dumps({"job": content, "note": str(note)}) + "\n"
-
-
-def _job_of(content: Mapping[str, Any]) -> Job:
-    return Job(
-        command="train",
-        bundle=Bundle(Path(content["bundle"])),
-        config_files=tuple(Path(path) for path in content["config_files"]),
-        config=content["config"],
-        overrides=content["overrides"],
-        settings=tuple(content["settings"]),
-        vouched=content["vouched"],
-    )
-
-
-def _end_with_parent() -> None:
-    # Not by sys.stdin, whose lock a loader's worker would inherit locked.
-    while os.read(0, 1):
-        pass
-    os._exit(1)
-
-
-def _start(job: Job, processes: int, logs: Path, notes: Path) -> list[_Process]:
+def _environments(processes: int, notes: Path) -> list[dict[str, str]]:
     shared = {
-        **os.environ,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
         "OMP_NUM_THREADS": str(_threads(processes)),
         "PYTHONUNBUFFERED": "1",
-        # They find the packages that this process found, and none in the folder where the user happens to be.
+        # They find the packages that this process found.
         "PYTHONPATH": os.pathsep.join(place for place in sys.path if place),
-        "PYTHONSAFEPATH": "1",
     }
-    group: list[_Process] = []
-    try:
-        for rank in range(processes):
-            log, note = logs / f"process_{rank}.log", notes / f"{rank}.json"
-            with log.open("w", encoding="utf-8") as file:
-                handle = subprocess.Popen(  # noqa: S603  (this Python)
-                    [sys.executable, "-c", _WORKER],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE if rank == 0 else file,
-                    stderr=file,
-                    text=True,
-                    encoding="utf-8",
-                    env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    start_new_session=True,  # Ctrl-C is for this process, which then stops them
-                )
-            group.append(_Process(rank, handle, log, note))
-            _tell(handle, _request(job, note))
-    except BaseException:
-        _stop(group)
-        raise
-    return group
+    return [
+        {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), worker.NOTE: str(_note_file(notes, rank))}
+        for rank in range(processes)
+    ]
 
 
-def _tell(handle: subprocess.Popen[str], text: str) -> None:
-    """Hand over the request; a process that is gone already is found out by its exit code."""
-    stdin = handle.stdin
-    if stdin is not None:
-        with suppress(BrokenPipeError):
-            stdin.write(text)
-            stdin.flush()
+def _note_file(notes: Path, rank: int) -> Path:
+    return notes / f"{rank}.json"
 
 
-def _follow(group: Sequence[_Process], report: Progress | None) -> None:
-    """Pass on progress until all processes have ended, or one has failed and the others had time to notice."""
-    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-    reader = threading.Thread(target=_read_lines, args=(group[0].handle.stdout, lines), daemon=True)
-    reader.start()
-    failed_at: float | None = None
-    while True:
-        codes = [process.handle.poll() for process in group]
-        for done, total, note in _progress(lines):
-            if report is not None:
-                report(done, total, note)
-        if None not in codes:
-            reader.join(_POLL)
+class _Progress:
+    """Passes on what the first process writes about its steps."""
+
+    def __init__(self, path: Path, report: Progress | None) -> None:
+        self._path = path
+        self._report = report
+        self._read = 0
+
+    def pass_on(self) -> None:
+        """Report the lines that were added since the last call; one that is not written to its end waits."""
+        if self._report is None or not self._path.is_file():
             return
-        if any(codes) and failed_at is None:
-            failed_at = time.monotonic()
-        if failed_at is not None and time.monotonic() - failed_at > _GRACE:
-            return
-        time.sleep(_POLL)
+        with self._path.open("rb") as file:
+            file.seek(self._read)
+            added = file.read()
+        whole = added[: added.rfind(b"\n") + 1]
+        self._read += len(whole)
+        for line in whole.splitlines():
+            self._report(*json.loads(line))
 
 
-def _read_lines(stream: IO[str] | None, lines: queue.SimpleQueue[str]) -> None:
-    if stream is not None:
-        with stream:
-            for line in stream:
-                lines.put(line)
-
-
-def _progress(lines: queue.SimpleQueue[str]) -> Iterator[tuple[float, int, str]]:
-    while not lines.empty():
-        with suppress(ValueError):  # the last words of a process that was killed may be cut off
-            done, total, note = json.loads(lines.get())
-            yield done, total, note
-
-
-def _stop(group: Sequence[_Process]) -> None:
-    running = [process for process in group if process.handle.poll() is None]
-    for process in running:
-        process.stopped = True
-        process.handle.terminate()
-    until = time.monotonic() + _STOP
-    for process in running:
-        try:
-            process.handle.wait(timeout=max(0.0, until - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.handle.kill()
-            process.handle.wait()
-    for process in group:
-        if process.handle.returncode:
-            _sweep(process.handle.pid)
-        if process.handle.stdin is not None:
-            with suppress(OSError):
-                process.handle.stdin.close()
-
-
-def _sweep(leader: int) -> None:
-    """End what a process that died has left behind, such as the workers of its loader."""
-    if hasattr(os, "killpg"):
-        with suppress(OSError):
-            os.killpg(leader, signal.SIGKILL)
-
-
-def _death(failed: Sequence[_Process], processes: int, *, out_of_memory: bool) -> MedsegError:
+def _error(failed: Sequence[_Death], processes: int, *, out_of_memory: bool) -> MedsegError:
     """Return the error that tells of the process that died first."""
-    dead = min(failed, key=root_cause_rank)
-    note = Note.read(dead.note)
+    first = min(failed, key=_root_cause_rank)
+    note = first.note
     if note is not None and note.exit_code:
         return note.error()
     if note is None:
-        how, advice = describe_exit(dead.handle.returncode, out_of_memory=out_of_memory)
-        last = _last_line(dead.log)
+        how, advice = describe_exit(first.exit.code, out_of_memory=out_of_memory)
+        last = _last_line(first.log)
     else:
         how, advice = f"failed: {note.kind}: {note.message} ({note.place})", note.advice
         last = ""
-    lines = [f"process {dead.rank} of {processes} {how}"]
+    lines = [f"process {first.exit.rank} of {processes} {how}"]
     lines += [f"  case: {note.case}"] if note is not None and note.case else []
     lines += [f"  its last words: {last}"] if last else []
-    lines += [f"  log: {dead.log}", f"  what to do: {advice or 'look at the log'}; then --resume goes on"]
+    lines += [f"  log: {first.log}", f"  what to do: {advice or 'look at the log'}; then --resume goes on"]
     lines += ["The other processes were stopped."] if processes > 1 else []
     return MedsegError("\n".join(lines))
 
 
-def root_cause_rank(process: _Process) -> tuple[int, float]:
+def _root_cause_rank(death: _Death) -> tuple[int, float]:
     """Sort a process that died by itself before those that died of its absence, and among equals the earlier."""
-    note = Note.read(process.note)
-    if process.stopped:
-        return 4, process.rank
-    if note is None:
-        return (2 if process.handle.returncode == -_ABORT else 0), process.rank
-    return (3 if note.connection else 0 if note.exit_code else 1), note.time
+    if death.exit.stopped:
+        return 4, death.exit.rank
+    if death.note is None:
+        return (2 if death.exit.code == -_ABORT else 0), death.exit.rank
+    return (3 if death.note.connection else 0 if death.note.exit_code else 1), death.note.time
 
 
 def _record(path: Path, error: MedsegError) -> None:

@@ -14,19 +14,19 @@ import pytest
 
 from medseg.bundle.catalog import Bundle
 from medseg.errors import BundleError, CaseError, MedsegError, RequestError
-from medseg.jobs import launch
+from medseg.jobs import launch, worker
 from medseg.jobs.job import Job
 from medseg.manifest import Manifest
 
-_START = "import os, signal, sys, time; rank = int(os.environ['RANK']); request = sys.stdin.readline();"
+_START = "import os, signal, sys, time; rank = int(os.environ['RANK'])"
 _WORK = """
 import os, time
-from medseg.bundle import launch
-def work(request, speech):
+from medseg.jobs import worker
+def work(job, progress):
     rank = int(os.environ["RANK"])
     {body}
-launch._work = work
-launch.work_from_stdin()
+worker._work = work
+worker.main()
 """
 
 
@@ -37,7 +37,7 @@ def job(tmp_path: Path) -> Job:
 
 
 def _worker(monkeypatch: pytest.MonkeyPatch, code: str, *, grace: float = 1.0) -> None:
-    monkeypatch.setattr(launch, "_WORKER", code)
+    monkeypatch.setattr(worker, "_MAIN", code)
     monkeypatch.setattr(launch, "_GRACE", grace)
 
 
@@ -149,7 +149,7 @@ def test_progress_of_the_first_process_is_passed_on_and_its_record_read(
     print("noise of a library")
     if rank == 0:
         for step in (1, 2):
-            speech.write(f'[{{step / 2}}, 1, "loss {{step}}"]\\n')
+            progress.open("a").write(f'[{{step / 2}}, 1, "loss {{step}}"]\\n')
         with Manifest("train", path=__import__("pathlib").Path({str(folder / "manifest.json")!r})) as manifest:
             manifest.notes = [os.environ["WORLD_SIZE"], os.environ["OMP_NUM_THREADS"]]
     """
@@ -176,11 +176,11 @@ def test_no_process_outlives_the_one_that_started_it(tmp_path: Path) -> None:
     code = f"""
 import sys
 from pathlib import Path
-from medseg.bundle import launch
 from medseg.bundle.catalog import Bundle
+from medseg.jobs import launch, worker
 from medseg.jobs.job import Job
 body = "open({str(tmp_path)!r} + '/pid_' + str(rank), 'w').write(str(os.getpid())); time.sleep(60)"
-launch._WORKER = {_WORK!r}.format(body=body)
+worker._MAIN = {_WORK!r}.format(body=body)
 launch.train(Job("train", Bundle(Path({str(tmp_path)!r})), (), {{}}, {{}}, (), vouched=False), 2)
 """
     parent = subprocess.Popen([sys.executable, "-c", code])

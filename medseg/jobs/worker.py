@@ -1,0 +1,115 @@
+"""One of the processes that train together: what `medseg.jobs.launch` starts.
+
+Its request lies in a file, its progress goes to another, and what it or a library prints goes to its log. It ends when
+the process that started it is gone, which it learns from a connection that breaks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import traceback
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+from medseg.bundle.catalog import Bundle
+from medseg.jobs import runner
+from medseg.jobs.exit_diagnosis import note_of
+from medseg.jobs.job import Job, open_workflow
+
+__all__ = ["NOTE", "PROGRESS", "command", "main", "write_request"]
+
+PROGRESS: Final = "progress.jsonl"
+# The variable in which torch names the file for word of an exception.
+NOTE: Final = "TORCHELASTIC_ERROR_FILE"
+_REQUEST: Final = "request.json"
+# Before anything is imported, what is printed goes to the log, and the folder where the user happens to be, which
+# Python 3.10 cannot be kept from searching, leaves the search path.
+_ENTRY: Final = """
+import os, sys
+for target, source in ((0, os.open(os.devnull, os.O_RDONLY)), (1, os.open(sys.argv[2], os.O_WRONLY | os.O_APPEND))):
+    os.dup2(source, target)
+os.dup2(1, 2)
+sys.path[:] = [place for place in sys.path if place]
+"""
+_MAIN: Final = "from medseg.jobs.worker import main; main()"
+
+
+def command(exchange: Path, log: Path, port: int) -> tuple[str, ...]:
+    """Return the arguments with which Python becomes one of the processes.
+
+    Args:
+        exchange: Folder of the request and of the progress.
+        log: File for everything that is printed; must exist.
+        port: Port of this machine where the process that starts the others listens.
+    """
+    return ("-c", _ENTRY + _MAIN, str(exchange), str(log), str(port))
+
+
+def write_request(exchange: Path, job: Job) -> None:
+    """Write what the processes have to train."""
+    content = {
+        "bundle": str(job.bundle.root),
+        "config_files": [str(path) for path in job.config_files],
+        "config": job.config,
+        "overrides": job.overrides,
+        "settings": job.settings,
+        "vouched": job.vouched,
+    }
+    (exchange / _REQUEST).write_text(json.dumps(content), encoding="utf-8")
+
+
+def main() -> None:
+    """Be one of the processes: train what the request describes, and leave word of an exception."""
+    exchange, port = Path(sys.argv[1]), int(sys.argv[3])
+    threading.Thread(target=_end_with_parent, args=(port,), daemon=True).start()
+    code = 0
+    try:
+        _work(_read_request(exchange), exchange / PROGRESS)
+    except BaseException as error:
+        traceback.print_exc()
+        note = note_of(error)
+        note.write(Path(os.environ[NOTE]))
+        code = note.exit_code or 1
+    # Threads of a connection that broke could hold up an ordinary end.
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(code)
+
+
+def _work(job: Job, progress: Path) -> None:
+    if int(os.environ["RANK"]) == 0:
+        with progress.open("a", encoding="utf-8", buffering=1) as file:
+            runner.train(job, report=lambda *told: print(json.dumps(told), file=file))
+    else:
+        workflow = open_workflow(job, "train")
+        workflow.initialize()
+        workflow.run()
+    from medseg.training.distributed import stop_processes
+
+    stop_processes()
+
+
+def _read_request(exchange: Path) -> Job:
+    content = json.loads((exchange / _REQUEST).read_text(encoding="utf-8"))
+    return Job(
+        command="train",
+        bundle=Bundle(Path(content["bundle"])),
+        config_files=tuple(Path(path) for path in content["config_files"]),
+        config=content["config"],
+        overrides=content["overrides"],
+        settings=tuple(content["settings"]),
+        vouched=content["vouched"],
+    )
+
+
+def _end_with_parent(port: int) -> None:
+    # Nobody accepts the connection or writes to it: it only breaks.
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port)) as lifeline:
+        lifeline.recv(1)
+    os._exit(1)
