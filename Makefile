@@ -3,7 +3,7 @@ BIN := .venv/bin
 LABEL := .venv-label/bin
 DEPLOY := .venv-deploy/bin
 
-.PHONY: demo test check-bundles lint label-environment label-server label-check deploy-check
+.PHONY: demo test check-bundles lint label-environment label-server label-check deploy-check docs
 
 # The whole circle on generated phantoms, offline: train, predict, score, picture.
 demo: .venv/installed
@@ -19,6 +19,11 @@ test: lint
 # bundle a core: pytest -n auto -m full_check
 check-bundles: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/medseg bundle check --all --full
+
+# The documentation into site/, with links, anchors and navigation checked.
+docs: .venv/installed
+	test -x $(BIN)/mkdocs || $(BIN)/pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """Every network in every export format: which axes stay free, how far the file's logits are from the network's.
 
-    python benchmarks/exports.py            # prints the table of docs/bundles.md
+    python benchmarks/exports.py            # prints the table of docs/how-to/export.md
     python benchmarks/exports.py --half
 
 Networks are the small forms with fresh weights; UNet++ also pruned to its second head, U-Net also without padding.

@@ -2,7 +2,7 @@
 
     python benchmarks/inference.py --case phantom --network light --rounds 5
     python benchmarks/inference.py --case memory
-    python benchmarks/inference.py --table docs/benchmarks.md
+    python benchmarks/inference.py --table docs/explanation/benchmarks.md
 
 Each sample is a process of its own; a round runs every contestant once, and the order moves on by one each round. All
 have the same threads, the same allocator, the same image, network, weights and windows. `benchmarks/README.md` says

@@ -1,0 +1,47 @@
+"""Draw the pictures of the model gallery: `python docs/gallery.py FOLDER`, with the data sets of the model cards in it.
+
+Each shipped bundle with weights predicts one validation case of its data set, whose license allows the picture. The
+reference label is drawn as a dashed line. `docs/assets/models/credits.json` names source and license of each image.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from PIL import Image
+
+import medseg
+from medseg.bundle.catalog import find_bundle
+from medseg.reporting.overlay import write_overlay
+
+PICTURES = Path(__file__).parent / "assets" / "models"
+WIDTH = 720
+
+
+def main() -> None:
+    """Draw every picture that `credits.json` lists."""
+    data = Path(sys.argv[1])
+    for name, credit in json.loads((PICTURES / "credits.json").read_text(encoding="utf-8")).items():
+        draw(name, data / credit["data_set"], credit["case"])
+
+
+def draw(name: str, data: Path, case: str) -> None:
+    """Predict one case of a data set and save the overlay, reduced to the width of the page."""
+    (image,), (label,) = (sorted(data.glob(f"{part}*/{case}.*"))[:1] for part in ("images", "labels"))
+    bundle = find_bundle(name)
+    with tempfile.TemporaryDirectory() as folder:
+        manifest = medseg.predict(name, image, folder)
+        (record,) = manifest.cases.values()
+        mask = Path(folder) / str(record.output)
+        picture = Path(folder) / "overlay.png"
+        write_overlay(image, mask, picture, truth_path=label, labels=bundle.label_names)
+        drawn = Image.open(picture).convert("RGB")
+        drawn.thumbnail((WIDTH, WIDTH))
+        drawn.quantize(128).save(PICTURES / f"{name}.png", optimize=True)
+
+
+if __name__ == "__main__":
+    main()
