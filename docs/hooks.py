@@ -142,9 +142,9 @@ def _parameter(parameter: Any, context: Any) -> str:
     names = [parameter.metavar or parameter.name.upper()] if argument else parameter.opts + parameter.secondary_opts
     kind = re.sub(r"[<>]", "", str(parameter.display_type(context))) if hasattr(parameter, "display_type") else ""
     value = "" if getattr(parameter, "is_flag", False) or argument else parameter.metavar or kind
-    default = "" if parameter.default in (None, False, (), []) else f"`{parameter.default}`"
+    default = f"`{parameter.default}`" if parameter.default not in (None, False, "", (), []) else ""
     shown = "required" if parameter.required else default
-    text = _cell(_prose(getattr(parameter, "help", "")))
+    text = _cell(_prose(getattr(parameter, "help", ""))).replace("_", "\\_").replace("*", "\\*")
     return f"| {', '.join(f'`{one}`' for one in names)} | {_cell(value)} | {_cell(shown)} | {text} |"
 
 

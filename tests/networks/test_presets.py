@@ -1,4 +1,4 @@
-"""The small forms: what they are, that they learn, and that README and record say today's figures."""
+"""The small forms: what they are, that they learn, and that documentation and record say today's figures."""
 
 from __future__ import annotations
 
@@ -61,10 +61,10 @@ def test_the_record_holds_todays_parameters_and_arguments(name: str, dims: int) 
 
 
 @pytest.mark.parametrize("name", RECORDED)
-def test_the_readme_shows_the_recorded_figures(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_documentation_shows_the_recorded_figures(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(SCRIPT.parent)
     cells = runpy.run_path(str(SCRIPT))["cells"]
-    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    lines = (ROOT / "docs" / "reference" / "networks.md").read_text(encoding="utf-8").splitlines()
     (line,) = (line for line in lines if line.startswith("|") and f"`medseg.components.{name}`" in line)
     assert line.endswith(f" | {cells(RECORD['rows'], name, 'small')} |")
 
