@@ -1,6 +1,6 @@
-"""Pages that mkdocs makes from the code: commands, settings, the Python API and the model cards.
+"""What mkdocs makes from the code: pages of commands, the Python API and model cards, and tables of settings.
 
-They are never committed, so they cannot be out of date. Importing medseg here needs neither torch nor MONAI.
+It is never committed, so it cannot be out of date. Importing medseg here needs neither torch nor MONAI.
 """
 
 from __future__ import annotations
@@ -9,24 +9,24 @@ import ast
 import importlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import typer
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
-from medseg import components
 from medseg.bundle.catalog import Bundle
 from medseg.cli import app
 from medseg.networks.registry import NETWORKS
 
 ROOT = Path(__file__).parents[1]
 CODE = "https://github.com/medseg/medseg/blob/main"
-TEMPLATES = ROOT / "medseg" / "bundle" / "templates"
+FORMAT = ROOT / "medseg" / "bundle"
 CREDITS = json.loads((ROOT / "docs" / "assets" / "models" / "credits.json").read_text(encoding="utf-8"))
-# Packages of the public Python interface, in the order of the page, each with what it is for.
 PACKAGES = {
     "medseg": "The functions behind the commands.",
     "medseg.networks": "Networks in 2D and 3D.",
@@ -40,14 +40,24 @@ PACKAGES = {
     "medseg.errors": "Exceptions.",
     "medseg.manifest": "The record of a run.",
 }
+TEMPLATES = {
+    "base": "All bundles",
+    "volume": "Volumes (3D)",
+    "image": "Images (2D)",
+    "ct_volume": "CT volumes",
+    "mr_volume": "MR volumes",
+    "rgb_image": "Color images",
+    "grey_image": "Gray images",
+}
+
+
+# Hooks of mkdocs
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Add the generated pages to the navigation, each below the index of its folder."""
     for path in _pages():
-        folder = f"{path.rpartition('/')[0]}/index.md"
-        if path != folder:
-            _section(config.nav, folder).append(path)
+        _section(config.nav, f"{path.rpartition('/')[0]}/index.md").append(path)
     return config
 
 
@@ -58,54 +68,42 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Put the generated tables where a page has a mark for them."""
+    return re.sub(r"<!-- made by docs/hooks\.py: (.+?) -->", lambda mark: "\n".join(TABLES[mark[1]]()), markdown)
+
+
+@cache
 def _pages() -> dict[str, str]:
-    """Return the generated pages by path, each folder's index first."""
-    return {**command_pages(), "reference/settings.md": settings_page(), **python_pages(), **model_pages()}
+    return {**command_pages(), **python_pages(), **model_pages()}
 
 
 def _section(nav: Any, index: str) -> list[Any]:
-    """Return the list of the navigation that begins with an index page."""
-    for item in nav if isinstance(nav, list) else [nav]:
-        if item == index:
-            return list(nav) if not isinstance(nav, list) else nav
-        for inner in item.values() if isinstance(item, dict) else ():
-            if isinstance(inner, list) and (found := _section(inner, index)):
-                return found
-    return []
+    """Return the list of the navigation that begins with an index page; empty if there is none."""
+    if index in nav:
+        return nav if isinstance(nav, list) else []
+    inner = [part for item in nav if isinstance(item, dict) for part in item.values() if isinstance(part, list)]
+    return next((found for part in inner if (found := _section(part, index))), [])
 
 
 # Commands
 
 
 def command_pages() -> dict[str, str]:
-    """Return a page for each command, and their index."""
-    group = typer.main.get_command(app)
-    commands = list(_commands(group, "medseg"))
-    rows = [f"| [`{name}`]({_file(name)}) | {_first_line(command)} |" for name, command in commands]
-    index = ["# Commands", "", _prose(group.help), "", "| command | purpose |", "|---|---|", *rows, "", *_EXIT_CODES]
-    pages = {f"reference/commands/{_file(name)}": _command_page(name, command) for name, command in commands}
-    return {"reference/commands/index.md": "\n".join(index) + "\n", **pages}
+    """Return a page for each command."""
+    return {f"reference/commands/{_file(name)}": _command_page(name, command) for name, command in _commands()}
 
 
-_EXIT_CODES = (
-    "## Exit codes",
-    "",
-    "| code | meaning |",
-    "|--:|---|",
-    "| 0 | everything done |",
-    "| 1 | some cases failed, or a check found an error; the output names them |",
-    "| 2 | invalid request: nothing was started |",
-    "| 130 | interrupted by Ctrl-C; the same command with `--resume` continues |",
-)
+def _command_table() -> list[str]:
+    rows = [f"| [`{name}`]({_file(name)}) | {_first_line(command)} |" for name, command in _commands()]
+    return ["| command | purpose |", "|---|---|", *rows]
 
 
-def _commands(group: Any, name: str) -> Iterator[tuple[str, Any]]:
-    for part, command in group.commands.items():
-        if getattr(command, "hidden", False):
-            continue
+def _commands(group: Any = None, name: str = "medseg") -> Iterator[tuple[str, Any]]:
+    for part, command in (group or typer.main.get_command(app)).commands.items():
         if hasattr(command, "commands"):
             yield from _commands(command, f"{name} {part}")
-        else:
+        elif not command.hidden:
             yield f"{name} {part}", command
 
 
@@ -114,7 +112,7 @@ def _file(name: str) -> str:
 
 
 def _first_line(command: Any) -> str:
-    return _prose(command.help).split("\n\n")[0].replace("\n", " ")
+    return _cell(_prose(command.help).split("\n\n")[0])
 
 
 def _prose(text: str | None) -> str:
@@ -126,9 +124,8 @@ def _command_page(name: str, command: Any) -> str:
     context = command.context_class(command, info_name=name)
     usage = " ".join(command.collect_usage_pieces(context))
     lines = [f"# {name}", "", _prose(command.help), "", "```text", f"{name} {usage}", "```", ""]
-    epilog = _prose(getattr(command, "epilog", None))
-    if epilog:
-        lines += ["## Examples", "", "```text", *(line.strip() for line in epilog.splitlines() if line.strip()), "```", ""]
+    if examples := [line.strip() for line in _prose(command.epilog).splitlines() if line.strip()]:
+        lines += ["## Examples", "", "```text", *examples, "```", ""]
     for title, kind in (("Arguments", "argument"), ("Options", "option")):
         chosen = [one for one in command.params if one.param_type_name == kind and not getattr(one, "hidden", False)]
         if chosen:
@@ -155,206 +152,166 @@ def _cell(text: Any) -> str:
 # Settings
 
 
-def settings_page() -> str:
-    """Return the page of all settings: name, default in each template, meaning."""
-    lines = [
-        "# Settings",
-        "",
-        "Every setting of a bundle (`knobs` in `bundle.json`) stands at the top of its configs. Change one for a run with",
-        "`--set name=value` (JSON or text), or with `--name value` in `python -m monai.bundle run`. A misspelled name is",
-        "refused and the nearest name suggested. The defaults below are those of the templates; a bundle may have others:",
-        "its `configs/train.json` and `configs/inference.json` list them.",
-        "",
-        "`--set recipe=NAME` applies the training recipe of a paper before other settings, see",
-        "[recipes](#recipes).",
-        "",
-    ]
-    groups: dict[str, list[str]] = {}
-    for template, content in _templates().items():
-        for name, knob in content.get("knobs", {}).items():
-            row = f"| `{name}` | `{_cell(json.dumps(knob['value']))}` | {_cell(knob['help'])} |"
-            groups.setdefault(template, []).append(row)
-    for template, rows in groups.items():
-        title = _TEMPLATE_TITLES.get(template, f"Template `{template}`")
-        lines += [f"## {title}", "", "| setting | default | meaning |", "|---|---|---|", *rows, ""]
-    return "\n".join([*lines, *_recipes()]) + "\n"
+def _settings_tables() -> list[str]:
+    """Return a table of settings for each template, with its defaults; the more general ones first."""
+    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (FORMAT / "templates").glob("*.json")}
+    lines = []
+    for name in [*TEMPLATES, *sorted(set(found) - set(TEMPLATES))]:
+        knobs = found[name].get("knobs", {})
+        rows = [f"| `{one}` | `{_cell(json.dumps(knob['value']))}` | {knob['help']} |" for one, knob in knobs.items()]
+        title = f"## {TEMPLATES.get(name, name)}"
+        lines += [title, "", "| setting | default | meaning |", "|---|---|---|", *rows, ""] if rows else []
+    return lines
 
 
-_TEMPLATE_TITLES = {
-    "base": "All bundles",
-    "volume": "Volumes (3D)",
-    "image": "Images (2D)",
-    "ct_volume": "CT volumes",
-    "mr_volume": "MR volumes",
-    "rgb_image": "Color images",
-    "grey_image": "Gray images",
-}
-
-
-def _templates() -> dict[str, dict[str, Any]]:
-    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in TEMPLATES.glob("*.json")}
-    order = [*_TEMPLATE_TITLES, *sorted(set(found) - set(_TEMPLATE_TITLES))]
-    return {name: found[name] for name in order if name in found}
-
-
-def _recipes() -> list[str]:
+def _recipe_table() -> list[str]:
     rows = []
-    for path in sorted((ROOT / "medseg" / "bundle" / "recipes").glob("*.json")):
+    for path in sorted((FORMAT / "recipes").glob("*.json")):
         recipe = json.loads(path.read_text(encoding="utf-8"))
         link = f"[`{path.stem}`]({CODE}/medseg/bundle/recipes/{path.name})"
         rows.append(f"| {link} | {_cell(recipe['source'])} | {_cell(recipe['choices'])} |")
-    return ["## Recipes", "", "| recipe | source | where the paper gives no value |", "|---|---|---|", *rows]
+    return ["| recipe | source | where the paper gives no value |", "|---|---|---|", *rows]
 
 
 # Python
 
 
 def python_pages() -> dict[str, str]:
-    """Return a page for each public package, from its docstrings, and their index."""
-    pages, rows = {}, []
-    for package, purpose in PACKAGES.items():
-        page = f"{package.removeprefix('medseg.')}.md" if package != "medseg" else "medseg.md"
-        lines = [f"# {package}", "", purpose, "", *_usage(package)]
-        for name, home in public_names(package).items():
-            lines += [f"::: {home}.{name}", ""]
-        pages[f"reference/python/{page}"] = "\n".join(lines)
-        rows.append(f"| [`{package}`]({page}) | {purpose} |")
-    index = ["# Python", "", "| package | purpose |", "|---|---|", *rows, ""]
-    return {"reference/python/index.md": "\n".join(index), **pages}
+    """Return a page for each public package, which mkdocstrings fills from the docstrings."""
+    return {f"reference/python/{_module_file(package)}": _package_page(package) for package in PACKAGES}
 
 
-def _usage(package: str) -> list[str]:
-    known = set(components.__all__)
-    parts = [name for name in public_names(package) if name in known]
-    return ["Configs name these classes as `medseg.components.NAME`.", ""] if len(parts) > 2 else []
+def _package_page(package: str) -> str:
+    members = [f"::: {home}.{name}\n" for name, home in public_names(package).items()]
+    return "\n".join([f"# {package}", "", PACKAGES[package], "", *members])
+
+
+def _module_file(package: str) -> str:
+    return f"{package.rpartition('.')[2]}.md"
+
+
+def _package_table() -> list[str]:
+    rows = [f"| [`{package}`]({_module_file(package)}) | {purpose} |" for package, purpose in PACKAGES.items()]
+    return ["| package | purpose |", "|---|---|", *rows]
 
 
 def public_names(package: str) -> dict[str, str]:
-    """Return the module that defines each public name of a package, found without importing torch or MONAI.
+    """Return the module that defines each public name of a package, without importing torch or MONAI.
 
     Raises:
-        LookupError: A public name whose module is unknown.
+        LookupError: A public name that neither the package nor an import in it defines.
     """
-    source = Path(str(importlib.import_module(package).__file__)).read_text(encoding="utf-8")
-    homes = {
-        alias.asname or alias.name: str(node.module)
-        for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("medseg")
-        for alias in node.names
-    }
+    module = importlib.import_module(package)
+    source = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
     stub = ast.parse((ROOT / "medseg" / "components.pyi").read_text(encoding="utf-8"))
-    listed = {a.name: str(n.module) for n in stub.body if isinstance(n, ast.ImportFrom) for a in n.names}
-    listed |= {name: entry.module for name, entry in NETWORKS.items()}
-    defined = {
-        target.id if isinstance(target, ast.Name) else getattr(node, "name", "")
-        for node in ast.parse(source).body
-        for target in (getattr(node, "targets", None) or [getattr(node, "target", node)])
-    }
-    found = {}
-    for name in importlib.import_module(package).__all__:
-        home = homes.get(name) or (package if name in defined else listed.get(name))
-        if home is None:
-            raise LookupError(f"{package}.{name}: no import in its __init__.py says which module defines it")
-        if not name.startswith("__"):
-            found[name] = home
-    return found
+    homes = {name: entry.module for name, entry in NETWORKS.items()} | _imported(stub) | _imported(source)
+    homes |= dict.fromkeys(_defined(source), package)
+    names = [name for name in module.__all__ if not name.startswith("__")]
+    if missing := [name for name in names if name not in homes]:
+        raise LookupError(f"no import in {package} says where {', '.join(missing)} is defined")
+    return {name: homes[name] for name in names}
+
+
+def _imported(source: ast.Module) -> dict[str, str]:
+    found = [node for node in ast.walk(source) if isinstance(node, ast.ImportFrom)]
+    pairs = [(alias.asname or alias.name, str(node.module)) for node in found for alias in node.names]
+    return {name: module for name, module in pairs if module.startswith("medseg")}
+
+
+def _defined(source: ast.Module) -> Iterator[str]:
+    for node in source.body:
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            yield node.name
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        yield from (target.id for target in targets if isinstance(target, ast.Name))
 
 
 # Model cards
 
 
+@cache
+def _bundles() -> list[Bundle]:
+    return [Bundle(path.parent) for path in sorted((ROOT / "bundles").glob("*/bundle.json"))]
+
+
 def model_pages() -> dict[str, str]:
-    """Return the page of each shipped bundle, from its model card and metadata, and the gallery."""
-    bundles = [Bundle(path.parent) for path in sorted((ROOT / "bundles").glob("*/bundle.json"))]
-    pages = {f"models/{bundle.name}.md": _model_page(bundle) for bundle in bundles}
-    return {"models/index.md": _gallery(bundles), **pages}
+    """Return a page for each shipped bundle, from its model card and metadata."""
+    return {f"models/{bundle.name}.md": _model_page(bundle) for bundle in _bundles()}
 
 
-def _gallery(bundles: list[Bundle]) -> str:
-    rows = {True: [], False: []}
-    for bundle in bundles:
-        rows[bundle.weights.is_file()].append(_tile(bundle))
-    return "\n".join([
-        *_GALLERY_HEAD,
-        "## With weights",
-        "",
-        "These predict at once.",
-        "",
-        *_grid(rows[True]),
-        "## Recipes",
-        "",
-        "These are trained first, on data that the model card names, with its source, license and layout. There is no",
-        "picture of a network without weights.",
-        "",
-        *_grid(rows[False]),
-    ])
+def _gallery(*, weights: bool) -> list[str]:
+    tiles = [line for bundle in _bundles() if bundle.weights.is_file() == weights for line in _tile(bundle)]
+    return ['<div class="grid cards" markdown>', "", *tiles, "</div>"]
 
 
-_GALLERY_HEAD = (
-    "# Models",
-    "",
-    "Bundles that come with medseg, each with its model card: what it segments, what it was trained on, what it measured,",
-    "what it cannot do. `medseg bundle list` shows them in the terminal;",
-    "[check a data set](../how-to/check-data.md#against-a-bundle) before you train or predict with one.",
-    "",
-)
-
-
-def _grid(tiles: list[str]) -> list[str]:
-    return ['<div class="grid cards" markdown>', "", *tiles, "</div>", ""]
-
-
-def _tile(bundle: Bundle) -> str:
+def _tile(bundle: Bundle) -> list[str]:
+    name, picture = bundle.name, _picture(bundle)
     text = str(bundle.metadata.get("description", "")).split(". ")[0].rstrip(".")
-    lines = [f"-   **[{bundle.name}]({bundle.name}.md)**", "", *_picture(bundle, link=True), f"    {text}.", ""]
-    terms = str(bundle.metadata.get("data_source", "")).rstrip(".")
-    return "\n".join([*lines, f"    <small>Data: {terms}</small>", ""])
+    shown = [f"    [![Mask of {name}]({picture})]({name}.md)", ""] if picture else []
+    source = str(bundle.metadata.get("data_source", "")).rstrip(".")
+    return [f"-   **[{name}]({name}.md)**", "", *shown, f"    {text}.", "", f"    <small>Data: {source}</small>", ""]
 
 
-def _picture(bundle: Bundle, *, link: bool = False) -> list[str]:
-    name = f"models/{bundle.name}.png" if bundle.name in CREDITS else "demo.png" if "phantom" in bundle.name else ""
-    if not name:
-        return []
-    image = f"![Mask of {bundle.name}](../assets/{name})"
-    return [f"    [{image}]({bundle.name}.md)", ""] if link else [image, "", f"<small>{_credit(bundle.name)}</small>", ""]
-
-
-def _credit(name: str) -> str:
-    if name not in CREDITS:
-        return "A generated phantom: mask of the network, reference label dashed."
-    credit = CREDITS[name]
-    return (
-        f"Validation case {credit['case']}: mask of the network, reference label dashed. Image: {credit['source']}, "
-        f"{credit['license']}; the picture is under the same license."
-    )
+def _picture(bundle: Bundle) -> str:
+    """Return the path of a bundle's picture, from a page of the models; empty if it has none."""
+    if bundle.name == "phantom_ct_unet":
+        return "../assets/demo.png"
+    return f"../assets/models/{bundle.name}.png" if bundle.name in CREDITS else ""
 
 
 def _model_page(bundle: Bundle) -> str:
     title, _, body = (bundle.root / "docs" / "README.md").read_text(encoding="utf-8").partition("\n")
     body = re.sub(r"\]\(\.\./\.\./(\w+)/docs/README\.md\)", r"](\1.md)", body)
     body = re.sub(r"\]\((\w+\.txt)\)", rf"]({CODE}/bundles/{bundle.name}/docs/\1)", body)
-    return "\n".join([title, "", *_picture(bundle), body.strip(), "", *_facts(bundle), *_references(bundle)])
+    picture = _picture(bundle)
+    shown = (
+        [f"![Mask of {bundle.name}]({picture})", "", f"<small>{_credit(bundle.name)}</small>", ""] if picture else []
+    )
+    return "\n".join([title, "", *shown, body.strip(), "", *_facts(bundle), *_references(bundle)])
+
+
+def _credit(name: str) -> str:
+    if name not in CREDITS:
+        return "A generated phantom: mask of the network, reference label dashed."
+    one = CREDITS[name]
+    image = f"Image: {one['source']}, {one['license']}; this picture is under the same license."
+    return f"Validation case {one['case']}: mask of the network, reference label dashed. {image}"
 
 
 def _facts(bundle: Bundle) -> list[str]:
     metadata, source = bundle.metadata, f"{CODE}/bundles/{bundle.name}"
-    shape = metadata["network_data_format"]["inputs"]["image"]
-    weights = ", ".join(str(one.get("license", "")) for one in metadata.get("weights", {}).values())
-    network = json.loads((bundle.root / "bundle.json").read_text(encoding="utf-8"))["network_def"]["_target_"]
+    licenses = ", ".join(str(one.get("license", "")) for one in metadata.get("weights", {}).values())
+    network = json.loads((bundle.root / "bundle.json").read_text(encoding="utf-8"))["network_def"]
     facts = {
         "Version": metadata.get("version"),
-        "Network": f"`{network.rpartition('.')[2]}`, {len(shape['spatial_shape'])}D",
+        "Network": f"`{network['_target_'].rpartition('.')[2]}`, {network['spatial_dims']}D",
         "Input": metadata.get("image_classes"),
         "Labels": metadata.get("label_classes"),
         "Data": metadata.get("data_source"),
-        "Weights": weights or "none shipped",
+        "Weights": licenses or "none shipped",
         "Intended use": metadata.get("intended_use"),
         "Files": f"[bundle.json]({source}/bundle.json), [configs]({source}/configs)",
     }
-    rows = [f"| {name} | {_cell(value)} |" for name, value in facts.items() if value]
-    return ["## Facts", "", "| | |", "|---|---|", *rows, ""]
+    return [
+        "## Facts",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {one} | {_cell(facts[one])} |" for one in facts if facts[one]),
+        "",
+    ]
 
 
 def _references(bundle: Bundle) -> list[str]:
     found = bundle.metadata.get("references", [])
     return ["## References", "", *(f"- {one}" for one in found), ""] if found else []
+
+
+TABLES: dict[str, Callable[[], list[str]]] = {
+    "commands": _command_table,
+    "settings": _settings_tables,
+    "training recipes": _recipe_table,
+    "packages": _package_table,
+    "models with weights": lambda: _gallery(weights=True),
+    "recipes": lambda: _gallery(weights=False),
+}

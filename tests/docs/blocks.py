@@ -1,7 +1,8 @@
 """Code blocks of the documentation, and what the comments above them say about running them.
 
-`<!-- test: skip REASON -->` directly above a block keeps it from being run, `<!-- test: exit 1 -->` gives the exit code
-of its last command. `<!-- workspace: empty -->` at the top of a page runs it in an empty folder instead of one with data.
+Directly above a block, `<!-- test: skip REASON -->` keeps it from being run, and `<!-- test: exit 1 -->` gives the exit
+code of its last command. `<!-- workspace: empty -->` at the top of a page runs it in an empty folder instead of one
+with data.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 CARDS = sorted((ROOT / "bundles").glob("*/docs/README.md"))
 
-_BLOCK = re.compile(r"(?:^<!-- test: (?P<note>.+?) -->\n)?^(?P<fence>```)(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
+_BLOCK = re.compile(
+    r"(?:^<!-- test: (?P<note>.+?) -->\n)?^(?P<fence>```)(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S
+)
 _INLINE = re.compile(r"`(medseg [^`]+)`")
 _NUMBER = re.compile(r"exit (\d+)")
 
@@ -56,7 +59,13 @@ def blocks(page: Path) -> list[Block]:
     """Return the fenced blocks of a page, in order."""
     content = page.read_text(encoding="utf-8")
     return [
-        Block(page, content.count("\n", 0, found.start("fence")) + 1, found["language"], found["text"], found["note"] or "")
+        Block(
+            page,
+            content.count("\n", 0, found.start("fence")) + 1,
+            found["language"],
+            found["text"],
+            found["note"] or "",
+        )
         for found in _BLOCK.finditer(content)
     ]
 
@@ -67,7 +76,7 @@ def starts_empty(page: Path) -> bool:
 
 
 def medseg_commands(page: Path) -> Iterator[tuple[str, list[str], bool]]:
-    """Yield every `medseg` command of a page, in blocks and in the text: where, its arguments, and whether it is whole."""
+    """Yield every `medseg` command of a page: where it is, its arguments, and whether it is whole (in a block)."""
     found = blocks(page)
     for block in found:
         for line in block.commands if block.language in ("bash", "") else ():

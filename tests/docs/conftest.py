@@ -6,15 +6,16 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from medseg.bundle.build import build
-from medseg.bundle.catalog import Bundle, find_bundle
+from medseg.bundle.catalog import Bundle
 
 
 @pytest.fixture(scope="session")
-def doc_workspace(trained: Bundle, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def doc_workspace(trained: Bundle, make_bundle: Any, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that the pages start from. Not to be changed: each page gets a copy."""
     folder = tmp_path_factory.mktemp("docs")
     shutil.copytree(tiny_data, folder / "my_data")
@@ -23,9 +24,15 @@ def doc_workspace(trained: Bundle, tiny_data: Path, tmp_path_factory: pytest.Tem
     shutil.copy(images[0], folder / "scan.nii.gz")
     for image in images[:2]:
         shutil.copy(image, folder / "folder_of_scans" / image.name)
-    for name in ("my_target_mri_unet", "my_other_mri_unet"):
+    # A folder is found before a shipped bundle of that name, so nothing here runs a network of real size.
+    for name in ("my_target_mri_unet", "my_other_mri_unet", "hippocampus_mri_unet", "bundles/hippocampus_mri_unet"):
         _renamed(trained, folder / name)
-    shutil.copytree(find_bundle("hippocampus_mri_unet").root, folder / "bundles" / "hippocampus_mri_unet")
+    tiny = json.loads((trained.root / "bundle.json").read_text(encoding="utf-8"))
+    nested = {"_target_": "medseg.components.UNetPlusPlus", "features": [4, 8, 8]}
+    network = {**tiny["network_def"], **nested}
+    del network["dropout"]
+    other = make_bundle({**tiny, "name": "hippocampus_mri_unetplusplus", "network_def": network})
+    shutil.copytree(other.root, folder / other.name)
     return folder
 
 
