@@ -18,16 +18,19 @@ whole after each case, so a run that is killed leaves a valid file that says `"s
     software          object   python and package -> version str? (null: not installed)
     machine           object   platform str, cpu str, cpus int, threads int?, accelerator str?
     notes             [str]    what else a reader should know, such as the weights that a training started from
+    warnings          [object] what was assumed, skipped or replaced and belongs to no case, or to a training case:
+                               code str (a key of `medseg.notices.CODES`), text str, file str (its name; "" for none)
     stages            object   stage -> seconds, summed over the cases
     validations       [object] while training: epoch int and each metric -> float?, in order
     peak_memory       object   host_bytes int?, device_bytes int? (null: unknown or unused)
     counts            object   done, failed, skipped: int
     cases             [object] sorted by name: name str, status "done" | "failed" | "skipped", seconds float,
                                error str?, output str?, metrics object (metric -> float?),
-                               source str? (what `stamp` gives of the input: a checksum)
+                               source str? (what `stamp` gives of the input: a checksum),
+                               warnings [object], as above
 
 A trailing ? marks a field that may be null; a metric is null where it is no finite number, such as a distance to an
-empty mask.
+empty mask. A file written before there were `notes` or `warnings` is read as if these were empty.
 
 Privacy: no host or user name, no image header value, no command line and no input folder is recorded, and a knob that
 holds an absolute path is cut to its last part. A checksum tells whether two inputs are the same, and nothing of them.
@@ -46,7 +49,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import KW_ONLY, asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path, PurePath
@@ -54,6 +57,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from medseg.errors import CaseError, MedsegError, RequestError
 from medseg.files import replace_text
+from medseg.notices import CaseWarning, collect
 from medseg.types import Skipped
 from medseg.version import __version__
 
@@ -65,6 +69,8 @@ if TYPE_CHECKING:
 __all__ = ["BundleRecord", "CaseRecord", "Manifest", "stamp"]
 
 MANIFEST_VERSION = 1
+# Fields that the first manifests lack.
+_OPTIONAL = ("notes", "warnings")
 PACKAGES = ("torch", "monai", "numpy", "nibabel", "SimpleITK", "pydicom")
 
 CaseStatus = Literal["done", "failed", "skipped"]
@@ -93,6 +99,7 @@ class CaseRecord:
         output: file name of the result, relative to the manifest's folder.
         metrics: metric -> value; not finite means undefined and is written as null.
         source: what `stamp` gave of the input; None if nobody asked.
+        warnings: what was assumed, skipped, repaired or replaced.
     """
 
     name: str
@@ -102,6 +109,7 @@ class CaseRecord:
     output: str | None = None
     metrics: dict[str, float | None] = field(default_factory=dict)
     source: str | None = None
+    warnings: list[CaseWarning] = field(default_factory=list)
 
     def fail(self, error: BaseException) -> None:
         """Mark the case as failed; an output that was announced is taken back."""
@@ -187,10 +195,12 @@ class Manifest:
         seeds: what is seeded -> seed.
         device: where the network runs.
         path: the file to keep up to date; None writes only on `write(path)`.
+        strict: Whether warnings fail their case, or end the run if they belong to none. Not in the file.
 
     Attributes:
         skipped: files that were found among the inputs and are not predicted; not in the file.
         notes: what else a reader should know of the run.
+        warnings: Warnings that belong to no case, or to a training case.
         stages: stage -> seconds so far.
         validations: epoch and metrics of each validation so far.
         cases: case name -> record.
@@ -206,6 +216,7 @@ class Manifest:
     seeds: dict[str, int] = field(default_factory=dict)
     device: str = "cpu"
     path: Path | None = None
+    strict: bool = False
     status: RunStatus = "running"
     started: str = field(default_factory=_utc_now)
     finished: str | None = None
@@ -213,6 +224,7 @@ class Manifest:
     software: dict[str, str | None] = field(default_factory=_software)
     machine: dict[str, str | int | None] = field(default_factory=_machine)
     notes: list[str] = field(default_factory=list)
+    warnings: list[CaseWarning] = field(default_factory=list)
     stages: dict[str, float] = field(default_factory=dict)
     validations: list[dict[str, float]] = field(default_factory=list)
     peak_memory: dict[str, int | None] = field(default_factory=lambda: {"host_bytes": None, "device_bytes": None})
@@ -220,14 +232,17 @@ class Manifest:
     earlier: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
     skipped: tuple[Skipped, ...] = field(default=(), init=False, repr=False, compare=False)
     _read_back: bool = field(default=False, init=False, repr=False, compare=False)
+    _open: ExitStack = field(default_factory=ExitStack, init=False, repr=False, compare=False)
 
     def __enter__(self) -> Self:
+        self.warnings = self._open.enter_context(collect(strict=self.strict, earlier=self.warnings))
         self._save()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._open.close()
         self.finished = _utc_now()
         self.status = "aborted" if error else "partial" if self.counts["failed"] else "done"
         self.error = _message(error) if error else None
@@ -240,12 +255,13 @@ class Manifest:
         A `CaseError` marks the case as failed and goes no further, so the next case can start; look at
         `record.status` afterward. Any other exception marks it as failed too and is raised again, because it is not
         about this case alone. The body may set `output`, `metrics` and, for a case with nothing to do,
-        `status = "skipped"`.
+        `status = "skipped"`. Warnings raised in it go into the record.
         """
         record = CaseRecord(name, source=source)
         start = time.perf_counter()
         try:
-            yield record
+            with collect(name, earlier=record.warnings):
+                yield record
         except CaseError as error:
             record.fail(error)
         except BaseException as error:
@@ -292,7 +308,9 @@ class Manifest:
         found = {
             name: record
             for name, record in earlier.cases.items()
-            if earlier.is_done(name) and wanted.get(name, record.source) == record.source
+            if earlier.is_done(name)
+            and wanted.get(name, record.source) == record.source
+            and not (self.strict and record.warnings)
         }
         self.cases.update(found)
         self.earlier = set(found)
@@ -360,6 +378,7 @@ class Manifest:
             "software": self.software,
             "machine": self.machine,
             "notes": self.notes,
+            "warnings": [_warning_dict(warning) for warning in self.warnings],
             "stages": {name: round(seconds, 3) for name, seconds in self.stages.items()},
             "validations": self.validations,
             "peak_memory": self.peak_memory,
@@ -390,11 +409,12 @@ class Manifest:
         content = _read_json(path)
         try:
             bundle = content["bundle"]
-            known = {f.name for f in fields(cls) if f.init} - {"bundle", "cases", "notes", "path"}
+            known = {f.name for f in fields(cls) if f.init} - {*_OPTIONAL, "bundle", "cases", "path", "strict"}
             manifest = cls(
                 bundle=BundleRecord(**bundle) if bundle else None,
-                cases={case["name"]: CaseRecord(**case) for case in content["cases"]},
-                notes=content.get("notes", []),  # the first manifests had none
+                cases={case["name"]: _case_record(case) for case in content["cases"]},
+                notes=content.get("notes", []),
+                warnings=_warnings(content),
                 **{name: content[name] for name in known},
             )
         except (KeyError, TypeError) as error:
@@ -424,7 +444,20 @@ class Manifest:
 
 def _case_dict(record: CaseRecord) -> dict[str, Any]:
     metrics = {name: record.metrics[name] for name in sorted(record.metrics)}
-    return {**asdict(record), "seconds": round(record.seconds, 3), "metrics": metrics}
+    warnings = [_warning_dict(warning) for warning in record.warnings]
+    return {**asdict(record), "seconds": round(record.seconds, 3), "metrics": metrics, "warnings": warnings}
+
+
+def _case_record(content: Mapping[str, Any]) -> CaseRecord:
+    return CaseRecord(**{**content, "warnings": _warnings(content)})
+
+
+def _warning_dict(warning: CaseWarning) -> dict[str, str]:
+    return {"code": warning.code, "text": warning.text, "file": warning.file}
+
+
+def _warnings(content: Mapping[str, Any]) -> list[CaseWarning]:
+    return [CaseWarning(**entry) for entry in content.get("warnings", [])]
 
 
 def _message(error: BaseException) -> str:

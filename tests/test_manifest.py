@@ -18,8 +18,8 @@ from medseg.manifest import BundleRecord, CaseRecord, Manifest, stamp
 BUNDLE = BundleRecord("liver_ct_unet", "1.2.0", "c" * 64, "d" * 64)
 FIELDS = [
     "manifest_version", "command", "status", "started", "finished", "error", "arguments", "bundle", "knobs",
-    "overrides", "seeds", "device", "software", "machine", "notes", "stages", "validations", "peak_memory", "counts",
-    "cases",
+    "overrides", "seeds", "device", "software", "machine", "notes", "warnings", "stages", "validations", "peak_memory",
+    "counts", "cases",
 ]  # fmt: skip
 
 

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from medseg.errors import MedsegError, RequestError, SizeError, in_a_line
 from medseg.inferers.engines import environment, load_engine, load_openvino, openvino_core, quiet, without_reports
 from medseg.inferers.faster_layers import with_exact_norms, with_faster_layers
+from medseg.notices import warn
 
 __all__ = ["BACKENDS", "MEMORY_FORMATS", "PRECISIONS", "accelerate"]
 
@@ -220,11 +221,8 @@ def _compile(network: nn.Module, request: _Request) -> Runner:
     except (MedsegError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        logger.warning(
-            "%s runs without compilation, which failed: %s. It needs a C++ compiler (g++ or clang).",
-            type(network).__name__,
-            in_a_line(error),
-        )
+        text = f"{type(network).__name__} runs without compilation, which failed ({in_a_line(error)})"
+        warn(logger, "backend-fallback", f"{text}; it needs a C++ compiler (g++ or clang)", run=True)
         return eager
     return _static(run, request)
 

@@ -19,6 +19,7 @@ from medseg.inferers.foreground import windows_with_foreground
 from medseg.inferers.memory import Forecast, parse_memory
 from medseg.inferers.native import NativeResult
 from medseg.inferers.window_runner import Network, NotStreamableError, WindowRunner, no_room_for_a_window
+from medseg.notices import warn
 
 __all__ = ["SlidingWindowInferer"]
 
@@ -207,7 +208,7 @@ class _Run:
             return self._result(None)
         except torch.OutOfMemoryError:
             pass
-        logger.warning("The GPU's memory is full: the accumulators move to the CPU, which takes longer.")
+        warn(logger, "gpu-fallback", "the GPU's memory is full; the accumulators move to the CPU", run=True)
         torch.cuda.empty_cache()
         try:
             return self._result(torch.device("cpu"))

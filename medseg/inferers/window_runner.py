@@ -15,6 +15,7 @@ from medseg.errors import CaseError, RequestError
 from medseg.inferers.backends import accelerate
 from medseg.inferers.blend import Windows
 from medseg.inferers.memory import Forecast, NetworkProbe, fitting_batch, resident_bytes
+from medseg.notices import warn
 
 __all__ = ["Network", "NotStreamableError", "WindowRunner", "no_room_for_a_window"]
 
@@ -129,7 +130,7 @@ class WindowRunner:
             if self.batch == 1:
                 raise
             self.batch = math.ceil(min(self.batch, len(windows)) / 2)
-            logger.warning("The GPU's memory is full: from here on %d windows at a time.", self.batch)
+            warn(logger, "gpu-fallback", f"the GPU's memory is full; {self.batch} windows run at a time", run=True)
             torch.cuda.empty_cache()
             return self._halving(windows)
         return results[0] if len(results) == 1 else torch.cat(results)

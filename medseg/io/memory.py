@@ -108,7 +108,7 @@ class _Voxels:
             if options.label:
                 fill_labels(out, channel.reshape(grid.shape), self.slope, self.inter, self.name)
             else:
-                fill_image(out, channel.reshape(grid.shape), self.slope, self.inter)
+                fill_image(out, channel.reshape(grid.shape), self.slope, self.inter, self.name)
         return array, grid
 
     def restore(self, values: NDArray[Any], affine: NDArray[np.float64]) -> Any:

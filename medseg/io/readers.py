@@ -7,6 +7,7 @@ A format is a module with `read` and `read_grid`, imported with the first file, 
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import zlib
 from collections.abc import Iterator
@@ -26,8 +27,11 @@ from medseg.io.geometry import MAX_VOXELS, Grid
 from medseg.io.memory import MemoryImage, memory_image
 from medseg.io.names import IMAGE_SUFFIXES, StrPath, absolute
 from medseg.io.voxels import ReadOptions, refuse_nonfinite
+from medseg.notices import warn
 
 __all__ = ["Reader", "find_reader", "load", "placed_tensor", "read_grid"]
+
+logger = logging.getLogger(__name__)
 
 
 class Reader(Protocol):
@@ -106,6 +110,9 @@ def load(
         array, grid = read(file, options)
     if array.dtype.kind == "f":
         refuse_nonfinite(array, file)
+    if len(grid.shape) == 3 and np.array_equal(np.abs(grid.affine), np.eye(4)):
+        text = "suspicious identity affine (1 mm voxels, origin 0); the geometry may have been lost"
+        warn(logger, "identity-affine", text, file)
     return placed_tensor(array, grid, file)
 
 

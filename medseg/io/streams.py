@@ -197,7 +197,7 @@ def read_voxels(
             if options.label:
                 fill_labels(out, raw, voxels.slope, voxels.inter, source)
             else:
-                fill_image(out, raw, voxels.slope, voxels.inter)
+                fill_image(out, raw, voxels.slope, voxels.inter, source)
     stream.read(1 << 20)  # a checksum is verified at the end of the stream only
     return array
 

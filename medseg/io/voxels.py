@@ -5,6 +5,7 @@ Arrays are converted slab by slab, so that no second copy of a large volume is m
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from medseg.errors import CaseError
 from medseg.io.geometry import MAX_VOXELS
+from medseg.notices import warn
 
 __all__ = [
     "ReadOptions",
@@ -27,9 +29,13 @@ __all__ = [
     "smallest_label_type",
 ]
 
+logger = logging.getLogger(__name__)
+
 # Labels stored through a float32 slope come back within a few units of the last place.
 _LABEL_TOLERANCE = 1e-4
 _SLAB_VALUES = 1 << 22
+# Up to here float32 holds every whole number.
+_EXACT = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -101,13 +107,19 @@ def image_type(dtype: np.dtype[Any], *, slope: float = 1.0, inter: float = 0.0, 
     return np.dtype(np.float32)
 
 
-def fill_image(out: NDArray[Any], raw: NDArray[Any], slope: float, inter: float) -> None:
+def fill_image(out: NDArray[Any], raw: NDArray[Any], slope: float, inter: float, source: object) -> None:
     """Write `raw * slope + inter` into `out`, of the type that `image_type` gives.
 
-    What float32 cannot hold becomes infinite.
+    What float32 cannot hold becomes infinite; whole numbers that it rounds are warned of.
     """
     with np.errstate(over="ignore", invalid="ignore"):
-        out[...] = _scaled(raw, slope, inter)
+        values = _scaled(raw, slope, inter)
+        out[...] = values
+    if out.dtype.kind == "f" and values.dtype.kind in "iu" and values.dtype.itemsize >= 4 and values.size:
+        largest = max(int(values.max()), -int(values.min()))
+        if largest > _EXACT:
+            text = f"whole numbers up to {largest:,} are rounded to float32, which is exact up to {_EXACT:,}"
+            warn(logger, "values-rounded", text, source)
 
 
 def fill_labels(out: NDArray[Any], raw: NDArray[Any], slope: float, inter: float, source: object) -> None:

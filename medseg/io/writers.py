@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,8 +21,18 @@ from medseg.io.geometry import Grid
 from medseg.io.names import OUTPUT_FORMATS, StrPath, absolute, case_kind, file_kind, mask_name, split_suffix
 from medseg.io.readers import read_grid
 from medseg.io.voxels import label_values, smallest_label_type
+from medseg.notices import warn
 
-__all__ = ["Writer", "to_numpy", "write_label_files", "write_mask", "write_probabilities"]
+__all__ = [
+    "Writer",
+    "to_numpy",
+    "warn_of_unnamed",
+    "write_label_files",
+    "write_mask",
+    "write_probabilities",
+]
+
+logger = logging.getLogger(__name__)
 
 
 class Writer(Protocol):
@@ -42,6 +53,7 @@ class Writer(Protocol):
 
 _PROBABILITY_TYPES = ("uint8", "float16", "float32")
 _MAX_NAME = 100
+_SHOWN = 5
 
 
 def write_mask(mask: torch.Tensor | NDArray[Any], path: StrPath, *, like: StrPath) -> None:
@@ -98,6 +110,7 @@ def write_label_files(
     stem, suffix = split_suffix(absolute(path).name)
     suffix = suffix or split_suffix(mask_name(Path(like).name))[1] or OUTPUT_FORMATS["nifti"]
     values = {*label_values(array, absolute(like)), *(labels or {})} - {0}
+    warn_of_unnamed(sorted(values - set(labels or {})), like)
     files = {
         value: absolute(path).with_name(f"{stem}_{name}{suffix}")
         for value, name in _label_names(sorted(values), labels or {}).items()
@@ -142,6 +155,13 @@ def to_numpy(array: torch.Tensor | NDArray[Any]) -> NDArray[Any]:
         return np.asarray(array)
     plain = array.detach().as_subclass(torch.Tensor).cpu()
     return np.asarray(plain.float() if plain.dtype == torch.bfloat16 else plain)
+
+
+def warn_of_unnamed(values: Sequence[int], source: object) -> None:
+    """Warn of labels that are written under their number, since nothing names them."""
+    if values:
+        shown = ", ".join(map(str, values[:_SHOWN])) + (f" and {len(values) - _SHOWN} more" if values[_SHOWN:] else "")
+        warn(logger, "label-unnamed", f"labels without a name are called by their number: {shown}", source)
 
 
 def _on_grid(array: NDArray[Any], grid: Grid, source: Path) -> NDArray[Any]:

@@ -13,6 +13,7 @@ from ignite.engine import Events
 from medseg.files import replacing
 from medseg.io.names import split_suffix
 from medseg.io.readers import load
+from medseg.notices import warn
 from medseg.reporting.overlay import draw_picture, draw_volume
 from medseg.training.distributed import is_first_process
 
@@ -73,7 +74,8 @@ class PredictionPictures:
                 drawing.save(temporary, format="PNG")
             self.log.picture(f"prediction/{name}", np.asarray(drawing.convert("RGB")), epoch)
         except Exception as error:
-            logger.warning(f"overlay of epoch {epoch} skipped: {type(error).__name__}: {error}")
+            text = f"overlay of epoch {epoch} skipped: {type(error).__name__}: {error}"
+            warn(logger, "figure-failed", text, run=True)
 
 
 def _folder_name(case: str) -> str:

@@ -20,6 +20,7 @@ from medseg.errors import RequestError, SizeError, by
 from medseg.networks.blocks import ConvUnit, activation, checks_apply
 from medseg.networks.resnet import ASPP, BLOCKS, ResNetDilated, load_pretrained, per_axis
 from medseg.networks.sizes import check_image
+from medseg.notices import warn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -274,14 +275,12 @@ class BANet(nn.Module):
         wide = [r for r in aspp.rates if any(a >= n > 1 for a, n in zip(r, deepest, strict=True))]
         if wide and not self._warned:
             self._warned = True
-            logger.warning(
-                "An image of %s leaves this %s a deepest map of %s, on which the ASPP rates %s reach into nothing but "
-                "padding: these branches act like 1^d convolutions. Give larger images, or smaller aspp_rates.",
-                by(size),
-                name,
-                by(deepest),
-                ", ".join(by(r) for r in wide),
+            text = (
+                f"an image of {by(size)} leaves this {name} a deepest map of {by(deepest)}, on which the ASPP rates "
+                f"{', '.join(map(by, wide))} reach into nothing but padding: these branches act like 1^d convolutions. "
+                "Give larger images, or smaller aspp_rates"
             )
+            warn(logger, "context-exceeds-image", text, run=True)
 
 
 class _Stage(nn.Module):

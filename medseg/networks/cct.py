@@ -14,7 +14,9 @@ from monai.networks.layers import Conv, get_norm_layer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from medseg.errors import by
 from medseg.networks.blocks import activation, checks_apply
+from medseg.notices import warn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -135,7 +137,8 @@ class _Embedding(nn.Module):
         if isinstance(table, Tensor) and self.position_embeddings is not None and table.dim() == 3:
             source = _same_form(self.grid, table.shape[1])
             if source is not None and source != self.grid:
-                logger.info("%s: table of %s tokens interpolated to %s", name, source, self.grid)
+                text = f"{name}: table of {by(source)} tokens interpolated to {by(self.grid)}"
+                warn(logger, "positions-interpolated", text, run=True)
                 spread = table.transpose(1, 2).reshape(1, -1, *source)
                 spread = F.interpolate(spread, size=self.grid, mode=self.mode, align_corners=False)
                 state_dict[name] = _tokens(spread)

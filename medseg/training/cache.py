@@ -18,6 +18,7 @@ from monai.data.utils import pickle_hashing
 from medseg.errors import OutputError
 from medseg.files import replacing
 from medseg.inferers.memory import parse_memory
+from medseg.notices import CaseWarning, forward, warn
 from medseg.version import __version__
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ __all__ = ["DiskCache", "memory_bound", "size_of", "strip_metadata"]
 logger = logging.getLogger(__name__)
 
 Case = dict[str, Any]
+
+_WARNINGS = "warnings"
 
 
 def strip_metadata(case: Mapping[str, Any]) -> Case:
@@ -120,19 +123,32 @@ class DiskCache:
             return None
         try:
             stored = torch.load(path, map_location="cpu", weights_only=True)
-            return {key: _from_stored(value) for key, value in stored.items()}
+            said = [CaseWarning(*entry) for entry in stored.pop(_WARNINGS, [])]
+            found = {key: _from_stored(value) for key, value in stored.items()}
         except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, pickle.UnpicklingError) as error:
-            logger.warning(f"'{path}' is damaged and is made anew ({type(error).__name__})")
+            text = f"a prepared case is damaged ({type(error).__name__}) and is prepared again"
+            warn(logger, "cache-damaged", text, path, run=True)
             return None
+        forward(said)
+        return found
 
-    def save(self, case: Mapping[str, Any], prepared: Case) -> None:
-        """Keep a prepared case, from `strip_metadata`; a full disk costs speed, not the run."""
+    def save(self, case: Mapping[str, Any], prepared: Case, warnings: Sequence[CaseWarning] = ()) -> None:
+        """Keep a prepared case, from `strip_metadata`; a full disk costs speed, not the run.
+
+        Args:
+            case: Paths by key, which it was prepared from.
+            prepared: The tensors.
+            warnings: What was warned of meanwhile, to be warned of again whenever the case is loaded.
+        """
         path = self._path(case)
+        content = {key: _to_stored(value) for key, value in prepared.items()}
+        if warnings:
+            content[_WARNINGS] = [[each.code, each.text, each.file] for each in warnings]
         try:
             with replacing(path) as temporary, temporary.open("wb") as file:
-                torch.save({key: _to_stored(value) for key, value in prepared.items()}, file)
+                torch.save(content, file)
         except (OutputError, RuntimeError) as error:
-            logger.warning(f"a prepared case was not kept: {error}")
+            warn(logger, "cache-not-written", f"a prepared case was not kept: {error}", run=True)
 
     def _path(self, case: Mapping[str, Any]) -> Path:
         content = [self.recipe, sorted((key, str(value), _mark(value)) for key, value in case.items())]

@@ -15,6 +15,7 @@ from ignite.engine import Events
 
 from medseg.errors import RequestError, WeightsError
 from medseg.files import replace_text, replacing, sha256_file
+from medseg.notices import warn
 from medseg.training.distributed import is_first_process
 from medseg.training.handlers import completes_step
 from medseg.training.randomness import generator_states, restore_generators
@@ -211,6 +212,9 @@ class RunFiles:
                 f"cannot resume from '{self.last}': it is torn or was altered, since its SHA-256 is not the one in "
                 f"'{self.list.name}', and there is no whole one before it. Start anew without resume"
             )
+        if path == self.previous:
+            text = "training goes on from this state, the one before the last"
+            warn(logger, "checkpoint-previous", text, path, run=True)
         return _read(path), path
 
     def _latest(self) -> tuple[str | None, Path | None]:
@@ -221,7 +225,8 @@ class RunFiles:
             if found in known:
                 return found, path
             if found:
-                logger.warning(f"'{path}' is damaged: its SHA-256 is not the one that was noted when it was written")
+                text = "damaged: its SHA-256 is not the one noted when it was written; it is not used"
+                warn(logger, "checkpoint-damaged", text, path, run=True)
         return None, None
 
     def _known(self) -> list[str]:

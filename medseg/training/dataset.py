@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from torch.utils.data import get_worker_info
 from medseg.errors import CaseError, MedsegError, RequestError, links, out_of_memory, own_error
 from medseg.inferers.blend import one_thread
 from medseg.inferers.memory import shown_bytes
+from medseg.notices import CaseWarning, carry, collect, forward
 from medseg.training.cache import DiskCache, memory_bound, size_of, strip_metadata
 from medseg.training.randomness import isolated_seed, seed_from
 from medseg.transforms.traits import traits_of
@@ -25,7 +27,7 @@ from medseg.transforms.traits import traits_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, MutableSequence, Sequence
 
-__all__ = ["SeededDataset", "collate"]
+__all__ = ["SeededDataset", "WarnedBatch", "collate"]
 
 logger = logging.getLogger(__name__)
 
@@ -110,12 +112,17 @@ class SeededDataset(Dataset):  # type: ignore[misc]  # MONAI publishes no types
                 self.working[worker.id] = -1
 
     def __getitems__(self, keys: Sequence[Any]) -> list[Any]:
-        """Return the samples of a batch, or alone the error that occurred, which would lose its class in a worker."""
-        try:
-            return [self[key] for key in keys]
-        except MedsegError as error:
-            logger.debug("a sample failed", exc_info=True)
-            return [error]
+        """Return the samples of a batch, or alone the error that occurred, which would lose its class in a worker.
+
+        Warnings raised meanwhile come last, as a list, for the process that trains.
+        """
+        with collect(deferred=True) as warnings:
+            try:
+                samples = [self[key] for key in keys]
+            except MedsegError as error:
+                logger.debug("a sample failed", exc_info=True)
+                samples = [error]
+        return [*samples, warnings] if warnings else samples
 
     def describe(self, index: int) -> str:
         """Return how messages name a case."""
@@ -137,9 +144,11 @@ class SeededDataset(Dataset):  # type: ignore[misc]  # MONAI publishes no types
         """Return a case as it is before chance comes in; from disk if it is there."""
         found = self.disk.load(self.data[index]) if self.disk else None
         if found is None:
-            found = strip_metadata(self.transform(dict(self.data[index]), end=self.first_random, threading=True))
+            with collect(deferred=True) as warnings:
+                found = strip_metadata(self.transform(dict(self.data[index]), end=self.first_random, threading=True))
             if self.disk:
-                self.disk.save(self.data[index], found)
+                self.disk.save(self.data[index], found, warnings)
+            forward(warnings)
         return found
 
     def _keep(self, bound: int) -> None:
@@ -149,7 +158,7 @@ class SeededDataset(Dataset):  # type: ignore[misc]  # MONAI publishes no types
         with one_thread(), ThreadPoolExecutor(threads) as pool:
             while len(self._kept) < len(self) and used + largest < bound:
                 group = range(len(self._kept), min(len(self._kept) + threads, len(self)))
-                for case in pool.map(self._prepared_or_explained, group):
+                for case in pool.map(carry(self._prepared_or_explained), group):
                     used += size_of(case)
                     largest = max(largest, size_of(case))
                     if used <= bound:
@@ -175,8 +184,21 @@ class SeededDataset(Dataset):  # type: ignore[misc]  # MONAI publishes no types
         return CaseError(f"{self.describe(index)} cannot be used: {said}")
 
 
+@dataclass
+class WarnedBatch:
+    """A batch, or an error in place of it, and the warnings that were raised while it was made."""
+
+    batch: Any
+    warnings: list[CaseWarning]
+
+
 def collate(samples: Sequence[Any]) -> Any:
-    """Return samples as a batch, as MONAI does; an error among them is returned in place of it."""
+    """Return samples as a batch, as MONAI does; an error among them is returned in place of it.
+
+    Where `SeededDataset` has put warnings behind the samples, a `WarnedBatch` is returned.
+    """
+    if isinstance(samples[-1], list) and samples[-1] and isinstance(samples[-1][0], CaseWarning):
+        return WarnedBatch(collate(samples[:-1]), samples[-1])
     errors = [sample for sample in samples if isinstance(sample, MedsegError)]
     return errors[0] if errors else list_data_collate(samples)
 

@@ -11,7 +11,8 @@ from ignite.engine import Events
 from monai.data import DataLoader
 
 from medseg.errors import CaseError, MedsegError, WeightsError
-from medseg.training.dataset import collate
+from medseg.notices import forward
+from medseg.training.dataset import WarnedBatch, collate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -139,6 +140,9 @@ class TrainingLoader(DataLoader):  # type: ignore[misc]  # MONAI publishes no ty
             batch = next(self._stream)  # type: ignore[arg-type]
         except RuntimeError as error:
             self._explain(None, error)
+        if isinstance(batch, WarnedBatch):
+            forward(batch.warnings)
+            batch = batch.batch
         if isinstance(batch, MedsegError):
             self.close()
             raise batch

@@ -18,7 +18,7 @@ from medseg.io.formats import FORMATS, Format
 from medseg.io.geometry import to_affine4
 from medseg.io.names import OUTPUT_FORMATS, StrPath, mask_name
 from medseg.io.voxels import label_values
-from medseg.io.writers import to_numpy
+from medseg.io.writers import to_numpy, warn_of_unnamed
 from medseg.transforms.traits import Traits
 
 __all__ = ["SaveMaskd"]
@@ -120,7 +120,9 @@ def _names_by_value(labels: Mapping[int, str] | Mapping[str, str]) -> dict[int, 
 def _write_object(form: Format, mask: torch.Tensor, target: Path, source: Path, labels: Mapping[int, str]) -> None:
     """Write a DICOM object that describes the mask; a value without a name is called by its number."""
     array = to_numpy(mask)
-    named = {value: f"label {value}" for value in label_values(array, source) if value != 0} | dict(labels)
+    unnamed = [value for value in label_values(array, source) if value != 0 and value not in labels]
+    warn_of_unnamed(unnamed, source)
+    named = {value: f"label {value}" for value in unnamed} | dict(labels)
     getattr(importlib.import_module(form.module), form.object_writer)(array, target, source, labels=named)
 
 

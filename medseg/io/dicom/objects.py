@@ -29,6 +29,7 @@ from pydicom.filereader import read_file_meta_info, read_partial
 
 from medseg.errors import CaseError, GeometryError, MedsegError, RequestError
 from medseg.io.geometry import Grid
+from medseg.notices import warn
 
 if TYPE_CHECKING:
     from medseg.io.dicom import Series
@@ -134,7 +135,8 @@ def open_source(like: SeriesLike) -> SourceSeries:
     told = {"series": series.uid, "study": series.study_uid, "frame of reference": series.frame_of_reference}
     missing = [name for name, uid in told.items() if not uid]
     if missing:
-        logger.warning("%s has no UID of its %s: derived from those of the images.", first, " and ".join(missing))
+        text = f"no UID of the {' and '.join(missing)}; derived from the SOPInstanceUIDs of the images"
+        warn(logger, "uid-derived", text, first)
     uid, study_uid, frame = (uid or derived_uid(name, *sorted(images)) for name, uid in told.items())
     return SourceSeries(series, uid, study_uid, frame, header)
 

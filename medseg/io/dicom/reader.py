@@ -54,7 +54,7 @@ def read(path: Path, options: ReadOptions) -> tuple[NDArray[Any], Grid]:
             continue
         if dtype.kind in "iu" and not _fits(layers, inter, planes.dtype):
             planes = planes.astype(np.int32)
-        fill_image(planes[number], layers, slope, inter)
+        fill_image(planes[number], layers, slope, inter, path)
     array = planes.transpose(1, 3, 2, 0)
     return (array if len(grid.shape) == 3 else array[..., 0]), grid
 

@@ -52,6 +52,7 @@ from medseg.io.dicom.terms import SegmentTerm, TermLike, default_color, segment_
 from medseg.io.geometry import Grid
 from medseg.io.names import StrPath, absolute
 from medseg.io.polygons import fill_rings, trace_rings
+from medseg.notices import warn
 from medseg.version import __version__
 
 __all__ = ["RTSTRUCT_CLASS", "read_rtstruct", "write_rtstruct"]
@@ -157,7 +158,7 @@ def read_rtstruct(
             what = f"Region '{names[number]}' of {file}"
             if number in drawn and drawn[number].get("ContourSequence"):
                 check_same_frame(str(regions[number].get("ReferencedFrameOfReferenceUID", "")), source, what)
-                _paint(canvas, source.grid, drawn[number], value, names[number], what)
+                _paint(canvas, source.grid, drawn[number], value, names[number], file)
     return canvas.finish(file), source.grid
 
 
@@ -246,8 +247,8 @@ def _contour(ring: NDArray[np.float64], index: int, grid: Grid, reference: tuple
     return contour
 
 
-def _paint(canvas: LabelPainter, grid: Grid, drawn: Dataset, value: int, name: str, what: str) -> None:
-    rings = sorted(_placed_rings(drawn, grid, what), key=lambda item: item[0])
+def _paint(canvas: LabelPainter, grid: Grid, drawn: Dataset, value: int, name: str, file: Path) -> None:
+    rings = sorted(_placed_rings(drawn, grid, name, file), key=lambda item: item[0])
     size = grid.shape[0], grid.shape[1]
     beyond = 0.0
     for index, group in groupby(rings, key=lambda item: item[0]):
@@ -256,11 +257,13 @@ def _paint(canvas: LabelPainter, grid: Grid, drawn: Dataset, value: int, name: s
             beyond = max(beyond, float((-0.5 - ring).max()), float((ring - size + 0.5).max()))
         canvas.paint(canvas.labels[:, :, index], fill_rings(slice_rings, size), value, name)
     if beyond > _BEYOND:
-        logger.warning("%s reaches %.1f voxels beyond the image: cut off there.", what, beyond)
+        text = f"region '{name}' reaches {beyond:.1f} voxels beyond the image and is clipped"
+        warn(logger, "contour-clipped", text, file)
 
 
-def _placed_rings(drawn: Dataset, grid: Grid, what: str) -> Iterator[tuple[int, NDArray[np.float64]]]:
+def _placed_rings(drawn: Dataset, grid: Grid, name: str, file: Path) -> Iterator[tuple[int, NDArray[np.float64]]]:
     """Give the slice and the pixel coordinates of each contour, after checking that all lie in slices."""
+    what = f"Region '{name}' of {file}"
     others: dict[str, int] = {}
     between: list[float] = []
     for contour in drawn.ContourSequence:
@@ -292,7 +295,8 @@ def _placed_rings(drawn: Dataset, grid: Grid, what: str) -> Iterator[tuple[int, 
             f"slice {shown} (counted from 0). Give the series that it was drawn on."
         )
     for kind, count in others.items():
-        logger.warning("%s: %d contours of type %s enclose no area and are left out.", what, count, kind)
+        text = f"{count} contours of type {kind} of region '{name}' enclose no area and are skipped"
+        warn(logger, "contour-skipped", text, file)
 
 
 def _points(contour: Dataset, what: str) -> NDArray[np.float64]:

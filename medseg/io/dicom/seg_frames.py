@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,11 @@ from pydicom.dataset import Dataset
 
 from medseg.errors import CaseError, GeometryError
 from medseg.io.geometry import GRID_TOLERANCE, Grid
+from medseg.notices import warn
 
 __all__ = ["Frame", "Pixels", "find_region", "read_frames", "span_grid"]
+
+logger = logging.getLogger(__name__)
 
 _NUMBER = "ReferencedSegmentNumber"
 _LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -121,6 +125,9 @@ class Pixels:
         if self._bits not in allowed or int(dataset.get("SamplesPerPixel", 1)) != 1:
             raise CaseError(f"{file} is a segmentation of type {self.kind!r} with {self._bits} bits: not known.")
         self._half = 0.5 * int(dataset.get("MaximumFractionalValue", 255))
+        if self.kind == "FRACTIONAL":
+            text = f"fractional segments are thresholded at {self._half:g}, half of their maximum"
+            warn(logger, "fraction-thresholded", text, file)
         self._decoded: NDArray[Any] | None = None
         self._stored: bytes = dataset.PixelData
         values = int(dataset.NumberOfFrames) * self._shape[0] * self._shape[1]

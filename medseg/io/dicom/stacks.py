@@ -22,6 +22,7 @@ from medseg.errors import CaseError, GeometryError, in_a_line
 from medseg.io.dicom.headers import Header, Plane
 from medseg.io.dicom.sources import streams
 from medseg.io.geometry import GRID_TOLERANCE, MAX_SHEAR, Grid
+from medseg.notices import warn
 
 __all__ = ["Slice", "find_stacks", "order_slices", "slice_key"]
 
@@ -263,7 +264,8 @@ def _step(
     if len(ordered) == 1:
         thickness = ordered[0].plane.thickness
         if thickness is None:
-            logger.warning("%s is a single slice that does not say how thick it is: 1 mm is taken.", source)
+            text = "a single slice without SliceThickness or SpacingBetweenSlices; 1 mm is assumed"
+            warn(logger, "spacing-assumed", text, source)
         return normal * (thickness or 1.0)
     step: NDArray[np.float64] = (positions[-1] - positions[0]) / (len(ordered) - 1)
     return step

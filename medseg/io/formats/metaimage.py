@@ -9,6 +9,7 @@ Three axes lie in space; a fourth one holds a series, and values side by side (`
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -26,8 +27,11 @@ from medseg.errors import CaseError, GeometryError
 from medseg.io.geometry import MAX_VOXELS, Grid, check_size, spatial_grid
 from medseg.io.streams import Coding, Voxels, check_capacity, detached_data_file, read_voxels, unpacked, write_voxels
 from medseg.io.voxels import ReadOptions, choose_channels
+from medseg.notices import warn
 
 __all__ = ["read", "read_grid", "write"]
+
+logger = logging.getLogger(__name__)
 
 _MAX_HEADER = 1 << 20
 _LAST = "ElementDataFile"
@@ -224,6 +228,8 @@ def _affine(fields: Mapping[str, str], dims: int, path: Path) -> NDArray[np.floa
         raise GeometryError(f"{path} mixes its fourth axis with those in space: {rows.tolist()}. Split it.")
     spacing = _numbers(fields, _SPACING, dims, path)
     given = any(name in fields for name in _OFFSET)
+    if not given:
+        warn(logger, "origin-assumed", "no Offset (origin) in the header; 0 0 0 is assumed", path)
     offset = _numbers(fields, _OFFSET, dims, path) if given else np.zeros(dims)
     affine: NDArray[np.float64] = np.eye(4)
     with np.errstate(invalid="ignore", over="ignore"):

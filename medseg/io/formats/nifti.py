@@ -21,6 +21,7 @@ from medseg.errors import CaseError, GeometryError
 from medseg.io.geometry import GRID_TOLERANCE, MAX_VOXELS, Grid, check_size, corner_distance, spatial_grid
 from medseg.io.streams import Voxels, check_capacity, coding_of, gzip_writer, opened, read_voxels, write_voxels
 from medseg.io.voxels import ReadOptions, choose_channels
+from medseg.notices import warn
 
 __all__ = ["affine_of", "image_like", "read", "read_grid", "write"]
 
@@ -121,7 +122,7 @@ def affine_of(header: Any, shape: tuple[int, ...], path: Path) -> NDArray[np.flo
     Raises:
         GeometryError: Neither sform nor qform is set, or the qform is invalid.
     """
-    return _affine(header, shape, path)
+    return _affine(header, header, shape, path)
 
 
 def image_like(image: Any, values: NDArray[Any]) -> Any:
@@ -163,7 +164,8 @@ def _read_header(stream: BinaryIO, path: Path, max_voxels: int) -> _Header:
     if dtype.kind not in "iuf":
         kind = "color (RGB)" if dtype.names else "complex"
         raise CaseError(f"{path} holds {kind} values: expected real numbers. Convert it, one number per voxel.")
-    affine = _affine(fixed, shape, path)
+    _warn_of_codes(raw, fixed, path)
+    affine = _affine(raw, fixed, shape, path)
     return _Header(raw, shape, affine, dtype, offset, 1.0 if slope is None else slope, 0.0 if inter is None else inter)
 
 
@@ -182,7 +184,27 @@ def _raw_header(stream: BinaryIO, path: Path) -> Any:
     return raw
 
 
-def _affine(header: Any, shape: tuple[int, ...], path: Path) -> NDArray[np.float64]:
+def _warn_of_codes(raw: Any, fixed: Any, path: Path) -> None:
+    """Report sform and qform codes that NIfTI does not define, which nibabel takes for 0."""
+    for name in ("sform_code", "qform_code"):
+        if raw[name] != fixed[name]:
+            warn(logger, "header-repaired", f"{name} {int(raw[name])} is undefined; 0 is assumed", path)
+
+
+def _warn_of_pixdim(raw: Any, path: Path) -> None:
+    """Report voxel sizes and a handedness that nibabel replaces in the qform."""
+    factor, *sizes = (float(value) for value in raw["pixdim"][: min(4, int(raw["dim"][0]) + 1)])
+    if factor not in (-1, 0, 1):
+        warn(logger, "header-repaired", f"pixdim[0] (qfac) is {factor:g}; 1 is assumed", path)
+    for axis, size in enumerate(sizes, start=1):
+        if size == 0:
+            warn(logger, "spacing-assumed", f"pixdim[{axis}] (voxel size) is 0; 1 mm is assumed", path)
+        elif size < 0:
+            text = f"pixdim[{axis}] (voxel size) is {size:g}; {-size:g} is assumed"
+            warn(logger, "header-repaired", text, path)
+
+
+def _affine(raw: Any, header: Any, shape: tuple[int, ...], path: Path) -> NDArray[np.float64]:
     """Return the sform, or without one the qform, in millimeters."""
     if not header["sform_code"] and not header["qform_code"]:
         raise GeometryError(
@@ -194,7 +216,11 @@ def _affine(header: Any, shape: tuple[int, ...], path: Path) -> NDArray[np.float
     if sform is not None and qform is not None and np.isfinite([sform, qform]).all():
         apart = corner_distance(Grid(shape[:3], sform), Grid(shape[:3], qform))
         if apart > GRID_TOLERANCE * min(Grid(shape[:3], sform).spacing):
-            logger.warning("%s: its sform and qform lie up to %.3g units apart; the sform is used.", path, apart)
+            apart *= _MILLIMETERS.get(int(header["xyzt_units"]) & 7, 1.0)
+            text = f"sform and qform differ by up to {apart:.3g} mm; the sform is used"
+            warn(logger, "sform-qform-conflict", text, path)
+    if sform is None:
+        _warn_of_pixdim(raw, path)
     best: NDArray[np.float64] = np.array(qform if sform is None else sform, dtype=np.float64)
     best[:3] *= _MILLIMETERS.get(int(header["xyzt_units"]) & 7, 1.0)
     return best

@@ -10,6 +10,7 @@ Three axes lie in space; one more, anywhere before or after them, holds channels
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import sys
@@ -35,6 +36,7 @@ from medseg.io.streams import (
     write_voxels,
 )
 from medseg.io.voxels import ReadOptions, choose_channels
+from medseg.notices import warn
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = ["read", "read_grid", "write"]
+
+logger = logging.getLogger(__name__)
 
 _MAX_HEADER = 1 << 22
 # Sign of each axis of a space against RAS+.
@@ -222,6 +226,8 @@ def _affine(fields: Mapping[str, str], vectors: list[str], path: Path) -> NDArra
     units = re.findall(r'"([^"]*)"', fields.get("space units", ""))
     if any(unit.strip().lower() not in _MILLIMETERS for unit in units):
         raise GeometryError(f"{path} has the space units {units}: expected mm. Convert it.")
+    if "space origin" not in fields:
+        warn(logger, "origin-assumed", "no 'space origin' in the header; (0,0,0) is assumed", path)
     affine: NDArray[np.float64] = np.eye(4)
     columns = [*vectors, fields.get("space origin", "(0,0,0)")]
     for axis, vector in enumerate(columns):

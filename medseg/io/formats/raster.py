@@ -22,7 +22,7 @@ import logging
 import math
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -33,6 +33,7 @@ from PIL import Image
 from medseg.errors import CaseError, MedsegError
 from medseg.io.geometry import MAX_VOXELS, Grid, check_size
 from medseg.io.voxels import ReadOptions, fill_image, fill_labels, image_type
+from medseg.notices import warn
 
 __all__ = ["read", "read_grid", "to_channels", "write"]
 
@@ -40,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
 _GREY_MODES = ("1", "L", "I", "F", "I;16", "I;16L", "I;16B", "I;16N")
-_TIFF_BITS_PER_SAMPLE, _TIFF_PHOTOMETRIC, _TIFF_ORIENTATION, _TIFF_SAMPLES, _TIFF_SAMPLE_FORMAT = (
+_TIFF_BITS_PER_SAMPLE, _TIFF_PHOTOMETRIC, _ORIENTATION, _TIFF_SAMPLES, _TIFF_SAMPLE_FORMAT = (
     258,
     262,
     274,
@@ -74,7 +75,7 @@ def read(path: Path, options: ReadOptions) -> tuple[NDArray[Any], Grid]:
     if options.label:
         fill_labels(array, planes, 1.0, 0.0, path)
     else:
-        fill_image(array, planes, 1.0, 0.0)
+        fill_image(array, planes, 1.0, 0.0, path)
     return array, grid
 
 
@@ -122,11 +123,20 @@ def _refuse_unsuited(picture: Image.Image, path: Path, label: bool) -> None:
         raise CaseError(f"{path} has color of 16 bits, of which only 8 would be read: convert it to 8 bits yourself.")
     if picture.format == "TIFF":
         _refuse_tags(picture, path, label)
+    elif (orientation := _exif_orientation(picture)) not in (0, 1):
+        text = f"EXIF orientation {orientation} (rotated or mirrored for display) is not applied"
+        warn(logger, "exif-orientation-ignored", text, path)
+
+
+def _exif_orientation(picture: Image.Image) -> int:
+    with suppress(Exception):  # a damaged EXIF block says nothing, and raises many types
+        return int(picture.getexif().get(_ORIENTATION, 1))
+    return 1
 
 
 def _refuse_tags(picture: Image.Image, path: Path, label: bool) -> None:
     """Refuse TIFFs of which Pillow reads something else than is stored."""
-    orientation = _tag(picture, _TIFF_ORIENTATION, 1)
+    orientation = _tag(picture, _ORIENTATION, 1)
     if orientation != 1:
         raise CaseError(
             f"{path} is stored turned or mirrored (TIFF orientation {orientation}), which programs treat differently: "

@@ -8,6 +8,7 @@ picture of one level, which is then held in memory whole.
 from __future__ import annotations
 
 import importlib
+import logging
 import math
 import re
 import warnings
@@ -26,8 +27,11 @@ from medseg.io.formats import raster
 from medseg.io.names import file_kind
 from medseg.io.slides.dicom import check_dicom_slide, find_dicom_slide
 from medseg.io.voxels import ReadOptions
+from medseg.notices import warn
 
 __all__ = ["Levels", "open_levels"]
+
+logger = logging.getLogger(__name__)
 
 _EXTRA: Final = 'Slides need OpenSlide or tiffslide: pip install "medseg[slides]"'
 # A microscope resolves 0.2 micrometers; 20 is a scanned page at 1270 dpi. Values outside come from picture programs
@@ -151,6 +155,8 @@ def _checked_sizes(sizes: Any, file: Path) -> tuple[tuple[int, int], ...]:
         if not checked or (width <= checked[-1][0] and height <= checked[-1][1]):
             checked.append((int(width), int(height)))
         else:
+            text = f"level {len(checked)} is larger than the one before; it and those after it are not used"
+            warn(logger, "levels-skipped", text, file)
             break
     return tuple(checked)
 
