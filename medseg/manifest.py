@@ -42,6 +42,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import platform
@@ -57,7 +58,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from medseg.errors import CaseError, MedsegError, RequestError
 from medseg.files import replace_text
-from medseg.notices import CaseWarning, collect
+from medseg.notices import CaseWarning, collect, read_warnings, warn
 from medseg.types import Skipped
 from medseg.version import __version__
 
@@ -67,6 +68,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = ["BundleRecord", "CaseRecord", "Manifest", "stamp"]
+
+logger = logging.getLogger(__name__)
 
 MANIFEST_VERSION = 1
 # Fields that the first manifests lack.
@@ -302,7 +305,11 @@ class Manifest:
         if self.path is None or not self.path.exists():
             return set()
         earlier = Manifest.read(self.path)
-        if not self.same_work(earlier):
+        changes = self._changes_since(earlier)
+        if changes:
+            text = f"nothing is taken over, since the earlier run has another {', '.join(changes)}"
+            with collect(strict=self.strict, earlier=self.warnings):
+                warn(logger, "resume-ignored", text, self.path, run=True)
             return set()
         wanted = sources or {}
         found = {
@@ -328,8 +335,11 @@ class Manifest:
 
     def same_work(self, other: Manifest) -> bool:
         """Whether both runs would make the same of the same input: equal command, bundle, knobs and seeds."""
+        return not self._changes_since(other)
+
+    def _changes_since(self, other: Manifest) -> list[str]:
         ours, theirs = self.to_dict(), other.to_dict()
-        return all(ours[key] == theirs[key] for key in ("command", "bundle", "knobs", "seeds"))
+        return [key for key in ("command", "bundle", "knobs", "seeds") if ours[key] != theirs[key]]
 
     @property
     def counts(self) -> dict[str, int]:
@@ -378,7 +388,7 @@ class Manifest:
             "software": self.software,
             "machine": self.machine,
             "notes": self.notes,
-            "warnings": [_warning_dict(warning) for warning in self.warnings],
+            "warnings": [warning.to_dict() for warning in self.warnings],
             "stages": {name: round(seconds, 3) for name, seconds in self.stages.items()},
             "validations": self.validations,
             "peak_memory": self.peak_memory,
@@ -414,7 +424,7 @@ class Manifest:
                 bundle=BundleRecord(**bundle) if bundle else None,
                 cases={case["name"]: _case_record(case) for case in content["cases"]},
                 notes=content.get("notes", []),
-                warnings=_warnings(content),
+                warnings=read_warnings(content.get("warnings", [])),
                 **{name: content[name] for name in known},
             )
         except (KeyError, TypeError) as error:
@@ -444,20 +454,12 @@ class Manifest:
 
 def _case_dict(record: CaseRecord) -> dict[str, Any]:
     metrics = {name: record.metrics[name] for name in sorted(record.metrics)}
-    warnings = [_warning_dict(warning) for warning in record.warnings]
+    warnings = [warning.to_dict() for warning in record.warnings]
     return {**asdict(record), "seconds": round(record.seconds, 3), "metrics": metrics, "warnings": warnings}
 
 
 def _case_record(content: Mapping[str, Any]) -> CaseRecord:
-    return CaseRecord(**{**content, "warnings": _warnings(content)})
-
-
-def _warning_dict(warning: CaseWarning) -> dict[str, str]:
-    return {"code": warning.code, "text": warning.text, "file": warning.file}
-
-
-def _warnings(content: Mapping[str, Any]) -> list[CaseWarning]:
-    return [CaseWarning(**entry) for entry in content.get("warnings", [])]
+    return CaseRecord(**{**content, "warnings": read_warnings(content.get("warnings", []))})
 
 
 def _message(error: BaseException) -> str:

@@ -23,7 +23,7 @@ from typing import Final, ParamSpec, TypeVar
 
 from medseg.errors import CaseError, RequestError
 
-__all__ = ["CODES", "CaseWarning", "carry", "collect", "forward", "summarize", "warn"]
+__all__ = ["CODES", "CaseWarning", "carry", "collect", "forward", "read_warnings", "summarize", "warn"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -80,6 +80,15 @@ class CaseWarning:
 
     def __str__(self) -> str:
         return f"{self.file}: {self.text}" if self.file else self.text
+
+    def to_dict(self) -> dict[str, str]:
+        """Return what files keep of it."""
+        return {"code": self.code, "text": self.text, "file": self.file}
+
+
+def read_warnings(entries: Iterable[Mapping[str, str]]) -> list[CaseWarning]:
+    """Return the warnings of a file, the reverse of `CaseWarning.to_dict`."""
+    return [CaseWarning(entry["code"], entry["text"], entry["file"]) for entry in entries]
 
 
 @dataclass
@@ -197,4 +206,4 @@ def _report(warning: CaseWarning) -> None:
         raise kind(f"{warning}. Strict mode treats this warning ({warning.code}) as an error.")
     if new and not (scope is not None and scope.deferred):
         extra = {"case_warning": warning, "case": scope.case if scope is not None else ""}
-        logging.getLogger(warning.logger).warning("%s", warning, extra=extra)
+        logging.getLogger(warning.logger).warning("%s", warning, extra=extra, stacklevel=3)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import sys
-import warnings
 from typing import Final
 
 import typer
 
 from medseg.cli import bundle, compare, convert, demo, doctor, evaluate, export, plan, predict, prune, train
 from medseg.cli.console import errors
+from medseg.cli.log import warnings_at_the_end
 from medseg.errors import MedsegError
 from medseg.version import __version__
 
@@ -56,11 +55,9 @@ def _options(
 
 def main() -> None:
     """Run the command line; errors of ours become one message and an exit code."""
-    # What the libraries below warn and log about is not for users; our errors say what matters.
-    warnings.simplefilter("ignore")
-    logging.disable(logging.CRITICAL)
     try:
-        app()
+        with warnings_at_the_end():
+            app()
     except MedsegError as error:
         errors.print(f"[bold red]Error:[/] {_escaped(str(error))}", markup=True, soft_wrap=True)
         sys.exit(error.exit_code)

@@ -19,7 +19,18 @@ if TYPE_CHECKING:
 
     from rich.text import Text
 
-__all__ = ["BundleName", "Device", "PlainConsole", "Settings", "Trust", "errors", "output", "progress", "with_options"]
+__all__ = [
+    "BundleName",
+    "Device",
+    "PlainConsole",
+    "Settings",
+    "Strict",
+    "Trust",
+    "errors",
+    "output",
+    "progress",
+    "with_options",
+]
 
 
 class PlainConsole(Console):
@@ -45,6 +56,10 @@ Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Trust = Annotated[
     str | None,
     typer.Option(metavar="SHA256", help="Run a bundle that is not declarative, if it has this fingerprint."),
+]
+Strict = Annotated[
+    bool,
+    typer.Option("--strict", help="Treat warnings as errors: a case with one fails, and nothing is written for it."),
 ]
 
 _SECONDS_BETWEEN_LINES = 20.0

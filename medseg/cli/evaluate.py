@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from medseg.bundle.knobs import parse_settings
-from medseg.cli.console import BundleName, Device, Settings, Trust, progress, with_options
+from medseg.cli.console import BundleName, Device, Settings, Strict, Trust, progress, with_options
 from medseg.cli.tables import print_scores
 from medseg.jobs import api
 
@@ -25,6 +25,7 @@ def evaluate(
     ] = None,
     settings: Settings = None,
     device: Device = None,
+    strict: Strict = False,
     trust: Trust = None,
 ) -> None:
     """Predict labeled cases and print the Dice of each label, on the labels' own grids."""
@@ -36,6 +37,7 @@ def evaluate(
             output=out,
             settings=parse_settings(with_options(settings, device_name=device)),
             trust=trust,
+            strict=strict,
             report=report,
         )
     print_scores(manifest)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from medseg.bundle.knobs import parse_settings
-from medseg.cli.console import BundleName, Device, Settings, Trust, errors, output, progress, with_options
+from medseg.cli.console import BundleName, Device, Settings, Strict, Trust, errors, output, progress, with_options
 from medseg.jobs import api
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def predict(
     overlay: Annotated[bool, typer.Option("--overlay", help="Also draw each mask over its image.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Skip what an earlier run has finished.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="List every skipped file.")] = False,
+    strict: Strict = False,
     trust: Trust = None,
 ) -> None:
     """Write a mask for every image, in the image's geometry and under its name."""
@@ -62,6 +63,7 @@ def predict(
             resume=resume,
             overlay=overlay,
             trust=trust,
+            strict=strict,
             report=report,
             announce=_Announcement(),
         )

@@ -9,7 +9,7 @@ import typer
 
 from medseg.bundle.catalog import find_bundle
 from medseg.bundle.knobs import parse_settings
-from medseg.cli.console import BundleName, Device, Settings, Trust, output, progress, with_options
+from medseg.cli.console import BundleName, Device, Settings, Strict, Trust, output, progress, with_options
 from medseg.errors import RequestError
 from medseg.jobs import api, folds
 
@@ -46,6 +46,7 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an earlier run stopped.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the weights that the bundle has.")] = False,
+    strict: Strict = False,
     trust: Trust = None,
 ) -> None:
     """Train a bundle on your own data; the best weights become the bundle's `models/model.pt`."""
@@ -54,6 +55,7 @@ def train(
         "devices": devices,
         "resume": resume,
         "overwrite": overwrite,
+        "strict": strict,
     }
     if fold_count is None and fold is None:
         with progress("epochs") as report:

@@ -17,6 +17,7 @@ from medseg.errors import MedsegError
 from medseg.io.geometry import Grid, corner_distance
 from medseg.io.names import StrPath
 from medseg.io.survey import FileFacts, Opened, foreground_inside, open_image, open_label, share_on_minimum
+from medseg.notices import collect
 
 if TYPE_CHECKING:
     from medseg.types import Progress
@@ -33,6 +34,8 @@ _UNEVEN = 20.0
 _PADDING = (-3024, -2048, -2000)
 _ON_MINIMUM = 0.5
 _SHOWN = 5
+# Warnings of reading that a finding below tells with a repair.
+_REPAIRABLE = ("sform-qform-conflict",)
 
 
 @dataclass(frozen=True)
@@ -235,10 +238,13 @@ def _open_label(subject: Subject, collection: Collection, needs: Needs | None) -
 
 
 def _open(name: str, collection: Collection, opener: Callable[[], Opened]) -> tuple[Opened | None, list[Finding]]:
-    try:
-        return opener(), []
-    except MedsegError as error:  # also a package that is not installed: the others may be read without it
-        return None, [Finding("error", "not read", collection.shortened(str(error)), (name,))]
+    with collect(deferred=True) as warnings:
+        try:
+            opened, findings = opener(), []
+        except MedsegError as error:  # also a package that is not installed: the others may be read without it
+            opened, findings = None, [Finding("error", "not read", collection.shortened(str(error)), (name,))]
+    told = [warning for warning in warnings if warning.code not in _REPAIRABLE]
+    return opened, findings + [Finding("warning", warning.code, f"{warning}.", (name,)) for warning in told]
 
 
 def _channel_findings(subject: Subject, facts: FileFacts, listed: int | None) -> Iterator[Finding]:
@@ -304,13 +310,9 @@ def _spacing_findings(facts: FileFacts, here: tuple[str, ...], modality: str) ->
     if low < _THIN or high > _THICK or high / low > _UNEVEN:
         yield Finding("warning", "odd spacing", f"{facts.file} has voxels of {shown} mm; check the units.", here)
     linear = facts.grid.affine[:3, :3]
-    if not np.array_equal(np.abs(linear), np.eye(3)):
-        return
-    if modality.upper() == "CT":
+    if modality.upper() == "CT" and np.array_equal(np.abs(linear), np.eye(3)):
         text = f"{facts.file} is CT with voxels of exactly 1 mm along the axes, which scanners do not make"
         yield Finding("warning", "made-up header", f"{text}: resampled, or the spacing was lost.", here)
-    elif not facts.grid.affine[:3, 3].any():
-        yield Finding("note", "made-up header", f"The affine of {facts.file} is that of no scanner: 1 mm, 0.", here)
 
 
 def _ct_findings(image: Opened, here: tuple[str, ...]) -> Iterator[Finding]:

@@ -42,6 +42,7 @@ def predict(
     resume: bool = False,
     overlay: bool = False,
     trust: str | None = None,
+    strict: bool = False,
     report: Progress | None = None,
     announce: Announce | None = None,
 ) -> Manifest:
@@ -55,6 +56,7 @@ def predict(
         resume: Whether to skip what an earlier run with the same settings has finished.
         overlay: Whether to draw each mask over its image, as a PNG beside it.
         trust: SHA-256 of a bundle that contains executable code, to run it all the same.
+        strict: Whether a warning fails its case, or ends the run if it belongs to none.
         report: Called with the number of cases done, their total, and a short note.
         announce: Called with the name of each case and its forecast of time and memory.
 
@@ -74,6 +76,7 @@ def predict(
                 resume=resume,
                 overlay=overlay,
                 trust=trust,
+                strict=strict,
                 report=report,
                 announce=announce,
             )
@@ -82,7 +85,7 @@ def predict(
     places = [str(Path(place).absolute()) for place in given]
     source = places[0] if len(places) == 1 else places
     paths = {"dataset_dir": source, "output_dir": str(folder)}
-    job = prepare("predict", found, settings or {}, paths=paths, trust=trust)
+    job = prepare("predict", found, settings or {}, paths=paths, trust=trust, strict=strict)
     wanted = str(job.config.get("output_format") or "")
     tiff_slides = "slides" in job.config and bool(job.config.get("tiff_slides"))
     listing = list_cases(source, output_format=wanted, tiff_slides=tiff_slides)
@@ -102,6 +105,7 @@ def evaluate(
     output: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
     trust: str | None = None,
+    strict: bool = False,
     report: Progress | None = None,
 ) -> Manifest:
     """Predict labeled cases and score them, each in the native space of its label.
@@ -113,6 +117,7 @@ def evaluate(
         output: Folder of `manifest.json`; the bundle's `runs/evaluate` by default.
         settings: Settings of the bundle to change, by name.
         trust: SHA-256 of a bundle that contains executable code, to run it all the same.
+        strict: Whether a warning fails its case, or ends the run if it belongs to none.
         report: Called with the number of cases done, their total, and a short note.
 
     Returns:
@@ -124,7 +129,7 @@ def evaluate(
     found, root = find_bundle(bundle), Path(data).absolute()
     folder = found.root / "runs" / "evaluate" if output is None else Path(output).absolute()
     paths = {"dataset_dir": str(root), "split": split, "output_dir": str(folder)}
-    job = prepare("evaluate", found, settings or {}, paths=paths, trust=trust)
+    job = prepare("evaluate", found, settings or {}, paths=paths, trust=trust, strict=strict)
     cases = list_dataset(root, split, split_file=_split_file(job.config, split))
     check_folder(folder)
     return runner.evaluate(job, cases, folder, report=report)
@@ -140,6 +145,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     trust: str | None = None,
+    strict: bool = False,
     report: Progress | None = None,
 ) -> Manifest:
     """Train a bundle, or a copy of it; the best weights become its `models/model.pt`.
@@ -154,6 +160,7 @@ def train(
         resume: Whether to continue from the last finished epoch.
         overwrite: Whether to replace existing weights.
         trust: SHA-256 of a bundle that contains executable code, to run it all the same.
+        strict: Whether a warning fails its case, or ends the run if it belongs to none.
         report: Called with the number of epochs done, their total, and a short note.
 
     Returns:
@@ -187,7 +194,8 @@ def train(
         replace_text(target.root / "bundle.json", json.dumps(_by_recipe(target, recipe), indent=2) + "\n")
         build(target)
     prepared = partial(prepare, "train") if devices == 1 else launch.prepare
-    return launch.train(prepared(target, values, paths=paths, trust=trust), devices, report=report)
+    job = prepared(target, values, paths=paths, trust=trust, strict=strict)
+    return launch.train(job, devices, report=report)
 
 
 def _split_file(config: Mapping[str, Any], split: str) -> str | None:

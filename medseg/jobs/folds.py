@@ -14,6 +14,7 @@ Nothing heavy is imported before a request is checked.
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -29,6 +30,7 @@ from medseg.jobs import api
 from medseg.jobs.ensembles import write_ensemble
 from medseg.jobs.launch import check_processes
 from medseg.manifest import Manifest
+from medseg.notices import collect, warn
 from medseg.scoring.scores import CROSS_VALIDATION, Scores, write_scores
 
 if TYPE_CHECKING:
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
     from medseg.types import Progress
 
 __all__ = ["FOLDS_FILE", "Folds", "cross_validate", "fold_bundles", "is_scored", "make_folds"]
+
+logger = logging.getLogger(__name__)
 
 FOLDS_FILE: Final = "folds.json"
 _PARTS: Final = ("train", "val")
@@ -97,6 +101,10 @@ def make_folds(data: StrPath, count: int, seed: int) -> Folds:
         cases, held_out = parts["train"], parts["val"]
     else:
         cases, held_out = sorted(set(dataset.images) & set(dataset.labels)), []
+        unlabeled = len(dataset.images) - len(cases)
+        if unlabeled:
+            text = f"{unlabeled} of {len(dataset.images)} images have no label and are in no fold"
+            warn(logger, "unlabeled-skipped", text, dataset.root, run=True)
     patients = find_patients(data)
     known = {case: patients[case] for case in cases}
     # This loads torch, which the checks above do not need.
@@ -117,6 +125,7 @@ def cross_validate(
     settings: Mapping[str, Any] | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    strict: bool = False,
     report: Progress | None = None,
 ) -> Scores | None:
     """Train a copy of a bundle on each fold, or on one of them, and score each case with the fold that has not seen it.
@@ -131,6 +140,7 @@ def cross_validate(
         settings: knobs to change, by name; `seed` also decides which case is in which fold.
         resume: Whether to keep finished folds and continue unfinished ones.
         overwrite: Whether to train all folds from scratch.
+        strict: Whether a warning ends the run.
         report: Called with the number of epochs done, their total, and a short note.
 
     Returns:
@@ -148,7 +158,8 @@ def cross_validate(
     own = {name: value for name, value in values.items() if name != "recipe"}
     config = {**known, **changed(known, {**own, "split_file": SPLIT_FILE})}
     check_processes(devices, config)
-    dealt = make_folds(root, folds, _seed(config.get("seed", 0)))
+    with collect(strict=strict):
+        dealt = make_folds(root, folds, _seed(config.get("seed", 0)))
     chosen = list(range(folds)) if fold is None else [fold]
     targets = {number: Bundle(out / f"fold_{number}") for number in chosen}
     begun = [target.root.name for target in targets.values() if target.weights.is_file() or _has_state(target)]
@@ -160,7 +171,7 @@ def cross_validate(
     _write_folds(dealt, out)
     for number, target in targets.items():
         replace_text(target.root / SPLIT_FILE, json.dumps(dealt.split(number), indent=2, ensure_ascii=False) + "\n")
-        run = _FoldRun(source, target, root, number, folds, values, known, report)
+        run = _FoldRun(source, target, root, number, folds, values, known, report, strict)
         run.complete(devices, resume=resume)
     return _summarize(source, out, root, dealt)
 
@@ -183,6 +194,7 @@ class _FoldRun:
     settings: dict[str, Any]
     config: Mapping[str, Any]
     report: Progress | None
+    strict: bool
 
     @property
     def values(self) -> dict[str, Any]:
@@ -203,11 +215,13 @@ class _FoldRun:
                 devices=devices,
                 resume=resume and _has_state(self.target),
                 overwrite=True,
+                strict=self.strict,
                 report=self._told("epochs"),
             )
         if not (trained and is_scored(self.target)):
             scored = {name: value for name, value in self.values.items() if name != "recipe"}
-            api.evaluate(self.target.root, self.data, settings=scored, report=self._told("scored cases"))
+            report = self._told("scored cases")
+            api.evaluate(self.target.root, self.data, settings=scored, strict=self.strict, report=report)
 
     def is_trained(self) -> bool:
         """Whether an earlier run has finished this fold with the same settings.

@@ -45,6 +45,7 @@ class Job:
         overrides: The user's values.
         settings: Names of the settings that the user changed.
         vouched: Whether the user trusts a bundle that contains executable code.
+        strict: Whether a warning fails its case, or ends the run if it belongs to none.
     """
 
     command: str
@@ -54,6 +55,7 @@ class Job:
     overrides: Mapping[str, Any]
     settings: tuple[str, ...]
     vouched: bool
+    strict: bool = False
 
     @property
     def weights(self) -> Path:
@@ -68,6 +70,7 @@ def prepare(
     *,
     paths: Mapping[str, Any],
     trust: str | None = None,
+    strict: bool = False,
 ) -> Job:
     """Check a request without importing torch or MONAI.
 
@@ -77,6 +80,7 @@ def prepare(
         settings: Settings of the bundle to change, by name.
         paths: `dataset_dir`, and `output_dir` or `resume` where the command has them.
         trust: SHA-256 of a bundle that contains executable code, to run it all the same.
+        strict: Whether a warning fails its case, or ends the run if it belongs to none.
 
     Raises:
         BundleError: A config is missing or unreadable, or the bundle is not trusted.
@@ -89,7 +93,8 @@ def prepare(
     config = {**merged(configs), "_meta_": metadata}
     overrides = {**changed(config, settings), **paths, "bundle_root": str(bundle.root)}
     files = tuple(bundle.config_paths(*names))
-    job = Job(command, bundle, files, {**config, **overrides}, overrides, tuple(settings), trust is not None)
+    vouched = trust is not None
+    job = Job(command, bundle, files, {**config, **overrides}, overrides, tuple(settings), vouched, strict)
     checked_places(job)
     if command == "train":
         _check_start(job.config)

@@ -32,6 +32,7 @@ from medseg.jobs.exit_diagnosis import Note, describe_exit, explain, memory_kill
 from medseg.jobs.job import Job, checked_places
 from medseg.jobs.job import prepare as prepare_job
 from medseg.manifest import Manifest
+from medseg.notices import forward
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -78,9 +79,16 @@ def check_processes(count: int, config: Mapping[str, Any]) -> None:
         raise RequestError(f"device_name={name} is one device for {count} processes; give auto, cuda or cpu")
 
 
-def prepare(bundle: Bundle, settings: Mapping[str, Any], *, paths: Mapping[str, Any], trust: str | None = None) -> Job:
+def prepare(
+    bundle: Bundle,
+    settings: Mapping[str, Any],
+    *,
+    paths: Mapping[str, Any],
+    trust: str | None = None,
+    strict: bool = False,
+) -> Job:
     """Check a training with several processes without importing torch or MONAI; see `medseg.jobs.job.prepare`."""
-    job = prepare_job("train", bundle, settings, paths=paths, trust=trust)
+    job = prepare_job("train", bundle, settings, paths=paths, trust=trust, strict=strict)
     configs = bundle.load_configs(*_CONFIGS)
     require_trust(bundle.root, configs, trust)
     files = tuple(bundle.config_paths(*_CONFIGS))
@@ -138,6 +146,7 @@ def _train_together(job: Job, processes: int, report: Progress | None) -> Manife
     with tempfile.TemporaryDirectory() as folder_of_notes:
         notes = Path(folder_of_notes)
         exits = _run(job, files, notes, report)
+        _gather_warnings(folder / "manifest.json", notes)
         failed = [
             _Death(end, log, Note.read(_note_file(notes, end.rank)))
             for end, log in zip(exits, files, strict=True)
@@ -148,6 +157,16 @@ def _train_together(job: Job, processes: int, report: Progress | None) -> Manife
         _record(folder / "manifest.json", error)
         raise error
     return Manifest.read(folder / "manifest.json")
+
+
+def _gather_warnings(path: Path, notes: Path) -> None:
+    """Add the warnings of the other processes to the record of the first, and log all of them here."""
+    with suppress(RequestError):
+        manifest = Manifest.read(path)
+        found = [warning for each in worker.read_warnings_of(notes) for warning in each]
+        manifest.warnings += [warning for warning in dict.fromkeys(found) if warning not in manifest.warnings]
+        manifest.write(path)
+        forward(manifest.warnings)
 
 
 def _run(job: Job, logs: Sequence[Path], exchange: Path, report: Progress | None) -> list[Exit]:

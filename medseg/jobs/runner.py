@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -17,6 +17,7 @@ from medseg.io.names import case_stem
 from medseg.jobs.job import build_evaluator, guarded, open_workflow, run_case
 from medseg.jobs.slides import check_slides
 from medseg.manifest import BundleRecord, CaseRecord, Manifest, stamp
+from medseg.notices import CaseWarning, collect, forward
 from medseg.scoring.scores import nanmean
 
 if TYPE_CHECKING:
@@ -155,10 +156,10 @@ def evaluate(job: Job, cases: Sequence[Case], output: Path, *, report: Progress 
         report: Called after each finished window.
     """
     workflow = open_workflow(job, "train", cases)
-    evaluator = build_evaluator(workflow)
     names = list(job.bundle.label_names.values())
     tell = _Teller(len(cases), 0, report)
     with _manifest(job, output / "manifest.json") as manifest:
+        evaluator = build_evaluator(workflow)
         manifest.device = str(evaluator.state.device)
         for case in cases:
             with manifest.case(case.name) as record:
@@ -188,10 +189,12 @@ def train(job: Job, *, report: Progress | None = None) -> Manifest:
     from ignite.engine import Events
 
     workflow = open_workflow(job, "train")
-    said = guarded(workflow.initialize)
+    with collect(strict=job.strict) as warnings:
+        said = guarded(workflow.initialize)
     output = Path(workflow.parser.get_parsed_content("output_dir"))
     manifest = _manifest(job, output / "manifest.json")
     manifest.notes = [text for text in said if isinstance(text, str) and text]
+    manifest.warnings = warnings
     with manifest:
         with manifest.stage("load"):
             trainer = guarded(lambda: workflow.trainer)
@@ -251,7 +254,10 @@ def _manifest(job: Job, path: Path) -> Manifest:
     )
     values = {name: value for name, value in knobs(dict(job.config)).items() if name not in ("bundle_root", *_PLACES)}
     seeds = {"seed": job.config["seed"]} if "seed" in job.config else {}
-    return Manifest(job.command, bundle=record, knobs=values, overrides=list(job.settings), seeds=seeds, path=path)
+    settings = list(job.settings)
+    return Manifest(
+        job.command, bundle=record, knobs=values, overrides=settings, seeds=seeds, path=path, strict=job.strict
+    )
 
 
 def _check_output(cases: Sequence[Case], output: Path) -> None:
@@ -278,7 +284,8 @@ def _draw(case: Case, output: Path, name: str, job: Job, manifest: Manifest) -> 
     # The values of such masks are numbers of objects, which have no names
     labels = None if job.config.get("number_objects") else job.bundle.label_names
     try:
-        write_overlay(case.image, output / case.output, output / name, labels=labels)
+        with collect(deferred=True):  # reading the image for its mask has warned already
+            write_overlay(case.image, output / case.output, output / name, labels=labels)
     except CaseError as error:
         manifest.notes.append(f"no overlay of {case.output}: {error}")
 
@@ -290,8 +297,27 @@ def _prepared(preprocessing: Any, cases: Sequence[Case], *, ahead: bool) -> Iter
             yield partial(preprocessing, case.entry())
         return
     with ThreadPoolExecutor(1) as reader:
-        following = [reader.submit(preprocessing, case.entry()) for case in cases[:1]]
+        following = [_ReadAhead(reader, preprocessing, case) for case in cases[:1]]
         for number in range(len(cases)):
             present = following.pop()
-            following = [reader.submit(preprocessing, case.entry()) for case in cases[number + 1 : number + 2]]
-            yield present.result
+            following = [_ReadAhead(reader, preprocessing, case) for case in cases[number + 1 : number + 2]]
+            yield present
+
+
+class _ReadAhead:
+    """A case that a thread preprocesses; what it warns of belongs to the case that is at work when it is called."""
+
+    def __init__(self, reader: ThreadPoolExecutor, preprocessing: Any, case: Case) -> None:
+        self.warnings: list[CaseWarning] = []
+        self.future = reader.submit(self._read, preprocessing, case)
+
+    def __call__(self) -> Mapping[str, Any]:
+        """Wait for the preprocessed data."""
+        wait([self.future])
+        forward(self.warnings)
+        return self.future.result()
+
+    def _read(self, preprocessing: Any, case: Case) -> Mapping[str, Any]:
+        with collect(deferred=True, earlier=self.warnings):
+            prepared: Mapping[str, Any] = preprocessing(case.entry())
+            return prepared

@@ -20,8 +20,9 @@ from medseg.bundle.catalog import Bundle
 from medseg.jobs import runner
 from medseg.jobs.exit_diagnosis import note_of
 from medseg.jobs.job import Job, open_workflow
+from medseg.notices import CaseWarning, collect, read_warnings
 
-__all__ = ["NOTE", "PROGRESS", "command", "main", "write_request"]
+__all__ = ["NOTE", "PROGRESS", "command", "main", "read_warnings_of", "write_request"]
 
 PROGRESS: Final = "progress.jsonl"
 # The variable in which torch names the file for word of an exception.
@@ -59,8 +60,15 @@ def write_request(exchange: Path, job: Job) -> None:
         "overrides": job.overrides,
         "settings": job.settings,
         "vouched": job.vouched,
+        "strict": job.strict,
     }
     (exchange / _REQUEST).write_text(json.dumps(content), encoding="utf-8")
+
+
+def read_warnings_of(exchange: Path) -> list[list[CaseWarning]]:
+    """Return the warnings of each process but the first, whose manifest has its own."""
+    files = sorted(exchange.glob("warnings_*.json"))
+    return [read_warnings(json.loads(file.read_text(encoding="utf-8"))) for file in files]
 
 
 def main() -> None:
@@ -69,7 +77,7 @@ def main() -> None:
     threading.Thread(target=_end_with_parent, args=(port,), daemon=True).start()
     code = 0
     try:
-        _work(_read_request(exchange), exchange / PROGRESS)
+        _work(_read_request(exchange), exchange)
     except BaseException as error:
         traceback.print_exc()
         note = note_of(error)
@@ -82,14 +90,20 @@ def main() -> None:
     os._exit(code)
 
 
-def _work(job: Job, progress: Path) -> None:
-    if int(os.environ["RANK"]) == 0:
-        with progress.open("a", encoding="utf-8", buffering=1) as file:
+def _work(job: Job, exchange: Path) -> None:
+    rank = int(os.environ["RANK"])
+    if rank == 0:
+        with (exchange / PROGRESS).open("a", encoding="utf-8", buffering=1) as file:
             runner.train(job, report=lambda *told: print(json.dumps(told), file=file))
     else:
-        workflow = open_workflow(job, "train")
-        workflow.initialize()
-        workflow.run()
+        with collect(strict=job.strict) as warnings:
+            try:
+                workflow = open_workflow(job, "train")
+                workflow.initialize()
+                workflow.run()
+            finally:
+                content = json.dumps([warning.to_dict() for warning in warnings])
+                (exchange / f"warnings_{rank}.json").write_text(content, encoding="utf-8")
     from medseg.training.distributed import stop_processes
 
     stop_processes()
@@ -105,6 +119,7 @@ def _read_request(exchange: Path) -> Job:
         overrides=content["overrides"],
         settings=tuple(content["settings"]),
         vouched=content["vouched"],
+        strict=content["strict"],
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import time
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 __all__ = ["RunLog"]
-
-logger = logging.getLogger(__name__)
 
 _STEPS_BETWEEN_READINGS = 10
 

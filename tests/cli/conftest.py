@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import sys
 import warnings
@@ -28,5 +27,4 @@ def medseg(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
         assert "Traceback" not in printed.err + printed.out
         return code, printed.out, re.sub(r"\s+", " ", printed.err)
 
-    yield run
-    logging.disable(logging.NOTSET)
+    return run

@@ -191,8 +191,8 @@ def test_a_full_gpu_halves_the_batch_once_and_for_all(caplog) -> None:
     assert max(sizes) == 2
     assert sum(sizes) == count_windows((64, 64), (16, 16), 0.5)
     assert [record.message for record in caplog.records] == [
-        "The GPU's memory is full: from here on 4 windows at a time.",
-        "The GPU's memory is full: from here on 2 windows at a time.",
+        "the GPU's memory is full; 4 windows run at a time",
+        "the GPU's memory is full; 2 windows run at a time",
     ]
 
 

@@ -94,7 +94,7 @@ class _Calls:
         if output.name == self.interrupt:
             raise KeyboardInterrupt
 
-    def evaluate(self, bundle: Path, data: Path, *, settings: Any, report: Any) -> None:
+    def evaluate(self, bundle: Path, data: Path, *, settings: Any, **_: Any) -> None:
         self.made.append(("evaluate", bundle.name, False))
         monkeyed = json.loads((self.trained.root / "runs" / "train" / "manifest.json").read_text())
         split = json.loads((bundle / "split.json").read_text())

@@ -73,7 +73,7 @@ def test_a_picture_that_cannot_be_drawn_is_a_warning(tmp_path: Path, caplog: pyt
     validator.add_event_handler(Events.ITERATION_STARTED, lambda engine: setattr(engine.state, "batch", []))
     with caplog.at_level(logging.WARNING):
         validator.run([0])
-    assert "no picture of epoch" in caplog.text
+    assert "no figure of epoch" in caplog.text
 
 
 @pytest.mark.parametrize(("interval", "drawn"), [(1, [0, 1, 2, 3]), (2, [0, 2]), (3, [0, 3])])

@@ -196,12 +196,12 @@ def _warn_of_pixdim(raw: Any, path: Path) -> None:
     factor, *sizes = (float(value) for value in raw["pixdim"][: min(4, int(raw["dim"][0]) + 1)])
     if factor not in (-1, 0, 1):
         warn(logger, "header-repaired", f"pixdim[0] (qfac) is {factor:g}; 1 is assumed", path)
-    for axis, size in enumerate(sizes, start=1):
-        if size == 0:
-            warn(logger, "spacing-assumed", f"pixdim[{axis}] (voxel size) is 0; 1 mm is assumed", path)
-        elif size < 0:
-            text = f"pixdim[{axis}] (voxel size) is {size:g}; {-size:g} is assumed"
-            warn(logger, "header-repaired", text, path)
+    zero = ", ".join(str(axis) for axis, size in enumerate(sizes, start=1) if size == 0)
+    if zero:
+        warn(logger, "spacing-assumed", f"pixdim (voxel size) is 0 along axis {zero}; 1 mm is assumed", path)
+    if min(sizes) < 0:
+        shown = ", ".join(f"{size:g}" for size in sizes)
+        warn(logger, "header-repaired", f"pixdim (voxel size) is {shown}; its absolute value is taken", path)
 
 
 def _affine(raw: Any, header: Any, shape: tuple[int, ...], path: Path) -> NDArray[np.float64]:

@@ -257,7 +257,7 @@ def test_a_single_slice_is_as_thick_as_it_says(write_series, tmp_path, caplog, b
     grid = read_grid(tmp_path)
     assert grid.shape == (6, 5, 1)
     assert grid.spacing == pytest.approx((0.7, 0.9, expected))
-    assert ("1 mm is taken" in caplog.text) is (thickness is None)
+    assert ("1 mm is assumed" in caplog.text) is (thickness is None)
     assert read_grid(tmp_path, spatial_dims=2).shape == (6, 5)
 
 
