@@ -7,27 +7,11 @@ image. Make one: `plan`, `train`, `convert`. Judge it: `evaluate`, `compare`, an
 Each name is loaded on first use, so importing medseg costs nothing; arguments are checked before torch is imported.
 """
 
-from __future__ import annotations
-
 from importlib import import_module as _import_module
 from pathlib import Path as _Path
-from typing import TYPE_CHECKING as _TYPE_CHECKING
 
+from medseg.lazy import exports as _exports
 from medseg.lazy import listed as _listed
 
-if _TYPE_CHECKING:
-    from typing import Any
-
 _import_module("medseg.errors")  # so that `except medseg.errors.CaseError` needs no import of its own
-_MODULES = _listed(_Path(__file__).with_suffix(".pyi"))
-__all__ = sorted(_MODULES)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(_import_module(_MODULES[name]), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__, __all__ = _exports(__name__, _listed(_Path(__file__).with_suffix(".pyi")))

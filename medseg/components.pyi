@@ -1,8 +1,5 @@
 # The parts that bundle configs may name as `medseg.components.NAME`. This is the one list: the rooms' public names, the
 # trust check and type checkers read it. Networks are listed in medseg/networks/registry.py.
-from collections.abc import Callable
-from typing import Any
-
 from medseg.inferers.ensemble import Ensemble as Ensemble
 from medseg.inferers.ensemble import MirrorTTA as MirrorTTA
 from medseg.inferers.native import NativeInferer as NativeInferer
@@ -62,5 +59,3 @@ from medseg.transforms.warp import RandWarpd as RandWarpd
 from medseg.transforms.weight_map import BorderWeightMapd as BorderWeightMapd
 
 __all__: list[str]
-
-def room(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]: ...

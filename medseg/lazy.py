@@ -1,11 +1,22 @@
-"""Lists of public names that are kept once, in a stub: type checkers, editors and the modules themselves read it."""
+"""Public names that are kept once, in a stub, and loaded on first use.
+
+Type checkers and editors read the same stub. No name is imported to be listed, so listing costs no torch.
+"""
 
 from __future__ import annotations
 
 import ast
+import importlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, Final, TypeAlias
 
-__all__ = ["listed"]
+__all__ = ["exports", "listed", "room"]
+
+# What a module assigns to `__getattr__`, `__dir__` and `__all__`.
+Exports: TypeAlias = tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]
+
+_COMPONENTS: Final = Path(__file__).with_name("components.pyi")
 
 
 def listed(stub: Path) -> dict[str, str]:
@@ -18,3 +29,26 @@ def listed(stub: Path) -> dict[str, str]:
         for alias in node.names
         if str(node.module).partition(".")[0] == "medseg"
     }
+
+
+def exports(package: str, modules: Mapping[str, str]) -> Exports:
+    """Return `__getattr__`, `__dir__` and `__all__` of a module whose public names are loaded on first use.
+
+    Args:
+        package: Name of the module.
+        modules: Module that defines each public name.
+    """
+
+    def get(name: str) -> Any:
+        if name not in modules:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(modules[name]), name)
+
+    names = sorted(modules)
+    return get, lambda: names, names
+
+
+def room(package: str) -> Exports:
+    """Return `__getattr__`, `__dir__` and `__all__` of a package that exports its parts in `components.pyi`."""
+    parts = listed(_COMPONENTS)
+    return exports(package, {name: module for name, module in parts.items() if module.startswith(f"{package}.")})

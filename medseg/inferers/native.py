@@ -35,7 +35,7 @@ from medseg.inferers.results import (
     packed,
 )
 
-__all__ = ["AxisAlignedGrid", "NativeInferer", "NativeResampler", "NativeResult", "check_choice"]
+__all__ = ["AxisAlignedGrid", "NativeGrid", "NativeInferer", "NativeResampler", "NativeResult", "check_choice"]
 
 _PLANES = 16
 # Scores that are interpolated together; a few copies of them are held by each thread.

@@ -17,7 +17,7 @@ from medseg.inferers.blend import Windows
 from medseg.inferers.memory import Forecast, NetworkProbe, fitting_batch, resident_bytes
 from medseg.notices import warn
 
-__all__ = ["Network", "NotStreamableError", "WindowRunner", "no_room_for_a_window"]
+__all__ = ["Network", "NotStreamableError", "WindowOptions", "WindowRunner", "no_room_for_a_window"]
 
 logger = logging.getLogger(__name__)
 

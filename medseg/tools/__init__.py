@@ -1,1 +1,3 @@
 """Tools on bundles: check, export, prune and convert."""
+
+__all__: list[str] = []
