@@ -3,7 +3,7 @@ BIN := .venv/bin
 LABEL := .venv-label/bin
 DEPLOY := .venv-deploy/bin
 
-.PHONY: demo test check-bundles lint label-environment label-server label-check deploy-check docs
+.PHONY: demo test check-bundles lint dist docs label-environment label-server label-check deploy-check
 
 # The whole circle on generated phantoms, offline: train, predict, score, picture.
 demo: .venv/installed
@@ -29,6 +29,21 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[!c]*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
+
+# Wheel and source archive in dist/. For a release, make dist VERSION=0.1.0 first checks that all places say so.
+dist: .venv/installed
+ifdef VERSION
+	grep -x '__version__ = "$(VERSION)"' medseg/version.py
+	grep -x 'version: $(VERSION)' CITATION.cff
+	grep -x '## $(VERSION) (20[0-9][0-9]-[01][0-9]-[0-3][0-9])' CHANGELOG.md
+endif
+	rm -rf dist
+	$(BIN)/python -m build
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
