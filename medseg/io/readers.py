@@ -10,24 +10,24 @@ import importlib
 import logging
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
-
-import numpy as np
-import torch
-from monai.data import MetaTensor
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from medseg.errors import CaseError, RequestError
 from medseg.io.dicom.detect import image_kind, split_series
 from medseg.io.formats import FORMATS
-from medseg.io.geometry import MAX_VOXELS, Grid
-from medseg.io.memory import MemoryImage, memory_image
 from medseg.io.names import IMAGE_SUFFIXES, StrPath, absolute
-from medseg.io.voxels import ReadOptions, refuse_nonfinite
 from medseg.notices import warn
+
+if TYPE_CHECKING:
+    from monai.data import MetaTensor
+    from numpy.typing import NDArray
+
+    from medseg.io.geometry import Grid
+    from medseg.io.memory import MemoryImage
+    from medseg.io.voxels import ReadOptions
 
 __all__ = ["Reader", "find_reader", "load", "placed_tensor", "read_grid"]
 
@@ -44,7 +44,7 @@ class Reader(Protocol):
         uint8, int16 or int32 where `medseg.io.voxels.image_type` says so.
         """
 
-    def read_grid(self, path: Path, *, spatial_dims: int | None = None, max_voxels: int = MAX_VOXELS) -> Grid:
+    def read_grid(self, path: Path, *, spatial_dims: int | None = None, max_voxels: int = ...) -> Grid:
         """Return the grid without reading voxels."""
 
 
@@ -61,7 +61,7 @@ def load(
     index: int | None = None,
     label: bool = False,
     dtype: Literal["float32", "stored"] = "float32",
-    max_voxels: int = MAX_VOXELS,
+    max_voxels: int | None = None,
 ) -> MetaTensor:
     """Read one file.
 
@@ -78,7 +78,7 @@ def load(
             `load_label`.
         dtype: "stored" keeps the whole numbers of a file as uint8, int16 or int32 where that loses nothing, which
             needs half the memory for a CT; other files become float32 all the same.
-        max_voxels: the largest number of values that a header may claim.
+        max_voxels: Largest number of values that a header may claim; 2^31 by default.
 
     Returns:
         `(C, x, y[, z])`; float32, with the file's scale factors applied, or int32 for a label, or as `dtype` says. The
@@ -92,19 +92,17 @@ def load(
     """
     if dtype not in ("float32", "stored"):
         raise RequestError(f"An image is read as 'float32' or as 'stored', got {dtype!r}.")
-    if isinstance(path, str | os.PathLike):
-        file, reader = _resolve(path)
-        read = reader.read
-    else:
-        image = path if isinstance(path, MemoryImage) else memory_image(path)
-        file, read = Path(image.name), image.read
+    file, read = _source(path)
+    from medseg.io.geometry import MAX_VOXELS
+    from medseg.io.voxels import ReadOptions, refuse_nonfinite
+
     options = ReadOptions(
         spatial_dims=spatial_dims,
         channels=1 if label and channels is None else channels,
         index=index,
         label=label,
         stored=dtype == "stored",
-        max_voxels=max_voxels,
+        max_voxels=MAX_VOXELS if max_voxels is None else max_voxels,
     )
     with _decoding(file):
         array, grid = read(file, options)
@@ -118,6 +116,10 @@ def load(
 
 def placed_tensor(array: NDArray[Any], grid: Grid, file: Path) -> MetaTensor:
     """Return voxels `(C, *spatial)` with their place in space and the metadata that `load` promises."""
+    import numpy as np
+    import torch
+    from monai.data import MetaTensor
+
     meta = {
         "filename_or_obj": str(file),
         "original_affine": grid.affine.copy(),
@@ -128,11 +130,23 @@ def placed_tensor(array: NDArray[Any], grid: Grid, file: Path) -> MetaTensor:
     return MetaTensor(torch.from_numpy(array), affine=torch.from_numpy(grid.affine.copy()), meta=meta)
 
 
-def read_grid(path: StrPath, *, spatial_dims: int | None = None, max_voxels: int = MAX_VOXELS) -> Grid:
+def read_grid(path: StrPath, *, spatial_dims: int | None = None, max_voxels: int | None = None) -> Grid:
     """Return where a file lies in space, from its header alone; checks and errors as in `load`."""
     file, reader = _resolve(path)
+    limit = {} if max_voxels is None else {"max_voxels": max_voxels}
     with _decoding(file):
-        return reader.read_grid(file, spatial_dims=spatial_dims, max_voxels=max_voxels)
+        return reader.read_grid(file, spatial_dims=spatial_dims, **limit)
+
+
+def _source(image: StrPath | MemoryImage) -> tuple[Path, Callable[[Path, ReadOptions], tuple[NDArray[Any], Grid]]]:
+    """Return the file, or the name of an image in memory, and what reads it."""
+    if isinstance(image, str | os.PathLike):
+        file, reader = _resolve(image)
+        return file, reader.read
+    from medseg.io.memory import MemoryImage, memory_image
+
+    wrapped = image if isinstance(image, MemoryImage) else memory_image(image)
+    return Path(wrapped.name), wrapped.read
 
 
 def _resolve(path: StrPath) -> tuple[Path, Reader]:
