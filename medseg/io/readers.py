@@ -93,6 +93,8 @@ def load(
     if dtype not in ("float32", "stored"):
         raise RequestError(f"An image is read as 'float32' or as 'stored', got {dtype!r}.")
     file, read = _source(path)
+    import numpy as np
+
     from medseg.io.geometry import MAX_VOXELS
     from medseg.io.voxels import ReadOptions, refuse_nonfinite
 
