@@ -2,22 +2,26 @@
 
 `pack` writes a zip that leaves nothing to chance: sorted entries, fixed times and modes, stored rather than compressed
 (the result of compression depends on the library's version), no gaps. It begins with `SHA256SUMS`, which
-`sha256sum --check` reads too. `unpack` takes exactly such archives and no others. So the usual ways to attack with a
-zip need no defense of their own: there is no compression to expand, no room between entries, no second directory.
+`sha256sum --check` reads too. `unpack` lets `zipfile` read an archive, takes only the kinds of entries that `pack`
+writes, and packs what came out once more: only an archive of exactly these bytes is accepted. So the usual ways to
+attack with a zip need no defense of their own: nothing is compressed, hidden between entries, or told in two ways.
 """
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
+import io
 import os
 import re
 import stat
 import struct
 import tempfile
 import zipfile
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Final
+from typing import IO, TYPE_CHECKING, Any, Final
 
 from medseg.bundle.catalog import Bundle, merged
 from medseg.bundle.trust import Finding, find_files, find_programs
@@ -26,7 +30,7 @@ from medseg.errors import BundleError, OutputError, RequestError, UntrustedBundl
 from medseg.files import check_folder, load_json, replacing, sha256_file
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 __all__ = ["Packed", "find_all", "pack", "unpack"]
 
@@ -34,7 +38,6 @@ SUMS: Final = "SHA256SUMS"
 MAX_FILES: Final = 1000
 MAX_FILE_BYTES: Final = 2_000_000_000
 MAX_BYTES: Final = 4_000_000_000
-_MAX_DIRECTORY_BYTES: Final = 2**20
 _MAX_NAME: Final = 200
 _CHUNK: Final = 2**20
 
@@ -49,10 +52,6 @@ _EXPORTS: Final = (".ts", ".pt2", ".onnx", ".xml", ".bin", ".engine", ".plan")
 _DEVICES: Final = re.compile(r"(?i)(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?")
 _EPOCH: Final = (1980, 1, 1, 0, 0, 0)
 _MODE: Final = (stat.S_IFREG | 0o644) << 16
-
-_END: Final = struct.Struct("<4s4H2LH")
-_HEADER: Final = struct.Struct("<4s5H3L2H")
-_ZIP64_LOCATOR: Final = (20, b"PK\x06\x07")
 
 
 @dataclass(frozen=True)
@@ -90,13 +89,9 @@ def pack(bundle: Bundle, target: Path) -> Packed:
     files, left_out = _collect(bundle.root)
     _check_content(bundle)
     sums = {name: sha256_file(bundle.root / name) for name in files}
-    text = "".join(f"{digest}  {name}\n" for name, digest in sums.items()).encode()
     check_folder(target.absolute().parent)
-    with replacing(target) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-        archive.writestr(_info(f"{bundle.name}/{SUMS}", len(text)), text)
-        for name, digest in sums.items():
-            if _store(archive, f"{bundle.name}/{name}", bundle.root / name) != digest:
-                raise BundleError(f"'{bundle.root / name}' changed while it was packed; try again when nothing runs")
+    with replacing(target) as temporary:
+        _write_archive(bundle, sums, temporary)
     return Packed(target, sha256_file(target), tuple(files), tuple(left_out))
 
 
@@ -117,8 +112,8 @@ def unpack(archive: Path, folder: Path | None = None) -> Bundle:
     """
     if not archive.is_file():
         raise RequestError(f"no archive at '{archive}': give a file that `medseg bundle pack` wrote")
-    with archive.open("rb") as file:
-        entries = _entries(file, archive)
+    with _opened(archive) as opened:
+        entries = _entries(opened, archive)
         name = entries[0].filename.split("/")[0]
         target = (Path(name) if folder is None else folder).absolute()
         if target.exists() or target.is_symlink():
@@ -126,7 +121,8 @@ def unpack(archive: Path, folder: Path | None = None) -> Bundle:
         check_folder(target.parent)
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=target.parent) as temporary:
             unpacked = Bundle(Path(temporary, name))
-            _extract(file, entries, unpacked.root, archive)
+            sums = _extract(opened, entries[1:], unpacked.root, archive)
+            _check_same(unpacked, sums, archive)
             _check_content(unpacked)
             try:
                 unpacked.root.rename(target)
@@ -218,58 +214,71 @@ def _info(name: str, size: int) -> zipfile.ZipInfo:
     return info
 
 
-def _store(archive: zipfile.ZipFile, name: str, path: Path) -> str:
-    """Copy a file into the archive; return the hash of what was copied."""
+def _write_archive(bundle: Bundle, sums: Mapping[str, str], target: Path) -> None:
+    """Write the files of a bundle, by name with their SHA-256, into an archive."""
+    text = "".join(f"{digest}  {name}\n" for name, digest in sums.items()).encode()
+    with zipfile.ZipFile(target, "w") as archive:
+        archive.writestr(_info(f"{bundle.name}/{SUMS}", len(text)), text)
+        for name, digest in sums.items():
+            path = bundle.root / name
+            with (
+                path.open("rb") as source,
+                archive.open(_info(f"{bundle.name}/{name}", path.stat().st_size), "w") as out,
+            ):
+                copied = _copy(source, out)
+            if copied != digest:
+                raise BundleError(f"'{path}' changed while it was packed; try again when nothing runs")
+
+
+def _copy(source: IO[bytes], target: IO[bytes]) -> str:
+    """Copy a stream; return the SHA-256 of what was copied."""
     digest = hashlib.sha256()
-    with path.open("rb") as source, archive.open(_info(name, path.stat().st_size), "w") as target:
-        while chunk := source.read(_CHUNK):
-            digest.update(chunk)
-            target.write(chunk)
+    while chunk := source.read(_CHUNK):
+        digest.update(chunk)
+        target.write(chunk)
     return digest.hexdigest()
 
 
 # Unpacking
 
 
-def _entries(file: BinaryIO, path: Path) -> list[zipfile.ZipInfo]:
-    """Read the archive's directory, and make sure that the archive consists of nothing but the entries listed there."""
-    directory, count = _check_end(file, path)
-    try:
-        with zipfile.ZipFile(file) as archive:
-            entries = archive.infolist()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, EOFError, struct.error) as error:
-        raise _refusal(path, f"its directory cannot be read ({error})") from error
-    if len(entries) != count:
-        raise _refusal(path, f"its directory lists {len(entries)} entries, and its end counts {count}")
+class _SmallReads(io.FileIO):
+    """A file that nobody reads at once into memory, however long a directory the archive claims to have."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        """Read as a file does; refuse to give more than a chunk."""
+        found = super().read(_CHUNK + 1 if size is None or size < 0 else min(size, _CHUNK + 1)) or b""
+        if len(found) > _CHUNK:
+            raise zipfile.BadZipFile(f"a directory of more than {_CHUNK} bytes")
+        return found
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
+    if path.stat().st_size > MAX_BYTES:
+        raise _refusal(path, f"it has {path.stat().st_size} bytes, at most {MAX_BYTES} are taken")
+    with _SmallReads(path) as file:
+        try:
+            archive = zipfile.ZipFile(file)
+        except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, EOFError, struct.error) as error:
+            raise _refusal(path, f"its directory cannot be read ({error})") from error
+        with archive:
+            yield archive
+
+
+def _entries(archive: zipfile.ZipFile, path: Path) -> list[zipfile.ZipInfo]:
+    """Return the entries of an archive, of which each is of the kind that `pack` writes."""
+    entries = archive.infolist()
+    if not 1 <= len(entries) <= MAX_FILES:
+        raise _refusal(path, f"its directory lists {len(entries)} entries; 1 to {MAX_FILES} are")
     for info in entries:
         if problem := _entry_problem(info):
             raise _refusal(path, f"the entry {ascii(info.orig_filename)[:_MAX_NAME]} {problem}")
+    size, room = sum(info.file_size for info in entries), path.stat().st_size
+    if size > room:
+        raise _refusal(path, f"its entries have {size} bytes and it has {room}: they overlap")
     _check_names(entries, path)
-    _check_places(file, entries, directory, path)
     return entries
-
-
-def _check_end(file: BinaryIO, path: Path) -> tuple[int, int]:
-    """Check the record at the archive's end, before what it claims is read.
-
-    Returns:
-        Where the directory starts, and how many entries it should have.
-    """
-    size = file.seek(0, os.SEEK_END)
-    if size > MAX_BYTES:
-        raise _refusal(path, f"it has {size} bytes, at most {MAX_BYTES} are taken")
-    file.seek(-min(size, _END.size + _ZIP64_LOCATOR[0]), os.SEEK_END)
-    tail = file.read()
-    if len(tail) < _END.size:
-        raise _refusal(path, "it is too short for a zip archive")
-    signature, disk, first, here, count, length, start, comment = _END.unpack(tail[-_END.size :])
-    if signature != b"PK\x05\x06" or disk or first or comment:
-        raise _refusal(path, "it does not end as a packed bundle does: cut off, or something stands after its end")
-    if here != count or not 1 <= count <= MAX_FILES or length > _MAX_DIRECTORY_BYTES:
-        raise _refusal(path, f"its directory lists {count} entries in {length} bytes; 1 to {MAX_FILES} entries are")
-    if start + length + _END.size != size or tail.startswith(_ZIP64_LOCATOR[1]):
-        raise _refusal(path, "its directory is not where its end says, or there are two of them")
-    return int(start), int(count)
 
 
 def _entry_problem(info: zipfile.ZipInfo) -> str:
@@ -327,67 +336,30 @@ def _check_names(entries: list[zipfile.ZipInfo], path: Path) -> None:
             known[name.casefold()] = (name, is_file)
 
 
-def _check_places(file: BinaryIO, entries: list[zipfile.ZipInfo], directory: int, path: Path) -> None:
-    """Check that the entries fill the archive one after the other, each with a header that says what the list says."""
-    place = 0
-    for info in entries:
-        file.seek(info.header_offset)
-        header = file.read(_HEADER.size)
-        if info.header_offset != place or len(header) != _HEADER.size:
-            raise _refusal(path, f"'{info.filename}' is not where it should be: entries overlap, or have gaps")
-        signature, _, flags, method, _, _, crc, packed, size, length, extra = _HEADER.unpack(header)
-        said = (signature, flags, method, crc, packed, size, extra, file.read(length))
-        listed = (b"PK\x03\x04", 0, 0, info.CRC, info.compress_size, info.file_size, 0, info.orig_filename.encode())
-        if said != listed:
-            raise _refusal(path, f"'{info.filename}' has a header that differs from the list of files")
-        place += _HEADER.size + length + info.compress_size
-    if place != directory:
-        raise _refusal(path, "something stands between its files and the list of them")
-
-
-def _extract(file: BinaryIO, entries: list[zipfile.ZipInfo], root: Path, path: Path) -> None:
-    """Write the entries below `root`, each compared with its hash while it is written."""
+def _extract(archive: zipfile.ZipFile, entries: list[zipfile.ZipInfo], root: Path, path: Path) -> dict[str, str]:
+    """Write the entries below `root`; return their SHA-256 by name."""
     sums: dict[str, str] = {}
     try:
-        with zipfile.ZipFile(file) as archive:
-            for info in entries:
-                name = info.filename.partition("/")[2]
-                if name == SUMS:
-                    sums = _read_sums(archive, info, path)
-                elif sums.pop(name, "") != _write(archive, info, root / name):
-                    raise _refusal(path, f"'{name}' is not the file that {SUMS} lists")
-    except (zipfile.BadZipFile, EOFError) as error:
+        for info in entries:
+            name = info.filename.partition("/")[2]
+            target = root / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with archive.open(info) as source, target.open("xb") as out:
+                sums[name] = _copy(source, out)
+    except (zipfile.BadZipFile, EOFError, struct.error) as error:
         raise _refusal(path, f"it is damaged ({error})") from error
     except OSError as error:
         raise OutputError(f"cannot write '{root}': {error.strerror or error}") from error
-    if sums:
-        raise _refusal(path, f"{SUMS} lists '{next(iter(sums))}', which is missing")
-
-
-def _read_sums(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> dict[str, str]:
-    if info.file_size > _MAX_DIRECTORY_BYTES:
-        raise _refusal(path, f"{SUMS} has {info.file_size} bytes")
-    sums = {}
-    for line in archive.read(info).decode("ascii", errors="replace").splitlines():
-        found = re.fullmatch(r"([0-9a-f]{64})  (.+)", line)
-        if found is None or found[2] in sums:
-            raise _refusal(path, f"{SUMS} holds a line that is no hash and new name")
-        sums[found[2]] = found[1]
     return sums
 
 
-def _write(archive: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path) -> str:
-    """Write one entry, stopping where it is longer than it said; return its hash."""
-    digest, left = hashlib.sha256(), info.file_size
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with archive.open(info) as source, target.open("xb") as out:
-        while chunk := source.read(min(_CHUNK, left + 1)):
-            left -= len(chunk)
-            if left < 0:
-                return "longer than it said"
-            digest.update(chunk)
-            out.write(chunk)
-    return digest.hexdigest()
+def _check_same(bundle: Bundle, sums: Mapping[str, str], path: Path) -> None:
+    """Check that the archive has the bytes that packing its files gives, and so no others."""
+    again = bundle.root.with_suffix(".zip")
+    _write_archive(bundle, sums, again)
+    if not filecmp.cmp(again, path, shallow=False):
+        raise _refusal(path, f"packing its files gives other bytes: it, or {SUMS} in it, was changed")
+    again.unlink()
 
 
 def _refusal(path: Path, problem: str) -> BundleError:

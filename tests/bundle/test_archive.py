@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import time
+import tracemalloc
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -100,6 +101,17 @@ archive.pack(catalog.Bundle(Path({str(trained_copy.root)!r})), Path({str(tmp_pat
     environment = {**os.environ, "TZ": "Asia/Tokyo", "PYTHONHASHSEED": "7", "LC_ALL": "C"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=60)
     assert (tmp_path / "again.zip").read_bytes() == packed.read_bytes()
+
+
+def test_the_bytes_do_not_depend_on_the_version_of_python(tmp_path: Path) -> None:
+    root = tmp_path / "a_b_c"
+    (root / "configs").mkdir(parents=True)
+    (root / "configs" / "inference.json").write_bytes(b"{}\n")
+    (root / "LICENSE").write_bytes(bytes(range(256)))
+    sums = {name: sha256_file(root / name) for name in ("LICENSE", "configs/inference.json")}
+    archive._write_archive(Bundle(root), sums, tmp_path / "a.zip")
+    # The same from Python 3.10 to 3.13: packed archives must stay readable.
+    assert sha256_file(tmp_path / "a.zip") == "54902244799d5b11aea0d2da8ff078b011a719f52f6ed5d4103c39b49d02d179"
 
 
 def test_the_sums_are_what_sha256sum_checks(packed: Path, tmp_path: Path) -> None:
@@ -360,12 +372,12 @@ def _fewer(data: bytearray, info: zipfile.ZipInfo, line: int) -> None:
     [
         (_encrypted, "encrypted"),
         (_sized_in_list, "bytes by one entry"),
-        (_sized_in_header, "header that differs"),
-        (_sized_in_both, "something stands between|overlap"),
-        (_renamed_in_header, "header that differs"),
+        (_sized_in_header, "gives other bytes"),
+        (_sized_in_both, "damaged .Bad CRC|[Oo]verlap"),
+        (_renamed_in_header, "header .* differ"),
         (_wrong_checksum, "damaged"),
-        (_overlapping, "overlap"),
-        (_count, "60000 entries"),
+        (_overlapping, "header .* differ|[Oo]verlap"),
+        (_count, "gives other bytes"),
     ],
 )
 def test_an_archive_that_contradicts_itself_is_refused(
@@ -380,14 +392,14 @@ def test_many_entries_over_one_piece_of_data_are_refused(files: list[Entry], tmp
     bad = written(tmp_path / "bad.zip", [*files, *copies])
     for number in range(1, 50):
         _patched(bad, _overlapping, -number)
-    refused(bad, "overlap")
+    refused(bad, "header .* differ|[Oo]verlap")
 
 
 def test_more_entries_than_the_end_counts_are_refused(files: list[Entry], tmp_path: Path) -> None:
     bad = _patched(written(tmp_path / "bad.zip", [*files, ("docs/x.md", b"x")]), _fewer)
     with zipfile.ZipFile(bad) as opened:
         assert len(opened.infolist()) == len(files) + 2  # Python's reader goes by the length, not by the count
-    refused(bad, "counts")
+    refused(bad, "gives other bytes")
 
 
 def test_a_second_directory_is_refused(files: list[Entry], tmp_path: Path) -> None:
@@ -396,7 +408,7 @@ def test_a_second_directory_is_refused(files: list[Entry], tmp_path: Path) -> No
     def change(info: zipfile.ZipInfo) -> None:
         info.comment = locator
 
-    refused(written(tmp_path / "bad.zip", [*files, ("docs/x.md", b"x")], {"docs/x.md": change}), "two of them")
+    refused(written(tmp_path / "bad.zip", [*files, ("docs/x.md", b"x")], {"docs/x.md": change}), "notes about itself")
 
 
 @pytest.mark.parametrize(
@@ -422,20 +434,46 @@ def test_an_archive_with_more_or_less_than_its_files_is_refused(
     refused(bad, "was not unpacked")
 
 
-def test_any_flipped_byte_is_refused_or_changes_nothing(packed: Path, tmp_path: Path) -> None:
+def test_any_flipped_byte_is_refused(packed: Path, tmp_path: Path) -> None:
     good = packed.read_bytes()
-    whole = {path.name: path.read_bytes() for path in unpack(packed, tmp_path / "good").root.rglob("*.*")}
     bad = tmp_path / "bad.zip"
-    kept = 0
     for place in range(0, len(good), max(1, len(good) // 150)):
         bad.write_bytes(good[:place] + bytes([good[place] ^ 0x55]) + good[place + 1 :])
-        try:
-            found = unpack(bad, tmp_path / f"new{place}")
-        except BundleError:
-            continue
-        kept += 1
-        assert {path.name: path.read_bytes() for path in found.root.rglob("*.*")} == whole
-    assert kept < 15  # times and versions in headers say nothing about the files
+        refused(bad, "was not unpacked")
+
+
+def test_headers_of_another_time_or_system_are_refused(files: list[Entry], tmp_path: Path) -> None:
+    def later(info: zipfile.ZipInfo) -> None:
+        info.date_time = (2026, 1, 1, 0, 0, 0)
+
+    def windows(info: zipfile.ZipInfo) -> None:
+        info.create_system = 0
+
+    for change in (later, windows):
+        refused(written(tmp_path / "bad.zip", files, {files[0][0]: change}), "gives other bytes")
+
+
+def test_a_directory_that_claims_to_be_huge_is_not_read_into_memory(packed: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.zip"
+    size = 3 * 10**8
+    with bad.open("wb") as file:
+        file.truncate(size)  # a sparse file
+        file.seek(size)
+        file.write(struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 65535, 65535, size, 0, 0))
+    tracemalloc.start()
+    try:
+        refused(bad, "directory of more than 1048576 bytes")
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_entries_that_claim_more_than_the_archive_holds_are_refused_unread(files: list[Entry], tmp_path: Path) -> None:
+    def long(data: bytearray, info: zipfile.ZipInfo, line: int) -> None:
+        for place in (line + 20, info.header_offset + 18):
+            struct.pack_into("<LL", data, place, 10**9, 10**9)
+
+    refused(_patched(written(tmp_path / "bad.zip", [*files, ("docs/x.md", b"x")]), long), "they overlap")
 
 
 def test_files_that_are_not_those_of_the_sums_are_refused(files: list[Entry], tmp_path: Path) -> None:
@@ -446,14 +484,18 @@ def test_files_that_are_not_those_of_the_sums_are_refused(files: list[Entry], tm
         return listed(tmp_path / "bad.zip", [("SHA256SUMS", text), *entries])
 
     (name, content), *rest = files
-    refused(with_sums(sums, [(name, content + b" "), *rest]), "not the file that SHA256SUMS lists")
-    refused(with_sums(sums, rest), "which is missing")
-    refused(with_sums(sums[1:], files), "not the file that SHA256SUMS lists")
-    refused(with_sums([*sums, sums[0]], files), "no hash and new name")
-    refused(with_sums([("../x", "0" * 64), *sums], files), "is missing")
+    for bad in (
+        with_sums(sums, [(name, content + b" "), *rest]),
+        with_sums(sums, rest),
+        with_sums(sums[1:], files),
+        with_sums([*sums, sums[0]], files),
+        with_sums([("../x", "0" * 64), *sums], files),
+        with_sums(sums[::-1], files),
+        listed(tmp_path / "bad.zip", [("SHA256SUMS", b"\xff\xfe"), *files]),
+        listed(tmp_path / "bad.zip", [("SHA256SUMS", bytes(2**20 + 1)), *files]),
+    ):
+        refused(bad, "packing its files gives other bytes: it, or SHA256SUMS in it, was changed")
     refused(listed(tmp_path / "bad.zip", files), "first entry")
-    refused(listed(tmp_path / "bad.zip", [("SHA256SUMS", b"\xff\xfe"), *files]), "no hash")
-    refused(listed(tmp_path / "bad.zip", [("SHA256SUMS", bytes(2**20 + 1)), *files]), "bytes")
 
 
 def test_too_many_or_too_large_files_are_refused_by_the_directory_alone(files: list[Entry], tmp_path: Path) -> None:
