@@ -43,7 +43,7 @@ def plot_attention_grid(
 
     Args:
         image: `(*spatial)`, 2D or 3D; shown from its lowest to its highest value.
-        attention: network -> tap -> `(*spatial)`, 0 to 1, e.g. from `medseg.metrics.attention_maps`.
+        attention: network -> tap -> `(*spatial)`, 0 to 1, e.g. from `medseg.metrics.features.attention_maps`.
         label: `(*spatial)`; not 0 where something is labeled.
 
     Raises:
