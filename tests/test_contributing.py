@@ -160,7 +160,7 @@ import sys
 from pathlib import Path
 import numpy as np
 from medseg.cli import main
-from medseg.io import Grid, load, write_mask
+from medseg.io import Grid, load, read_grid, write_mask
 from medseg.io.formats import toy
 
 affine = np.array([[0, -2.0, 0, 7], [2, 0, 0, -3], [0, 0, 3, 1 / 3], [0, 0, 0, 1]])
@@ -175,7 +175,7 @@ for image, more in (("a.toy", []), ("b.nii.gz", ["--set", "output_format=toy"]))
     except SystemExit as end:
         assert not end.code, end.code
     mask = load(f"masks/{image.split('.')[0]}.toy", label=True)
-    assert mask.shape == (1, *array.shape) and np.array_equal(mask.affine.numpy(), affine)
+    assert mask.shape == (1, *array.shape) and np.array_equal(mask.affine.numpy(), read_grid(image).affine)
 """
 
 
