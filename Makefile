@@ -52,7 +52,7 @@ endif
 
 # MONAI Label with medseg's bundles, for 3D Slicer and OHIF: make label-server STUDIES=folder [OPTIONS="--port 8010"]
 label-server: .venv-label/installed
-	$(LABEL)/python -m medseg.label.serve --studies "$(STUDIES)" $(OPTIONS)
+	$(LABEL)/medseg label serve --studies "$(STUDIES)" $(OPTIONS)
 
 # The server over HTTP as viewers use it, step by step, against the masks of `medseg predict`.
 label-check: .venv/installed .venv-label/installed

@@ -1,43 +1,66 @@
-"""What the commands share in talking to people: consoles, progress with time left, common options."""
+"""How the commands talk to people: results on standard output, messages on standard error.
+
+With `--log-format json` every message is one JSON object on a line of its own.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
-import time
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Final
 
-import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.markup import escape
+from rich.text import Text
 
-from medseg.errors import visible
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from rich.text import Text
+from medseg.errors import MedsegError, visible
+from medseg.files import replace_text
 
 __all__ = [
-    "BundleName",
-    "Device",
+    "Messages",
     "PlainConsole",
-    "Settings",
-    "Strict",
-    "Trust",
+    "Verbosity",
+    "alerts",
     "errors",
+    "notes",
     "output",
-    "progress",
-    "with_options",
+    "print_error",
+    "reserve_stdout",
+    "reset",
+    "stderr",
+    "verbosity",
+    "write_json",
 ]
+
+_STDOUT: Final = "-"
+
+
+@dataclass
+class Verbosity:
+    """What the global options choose.
+
+    Attributes:
+        quiet: Errors and results only.
+        verbose: Every skipped file, and the debug log of medseg.
+        as_json: Messages and progress as JSON objects.
+    """
+
+    quiet: bool = False
+    verbose: bool = False
+    as_json: bool = False
+
+
+verbosity = Verbosity()
 
 
 class PlainConsole(Console):
-    """A console on which names and messages from files stay what they are: no markup unless asked for, no controls."""
+    """A console that prints names and messages from files as they are: no markup unless asked for, no controls."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(markup=False, **options)
+        super().__init__(**{"markup": False, "emoji": False, "soft_wrap": True, **options})
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Turn a text into what is printed."""
@@ -45,89 +68,74 @@ class PlainConsole(Console):
 
 
 output = PlainConsole()
-errors = PlainConsole(stderr=True)
-
-BundleName = Annotated[str, typer.Argument(help="A bundle folder, or the name of a shipped bundle.", metavar="BUNDLE")]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Change a knob of the bundle: name=value, JSON or text. Repeatable."),
-]
-Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Trust = Annotated[
-    str | None,
-    typer.Option(metavar="SHA256", help="Run a bundle that is not declarative, if it has this fingerprint."),
-]
-Strict = Annotated[
-    bool,
-    typer.Option("--strict", help="Treat warnings as errors: a case with one fails, and nothing is written for it."),
-]
-
-_SECONDS_BETWEEN_LINES = 20.0
+stderr = PlainConsole(stderr=True)
 
 
-def with_options(settings: list[str] | None, **knobs: str | float | None) -> list[str]:
-    """Return the settings with the knobs among them that have options of their own, as far as those were given."""
-    return [
-        *(settings or []),
-        *(f"{name}={json.dumps(value)}" for name, value in knobs.items() if value not in (None, "")),
-    ]
-
-
-@contextmanager
-def progress(unit: str) -> Iterator[Callable[[float, int, str], None]]:
-    """Show a bar with the time left in a terminal, or a line now and then in a log.
+class Messages:
+    """Messages of one level on standard error.
 
     Args:
-        unit: what is counted, in the plural; "" where the notes say it, since it changes on the way.
+        level: Name of a logging level in lower case; errors are printed even with `--quiet`.
     """
-    if errors.is_terminal:
-        with Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[count]}", markup=False),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=errors,
-        ) as bar:
-            task = bar.add_task("starting", total=None, count="")
 
-            def show(done: float, total: int, note: str) -> None:
-                bar.update(
-                    task,
-                    completed=done,
-                    total=total,
-                    description=visible(note),
-                    count=f"{int(done)}/{total} {unit}".rstrip(),
-                )
+    def __init__(self, level: str) -> None:
+        self.level = level
 
-            yield show
-    else:
-        yield _Lines(unit)
-
-
-class _Lines:
-    """Progress for logs: one line every twenty seconds."""
-
-    def __init__(self, unit: str) -> None:
-        self.unit = unit
-        self.start = (time.monotonic(), 0.0)
-        self.last = (-1.0, 0)
-        self.printed = time.monotonic()
-
-    def __call__(self, done: float, total: int, note: str) -> None:
-        now = time.monotonic()
-        if done < self.last[0] or total != self.last[1]:
-            # Something else is counted now, or for the first time
-            self.start = (now, done)
-        self.last = (done, total)
-        if now - self.printed < _SECONDS_BETWEEN_LINES:
+    def print(self, text: str, *, markup: bool = False, **options: Any) -> None:
+        """Print a message, or write it as a JSON object."""
+        if verbosity.quiet and self.level != "error":
             return
-        self.printed = now
-        since, first = self.start
-        speed = (done - first) / (now - since) if now > since else 0.0
-        left = f", about {(total - done) / speed / 60:.1f} min left" if speed else ""
-        counted = ", ".join(filter(None, (self.unit, note)))
-        sys.stderr.write(f"{done:.1f}/{total} {visible(counted)}{left}\n")
+        if verbosity.as_json:
+            plain = Text.from_markup(text).plain if markup else text
+            self.event("message", message=plain.removeprefix("warning: "))
+        else:
+            stderr.print(text, markup=markup, **options)
+
+    def event(self, kind: str, **content: Any) -> None:
+        """Write a JSON object on a line of its own."""
+        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+        sys.stderr.write(json.dumps({"time": now, "level": self.level, "event": kind, **content}) + "\n")
         sys.stderr.flush()
+
+
+errors = Messages("error")
+notes = Messages("info")
+alerts = Messages("warning")
+
+
+def print_error(error: MedsegError) -> None:
+    """Print an error of ours that ends the command."""
+    if verbosity.as_json:
+        errors.event("error", **error.to_json())
+    else:
+        errors.print(f"[bold red]Error:[/] {escape(str(error))}", markup=True)
+
+
+def reset() -> None:
+    """Start a command line afresh: the options of an earlier one in this process no longer count."""
+    verbosity.quiet = verbosity.verbose = verbosity.as_json = output.quiet = False
+
+
+def reserve_stdout(target: str | None) -> None:
+    """Keep standard output for JSON where that is its target."""
+    output.quiet = target == _STDOUT
+
+
+def write_json(content: Any, target: str | None) -> None:
+    """Write a result as JSON.
+
+    Args:
+        content: JSON values without NaN or Inf; paths become texts.
+        target: Path of a file, "-" for standard output, None for nowhere.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
+    if target is None:
+        return
+    # In a terminal even hidden characters of file names are shown: ASCII alone
+    text = json.dumps(content, indent=2, ensure_ascii=target == _STDOUT, allow_nan=False, default=str) + "\n"
+    if target == _STDOUT:
+        sys.stdout.write(text)
+    else:
+        replace_text(Path(target), text)

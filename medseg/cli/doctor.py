@@ -2,39 +2,50 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from medseg.cli import completion
 from medseg.cli import tables_doctor as tables
-from medseg.cli.console import progress
+from medseg.cli.console import write_json
+from medseg.cli.options import JsonTarget
+from medseg.cli.progress import progress
 from medseg.diagnosis import api
-from medseg.files import replace_text
 
 __all__ = ["doctor"]
 
 
 def doctor(
-    path: Annotated[str, typer.Argument(help="An image, a folder, a data set, or its dataset.json.", metavar="PATH")],
+    path: Annotated[str, typer.Argument(help="Image, folder, data set, or its dataset.json.", metavar="PATH")],
     fix: Annotated[
-        Path | None, typer.Option("--fix", metavar="OUT", help="Write a repaired copy into this new folder.")
-    ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Also write the report to this file.")
+        Path | None,
+        typer.Option(
+            "--fix", metavar="FOLDER", show_default="no repair", help="Write a repaired copy into this new folder."
+        ),
     ] = None,
     bundle: Annotated[
-        str | None, typer.Option("--bundle", metavar="NAME", help="Also check the data against the needs of a bundle.")
+        str | None,
+        typer.Option(
+            "--bundle",
+            metavar="BUNDLE",
+            show_default="any",
+            help="Also check the data against the needs of a bundle.",
+            autocompletion=completion.bundle_names,
+        ),
     ] = None,
+    json_target: JsonTarget = None,
 ) -> None:
-    """Open every image and label, and list what is wrong, suspicious or unsuitable for a bundle."""
+    """Open every image and label, and list what is wrong, suspicious or unsuitable for a bundle.
+
+    The exit code is 1 if there are errors, or with --fix if errors remain in the copy.
+    """
     with progress("cases") as report:
         found = api.doctor(path, bundle=bundle, fix=fix, report=report)
     tables.print_cases(found)
     tables.print_findings(found.findings)
     if fix is not None:
         tables.print_changes(found, fix)
-    if json_file is not None:
-        replace_text(json_file, json.dumps(found.to_json(), indent=1) + "\n")
+    write_json(found.to_json(), json_target)
     raise typer.Exit(found.exit_code)

@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 
 from medseg.bundle.knobs import parse_settings
-from medseg.cli.console import BundleName, Device, Settings, Strict, Trust, progress, with_options
+from medseg.cli.console import write_json
+from medseg.cli.options import BundleName, DataSet, Device, JsonTarget, Settings, Split, Strict, Trust, with_options
+from medseg.cli.progress import progress
 from medseg.cli.tables import print_scores
 from medseg.jobs import api
 
@@ -17,18 +19,28 @@ __all__ = ["evaluate"]
 
 def evaluate(
     bundle: BundleName,
-    data: Annotated[Path, typer.Option("--data", "-d", help="Data set as for `medseg train`.")],
-    split: Annotated[str, typer.Option(help="Which cases: val, train or test.")] = "val",
+    data: DataSet,
+    split: Split = "val",
     out: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Folder for manifest.json; runs/evaluate of the bundle if not given."),
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FOLDER",
+            show_default="runs/evaluate in the bundle",
+            help="Folder for manifest.json.",
+        ),
     ] = None,
     settings: Settings = None,
     device: Device = None,
     strict: Strict = False,
     trust: Trust = None,
+    json_target: JsonTarget = None,
 ) -> None:
-    """Predict labeled cases and print the Dice of each label, on the labels' own grids."""
+    """Predict labeled cases and print the Dice of each label, in the labels' geometry.
+
+    The exit code is 1 if a case failed.
+    """
     with progress("cases") as report:
         manifest = api.evaluate(
             bundle,
@@ -41,4 +53,5 @@ def evaluate(
             report=report,
         )
     print_scores(manifest)
+    write_json(manifest.to_dict(), json_target)
     raise typer.Exit(manifest.exit_code)

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from medseg.cli.console import errors
+from medseg.cli.console import Messages, alerts
 from medseg.notices import CaseWarning, summarize
 
-__all__ = ["warnings_at_the_end"]
+__all__ = ["let_libraries_log", "show_debug_log", "warnings_at_the_end"]
 
 _OURS: Final = "medseg"
 
@@ -27,8 +27,33 @@ def warnings_at_the_end() -> Iterator[None]:
             yield
     finally:
         logger.removeHandler(gathered)
+        logger.removeHandler(_debug_log)
         for line in summarize(gathered.warnings):
-            errors.print(f"warning: {line}", markup=False, soft_wrap=True)
+            alerts.print(f"warning: {line}")
+
+
+def show_debug_log() -> None:
+    """Print, until the command ends, what medseg's loggers write below warnings."""
+    logger = logging.getLogger(_OURS)
+    logger.setLevel(logging.DEBUG)
+    logger.addHandler(_debug_log)
+
+
+def let_libraries_log() -> None:
+    """Let other packages log and warn for the rest of the command: a server keeps a log."""
+    _QuietLogger.quiet = False
+    warnings.resetwarnings()
+
+
+class _DebugLog(logging.Handler):
+    """Prints records; warnings come at the end of the command."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno < logging.WARNING:
+            Messages(record.levelname.lower()).print(f"{record.name}: {record.getMessage()}", style="dim")
+
+
+_debug_log = _DebugLog()
 
 
 class _Gathered(logging.Handler):

@@ -8,7 +8,10 @@ from typing import Annotated
 import typer
 
 from medseg.bundle.knobs import parse_settings
-from medseg.cli.console import Device, Settings, progress, with_options
+from medseg.cli import completion
+from medseg.cli.console import write_json
+from medseg.cli.options import Device, JsonTarget, Settings, with_options
+from medseg.cli.progress import progress
 from medseg.cli.tables import print_plan
 from medseg.networks.registry import NETWORKS
 from medseg.planning import api
@@ -20,28 +23,56 @@ def plan(
     data: Annotated[
         Path,
         typer.Argument(
-            help="Data set: a folder with dataset.json, imagesTr/ and labelsTr/, or images/ and labels/.",
+            help="Folder with dataset.json, with imagesTr/ and labelsTr/, or with images/ and labels/.",
             metavar="DATASET",
         ),
     ],
     out: Annotated[Path, typer.Option("--output", "-o", help="Folder of the new bundle.", metavar="BUNDLE")],
     network: Annotated[
-        str, typer.Option(help=f"{', '.join(NETWORKS).lower()}; with +selfreg its features are regularized.")
+        str,
+        typer.Option(
+            metavar="NETWORK",
+            help=f"{', '.join(NETWORKS).lower()}; with +selfreg its features are regularized.",
+            autocompletion=completion.networks,
+        ),
     ] = "unet",
-    dims: Annotated[int | None, typer.Option(min=2, max=3, help="Refuse data of other dimensions.")] = None,
+    dims: Annotated[
+        int | None,
+        typer.Option(
+            min=2, max=3, metavar="N", show_default="those of the images", help="Refuse data of other dimensions."
+        ),
+    ] = None,
     memory: Annotated[
-        str, typer.Option(help="Limit of the device memory for training, such as 8G (the default) or 1500M.")
+        str,
+        typer.Option(
+            metavar="SIZE",
+            show_default="8G",
+            help="Limit of the device memory for training, in bytes, or with K, M, G or T (powers of 1024).",
+        ),
     ] = "",
     budget: Annotated[
-        str, typer.Option(help="Limit of the time for training and validation here, such as 30m or 12h.")
+        str,
+        typer.Option(
+            metavar="TIME",
+            show_default="no limit",
+            help="Limit of the time for training and validation here, in seconds, or with m, h or d.",
+        ),
     ] = "",
-    name: Annotated[str, typer.Option(help="Name of the bundle: <target>_<modality>_<network>.")] = "",
+    name: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            show_default="made from data set and network",
+            help="Name of the bundle: <target>_<modality>_<network>.",
+        ),
+    ] = "",
     settings: Settings = None,
     device: Device = None,
     measure: Annotated[
         bool, typer.Option("--measure/--no-measure", help="Measure a training step of the planned network.")
     ] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an untrained bundle.")] = False,
+    json_target: JsonTarget = None,
 ) -> None:
     """Choose grid, patch size, network and schedule for a data set, and write them as an untrained bundle."""
     with progress("cases") as report:
@@ -59,3 +90,4 @@ def plan(
             report=report,
         )
     print_plan(made, data)
+    write_json(made.to_dict(), json_target)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
 from medseg.bundle.knobs import parse_settings
-from medseg.cli.console import BundleName, Device, Settings, Strict, Trust, errors, output, progress, with_options
+from medseg.cli import completion
+from medseg.cli.console import notes, output, verbosity, write_json
+from medseg.cli.options import BundleName, Device, JsonTarget, Settings, Strict, Trust, with_options
+from medseg.cli.progress import progress
+from medseg.cli.tables import print_failures
 from medseg.jobs import api
 
 if TYPE_CHECKING:
@@ -17,40 +21,69 @@ if TYPE_CHECKING:
     from medseg.manifest import Manifest
     from medseg.types import Skipped
 
-__all__ = ["predict"]
+__all__ = ["predict", "print_skipped"]
 
-_SHOWN = 3
+_SHOWN: Final = 3
 
 
 def predict(
     bundle: BundleName,
     inputs: Annotated[
-        list[Path], typer.Argument(help="Images, a folder of images, or a dataset.json.", metavar="INPUT...")
+        list[Path], typer.Argument(help="Images, a folder of images, or a dataset.json.", metavar="INPUT")
     ],
-    out: Annotated[Path, typer.Option("--output", "-o", help="Folder for the masks and manifest.json.")],
+    out: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FOLDER", help="Folder for the masks and manifest.json.")
+    ],
     also: Annotated[
         list[str] | None,
-        typer.Option("--with", metavar="BUNDLE", help="Ensemble with BUNDLE. Repeatable."),
+        typer.Option(
+            "--with",
+            metavar="BUNDLE",
+            show_default="no ensemble",
+            help="Ensemble with BUNDLE. Repeatable.",
+            autocompletion=completion.bundle_names,
+        ),
     ] = None,
     settings: Settings = None,
     device: Device = None,
     max_memory: Annotated[
-        str | None, typer.Option("--max-memory", metavar="SIZE", help="Memory that may be taken, such as 2G.")
+        str | None,
+        typer.Option(
+            "--max-memory",
+            metavar="SIZE",
+            show_default="max_memory of the bundle",
+            help="Largest memory use in bytes, or with K, M, G or T (powers of 1024), such as 2G.",
+        ),
     ] = None,
     output_format: Annotated[
-        str | None, typer.Option("--format", help="Format of the masks; that of the input if not given.")
+        str | None,
+        typer.Option(
+            "--format",
+            metavar="FORMAT",
+            show_default="the format of the input",
+            help="Format of the masks.",
+            autocompletion=completion.mask_formats,
+        ),
     ] = None,
     mpp: Annotated[
         float | None,
-        typer.Option("--mpp", help="Resolution (µm/px) the model was trained at, for slides."),
+        typer.Option(
+            "--mpp",
+            metavar="MICROMETERS",
+            show_default="microns_per_pixel of the bundle",
+            help="Resolution (µm/px) the model was trained at, for slides.",
+        ),
     ] = None,
     overlay: Annotated[bool, typer.Option("--overlay", help="Also draw each mask over its image.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Skip what an earlier run has finished.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="List every skipped file.")] = False,
     strict: Strict = False,
     trust: Trust = None,
+    json_target: JsonTarget = None,
 ) -> None:
-    """Write a mask for every image, in the image's geometry and under its name."""
+    """Write a mask for every image, in the image's geometry and under its name.
+
+    The exit code is 1 if a case failed.
+    """
     chosen = with_options(
         settings, device_name=device, max_memory=max_memory, output_format=output_format, microns_per_pixel=mpp
     )
@@ -67,45 +100,44 @@ def predict(
             report=report,
             announce=_Announcement(),
         )
-    _tell_skipped(manifest.skipped, verbose=verbose)
+    print_skipped(manifest.skipped)
     _summarize(manifest, out)
+    write_json(manifest.to_dict(), json_target)
     raise typer.Exit(manifest.exit_code)
 
 
-def _tell_skipped(items: Sequence[Skipped], *, verbose: bool) -> None:
-    """Say what is not predicted: by reason, with the first names, or everything."""
+def print_skipped(items: Sequence[Skipped]) -> None:
+    """List what is not predicted: by reason, with the first names, or with `--verbose` every file."""
     reasons: dict[str, list[str]] = {}
     for item in items:
         reasons.setdefault(item.reason, []).append(item.path)
     for reason, paths in reasons.items():
-        if verbose:
+        if verbosity.verbose:
             lines = [f"skipped: {path} ({reason})" for path in paths]
         else:
             more = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
             names = ", ".join(Path(path).name for path in paths[:_SHOWN])
             lines = [f"skipped: {len(paths)} ({reason}): {names}{more}"]
         for line in lines:
-            errors.print(line, markup=False, soft_wrap=True)
+            notes.print(line)
 
 
 class _Announcement:
-    """Says before the work what it will take: for the first image, the others are mostly alike."""
+    """Prints before the work what it will take: for the first image, since the others are mostly alike."""
 
     def __init__(self) -> None:
         self.said = False
 
     def __call__(self, name: str, forecast: str) -> None:
         if not self.said:
-            errors.print(f"{name}: {forecast}", markup=False, soft_wrap=True)
+            notes.print(f"{name}: {forecast}")
         self.said = True
 
 
 def _summarize(manifest: Manifest, out: Path) -> None:
     for note in manifest.notes:
-        errors.print(note, markup=False, soft_wrap=True)
-    for record in manifest.cases.values():
-        if record.status == "failed":
-            errors.print(f"failed: {record.name}: {record.error}", markup=False, soft_wrap=True)
+        notes.print(note)
+    print_failures(manifest)
     counts, before = manifest.counts, len(manifest.earlier)
     skipped = f", {before} done before" if before else ""
     output.print(

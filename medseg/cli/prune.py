@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 
 from medseg.bundle.knobs import parse_settings
-from medseg.cli.console import BundleName, Device, Settings, Trust, progress, with_options
+from medseg.cli.console import write_json
+from medseg.cli.options import BundleName, DataSet, Device, JsonTarget, Settings, Split, Trust, with_options
+from medseg.cli.progress import progress
 from medseg.cli.tables import print_prune
-from medseg.files import check_folder, replace_text
 from medseg.tools import prune as pruning
 
 __all__ = ["prune"]
@@ -18,26 +19,35 @@ __all__ = ["prune"]
 
 def prune(
     bundle: BundleName,
-    data: Annotated[Path, typer.Option("--data", "-d", help="Data set as for `medseg train`.")],
-    split: Annotated[str, typer.Option(help="Which cases: val, train or test.")] = "val",
+    data: DataSet,
+    split: Split = "val",
     select: Annotated[
         float | None,
-        typer.Option(metavar="LOSS", help="Write the smallest level whose Dice is at most this below the best."),
+        typer.Option(
+            metavar="DICE",
+            show_default="levels are compared only",
+            help="Write the smallest level whose Dice is at most this much below the best.",
+        ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--output", "-o", help="New folder for the bundle of the selected level.")
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FOLDER",
+            show_default="none; needed with --select",
+            help="New folder for the bundle of the selected level.",
+        ),
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the table there too.")] = None,
     settings: Settings = None,
     device: Device = None,
     trust: Trust = None,
+    json_target: JsonTarget = None,
 ) -> None:
-    """Compare the levels that a trained UNet++ can be pruned to, and write the smallest that is good enough.
+    """Compare the levels that a trained UNet++ can be pruned to, and write the smallest that is accurate enough.
 
-    Each level runs in a process of its own. Dice and IoU are means over labels and cases on the labels' own grids.
+    Each level runs in a process of its own. Dice and IoU are means over labels and cases, in the labels' geometry.
     """
-    if json_file is not None:
-        check_folder(json_file.absolute().parent)
     with progress("passes") as report:
         table = pruning.prune(
             bundle,
@@ -49,6 +59,5 @@ def prune(
             trust=trust,
             report=report,
         )
-    if json_file is not None:
-        replace_text(json_file, table.to_json())
     print_prune(table)
+    write_json(table.to_dict(), json_target)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+import shlex
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final, TypeGuard
 
-from medseg.cli.console import errors, output
+from rich.text import Text
+
+from medseg.cli.console import errors, notes, output
+from medseg.cli.layout import Column, show_table
 from medseg.errors import by
 
 if TYPE_CHECKING:
@@ -14,7 +18,8 @@ if TYPE_CHECKING:
 
     from medseg.manifest import CaseRecord, Manifest
     from medseg.planning import Plan
-    from medseg.scoring.comparison import Comparison
+    from medseg.scoring.comparison import Comparison, Difference
+    from medseg.scoring.scores import Scores
     from medseg.tools.convert import Conversion
     from medseg.tools.export import ExportResult
     from medseg.tools.prune import PruneTable
@@ -24,80 +29,84 @@ __all__ = [
     "print_conversion",
     "print_export",
     "print_failures",
+    "print_folds",
+    "print_next",
     "print_plan",
     "print_prune",
     "print_scores",
+    "print_training",
 ]
+
+_KEY: Final = "val_mean_dice"
 
 
 def print_plan(made: Plan, data: Path) -> None:
     """Print the choices with their reasons, the forecast and the next command."""
-    from rich.table import Table
-
     from medseg.planning.model_card import choice_lines, forecast_rows
 
     for line in choice_lines(made):
-        output.print(line, markup=False, highlight=False, soft_wrap=True)
-    table = Table("forecast", "", show_header=False)
-    for what, figure in forecast_rows(made):
-        table.add_row(what, figure)
-    output.print(table)
+        output.print(line, highlight=False)
+    show_table(["forecast", ""], forecast_rows(made))
     name = made.bundle["name"]
     if made.root is not None and name != made.root.name:
-        output.print(f"the bundle is called {name}; rename its folder so, for others to find it by name")
-    output.print(f"next: medseg train {made.root} --data {data}", markup=False, highlight=False, soft_wrap=True)
+        notes.print(
+            f"folder '{made.root.name}' holds bundle '{name}': rename the folder to find the bundle by its name"
+        )
+    print_next("train", str(made.root), "--data", str(data))
+
+
+def print_next(*arguments: str) -> None:
+    """Print the command that is usually next."""
+    output.print("next:")
+    output.print(f"  {shlex.join(['medseg', *arguments])}", highlight=False)
 
 
 def print_comparison(found: Comparison) -> None:
     """Print the runs, best first, with the differences from the best."""
-    from rich.table import Table
-
-    table = Table(title=f"Dice, {found.cases} cases of {found.patients} patients")
     labels = list(dict.fromkeys(label for each in found.standings for label in each.labels))
-    for column in ("run", "mean", "SD", *labels, "best minus this", "95 % interval", "best is better in"):
-        table.add_column(column)
-    for number, each in enumerate(found.standings):
-        cells = [each.name, f"{each.mean:.4f}", "-" if each.sd is None else f"{each.sd:.4f}"]
-        cells += [f"{each.labels[label]:.4f}" if label in each.labels else "-" for label in labels]
-        if number:
-            difference = found.differences[number - 1]
-            cells += [f"{difference.mean:+.4f}", f"{difference.low:+.4f} to {difference.high:+.4f}"]
-            cells.append(f"{difference.better:.0%}")
-        table.add_row(*cells)
-    output.print(table)
+    columns = ["mean", "SD", *labels, "best minus this", "95 % interval", "best is better in"]
+    rows = []
+    for standing, difference in zip(found.standings, (None, *found.differences), strict=True):
+        scores = [standing.mean, standing.sd, *(standing.labels.get(label) for label in labels)]
+        rows.append([standing.name, *map(_decimals, scores), *_difference(difference)])
+    title = f"Dice, {found.cases} cases of {found.patients} patients"
+    show_table([Column("run"), *(Column(name, number=True) for name in columns)], rows, title=title)
     if found.left_out:
-        output.print(f"{len(found.left_out)} cases are skipped: not all runs have scored them", soft_wrap=True)
-    output.print(found.verdict, markup=False, soft_wrap=True)
+        output.print(f"{len(found.left_out)} cases are skipped: not all runs have scored them")
+    output.print(found.verdict)
+
+
+def _difference(difference: Difference | None) -> tuple[str, str, str]:
+    if difference is None:
+        return "-", "-", "-"
+    interval = f"{difference.low:+.4f} to {difference.high:+.4f}"
+    return f"{difference.mean:+.4f}", interval, f"{difference.better:.0%}"
 
 
 def print_prune(result: PruneTable) -> None:
     """Print the levels, the selected one in bold."""
-    from rich.table import Table
-
     memory = "on the CUDA device" if result.device.startswith("cuda") else "process, libraries included"
-    table = Table(title=f"{result.bundle}, {result.cases} cases of '{result.split}', {result.device}")
-    headers = ("level", "weights", "MB", f"peak MiB ({memory})", "ms/case (network, median)", "Dice", "IoU")
-    for header in headers:
-        table.add_column(header, justify="left" if header == "level" else "right")
+    numbers = ("weights", "MB", f"peak MiB ({memory})", "ms/case (network, median)", "Dice", "IoU")
+    rows = []
     for row in result.levels:
-        scores = ("-" if score is None else f"{score:.4f}" for score in (row.dice, row.iou))
         peak = "-" if row.peak_memory_mib is None else f"{row.peak_memory_mib:.0f}"
         cost = (f"{row.parameters:,}", f"{row.megabytes:.2f}", peak, f"{row.milliseconds:.1f}")
-        table.add_row(row.level, *cost, *scores, style="bold" if row.level == result.selected else None)
-    output.print(table)
+        cells = (row.level, *cost, _decimals(row.dice), _decimals(row.iou))
+        rows.append([Text(cell, style="bold" if row.level == result.selected else "") for cell in cells])
+    title = f"{result.bundle}, {result.cases} cases of '{result.split}', {result.device}"
+    show_table([Column("level"), *(Column(name, number=True) for name in numbers)], rows, title=title)
     if result.selected is not None:
-        output.print(f"{result.selected} is written: {result.root}", soft_wrap=True)
+        output.print(f"{result.selected} is written: {result.root}")
 
 
 def print_export(done: ExportResult) -> None:
     """Print the file, its free axes and its differences from the network."""
-    output.print(f"{done.path}: {done.bytes / 1e6:.2f} MB", soft_wrap=True)
+    output.print(f"{done.path}: {done.bytes / 1e6:.2f} MB")
     output.print(f"free: {done.free or 'nothing: batch and size are fixed'}")
     for one in done.differences:
         output.print(
             f"{by(one.shape)}: largest difference {one.difference:.1e} of logits up to {one.largest:.1f}, "
-            f"{one.changed:.4%} of the voxels get another label",
-            soft_wrap=True,
+            f"{one.changed:.4%} of the voxels get another label"
         )
 
 
@@ -109,35 +118,67 @@ def print_conversion(done: Conversion) -> None:
     if done.background:
         lines.append("added: a channel of zeros for the background; softmax then gives what the sigmoid gave")
     for line in (*lines, f"weights: {done.weights}"):
-        output.print(line, markup=False, soft_wrap=True)
+        output.print(line)
 
 
 def print_scores(manifest: Manifest) -> None:
     """Print the Dice of each label over the cases, and the cases that failed."""
-    from rich.table import Table
-
     done = [record for record in manifest.cases.values() if record.status == "done"]
-    table = Table(title=f"Dice, {len(done)} cases")
-    for column in ("label", "mean", "SD", "lowest", "lowest case"):
-        table.add_column(column)
-    for label in done[0].metrics if done else ():
-        table.add_row(label, *_scores(label, done))
-    output.print(table)
+    numbers = (Column(name, number=True) for name in ("n", "mean", "SD", "lowest"))
+    rows = [[label, *_scores(label, done)] for label in (done[0].metrics if done else ())]
+    title = f"Dice of {manifest.bundle.name if manifest.bundle else 'a bundle'}, {len(done)} cases"
+    show_table([Column("label"), *numbers, Column("lowest in")], rows, title=title)
     print_failures(manifest)
 
 
-def _scores(label: str, done: list[CaseRecord]) -> tuple[str, str, str, str]:
-    values = [(value, r.name) for r in done if (value := r.metrics[label]) is not None and not math.isnan(value)]
+def _scores(label: str, done: list[CaseRecord]) -> tuple[str, ...]:
+    """Return number of cases with the label, mean, standard deviation, lowest value and its case."""
+    values = [(value, r.name) for r in done if _is_known(value := r.metrics[label])]
     if not values:
-        return "-", "-", "-", "in no label"
+        return "0", "-", "-", "-", "-"
     numbers = [value for value, _ in values]
-    spread = stdev(numbers) if len(numbers) > 1 else 0.0
+    spread = stdev(numbers) if len(numbers) > 1 else None
     lowest, case = min(values)
-    return f"{fmean(numbers):.4f}", f"{spread:.4f}", f"{lowest:.4f}", case
+    return str(len(values)), f"{fmean(numbers):.4f}", _decimals(spread), f"{lowest:.4f}", case
+
+
+def print_training(manifest: Manifest, root: Path, data: Path) -> None:
+    """Print the Dice of each label at the best validation, where the weights are, and the next command."""
+    scored = [entry for entry in manifest.validations if _KEY in entry]
+    best = max(scored, key=lambda entry: entry[_KEY], default=None)
+    if best is not None:
+        labels = {name.removeprefix(f"{_KEY}/"): value for name, value in best.items() if name.startswith(f"{_KEY}/")}
+        rows = [[name, _decimals(value)] for name, value in {**labels, "mean": best[_KEY]}.items()]
+        show_table(
+            [Column("label"), Column("Dice", number=True)], rows, title=f"best validation, epoch {best['epoch']}"
+        )
+    output.print(f"best weights: {root / 'models' / 'model.pt'}")
+    print_next("evaluate", str(root), "--data", str(data))
+
+
+def print_folds(scores: Scores, out: Path) -> None:
+    """Print the Dice of each label over all folds, and what is next."""
+    heads = ("n", "mean", "SD", *(f"fold {number}" for number in range(scores.folds)))
+    rows = [
+        [label, str(of["cases"]), *map(_decimals, (of["mean"], of["sd"], *of["folds"]))]
+        for label, of in scores.summary().items()
+    ]
+    title = f"{scores.name}: Dice, {len(scores.rows)} cases"
+    show_table([Column("label"), *(Column(head, number=True) for head in heads)], rows, title=title)
+    output.print(f"each case: {out / 'cross_validation.txt'}")
+    print_next("predict", str(out), "INPUT", "--output", "MASKS")
+
+
+def _decimals(value: float | None) -> str:
+    return f"{value:.4f}" if _is_known(value) else "-"
+
+
+def _is_known(value: float | None) -> TypeGuard[float]:
+    return value is not None and math.isfinite(value)
 
 
 def print_failures(manifest: Manifest) -> None:
     """Print the cases that failed, with the reasons."""
     for record in manifest.cases.values():
         if record.status == "failed":
-            errors.print(f"failed: {record.name}: {record.error}", markup=False, soft_wrap=True)
+            errors.print(f"failed: {record.name}: {record.error}")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rich.text import Text
+
 from medseg.cli.console import errors, output
+from medseg.cli.layout import Column, show_table
 from medseg.errors import by
 
 if TYPE_CHECKING:
@@ -25,31 +28,29 @@ _VALUES = 6
 
 
 def print_cases(found: Findings) -> None:
-    """Print a line per case; of many cases without counts and percentiles, so that a line is one line."""
-    from rich.box import HEAVY_HEAD
-    from rich.table import Table
-
+    """Print a row per case; of many cases without counts and percentiles."""
     compact = len(found.cases) > _FULL_ROWS
-    table = Table(title=f"{len(found.cases)} cases", title_justify="left", box=None if compact else HEAVY_HEAD)
-    middle = "median" if compact else "1 / 50 / 99 %"
-    for column in ("case", "part", "format", "shape", "mm", "axes", "type", "min", middle, "max", "labels"):
-        table.add_column(column, overflow="ellipsis" if compact else "fold", no_wrap=compact)
-    for case in found.cases[:_MAX_ROWS]:
-        table.add_row(*_row(case.name, case.part, case.image, case.label, compact=compact))
-    output.print(table, markup=True)
+    numbers = ("min", "median" if compact else "1 / 50 / 99 %", "max")
+    columns = [
+        *map(Column, ("case", "part", "format")),
+        *(Column(name, number=True) for name in ("shape", "mm")),
+        *map(Column, ("axes", "type")),
+        *(Column(name, number=True) for name in numbers),
+        Column("labels"),
+    ]
+    rows = [_row(case.name, case.part, case.image, case.label, compact=compact) for case in found.cases[:_MAX_ROWS]]
+    show_table(columns, rows, title=f"{len(found.cases)} cases")
     if len(found.cases) > _MAX_ROWS:
         output.print(f"and {len(found.cases) - _MAX_ROWS} more; --json FILE has them all")
 
 
-def _row(name: str, part: str, image: FileFacts | None, label: FileFacts | None, *, compact: bool) -> list[str]:
-    from rich.markup import escape
-
+def _row(name: str, part: str, image: FileFacts | None, label: FileFacts | None, *, compact: bool) -> list[str | Text]:
     values = _label_text(label, compact=compact)
     if image is None:
-        return [escape(name), part, "[red]not read[/]", *[""] * 7, values]
+        return [name, part, Text("not read", style="red"), *[""] * 7, values]
     shares = image.percentiles[1:2] if compact else image.percentiles
     return [
-        escape(name),
+        name,
         part,
         image.format,
         by(image.shape) + (f" ({image.channels})" if image.channels > 1 else ""),
@@ -83,7 +84,7 @@ def print_findings(findings: Sequence[Finding]) -> None:
         note = f", {repairable} can be repaired with --fix" if repairable else ""
         output.print(f"[bold {_COLORS[severity]}]{severity}[/] [bold]{kind}[/] ({len(group)}{note})", markup=True)
         for item in group[:_SHOWN]:
-            output.print(f"  {_named(item)}", markup=False, soft_wrap=True)
+            output.print(f"  {_named(item)}")
         if len(group) > _SHOWN:
             output.print(f"  and {len(group) - _SHOWN} more")
 
@@ -97,10 +98,10 @@ def print_changes(found: Findings, folder: Path) -> None:
     """Print what a repaired copy changed, and the errors that remain in it."""
     changes, remaining = found.changes, found.repaired or found
     for change in changes[:_MAX_ROWS]:
-        output.print(f"changed {change.file}: {change.what}", markup=False, soft_wrap=True)
+        output.print(f"changed {change.file}: {change.what}")
     if len(changes) > _MAX_ROWS:
         output.print(f"and {len(changes) - _MAX_ROWS} more")
     output.print(f"{len(changes)} changes; {remaining.errors} errors remain; see {folder / 'changes.json'}")
     for finding in remaining.findings:
         if finding.severity == "error":
-            errors.print(f"remains: {finding.kind}: {_named(finding)}", markup=False, soft_wrap=True)
+            errors.print(f"remains: {finding.kind}: {_named(finding)}")

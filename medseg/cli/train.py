@@ -3,33 +3,36 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 
 from medseg.bundle.catalog import find_bundle
 from medseg.bundle.knobs import parse_settings
-from medseg.cli.console import BundleName, Device, Settings, Strict, Trust, output, progress, with_options
+from medseg.cli.console import notes, output, write_json
+from medseg.cli.options import BundleName, DataSet, Device, JsonTarget, Settings, Strict, Trust, with_options
+from medseg.cli.progress import progress
+from medseg.cli.tables import print_folds, print_training
 from medseg.errors import RequestError
 from medseg.jobs import api, folds
 
-if TYPE_CHECKING:
-    from medseg.manifest import Manifest
-    from medseg.scoring.scores import Scores
-
 __all__ = ["train"]
 
-_FOLDS = 5
+_FOLDS: Final = 5
 
 
 def train(
     bundle: BundleName,
-    data: Annotated[
-        Path,
-        typer.Option("--data", "-d", help="Data set: a folder with dataset.json, or images/, labels/ and split.json."),
-    ],
+    data: DataSet,
     out: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Train a copy of the bundle in this new folder.")
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FOLDER",
+            show_default="the bundle itself is trained",
+            help="New folder for a copy of the bundle to train.",
+        ),
     ] = None,
     settings: Settings = None,
     device: Device = None,
@@ -38,18 +41,32 @@ def train(
     ] = 1,
     fold_count: Annotated[
         int | None,
-        typer.Option("--folds", metavar="K", help="Cross-validate: train on each of K folds, patient by patient."),
+        typer.Option(
+            "--folds",
+            metavar="K",
+            show_default="no cross-validation",
+            help="Cross-validate: train on each of K folds, patient by patient.",
+        ),
     ] = None,
     fold: Annotated[
         int | None,
-        typer.Option("--fold", metavar="k", help="Train fold k alone, from 0, for job arrays; of 5 without --folds."),
+        typer.Option(
+            "--fold",
+            metavar="N",
+            show_default="all folds",
+            help=f"Train fold N alone, from 0, for job arrays; of {_FOLDS} without --folds.",
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an earlier run stopped.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the weights that the bundle has.")] = False,
     strict: Strict = False,
     trust: Trust = None,
+    json_target: JsonTarget = None,
 ) -> None:
-    """Train a bundle on your own data; the best weights become the bundle's `models/model.pt`."""
+    """Train a bundle on your own data; the best weights become its models/model.pt.
+
+    The exit code is 1 if cases of a cross-validation failed.
+    """
     options: dict[str, Any] = {
         "settings": parse_settings(with_options(settings, device_name=device)),
         "devices": devices,
@@ -60,36 +77,26 @@ def train(
     if fold_count is None and fold is None:
         with progress("epochs") as report:
             manifest = api.train(bundle, data, output=out, trust=trust, report=report, **options)
-        _tell_run(manifest, out or find_bundle(bundle).root)
+        for note in manifest.notes:
+            notes.print(note)
+        print_training(manifest, out or find_bundle(bundle).root, data)
+        write_json(manifest.to_dict(), json_target)
         return
     if out is None:
         raise RequestError("--folds needs --output: the folder that holds one bundle for each fold")
     if trust is not None:
-        raise RequestError("--folds trains copies, for which --trust vouches not: take a declarative bundle")
+        raise RequestError("--folds trains copies, for which --trust does not vouch: use a declarative bundle")
     count = _FOLDS if fold_count is None else fold_count
     with progress("") as report:
         scores = folds.cross_validate(bundle, data, out, folds=count, fold=fold, report=report, **options)
-    _tell_folds(scores, out)
-    raise typer.Exit(1 if scores is not None and scores.failed else 0)
-
-
-def _tell_run(manifest: Manifest, root: Path) -> None:
-    for note in manifest.notes:
-        output.print(note, markup=False, soft_wrap=True)
-    scored = [entry for entry in manifest.validations if "val_mean_dice" in entry]
-    best = max(scored, key=lambda entry: entry["val_mean_dice"], default=None)
-    found = f", mean Dice {best['val_mean_dice']:.4f} on the validation cases at epoch {best['epoch']}" if best else ""
-    output.print(f"best weights: {root / 'models' / 'model.pt'}{found}", soft_wrap=True)
-
-
-def _tell_folds(scores: Scores | None, out: Path) -> None:
     if scores is None:
-        missing = [each.root.name for each in folds.fold_bundles(out) if not folds.is_scored(each)]
-        output.print(
-            f"{', '.join(missing)} still to be trained; whichever ends last writes the table and the ensemble",
-            soft_wrap=True,
-        )
+        output.print(f"still to be trained: {', '.join(_missing(out))}; the last one writes the table and the ensemble")
+        write_json({"missing": _missing(out)}, json_target)
         return
-    output.print(scores.table(), markup=False, soft_wrap=True, highlight=False)
-    output.print(f"each case: {out / 'cross_validation.txt'}", soft_wrap=True)
-    output.print(f"the mean of the folds: medseg predict {out} INPUT -o MASKS", markup=False, soft_wrap=True)
+    print_folds(scores, out)
+    write_json(scores.to_dict(), json_target)
+    raise typer.Exit(1 if scores.failed else 0)
+
+
+def _missing(out: Path) -> list[str]:
+    return [each.root.name for each in folds.fold_bundles(out) if not folds.is_scored(each)]

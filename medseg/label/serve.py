@@ -1,114 +1,84 @@
-"""Start a label server: `python -m medseg.label.serve --studies FOLDER`.
+"""Start a label server: `medseg label serve`.
 
-Arguments and bundles are checked before MONAI Label is imported. It listens on this machine only and asks for a login,
-unless it is told otherwise.
+Options and bundles are checked before MONAI Label is imported. It listens on this machine only and asks for a login,
+unless its options say otherwise.
 """
 
 from __future__ import annotations
 
-import argparse
-import getpass
 import importlib
-import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import importlib.util
+from typing import TYPE_CHECKING, Any, Final
 
-from medseg.errors import MedsegError, RequestError, visible
-from medseg.files import check_folder
+from medseg.errors import RequestError
 from medseg.label.accounts import Accounts
-from medseg.label.options import LabelOptions, default_state, is_remote_store
 from medseg.label.served_bundles import find_offers
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable
+    from pathlib import Path
 
+    from medseg.label.options import LabelOptions
     from medseg.label.served_bundles import Offers
 
-__all__ = ["main"]
+__all__ = ["serve"]
 
-_FIRST_ACCOUNT = "annotator"
+_FIRST_ACCOUNT: Final = "annotator"
+_NO_ENVIRONMENT: Final = """no module '{name}' in this environment: the label server needs one of its own, with Python \
+3.11, since MONAI Label requires other versions than medseg does. In medseg's source folder run
 
+  make label-environment
+  .venv-label/bin/medseg label serve --studies FOLDER
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit code."""
-    asked = _parser().parse_args(arguments)
-    try:
-        if asked.add_account:
-            check_folder(asked.state.expanduser())
-            return _add_account(Accounts(asked.state.expanduser() / "accounts.json"), asked.add_account)
-        options = _options(asked)
-        options.check()
-        offers = find_offers(options.tuned, folders=options.bundles, names=options.models)
-        options.check_port()
-        with options.alone():
-            _tell(offers, options)
-            if not offers.offered:
-                raise RequestError("there is no bundle that could be offered")
-            server = _server()
-            server.run(options, certificate=asked.tls_certificate, key=asked.tls_key)
-    except MedsegError as error:
-        _say(f"Error: {error}")
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
-    return 0
+or, without make,
+
+  python3.11 -m venv .venv-label
+  .venv-label/bin/pip install --constraint constraints-label.txt torch
+  .venv-label/bin/pip install --no-deps --requirement constraints-label.txt
+  .venv-label/bin/pip install --no-deps ."""
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m medseg.label.serve", description=(__doc__ or "").partition("\n")[0]
-    )
-    parser.add_argument("--studies", default="", help="folder of images, or address of a DICOMweb store")
-    parser.add_argument("--bundles", nargs="*", type=Path, default=[], help="bundle folders, or folders of such")
-    parser.add_argument("--models", nargs="*", default=[], help="names of the bundles to offer; all by default")
-    parser.add_argument("--state", type=Path, default=default_state(), help="folder for accounts, models and logs")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (this machine only by default)")
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--no-login", action="store_true", help="ask nobody for a password")
-    parser.add_argument("--tls-certificate", type=Path, help="PEM file, to speak TLS")
-    parser.add_argument("--tls-key", type=Path, help="PEM file of the certificate's key")
-    parser.add_argument("--behind-proxy", action="store_true", help="something before this server encrypts")
-    parser.add_argument("--add-account", metavar="NAME", help="ask for a password, add the account and stop")
-    return parser
+def serve(
+    options: LabelOptions, *, say: Callable[[str], None], certificate: Path | None = None, key: Path | None = None
+) -> None:
+    """Serve until the process is stopped.
+
+    Args:
+        options: Where to listen, what to serve, who may use it.
+        say: Called with each line for the person who starts the server.
+        certificate: PEM file, to speak TLS.
+        key: PEM file of the certificate's key.
+
+    Raises:
+        RequestError: An option is unsafe or invalid, no bundle can be served, or MONAI Label is not installed.
+    """
+    options.check()
+    offers = find_offers(options.tuned, folders=options.bundles, names=options.models)
+    options.check_port()
+    _check_environment()
+    with options.alone():
+        _describe(offers, options, say)
+        if not offers.offered:
+            raise RequestError("no bundle to serve: every one was refused, for the reasons above")
+        _server().run(options, certificate=certificate, key=key)
 
 
-def _options(asked: argparse.Namespace) -> LabelOptions:
-    if not asked.studies:
-        raise RequestError("--studies is needed: a folder of images, or the address of a DICOMweb store")
-    if (asked.tls_certificate is None) != (asked.tls_key is None):
-        raise RequestError("--tls-certificate and --tls-key belong together: give both, or neither")
-    for path in (asked.tls_certificate, asked.tls_key):
-        if path is not None and not path.is_file():
-            raise RequestError(f"no file '{path}': TLS needs a certificate and its key, as PEM files")
-    return LabelOptions(
-        studies=asked.studies if is_remote_store(asked.studies) else str(Path(asked.studies).absolute()),
-        state=asked.state.expanduser().absolute(),
-        bundles=tuple(path.absolute() for path in asked.bundles),
-        models=tuple(asked.models),
-        host=asked.host,
-        port=asked.port,
-        login=not asked.no_login,
-        encrypted=asked.behind_proxy or asked.tls_certificate is not None,
-    )
+def _check_environment() -> None:
+    if importlib.util.find_spec("monailabel") is None:
+        raise RequestError(_NO_ENVIRONMENT.format(name="monailabel"))
 
 
-def _add_account(accounts: Accounts, name: str) -> int:
-    password = getpass.getpass(f"Password for {name}: ") if sys.stdin.isatty() else sys.stdin.readline().rstrip("\n")
-    accounts.add(name, password)
-    _say(f"account '{name}' added")
-    return 0
-
-
-def _tell(offers: Offers, options: LabelOptions) -> None:
-    """Say on the terminal what is offered and how to log in; a password is shown once and logged nowhere."""
+def _describe(offers: Offers, options: LabelOptions, say: Callable[[str], None]) -> None:
+    """List what is served and how to log in; a password is shown once and logged nowhere."""
     for name, offer in offers.offered.items():
         state = "trained here" if offer.current is offer.tuned else "" if offer.ready else "no weights yet: train it"
-        _say(f"offered: {name}{f' ({state})' if state else ''}")
+        say(f"serving: {name}{f' ({state})' if state else ''}")
     for name, reason in offers.refused.items():
-        _say(f"refused: {name}: {reason}")
+        say(f"refused: {name}: {reason}")
     if options.login and not Accounts(options.accounts).names:
         password = Accounts(options.accounts).add(_FIRST_ACCOUNT)
-        _say(f"login: {_FIRST_ACCOUNT}, password: {password} (shown once; --add-account {_FIRST_ACCOUNT} sets another)")
+        again = f"`medseg label add-account {_FIRST_ACCOUNT}` sets another"
+        say(f"login: {_FIRST_ACCOUNT}, password: {password} (shown once; {again})")
 
 
 def _server() -> Any:
@@ -117,14 +87,4 @@ def _server() -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("medseg"):
             raise
-        raise RequestError(
-            f"{error.name} is missing: the label server needs an environment of its own; `make label-server` sets it up"
-        ) from error
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(visible(text) + "\n")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        raise RequestError(_NO_ENVIRONMENT.format(name=error.name)) from error

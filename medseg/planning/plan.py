@@ -85,6 +85,15 @@ class Plan:
         rows = [f"{what}: {figure}" for what, figure in forecast_rows(self)]
         return "\n".join([f"{self.bundle['name']} in {self.root}", *choice_lines(self), *rows])
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as JSON values, without the fingerprint of the data."""
+        return {
+            "folder": None if self.root is None else str(self.root),
+            "bundle": self.bundle,
+            "forecast": asdict(self.forecast),
+            "measured": asdict(self.measured) if self.measured else None,
+        }
+
     def to_json(self, fingerprint: Fingerprint) -> dict[str, Any]:
         """Return the record of the plan for `plan.json`: what was seen, measured and forecast."""
         return {

@@ -74,6 +74,20 @@ class Scores:
         lines += ["", *(f"failed: {name}" for name in self.failed)] if self.failed else []
         return "\n".join(lines) + "\n"
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON has it: values that are not finite become null."""
+        return {
+            "bundle": self.name,
+            "metric": "Dice",
+            "folds": self.folds,
+            "labels": self.summary(),
+            "cases": [
+                {**row, "metrics": {name: _or_none(value) for name, value in row["metrics"].items()}}
+                for row in self.rows
+            ],
+            "failed": list(self.failed),
+        }
+
     def _of(self, label: str) -> dict[str, Any]:
         values = self.values(label)
         folds = [self.values(label, fold) for fold in range(self.folds)]
@@ -93,18 +107,7 @@ def nanmean(values: Sequence[float]) -> float:
 
 def write_scores(scores: Scores, path: Path) -> None:
     """Write scores as JSON and, beside it, as text."""
-    content = {
-        "bundle": scores.name,
-        "metric": "Dice",
-        "folds": scores.folds,
-        "labels": scores.summary(),
-        "cases": [
-            {**row, "metrics": {name: value if _is_known(value) else None for name, value in row["metrics"].items()}}
-            for row in scores.rows
-        ],
-        "failed": list(scores.failed),
-    }
-    replace_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    replace_text(path, json.dumps(scores.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     replace_text(path.with_suffix(".txt"), scores.to_text())
 
 
@@ -159,6 +162,10 @@ def _title(place: Path) -> str:
 
 def _is_known(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _or_none(value: Any) -> Any:
+    return value if _is_known(value) else None
 
 
 def _sortable(value: Any) -> float:

@@ -13,7 +13,7 @@ import importlib.util
 import json
 import logging
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -88,6 +88,10 @@ class ExportResult:
     free: str
     differences: tuple[Difference, ...]
     tolerance: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as JSON values."""
+        return {**asdict(self), "path": str(self.path), "bytes": self.bytes}
 
     @property
     def bytes(self) -> int:

@@ -94,10 +94,9 @@ class PruneTable:
     selected: str | None = None
     root: Path | None = None
 
-    def to_json(self) -> str:
-        """Return the table as JSON text; a score without a value is null."""
-        content = {name: value for name, value in asdict(self).items() if name != "root"}
-        return json.dumps(content, indent=2, allow_nan=False) + "\n"
+    def to_dict(self) -> dict[str, Any]:
+        """Return the table as JSON values; a score without a value is null."""
+        return {name: value for name, value in asdict(self).items() if name != "root"}
 
 
 @dataclass(frozen=True)

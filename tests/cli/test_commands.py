@@ -16,7 +16,10 @@ import torch
 from PIL import Image
 
 from medseg.bundle.catalog import Bundle, shipped_bundles
+from medseg.cli import console
+from medseg.cli.predict import print_skipped
 from medseg.tools.check import CHECKS
+from medseg.types import Skipped
 
 
 def _volume(path: Path, data: Any = None, affine: Any = None) -> Path:
@@ -37,7 +40,7 @@ def test_predict_writes_masks_manifest_and_pictures(medseg: Any, trained: Bundle
     code, out, err = medseg("predict", trained.root, tmp_path / "in", "-o", tmp_path / "out", "--overlay")
     assert code == 0
     assert "2 masks written, 0 failed" in out
-    assert "skipped" in err
+    assert "skipped: 1 (" in err
     assert "notes.txt" in err
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "a.nii.gz",
@@ -72,12 +75,27 @@ def test_resume_tells_what_was_done_before(medseg: Any, trained: Bundle, tmp_pat
     assert "1 masks written, 1 done before, 0 failed" in medseg(*request)[1]
 
 
+def test_skipped_files_are_listed_by_reason_or_each_with_verbose(capsys: pytest.CaptureFixture[str]) -> None:
+    items = [*(Skipped(f"/d/n{number}.txt", "no image") for number in range(400)), Skipped("/d/.x", "hidden file")]
+    console.reset()
+    print_skipped(items)
+    assert capsys.readouterr().err.splitlines() == [
+        "skipped: 400 (no image): n0.txt, n1.txt, n2.txt and 397 more",
+        "skipped: 1 (hidden file): .x",
+    ]
+    console.verbosity.verbose = True
+    print_skipped(items)
+    console.reset()
+    assert len(capsys.readouterr().err.splitlines()) == 401
+
+
 def test_several_files_and_a_knob(medseg: Any, trained: Bundle, tmp_path: Path) -> None:
     files = [_volume(tmp_path / "in" / name) for name in ("a.nii.gz", "b.nii.gz")]
-    code, out, _ = medseg("predict", trained.root, *files, "-o", tmp_path / "out", "--set", "overlap=0")
+    code, out, _ = medseg("predict", trained.root, *files, "-o", tmp_path / "out", "--set", "overlap=0", "--json")
     assert code == 0
-    assert "2 masks written" in out
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert json.loads(out)["cases"] == manifest["cases"]
+    assert [case["status"] for case in manifest["cases"]] == ["done", "done"]
     assert manifest["knobs"]["overlap"] == 0.0
     assert manifest["overrides"] == ["overlap"]
 
@@ -169,7 +187,8 @@ def test_requests_that_cannot_be_are_refused_before_anything_is_written(
         (["evaluate", trained.root, "--data", tmp_path / "nowhere"], "no data set"),
         (["evaluate", trained.root, "--data", tmp_path / "in"], "no data set that medseg knows"),
         (["train", trained.root, "--data", tmp_path / "nowhere"], "no data set"),
-        (["bundle", "build"], "name the bundles"),
+        (["bundle", "build"], "no bundles given"),
+        (["bundle", "build", "x", "--all"], "use one of them"),
         (["bundle", "inspect", "nothing"], "no bundle folder"),
     ]
     for arguments, message in cases:
@@ -208,9 +227,20 @@ def test_train_refuses_to_replace_weights_and_trains_a_copy(
     assert code == 2
     assert "--output NEW_FOLDER" in err
     copy = tmp_path / "mine"
-    code, out, _ = medseg("train", trained_copy.root, "--data", tiny_data, "-o", copy, "--set", "max_epochs=2")
+    record = tmp_path / "run.json"
+    request = ("--data", tiny_data, "-o", copy, "--set", "max_epochs=2", "--json", record)
+    code, out, _ = medseg("train", trained_copy.root, *request)
     assert code == 0
-    assert "best weights" in out
+    best = max(json.loads(record.read_text())["validations"], key=lambda entry: entry["val_mean_dice"])
+    rows = dict(line.split() for line in out.splitlines() if re.fullmatch(r"\w+ +\d\.\d{4}", line))
+    assert rows == {
+        "small": f"{best['val_mean_dice/small']:.4f}",
+        "large": f"{best['val_mean_dice/large']:.4f}",
+        "mean": f"{best['val_mean_dice']:.4f}",
+    }
+    assert f"best validation, epoch {best['epoch']}" in out
+    assert f"best weights: {copy / 'models' / 'model.pt'}" in out
+    assert out.endswith(f"next:\n  medseg evaluate {copy} --data {tiny_data}\n")
     assert (copy / "models" / "model.pt").is_file()
     assert trained_copy.weights.read_bytes() == before
     assert medseg("bundle", "build", copy)[0] == 0
@@ -219,11 +249,18 @@ def test_train_refuses_to_replace_weights_and_trains_a_copy(
 
 
 def test_evaluate_prints_the_dice_of_each_label(medseg: Any, trained: Bundle, tiny_data: Path, tmp_path: Path) -> None:
-    code, out, _ = medseg("evaluate", trained.root, "--data", tiny_data, "-o", tmp_path / "scores")
+    record = tmp_path / "scores.json"
+    code, out, _ = medseg("evaluate", trained.root, "--data", tiny_data, "-o", tmp_path / "scores", "--json", record)
     assert code == 0
-    assert all(label in out for label in ("small", "large", "mean"))
     manifest = json.loads((tmp_path / "scores" / "manifest.json").read_text())
-    assert f"{manifest['cases'][0]['metrics']['large']:.4f}" in out
+    assert json.loads(record.read_text())["cases"] == manifest["cases"]
+    title, head, _, *lines = out.splitlines()
+    assert title == f"Dice of {trained.name}, {len(manifest['cases'])} cases"
+    assert head.split() == ["label", "n", "mean", "SD", "lowest", "lowest", "in"]
+    rows = {line.split()[0]: line.split()[1:] for line in lines}
+    assert list(rows) == ["small", "large", "mean"]
+    values = [case["metrics"]["large"] for case in manifest["cases"]]
+    assert rows["large"][:2] == [str(len(values)), f"{sum(values) / len(values):.4f}"]
 
 
 def test_inspect_shows_what_a_bundle_would_run_without_running_it(
@@ -277,7 +314,8 @@ def test_check_passes_for_every_shipped_bundle(medseg: Any) -> None:
     assert code == 0, err
     assert "failed" not in out + err
     assert "skipped" not in out
-    rows = {line.split()[1]: line for line in out.splitlines() if line.startswith("│")}
+    _, _, *lines = out.splitlines()
+    rows = {line.split()[0]: line for line in lines}
     assert set(rows) == {bundle.name for bundle in shipped_bundles()}
     assert {len(re.findall(r"\bok\b", row)) for row in rows.values()} == {len(CHECKS)}
 

@@ -25,7 +25,7 @@ def _run(folder: Path, shift: float) -> Path:
 
 def test_compare_prints_the_table_and_names_the_best(medseg: Any, tmp_path: Path) -> None:
     one, two = _run(tmp_path / "one", 0.0), _run(tmp_path / "two", 0.1)
-    code, out, err = medseg("compare", one, two, "-o", tmp_path / "table.json")
+    code, out, err = medseg("compare", one, two, "--json", tmp_path / "table.json")
     assert (code, err) == (0, "")
     assert "best: two (mean Dice 0.7110)" in out
     assert "12 cases of 12 patients" in out
@@ -42,7 +42,7 @@ def test_requests_that_cannot_be_are_refused(medseg: Any, trained: Bundle, tiny_
         (["compare", tmp_path, trained.root / "docs"], "holds no scores"),
         ([*train, "--folds", "3"], "--folds needs --output"),
         ([*train, "--fold", "1"], "--folds needs --output"),
-        ([*train, "--folds", "3", "-o", out, "--trust", "0" * 64], "--trust vouches not"),
+        ([*train, "--folds", "3", "-o", out, "--trust", "0" * 64], "--trust does not vouch"),
         ([*train, "--folds", "2", "--fold", "2", "-o", out], "invalid fold number, expected 0 to 1"),
         ([*train, "--folds", "30", "-o", out], "ask for at most 3 folds"),
         ([*train, "--devices", "0", "-o", out], "1 or more"),

@@ -63,9 +63,9 @@ def test_convert_refuses_with_one_message(
 
 def test_train_tells_what_it_started_from(medseg: Any, trained: Bundle, tiny_data: Path, tmp_path: Path) -> None:
     settings = ("--set", f"pretrained={trained.weights}", "--set", "max_epochs=1", "--set", "val_interval=1")
-    code, out, _ = medseg("train", trained.root, "--data", tiny_data, "-o", tmp_path / "mine", *settings)
+    code, _, err = medseg("train", trained.root, "--data", tiny_data, "-o", tmp_path / "mine", *settings)
     assert code == 0
-    assert "started from model.pt: all " in out
+    assert "started from model.pt: all " in err
     code, _, err = medseg("train", trained.root, "--data", tiny_data, "-o", tmp_path / "x", "--set", "pretrained=gone")
     assert code == 2
     assert "no weights at 'gone' to start from" in err

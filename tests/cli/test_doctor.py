@@ -181,18 +181,3 @@ def test_bad_requests_end_with_2(
     assert code == 2
     assert message in err
     assert sorted(Path().rglob("*")) == before
-
-
-def test_what_predict_leaves_out_is_grouped(capsys: pytest.CaptureFixture[str]) -> None:
-    from medseg.cli.predict import _tell_left_out
-    from medseg.types import Skipped
-
-    items = [*(Skipped(f"/d/n{number}.txt", "no image") for number in range(400)), Skipped("/d/.x", "hidden file")]
-    _tell_left_out(items, verbose=False)
-    lines = capsys.readouterr().err.splitlines()
-    assert lines == [
-        "left out: 400 (no image): n0.txt, n1.txt, n2.txt and 397 more",
-        "left out: 1 (hidden file): .x",
-    ]
-    _tell_left_out(items, verbose=True)
-    assert len(capsys.readouterr().err.splitlines()) == 401

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,24 +73,27 @@ def free() -> int:
     return port
 
 
-def test_a_port_that_is_taken_is_an_error_before_anything_is_changed(taken: int, tmp_path: Path, capsys) -> None:
-    studies = tmp_path / "studies"
-    studies.mkdir()
-    command = ["--studies", str(studies), "--models", "hippocampus_mri_unet", "--state", str(tmp_path / "state")]
-    assert serve.main([*command, "--port", str(taken)]) == 2
-    said = capsys.readouterr().err
-    assert f"port {taken}" in said
-    assert "--port" in said
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pretend that MONAI Label is installed."""
+    monkeypatch.setattr(serve, "_check_environment", lambda: None)
+
+
+def _options(place: Path, port: int) -> LabelOptions:
+    return LabelOptions(str(place), place / "state", models=("hippocampus_mri_unet",), port=port)
+
+
+def test_a_port_that_is_taken_is_an_error_before_anything_is_changed(taken: int, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=f"port {taken}.*--port"):
+        serve.serve(_options(tmp_path, taken), say=print)
     assert not (tmp_path / "state").exists()
 
 
-def test_a_second_server_does_not_empty_the_folders_of_the_first(free: int, tmp_path: Path, capsys) -> None:
-    options = LabelOptions(str(tmp_path), tmp_path / "state", port=free)
+def test_a_second_server_does_not_empty_the_folders_of_the_first(installed: None, free: int, tmp_path: Path) -> None:
+    options = _options(tmp_path, free)
     options.check_port()
-    with options.alone():
-        command = ["--studies", str(tmp_path), "--models", "hippocampus_mri_unet", "--state", str(tmp_path / "state")]
-        assert serve.main([*command, "--port", str(free)]) == 2
-        assert "another label server" in capsys.readouterr().err
+    with options.alone(), pytest.raises(RequestError, match="another label server"):
+        serve.serve(options, say=print)
     with options.alone():
         pass
 
@@ -114,24 +116,8 @@ def test_options_reach_another_process_through_its_environment(tmp_path: Path) -
     assert LabelOptions.from_environment("s", {}).state == default_state()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "--studies is needed"),
-        (["--studies", "missing"], "no folder of studies"),
-        (["--studies", ".", "--tls-key", "x"], "belong together"),
-        (["--studies", ".", "--models", "spleen"], "no bundle 'spleen'"),
-        (["--studies", ".", "--host", "0.0.0.0"], "in the clear"),
-    ],
-)
-def test_a_wrong_command_says_what_is_wrong(arguments: list[str], message: str, tmp_path: Path, capsys) -> None:
-    assert serve.main([*arguments, "--state", str(tmp_path)]) == 2
-    assert message in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
-
-
 def test_the_first_start_makes_an_account_and_shows_its_password_once(
-    free: int, tmp_path: Path, capsys, monkeypatch
+    installed: None, free: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started = []
 
@@ -141,30 +127,33 @@ def test_the_first_start_makes_an_account_and_shows_its_password_once(
             started.append(options)
 
     monkeypatch.setattr(serve, "_server", lambda: Server)
-    command = ["--studies", str(tmp_path), "--state", str(tmp_path / "state"), "--models", "hippocampus_mri_unet"]
-    command += ["--port", str(free)]
-    assert serve.main(command) == 0
-    said = capsys.readouterr().err
-    password = said.split("password: ")[1].split()[0]
+    said: list[str] = []
+    serve.serve(_options(tmp_path, free), say=said.append)
+    assert any("serving: hippocampus_mri_unet" in line for line in said)
+    password = said[-1].split("password: ")[1].split()[0]
     assert Accounts(started[0].accounts).check("annotator", password)
-    assert "offered: hippocampus_mri_unet" in said
-    assert serve.main(command) == 0
-    assert "password" not in capsys.readouterr().err
+    again: list[str] = []
+    serve.serve(_options(tmp_path, free), say=again.append)
+    assert not any("password" in line for line in again)
 
 
-def test_an_account_is_added_from_standard_input(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("correct horse battery\n"))
-    assert serve.main(["--state", str(tmp_path), "--add-account", "bob"]) == 0
-    assert Accounts(tmp_path / "accounts.json").check("bob", "correct horse battery")
+def test_without_its_environment_nothing_is_made_and_the_error_says_how_to_make_one(
+    free: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RequestError, match="no module 'monailabel'") as error:
+        serve.serve(_options(tmp_path, free), say=print)
+    assert "make label-environment" in str(error.value)
+    assert "pip install --no-deps --requirement constraints-label.txt" in str(error.value)
+    assert not (tmp_path / "state").exists()
 
 
-def test_without_its_environment_the_error_names_the_command_that_makes_one(
-    free: int, tmp_path: Path, capsys, monkeypatch
+def test_an_incomplete_environment_is_named_too(
+    installed: None, free: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def absent(name: str) -> object:
-        raise ModuleNotFoundError("No module named 'monailabel'", name="monailabel")
+        raise ModuleNotFoundError("No module named 'jwt'", name="jwt")
 
     monkeypatch.setattr("importlib.import_module", absent)
-    command = ["--studies", str(tmp_path), "--state", str(tmp_path / "state"), "--port", str(free)]
-    assert serve.main(command) == 2
-    assert "make label-server" in capsys.readouterr().err
+    with pytest.raises(RequestError, match="no module 'jwt'"):
+        serve.serve(_options(tmp_path, free), say=lambda line: None)

@@ -129,11 +129,11 @@ def server(
     checks: Checks, studies: str, state: Path, *arguments: str, environment: Mapping[str, str] | None = None
 ) -> Iterator[tuple[Viewer, Path]]:
     """Run a label server; yield a viewer that is not logged in, and the file of what the server prints."""
-    add = [sys.executable, "-m", "medseg.label.serve", "--state", str(state), "--add-account", ACCOUNT]
-    subprocess.run(add, input=PASSWORD + "\n", text=True, check=True, stderr=subprocess.DEVNULL)
+    add = [sys.executable, "-m", "medseg", "label", "add-account", ACCOUNT, "--state", str(state)]
+    subprocess.run(add, input=PASSWORD + "\n", text=True, check=True, stdout=subprocess.DEVNULL)
     port = free_port()
     printed = state.with_name(f"{state.name}.printed")
-    command = [sys.executable, "-m", "medseg.label.serve", "--studies", studies, "--state", str(state)]
+    command = [sys.executable, "-m", "medseg", "label", "serve", "--studies", studies, "--state", str(state)]
     with running([*command, "--port", str(port), *arguments], printed, environment) as process:
         viewer = Viewer(checks, f"http://127.0.0.1:{port}")
         _wait(process, printed, lambda: requests.get(viewer.address + "/auth/", timeout=5).ok)

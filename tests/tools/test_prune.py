@@ -103,7 +103,7 @@ def test_the_table_holds_every_level_and_sizes_grow_with_it(pruned: Any) -> None
         assert 0 < row.milliseconds < 60_000
         assert 0 < row.iou < row.dice < 1
     assert (table.bundle, table.split, table.cases, table.device) == (NAME, SPLIT, 3, "cpu")
-    assert json.loads(table.to_json())["levels"][1]["dice"] == table.levels[1].dice
+    assert table.to_dict()["levels"][1]["dice"] == table.levels[1].dice
 
 
 @pytest.mark.slow

@@ -1,0 +1,131 @@
+"""`medseg label serve | add-account`: annotate with bundles in 3D Slicer or OHIF."""
+
+from __future__ import annotations
+
+import getpass
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from medseg.cli import completion
+from medseg.cli.console import notes, output
+from medseg.cli.log import let_libraries_log
+from medseg.cli.options import Command, Group, examples
+from medseg.errors import RequestError
+from medseg.files import check_folder
+from medseg.label import serve as label_server
+from medseg.label.accounts import Accounts
+from medseg.label.options import LabelOptions, default_state, is_remote_store
+
+__all__ = ["add_account", "app", "serve"]
+
+app = typer.Typer(
+    cls=Group,
+    help="Annotate with bundles in 3D Slicer or OHIF, by MONAI Label.",
+    epilog=examples("medseg label serve --studies scans", "medseg label add-account ann"),
+    no_args_is_help=True,
+)
+
+State = Annotated[
+    Path,
+    typer.Option(
+        metavar="FOLDER", show_default="~/.local/share/medseg-label", help="Folder for accounts, models and logs."
+    ),
+]
+
+
+@app.command(
+    cls=Command,
+    epilog=examples(
+        "medseg label serve --studies scans --models hippocampus_mri_unet --port 8010",
+        "medseg label serve --studies http://127.0.0.1:8042/dicom-web --bundles my_bundles",
+    ),
+)
+def serve(
+    studies: Annotated[
+        str, typer.Option(metavar="FOLDER|URL", help="Folder of images, or address of a DICOMweb store.")
+    ],
+    bundles: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FOLDER",
+            show_default="the shipped bundles",
+            help="Bundle folder, or folder of bundles, to serve. Repeatable.",
+        ),
+    ] = None,
+    models: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            show_default="all",
+            help="Name of a bundle to serve. Repeatable.",
+            autocompletion=completion.bundle_names,
+        ),
+    ] = None,
+    state: State = default_state(),  # noqa: B008  (read once, at start)
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(metavar="PORT", help="Port to listen on, 1 to 65535.")] = 8000,
+    no_login: Annotated[
+        bool, typer.Option("--no-login", help="Let everyone on this machine in without a password.")
+    ] = False,
+    tls_certificate: Annotated[
+        Path | None, typer.Option(metavar="FILE", show_default="no TLS", help="PEM file of the server's certificate.")
+    ] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option(metavar="FILE", show_default="no TLS", help="PEM file of the certificate's key.")
+    ] = None,
+    behind_proxy: Annotated[
+        bool, typer.Option("--behind-proxy", help="A proxy in front of this server encrypts the connections.")
+    ] = False,
+) -> None:
+    """Serve bundles to viewers: they segment, annotators correct, and the bundles are trained further.
+
+    It listens on this machine only and asks for a login, unless the options say otherwise. It needs MONAI Label, in an
+    environment of its own.
+    """
+    _check_tls(tls_certificate, tls_key)
+    options = LabelOptions(
+        studies=studies if is_remote_store(studies) else str(Path(studies).absolute()),
+        state=state.expanduser().absolute(),
+        bundles=tuple(path.absolute() for path in bundles or ()),
+        models=tuple(models or ()),
+        host=host,
+        port=port,
+        login=not no_login,
+        encrypted=behind_proxy or tls_certificate is not None,
+    )
+    let_libraries_log()
+    try:
+        label_server.serve(options, say=output.print, certificate=tls_certificate, key=tls_key)
+    except KeyboardInterrupt:
+        notes.print("The label server is stopped.")
+
+
+def _check_tls(certificate: Path | None, key: Path | None) -> None:
+    if (certificate is None) != (key is None):
+        raise RequestError("--tls-certificate and --tls-key belong together: give both, or neither")
+    for path in (certificate, key):
+        if path is not None and not path.is_file():
+            raise RequestError(f"no file '{path}': TLS needs a certificate and its key, as PEM files")
+
+
+@app.command(
+    "add-account",
+    cls=Command,
+    epilog=examples("medseg label add-account ann", "medseg label add-account ann < password.txt"),
+)
+def add_account(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Letters, digits, and . _ - @")],
+    state: State = default_state(),  # noqa: B008  (read once, at start)
+) -> None:
+    """Add an account for the label server, or give one another password.
+
+    The password is asked for, or read from standard input.
+    """
+    folder = state.expanduser()
+    check_folder(folder)
+    password = getpass.getpass(f"Password for {name}: ") if sys.stdin.isatty() else sys.stdin.readline().rstrip("\n")
+    Accounts(folder / "accounts.json").add(name, password)
+    output.print(f"account '{name}' added")
