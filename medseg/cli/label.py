@@ -11,7 +11,7 @@ import typer
 
 from medseg.cli import completion
 from medseg.cli.console import notes, output
-from medseg.cli.log import let_libraries_log
+from medseg.cli.log import let_everyone_log
 from medseg.cli.options import Command, Group, examples
 from medseg.errors import RequestError
 from medseg.files import check_folder
@@ -96,7 +96,7 @@ def serve(
         login=not no_login,
         encrypted=behind_proxy or tls_certificate is not None,
     )
-    let_libraries_log()
+    let_everyone_log()
     try:
         label_server.serve(options, say=output.print, certificate=tls_certificate, key=tls_key)
     except KeyboardInterrupt:

@@ -11,7 +11,7 @@ from typing import Final
 from medseg.cli.console import Messages, alerts
 from medseg.notices import CaseWarning, summarize
 
-__all__ = ["let_libraries_log", "show_debug_log", "warnings_at_the_end"]
+__all__ = ["let_everyone_log", "show_debug_log", "warnings_at_the_end"]
 
 _OURS: Final = "medseg"
 
@@ -39,10 +39,13 @@ def show_debug_log() -> None:
     logger.addHandler(_debug_log)
 
 
-def let_libraries_log() -> None:
-    """Let other packages log and warn for the rest of the command: a server keeps a log."""
+def let_everyone_log() -> None:
+    """Leave all records to the log of a server, which begins here, for the rest of the command."""
     _QuietLogger.quiet = False
-    warnings.resetwarnings()
+    logger = logging.getLogger(_OURS)
+    for handler in logger.handlers:
+        if isinstance(handler, _Gathered):
+            logger.removeHandler(handler)
 
 
 class _DebugLog(logging.Handler):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +77,16 @@ def test_an_account_is_added_from_standard_input(medseg: Any, tmp_path: Path, mo
     code, out, _ = medseg("label", "add-account", "bob", "--state", tmp_path)
     assert (code, out) == (0, "account 'bob' added\n")
     assert Accounts(tmp_path / "accounts.json").check("bob", "correct horse battery")
+
+
+def test_the_log_is_left_to_the_server(
+    medseg: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def serve(*_: Any, **__: Any) -> None:
+        logging.getLogger("uvicorn").warning("up")
+        logging.getLogger("medseg.label").warning("no images yet")
+
+    monkeypatch.setattr(label.label_server, "serve", serve)
+    code, out, err = medseg("label", "serve", "--studies", tmp_path, "--state", tmp_path)
+    assert (code, out, err) == (0, "", "")
+    assert caplog.messages == ["up", "no images yet"]
