@@ -63,7 +63,7 @@ def plan(
         typer.Option(
             metavar="NAME",
             show_default="made from data set and network",
-            help="Name of the bundle: <target>_<modality>_<network>.",
+            help="Name of the bundle: TARGET_MODALITY_NETWORK.",
         ),
     ] = "",
     settings: Settings = None,

@@ -53,6 +53,7 @@ def test_each_page_ends_with_examples(medseg: Any, path: tuple[str, ...], option
     code, out, err = medseg(*path, option)
     assert (code, err) == (0, "")
     assert "medseg " in out.partition("Examples")[2]
+    assert "…" not in out, "something is cut at 80 columns"
 
 
 def test_the_first_page_groups_the_commands_and_lists_the_exit_codes(medseg: Any) -> None:
