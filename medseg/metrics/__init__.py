@@ -1,5 +1,5 @@
 """Metrics that configs name, and in `features` measures of what a network has learned."""
 
-from medseg.components import room
+from medseg.lazy import room
 
 __getattr__, __dir__, __all__ = room(__name__)
