@@ -58,6 +58,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from medseg.errors import CaseError, MedsegError, RequestError
 from medseg.files import replace_text
+from medseg.machine import core_count, cpu_name, peak_bytes
 from medseg.notices import CaseWarning, collect, read_warnings, warn
 from medseg.types import Skipped
 from medseg.version import __version__
@@ -158,24 +159,13 @@ def _software() -> dict[str, str | None]:
 
 
 def _machine() -> dict[str, str | int | None]:
-    affinity = getattr(os, "sched_getaffinity", None)
     return {
         "platform": platform.platform(),
-        "cpu": _cpu_model(),
-        "cpus": len(affinity(0)) if affinity else (os.cpu_count() or 1),
+        "cpu": cpu_name(),
+        "cpus": core_count(),
         "threads": None,
         "accelerator": None,
     }
-
-
-def _cpu_model() -> str:
-    """The processor's trade name where the system tells it, else its architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.processor() or platform.machine()
 
 
 @dataclass
@@ -443,7 +433,7 @@ class Manifest:
         if self._read_back:
             return
         torch = sys.modules.get("torch")
-        self.peak_memory["host_bytes"] = _peak_host_bytes()
+        self.peak_memory["host_bytes"] = peak_bytes() or None
         if torch is None:
             return
         self.machine["threads"] = torch.get_num_threads()
@@ -495,16 +485,6 @@ def _without_folders(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_folders(item) for key, item in value.items()}
     return [_without_folders(item) for item in value] if isinstance(value, list) else value
-
-
-def _peak_host_bytes() -> int | None:
-    """The most memory this process has held, or None where the system does not tell (Windows)."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak) if sys.platform == "darwin" else int(peak) * 1024
 
 
 def _read_json(path: Path) -> dict[str, Any]:

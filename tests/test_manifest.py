@@ -288,18 +288,6 @@ def test_a_package_that_is_absent_has_no_version(monkeypatch):
     assert Manifest("predict").software["no-such-package-at-all"] is None
 
 
-@pytest.mark.parametrize(("system", "factor"), [("linux", 1024), ("darwin", 1)])
-def test_peak_memory_is_in_bytes_on_each_system(monkeypatch, system, factor):
-    resource = pytest.importorskip("resource")
-
-    class Usage:
-        ru_maxrss = 1000
-
-    monkeypatch.setattr(resource, "getrusage", lambda who: Usage)
-    monkeypatch.setattr(manifest_module.sys, "platform", system)
-    assert manifest_module._peak_host_bytes() == 1000 * factor
-
-
 def test_peak_memory_of_this_process_is_plausible(path):
     held = np.ones(8_000_000)  # 64 MB
     peak = stored(Manifest("predict").write(path))["peak_memory"]["host_bytes"]

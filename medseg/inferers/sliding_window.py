@@ -13,12 +13,11 @@ from monai.data.utils import compute_importance_map
 from monai.utils import convert_to_dst_type
 
 from medseg.errors import CaseError, RequestError, SizeError
-from medseg.inferers.allocator import reuse_memory
 from medseg.inferers.blend import Place, Slab, TensorWindows, cut_windows, in_batches, per_axis, stream
 from medseg.inferers.foreground import windows_with_foreground
-from medseg.inferers.memory import Forecast, parse_memory
 from medseg.inferers.native import NativeResult
-from medseg.inferers.window_runner import Network, NotStreamableError, WindowRunner, no_room_for_a_window
+from medseg.inferers.window_runner import Forecast, Network, NotStreamableError, WindowRunner, no_room_for_a_window
+from medseg.machine import parse_memory, reuse_memory
 from medseg.notices import warn
 
 __all__ = ["SlidingWindowInferer"]

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -14,14 +15,57 @@ from monai.data import MetaTensor
 from medseg.errors import CaseError, RequestError
 from medseg.inferers.backends import accelerate
 from medseg.inferers.blend import Windows
-from medseg.inferers.memory import Forecast, NetworkProbe, fitting_batch, resident_bytes
+from medseg.machine import forget_peak, peak_bytes, resident_bytes, shown_bytes
 from medseg.notices import warn
 
-__all__ = ["Network", "NotStreamableError", "WindowOptions", "WindowRunner", "no_room_for_a_window"]
+__all__ = [
+    "Forecast",
+    "Network",
+    "NetworkProbe",
+    "NotStreamableError",
+    "WindowOptions",
+    "WindowRunner",
+    "fitting_batch",
+    "no_room_for_a_window",
+]
 
 logger = logging.getLogger(__name__)
 
 Network = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What one image will take, known after its first windows.
+
+    Attributes:
+        windows: how many there are.
+        batch: windows per forward pass.
+        seconds: time for all of them, at the pace of the first pass.
+        peak_bytes: memory of the process at its highest; 0 where the system does not tell.
+    """
+
+    windows: int
+    batch: int
+    seconds: float
+    peak_bytes: int
+
+    def describe(self) -> str:
+        """Return the forecast as one line."""
+        memory = f", memory up to about {shown_bytes(self.peak_bytes)}" if self.peak_bytes else ""
+        return f"{self.windows} windows, {self.batch} at a time: about {_shown_seconds(self.seconds)}{memory}"
+
+
+class NetworkProbe:
+    """Measures how far a forward pass raises the memory of the process."""
+
+    def __init__(self) -> None:
+        self.before = resident_bytes()
+        forget_peak()
+
+    def used(self) -> int:
+        """Return the bytes by which memory rose above its present state since the probe was made."""
+        return max(peak_bytes() - self.before, 0)
 
 
 class WindowOptions(Protocol):
@@ -182,3 +226,37 @@ def no_room_for_a_window(roi: Sequence[int]) -> CaseError:
         code="memory",
         window=list(roi),
     )
+
+
+def fitting_batch(limit: int, wanted: int, *, held: int, slab: int, result: int, window: int) -> int:
+    """Return the largest number of windows per pass, up to `wanted`, that stays below a limit.
+
+    Args:
+        limit: bytes that the process may take.
+        wanted: windows per pass that were asked for.
+        held: what the process holds already: programs, weights, the image.
+        slab: the accumulators of the stream.
+        result: what is handed back.
+        window: what one window takes while the network runs.
+
+    Raises:
+        CaseError: not even one window at a time fits; a smaller image may.
+    """
+    room = limit - held - slab - result
+    batch = min(wanted, room // max(window, 1))
+    if batch < 1:
+        needed = held + slab + result + window
+        raise CaseError(
+            f"prediction needs {shown_bytes(needed)}, the limit is {shown_bytes(limit)} ({shown_bytes(held)} for programs, "
+            f"weights and the image, {shown_bytes(slab)} for the slab, {shown_bytes(result)} for the result, "
+            f"{shown_bytes(window)} for one window in the network): raise --max-memory, or choose a smaller roi_size",
+            code="memory",
+            limit=limit,
+            held=held,
+            expected=needed,
+        )
+    return batch
+
+
+def _shown_seconds(seconds: float) -> str:
+    return f"{math.ceil(seconds)} s" if seconds < 100 else f"{seconds / 60:.1f} min"

@@ -31,6 +31,7 @@ from medseg.jobs import runner, worker
 from medseg.jobs.exit_diagnosis import Note, describe_exit, explain, memory_kills
 from medseg.jobs.job import Job, checked_places
 from medseg.jobs.job import prepare as prepare_job
+from medseg.machine import core_count
 from medseg.manifest import Manifest
 from medseg.notices import forward
 
@@ -291,10 +292,8 @@ def _free_port() -> int:
 
 def _threads(processes: int) -> int:
     """The share of each process in the cores, or in the threads that the user allows."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else (os.cpu_count() or 1)
     allowed = os.environ.get("OMP_NUM_THREADS", "")
-    return max(1, (int(allowed) if allowed.isdigit() else cores) // processes)
+    return max(1, (int(allowed) if allowed.isdigit() else core_count()) // processes)
 
 
 def _divisor(batch: int, count: int) -> int:

@@ -123,7 +123,7 @@ class SlidePredictor:
         Raises:
             CaseError: the slide is damaged, has no known or a much coarser resolution, or is none.
         """
-        from medseg.inferers.allocator import reuse_memory
+        from medseg.machine import reuse_memory
 
         with _as_case(image), self._opened(image) as slide, reuse_memory():
             self.network.eval()

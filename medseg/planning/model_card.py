@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from medseg.inferers.memory import shown_bytes
+from medseg.machine import shown_bytes
 from medseg.planning.schedule import shown_time
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from medseg.inferers.blend import count_windows
-from medseg.inferers.memory import shown_bytes
+from medseg.machine import shown_bytes
 from medseg.networks.registry import NETWORKS
 from medseg.planning.case_stats import shown
 from medseg.planning.choices import analyze, bundle_name

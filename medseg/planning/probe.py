@@ -111,7 +111,7 @@ def _probe(task: Mapping[str, Any]) -> Measurement:
     import torch
     from monai.bundle import ConfigParser
 
-    from medseg.inferers.memory import resident_bytes
+    from medseg.machine import resident_bytes
 
     def parsed(**changes: Any) -> Any:
         config = json.loads(json.dumps(task["config"]))
@@ -181,7 +181,7 @@ def _time_steps(parser: Any, batch: Any, device: Any) -> tuple[float, int]:
     """Return the seconds of a training step, and the bytes by which steps raise the memory."""
     import torch
 
-    from medseg.inferers.memory import NetworkProbe
+    from medseg.inferers.window_runner import NetworkProbe
 
     watch = NetworkProbe()
     if device.type == "cuda":

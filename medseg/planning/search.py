@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from medseg.errors import RequestError
 from medseg.inferers.blend import count_windows
-from medseg.inferers.memory import shown_bytes
+from medseg.machine import shown_bytes
 from medseg.planning.case_stats import shown
 from medseg.planning.estimate import Cost, count
 from medseg.planning.geometry import Layout, lay_out

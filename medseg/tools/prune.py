@@ -28,6 +28,7 @@ from medseg.errors import BundleError, CaseError, MedsegError, RequestError, err
 from medseg.files import check_folder, load_json, replace_text
 from medseg.io import list_dataset
 from medseg.jobs.job import build_evaluator, open_workflow, prepare, run_case
+from medseg.machine import peak_bytes
 from medseg.networks.registry import NETWORKS
 from medseg.scoring.scores import nanmean
 
@@ -441,14 +442,4 @@ def _peak_bytes(cuda: str | None) -> int | None:
         import torch
 
         return int(torch.cuda.max_memory_allocated(cuda))
-    # Linux hands the parent's peak down in getrusage; the kernel's own line about this process starts afresh.
-    status = Path("/proc/self/status")
-    if status.is_file():
-        lines = (line.split() for line in status.read_text(encoding="utf-8", errors="replace").splitlines())
-        return next((int(words[1]) * 1024 for words in lines if words[0] == "VmHWM:"), None)
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak_bytes() or None

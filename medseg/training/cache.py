@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import pickle
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ from monai.data.utils import pickle_hashing
 
 from medseg.errors import OutputError
 from medseg.files import replacing
-from medseg.inferers.memory import parse_memory
+from medseg.machine import available_bytes, parse_memory
 from medseg.notices import CaseWarning, forward, warn
 from medseg.version import __version__
 
@@ -67,38 +66,8 @@ def memory_bound(text: str) -> int:
         RequestError: anything else.
     """
     if text == "auto":
-        return _free_bytes() // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return available_bytes() // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return 0 if text.strip() == "0" else parse_memory(text)
-
-
-def _free_bytes() -> int:
-    """Memory that this process may still take: of the machine, or of the container where that is less."""
-    known = [_meminfo(), *(_container(*files) for files in _CONTAINER_FILES)]
-    found = [value for value in known if value is not None]
-    return min(found) if found else 1 << 62
-
-
-# Limit and use, of control groups version 2 and 1.
-_CONTAINER_FILES = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-)
-
-
-def _meminfo() -> int | None:
-    with suppress(OSError, ValueError, IndexError):
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    with suppress(AttributeError, ValueError, OSError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    return None
-
-
-def _container(limit: str, used: str) -> int | None:
-    with suppress(OSError, ValueError):  # "max" is no number: there is no limit
-        return max(int(Path(limit).read_text()) - int(Path(used).read_text()), 0)
-    return None
 
 
 class DiskCache:

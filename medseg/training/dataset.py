@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch.utils.data import get_worker_info
 
 from medseg.errors import CaseError, MedsegError, RequestError, links, out_of_memory, own_error
 from medseg.inferers.blend import one_thread
-from medseg.inferers.memory import shown_bytes
+from medseg.machine import core_count, shown_bytes
 from medseg.notices import CaseWarning, carry, collect, forward
 from medseg.training.cache import DiskCache, memory_bound, size_of, strip_metadata
 from medseg.training.randomness import isolated_seed, seed_from
@@ -154,7 +153,7 @@ class SeededDataset(Dataset):  # type: ignore[misc]  # MONAI publishes no types
     def _keep(self, bound: int) -> None:
         """Prepare the first cases, as many as fit into `bound` bytes."""
         used = largest = 0
-        threads = min(4, os.cpu_count() or 1)
+        threads = min(4, core_count())
         with one_thread(), ThreadPoolExecutor(threads) as pool:
             while len(self._kept) < len(self) and used + largest < bound:
                 group = range(len(self._kept), min(len(self._kept) + threads, len(self)))

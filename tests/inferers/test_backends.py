@@ -18,9 +18,8 @@ from monai.data import MetaTensor
 from torch import Tensor, nn
 
 from medseg.errors import RequestError, SizeError
-from medseg.inferers.allocator import reuse_memory
 from medseg.inferers.backends import BACKENDS, MEMORY_FORMATS, accelerate
-from medseg.inferers.memory import resident_bytes
+from medseg.machine import resident_bytes, reuse_memory
 from medseg.networks import NETWORKS, UNet, small
 from tests.networks.forms import tiny_options
 

@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from medseg.errors import CaseError, RequestError
-from medseg.inferers.memory import fitting_batch, parse_memory, shown_bytes
+from medseg.inferers.window_runner import fitting_batch
+from medseg.machine import parse_memory, shown_bytes
 
 MEBI = 1 << 20
 
@@ -31,7 +32,7 @@ def test_the_batch_fills_what_is_left() -> None:
     parts = {"held": 500 * MEBI, "slab": 100 * MEBI, "result": 50 * MEBI, "window": 100 * MEBI}
     assert fitting_batch(1000 * MEBI, 8, **parts) == 3
     assert fitting_batch(1000 * MEBI, 2, **parts) == 2
-    with pytest.raises(CaseError, match=r"700 MiB.*500 MiB are held"):
+    with pytest.raises(CaseError, match=r"needs 750 MiB, the limit is 700 MiB \(500 MiB for programs"):
         fitting_batch(700 * MEBI, 8, **parts)
 
 
@@ -46,7 +47,7 @@ import resource, sys
 import numpy as np, torch
 from monai.data import MetaTensor
 from medseg.inferers import NativeInferer, SlidingWindowInferer
-from medseg.inferers.memory import resident_bytes
+from medseg.machine import resident_bytes
 
 kind, classes = sys.argv[1], 14
 native, model, roi = (256, 256, 200), (128, 128, 100), (32, 32, 32)

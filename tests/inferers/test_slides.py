@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from medseg import machine
 from medseg.errors import CaseError, RequestError
 from medseg.inferers.slides import label_strips
 from medseg.inferers.sliding_window import SlidingWindowInferer
@@ -154,14 +155,12 @@ def test_memory_does_not_grow_with_the_height():
 
 
 def _resident(width: int, height: int) -> int:
-    import medseg.inferers.memory as memory
-
-    Path("/proc/self/clear_refs").write_text("5")
-    before = memory.resident_bytes()
+    machine.forget_peak()
+    before = machine.resident_bytes()
     inferer = SlidingWindowInferer((64, 64), 8, 0.0, output="labels")
     for _ in label_strips(Plain(width, height), Brightness(), inferer, prepare=scaled):
         pass
-    return memory._peak_bytes() - before
+    return machine.peak_bytes() - before
 
 
 @pytest.mark.slow
