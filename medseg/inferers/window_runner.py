@@ -247,8 +247,8 @@ def fitting_batch(limit: int, wanted: int, *, held: int, slab: int, result: int,
     if batch < 1:
         needed = held + slab + result + window
         raise CaseError(
-            f"prediction needs {shown_bytes(needed)}, the limit is {shown_bytes(limit)} ({shown_bytes(held)} for programs, "
-            f"weights and the image, {shown_bytes(slab)} for the slab, {shown_bytes(result)} for the result, "
+            f"prediction needs {shown_bytes(needed)}, the limit is {shown_bytes(limit)} ({shown_bytes(held)} for "
+            f"programs, weights and the image, {shown_bytes(slab)} for the slab, {shown_bytes(result)} for the result, "
             f"{shown_bytes(window)} for one window in the network): raise --max-memory, or choose a smaller roi_size",
             code="memory",
             limit=limit,

@@ -121,7 +121,7 @@ def test_a_memory_limit_changes_no_label_and_one_that_is_too_small_is_refused(ne
         joined(label_strips(Picture(pixels), network, limited, prepare=scaled)), whole(pixels, network, free)
     )
     tight = SlidingWindowInferer((64, 48), 4, **options, max_memory="1M")
-    with pytest.raises(CaseError, match="does not fit into 1 MiB"):
+    with pytest.raises(CaseError, match="the limit is 1 MiB"):
         joined(label_strips(Picture(pixels), network, tight, prepare=scaled))
 
 

@@ -231,7 +231,7 @@ def test_a_memory_limit_chooses_the_batch() -> None:
     assert batches[0] == 1  # the trial
     assert max(batches) == 4
     assert torch.equal(wide, SlidingWindowInferer((16, 16), 4, 0.5)(image, lambda x: x * 2))
-    with pytest.raises(CaseError, match=r"does not fit into 2 MiB.*slab.*window"):
+    with pytest.raises(CaseError, match=r"the limit is 2 MiB.*slab.*window"):
         SlidingWindowInferer((16, 16), 4, 0.5, max_memory="2M")(image, network)
 
 

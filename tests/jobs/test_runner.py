@@ -222,7 +222,7 @@ def test_one_image_too_large_for_the_limit_does_not_stop_the_others(
     monkeypatch.setattr("medseg.inferers.window_runner.resident_bytes", lambda: next(held))
     manifest = _predict(trained, tmp_path / "in", tmp_path / "out", max_memory="900G")
     assert [manifest.cases[name].status for name in ("a.nii.gz", "b.nii.gz")] == ["failed", "done"]
-    assert "does not fit into" in str(manifest.cases["a.nii.gz"].error)
+    assert "the limit is" in str(manifest.cases["a.nii.gz"].error)
 
 
 def test_what_a_transform_found_wrong_is_told_without_its_place_in_memory(trained: Bundle, tmp_path: Path) -> None:
