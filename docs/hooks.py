@@ -9,7 +9,7 @@ import ast
 import importlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,10 @@ from mkdocs.structure.pages import Page
 
 from medseg.bundle.catalog import Bundle
 from medseg.cli import app
+from medseg.errors import CODES as ERROR_CODES
+from medseg.lazy import listed
 from medseg.networks.registry import NETWORKS
+from medseg.notices import CODES as WARNING_CODES
 
 ROOT = Path(__file__).parents[1]
 CODE = "https://github.com/medseg/medseg/blob/main"
@@ -173,6 +176,14 @@ def _recipe_table() -> list[str]:
     return ["| recipe | source | where the paper gives no value |", "|---|---|---|", *rows]
 
 
+def _code_table(codes: Mapping[str, str]) -> list[str]:
+    return [
+        "| code | meaning |",
+        "|---|---|",
+        *(f"| `{code}` | {meaning} |" for code, meaning in sorted(codes.items())),
+    ]
+
+
 # Python
 
 
@@ -203,9 +214,10 @@ def public_names(package: str) -> dict[str, str]:
     """
     module = importlib.import_module(package)
     source = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
-    stub = ast.parse((ROOT / "medseg" / "components.pyi").read_text(encoding="utf-8"))
-    homes = {name: entry.module for name, entry in NETWORKS.items()} | _imported(stub) | _imported(source)
-    homes |= dict.fromkeys(_defined(source), package)
+    stub = Path(str(module.__file__)).with_suffix(".pyi")
+    homes = {**listed(ROOT / "medseg" / "components.pyi"), **{one: NETWORKS[one].module for one in NETWORKS}}
+    homes |= listed(stub) if stub.is_file() else {}
+    homes |= _imported(source) | dict.fromkeys(_defined(source), package)
     names = [name for name in module.__all__ if not name.startswith("__")]
     if missing := [name for name in names if name not in homes]:
         raise LookupError(f"no import in {package} says where {', '.join(missing)} is defined")
@@ -314,4 +326,6 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "packages": _package_table,
     "models with weights": lambda: _gallery(weights=True),
     "recipes": lambda: _gallery(weights=False),
+    "warning codes": lambda: _code_table(WARNING_CODES),
+    "error codes": lambda: _code_table(ERROR_CODES),
 }

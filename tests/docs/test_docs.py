@@ -24,6 +24,7 @@ import typer
 from medseg.cli import app, main
 from medseg.studies.phantoms import write_phantoms
 from tests.docs.blocks import CARDS, PAGES, ROOT, Block, blocks, medseg_commands, starts_empty
+from tests.test_architecture import FLOORS
 
 REPOSITORY = "https://github.com/medseg/medseg"
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -271,3 +272,20 @@ def test_pictures_of_models_name_source_and_license() -> None:
         assert credit["source"]
         assert credit["license"].startswith("CC")
         assert (ROOT / "bundles" / name / "models" / "model.pt").is_file()
+
+
+def test_the_design_page_has_every_room_on_its_floor() -> None:
+    page = (ROOT / "docs" / "explanation" / "design.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| (.+?) \|", page, re.MULTILINE)
+    shown = {room: int(floor) for floor, rooms in rows for room in re.findall(r"`(\w+)`", rooms)}
+    floors = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
+    package = ROOT / "medseg"
+    rooms = {path.stem for path in package.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    assert shown == {room: floors[room] for room in rooms - {"__init__", "__main__"}}
+
+
+def test_the_design_page_names_files_that_exist() -> None:
+    page = (ROOT / "docs" / "explanation" / "design.md").read_text(encoding="utf-8")
+    flow = page.partition("## Data flow")[2].partition("## Decisions")[0]
+    for path in re.findall(r"\b(\w+/\w+\.py)\b", flow):
+        assert (ROOT / "medseg" / path).is_file(), path
