@@ -45,7 +45,7 @@ def plan(
     Args:
         data: Folder with `dataset.json`, `imagesTr/` and `labelsTr/`, or `images/` and `labels/`.
         output: Folder of the new bundle.
-        network: "unet", "unetplusplus", "uctransnet" or "banet"; with "+selfreg" its features are regularized.
+        network: Class of a network in lower case, such as "unet"; with "+selfreg" its features are regularized.
         dims: 2 or 3, to refuse data of other dimensions; those of the images by default.
         memory: Limit of the device memory for training, such as "1500M"; 8 GiB by default.
         budget: Limit of the time for training and validation on this machine, such as "12h"; none by default.
