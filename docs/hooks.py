@@ -127,7 +127,7 @@ def _command_page(name: str, command: Any) -> str:
     context = command.context_class(command, info_name=name)
     usage = " ".join(command.collect_usage_pieces(context))
     lines = [f"# {name}", "", _prose(command.help), "", "```text", f"{name} {usage}", "```", ""]
-    if examples := [line.strip() for line in _prose(command.epilog).splitlines() if line.strip()]:
+    if examples := [line for line in _prose(command.epilog).splitlines() if line.startswith("medseg ")]:
         lines += ["## Examples", "", "```text", *examples, "```", ""]
     for title, kind in (("Arguments", "argument"), ("Options", "option")):
         chosen = [one for one in command.params if one.param_type_name == kind and not getattr(one, "hidden", False)]
@@ -143,7 +143,8 @@ def _parameter(parameter: Any, context: Any) -> str:
     kind = re.sub(r"[<>]", "", str(parameter.display_type(context))) if hasattr(parameter, "display_type") else ""
     value = "" if getattr(parameter, "is_flag", False) or argument else parameter.metavar or kind
     default = f"`{parameter.default}`" if parameter.default not in (None, False, "", (), []) else ""
-    shown = "required" if parameter.required else default
+    described = getattr(parameter, "show_default", None)
+    shown = "required" if parameter.required else described if isinstance(described, str) else default
     text = _cell(_prose(getattr(parameter, "help", ""))).replace("_", "\\_").replace("*", "\\*")
     return f"| {', '.join(f'`{one}`' for one in names)} | {_cell(value)} | {_cell(shown)} | {text} |"
 

@@ -172,13 +172,15 @@ def test_json_blocks_are_json() -> None:
 def test_every_command_and_option_exists(page: Path) -> None:
     for where, words, whole in medseg_commands(page):
         command: Any = typer.main.get_command(app)
+        root = command.context_class(command, info_name="medseg")
         while words and hasattr(command, "commands") and words[0] in command.commands:
             command, words = command.commands[words[0]], words[1:]
         assert not hasattr(command, "commands") or not words or words[0].startswith(("-", "X")), where
-        known = {name for one in command.params for name in one.opts + one.secondary_opts} | {"--help"}
+        context = command.context_class(command, info_name=command.name, parent=root)
+        known = {name for one in command.get_params(context) for name in one.opts + one.secondary_opts}
         assert {word.partition("=")[0] for word in words if word.startswith("-") and word != "-"} <= known, where
         if whole and not hasattr(command, "commands"):
-            command.make_context(command.name, list(words))
+            command.make_context(command.name, list(words), parent=root)
 
 
 def test_the_readme_lists_every_extra() -> None:
