@@ -26,25 +26,25 @@ Try it on your own file:
 
 
 def phantoms(
-    folder: Annotated[Path, typer.Argument(help="Folder to write the data set to.")],
-    cases: Annotated[int, typer.Option(help="Cases in all.", min=2)] = 8,
-    validation: Annotated[int, typer.Option(help="How many of them are for validation.", min=1)] = 2,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.", min=0)] = 0,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to write the data set to.")],
+    cases: Annotated[int, typer.Option(metavar="N", help="Number of cases for training and validation.", min=2)] = 8,
+    validation: Annotated[int, typer.Option(metavar="N", help="Number of these for validation.", min=1)] = 2,
+    seed: Annotated[
+        int, typer.Option(metavar="N", help="Seed of the random shapes; equal seeds give equal bytes.", min=0)
+    ] = 0,
 ) -> None:
     """Write a data set of CT-like phantoms with exact labels (lung, liver, nodule)."""
     check_folder(folder)
     from medseg.studies.phantoms import write_phantoms
 
     write_phantoms(folder, cases=cases, validation=validation, seed=seed)
-    output.print(
-        f"{cases - validation} cases to train on, {validation} to validate, and unseen ones: {folder}", soft_wrap=True
-    )
+    output.print(f"{cases - validation} cases for training, {validation} for validation, and test cases: {folder}")
 
 
 def demo(
-    folder: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything the demo makes.")] = Path(
-        "demo"
-    ),
+    folder: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FOLDER", help="Folder for everything that the demo makes.")
+    ] = Path("demo"),
 ) -> None:
     """Generate phantoms, train a small 3D network on them, predict an unseen volume and score it.
 
@@ -58,19 +58,17 @@ def demo(
     unseen = json.loads((data / "dataset.json").read_text(encoding="utf-8"))["test"][0]
     _step("predict", str(bundle), str(data / unseen["image"]), "-o", str(masks), "--overlay")
     _step("evaluate", str(bundle), "--data", str(data), "--split", "test", "-o", str(folder / "scores"))
-    output.print(f"\nmask, overlay picture and manifest: {masks}")
+    output.print(f"\nmask, overlay and manifest: {masks}")
     for path in sorted(masks.iterdir()):
-        output.print(f"  {path.name}", markup=False)
+        output.print(f"  {path.name}")
     program = "medseg" if shutil.which("medseg") else os.path.relpath(Path(sys.executable).with_name("medseg"))
-    output.print(_NEXT.format(medseg=program), markup=False, soft_wrap=True)
+    output.print(_NEXT.format(medseg=program), highlight=False)
 
 
 def _step(*arguments: str) -> None:
     from medseg.cli import app
 
-    output.print(f"\n$ medseg {shlex.join(arguments)}", style="bold", markup=False, soft_wrap=True)
-    try:
-        app(arguments, standalone_mode=False)
-    except typer.Exit as ended:
-        if ended.exit_code:
-            sys.exit(ended.exit_code)
+    output.print(f"\n$ medseg {shlex.join(arguments)}", style="bold")
+    code = app(arguments, standalone_mode=False)
+    if code:
+        sys.exit(code)

@@ -117,6 +117,19 @@ def test_errors_of_the_command_line_begin_with_the_fault(medseg: Any, arguments:
     assert err.startswith(message)
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        *((name,) for name in ("predict", "evaluate", "train", "plan", "compare", "doctor", "prune", "export")),
+        *(("bundle", name) for name in ("list", "check", "inspect")),
+    ],
+    ids=" ".join,
+)
+def test_every_command_with_a_result_writes_json(path: tuple[str, ...]) -> None:
+    (option,) = (param for param in _context(path).command.params if "--json" in param.opts)
+    assert option.metavar == "[FILE]"
+
+
 def test_json_without_a_file_is_all_of_standard_output(medseg: Any) -> None:
     code, out, _ = medseg("bundle", "list", "--json")
     assert code == 0
