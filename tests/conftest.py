@@ -7,7 +7,8 @@ import json
 import os
 import shutil
 import subprocess
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ import pytest
 
 from medseg.bundle.build import build
 from medseg.bundle.catalog import Bundle
+from medseg.errors import RequestError
 from medseg.jobs import runner
 from medseg.jobs.job import prepare
+from medseg.manifest import Manifest
+from medseg.notices import CaseWarning, summarize
 from medseg.tools.samples import write_samples
 
 # OpenVINO reports its import over the network, from a forked process, unless it is here.
@@ -61,6 +65,31 @@ TINY: dict[str, Any] = {
         "ema_decay": 0.5,
     },
 }
+
+
+@pytest.fixture
+def assert_warns(tmp_path: Path) -> Callable[..., None]:
+    """Return a function that checks what becomes of a warning: in the manifest, printed once, an error if strict."""
+
+    def check(action: Callable[[], object], code: str, *, run: bool = False) -> None:
+        path = tmp_path / "warned" / "manifest.json"
+        with Manifest("predict", path=path) as manifest, manifest.case("a"):
+            action()
+            action()
+        content = json.loads(path.read_text())
+        kept = (content if run else content["cases"][0])["warnings"]
+        assert code in [warning["code"] for warning in kept]
+        lines = summarize(("a" if not run else "", CaseWarning(**warning)) for warning in kept)
+        assert sum(f"[{code}]" in line for line in lines) == 1
+        with pytest.raises(RequestError, match=code) if run else nullcontext():
+            with Manifest("predict", path=path, strict=True) as manifest, manifest.case("a"):
+                action()
+        content = json.loads(path.read_text())
+        assert content["cases"][0]["status"] == "failed"
+        assert f"warning ({code})" in content["cases"][0]["error"]
+        assert content["status"] == ("aborted" if run else "partial")
+
+    return check
 
 
 @pytest.fixture

@@ -170,7 +170,7 @@ def test_compiled_network_gives_the_eager_logits_of_short_batches_too(tmp_path) 
     assert accelerate(subject, backend="compile", window_shape=(2, 1, 16, 16, 16), cache_dir=tmp_path) is runner
 
 
-def test_without_a_compiler_the_network_runs_eagerly_and_says_so(monkeypatch, caplog, tmp_path) -> None:
+def test_without_a_compiler_the_network_runs_eagerly_and_says_so(monkeypatch, caplog, tmp_path, assert_warns) -> None:
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
     monkeypatch.setenv("CXX", "no-such-compiler")
     subject, windows = tiny(), noise(1, 1, 16, 16, 16)
@@ -180,6 +180,9 @@ def test_without_a_compiler_the_network_runs_eagerly_and_says_so(monkeypatch, ca
     assert "C++ compiler" in caplog.text
     with torch.no_grad():
         assert deviation(runner(windows), subject(windows)) < 1e-5
+    assert_warns(
+        lambda: accelerate(tiny(), backend="compile", window_shape=windows.shape), "backend-fallback", run=True
+    )
 
 
 @pytest.mark.parametrize("memory_format", MEMORY_FORMATS)

@@ -271,3 +271,8 @@ def test_an_image_too_small_for_the_network_is_about_that_image_alone(roi, error
 def test_windows_that_cannot_be_are_refused(roi, overlap, message) -> None:
     with pytest.raises(RequestError, match=message):
         SlidingWindowInferer(roi, overlap=overlap)(_image((20, 20), 1), torch.nn.Identity())
+
+
+def test_a_full_gpu_is_a_warning_about_the_run(assert_warns) -> None:
+    image = _image((64, 64), 1)
+    assert_warns(lambda: SlidingWindowInferer((16, 16), 8, 0.5)(image, _full_above(3)[0]), "gpu-fallback", run=True)

@@ -423,3 +423,8 @@ def test_a_vanished_image_is_named(folder, mask):
     folder.image.unlink()
     with pytest.raises(MedsegError, match=r"a\.nii\.gz does not exist"):
         write_mask(mask, folder.folder / "m.nii.gz", like=folder.image)
+
+
+def test_labels_without_a_name_are_called_by_their_number_with_a_warning(tmp_path, mask, assert_warns):
+    like = source(tmp_path / "a.nii.gz")
+    assert_warns(lambda: write_label_files(mask, tmp_path / "case", like=like, labels={1: "one"}), "label-unnamed")

@@ -67,13 +67,11 @@ def test_pictures_of_colors_are_drawn_too_and_can_be_left_out(
         assert len(list((tmp_path / str(number)).rglob("*.png"))) == number
 
 
-def test_a_picture_that_cannot_be_drawn_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_picture_that_cannot_be_drawn_is_a_warning(tmp_path: Path, assert_warns: Any) -> None:
     trainer, validator = Engine(lambda e, b: None), Engine(lambda e, b: None)
     PredictionPictures(str(tmp_path), validator, None).attach(trainer)  # type: ignore[arg-type]
     validator.add_event_handler(Events.ITERATION_STARTED, lambda engine: setattr(engine.state, "batch", []))
-    with caplog.at_level(logging.WARNING):
-        validator.run([0])
-    assert "no figure of epoch" in caplog.text
+    assert_warns(lambda: validator.run([0]), "overlay-skipped", run=True)
 
 
 @pytest.mark.parametrize(("interval", "drawn"), [(1, [0, 1, 2, 3]), (2, [0, 2]), (3, [0, 3])])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -397,7 +398,7 @@ def test_default_rates_are_smaller_in_3d():
     assert rates == [((6, 6), (12, 12), (18, 18)), ((1, 1, 1), (2, 2, 2), (3, 3, 3))]
 
 
-def test_rates_as_large_as_the_map_are_warned_of_once(caplog):
+def test_rates_as_large_as_the_map_are_warned_of_once(caplog, assert_warns):
     network = small(aspp_rates=(2, 4, 8)).eval()
     network(torch.zeros(1, 1, 128, 128))
     assert not caplog.records
@@ -407,6 +408,8 @@ def test_rates_as_large_as_the_map_are_warned_of_once(caplog):
     assert "32x128" in caplog.text
     assert "deepest map of 4x16" in caplog.text
     assert "rates 4x4, 8x8 reach" in caplog.text
+    wide = functools.partial(torch.zeros, 1, 1, 32, 128)
+    assert_warns(lambda: small(aspp_rates=(2, 4, 8)).eval()(wide()), "context-exceeds-image", run=True)
 
 
 def test_a_rate_as_large_as_the_map_acts_like_its_center():

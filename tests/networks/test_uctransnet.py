@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import math
 
 import pytest
@@ -285,13 +284,13 @@ def test_tables_start_from_zero_and_every_layer_from_its_own_draw():
 @pytest.mark.parametrize(
     ("source", "target"), [((16, 24), (32, 48)), ((32, 48), (16, 24)), ((16, 16), (16, 24))], ids=str
 )
-def test_tables_of_another_native_size_are_interpolated_when_loaded(source, target, caplog):
+def test_tables_of_another_native_size_are_interpolated_when_loaded(source, target, assert_warns, caplog):
     trained, network = small(img_size=source), small(img_size=target)
     random_positions(trained)
     state = trained.state_dict()
-    with caplog.at_level(logging.INFO, logger="medseg"):
-        network.load_state_dict(state)
-    assert "embeddings.0.position_embeddings" in caplog.text
+    network.load_state_dict(state)
+    assert "embeddings.0.position_embeddings: table of" in caplog.text
+    assert_warns(lambda: small(img_size=target).load_state_dict(state), "positions-interpolated", run=True)
     grid = [n // 4 for n in source]
     table = state["cct.embeddings.0.position_embeddings"]
     assert table.shape[1] == grid[0] * grid[1]

@@ -58,6 +58,16 @@ def test_a_damaged_state_gives_way_to_the_one_before(tmp_path: Path, damage: Any
     assert RunFiles(tmp_path).load()[0]["number"] == 1
 
 
+def test_a_damaged_state_and_the_use_of_the_one_before_are_warnings_about_the_run(
+    tmp_path: Path, assert_warns: Any
+) -> None:
+    files = _saved(tmp_path, 2)
+    _tear(files.last)
+    assert_warns(lambda: RunFiles(tmp_path).load(), "checkpoint-damaged", run=True)
+    files.last.unlink()
+    assert_warns(lambda: RunFiles(tmp_path).load(), "checkpoint-previous", run=True)
+
+
 @pytest.mark.parametrize("damage", [_tear, _alter])
 def test_two_damaged_states_are_refused(tmp_path: Path, damage: Any) -> None:
     files = _saved(tmp_path, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 from pathlib import Path
@@ -24,7 +25,8 @@ from monai.transforms import (
     Transform,
 )
 
-from medseg.errors import CaseError, GeometryError, RequestError
+from medseg.errors import CaseError, GeometryError, OutputError, RequestError
+from medseg.notices import collect, warn
 from medseg.training.cache import memory_bound, size_of, strip_metadata
 from medseg.training.dataset import SeededDataset
 
@@ -166,6 +168,50 @@ def test_prepared_cases_on_disk_are_used_again_until_something_changes(tmp_path:
         path.write_bytes(path.read_bytes()[:50])
     assert loads(Load()) == ["a", "b"]
     assert loads(Load()) == []
+
+
+class Warns(Transform):
+    """Warns of a case and of the run."""
+
+    def __call__(self, case: dict[str, Any]) -> dict[str, Any]:
+        warn(logging.getLogger("medseg.test"), "identity-affine", "warned of", case["image"])
+        return case
+
+
+@pytest.mark.parametrize("options", [{"cache_memory": "1G"}, {"cache_memory": "0", "disk_cache": True}], ids=str)
+def test_what_preparing_a_case_warned_of_is_said_again_when_it_comes_from_the_cache(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    steps = Compose([Load(), Warns(), RandFlipd("image", prob=0.5)])
+    for _ in range(2):
+        with collect() as found:
+            dataset = SeededDataset(CASES, steps, cache_dir=str(tmp_path / "cache"), **options)
+            for index in range(len(CASES)):
+                sample = dataset[0, index]
+                assert set(sample) == {"image", "name"}
+        assert sorted(warning.file for warning in found) == [f"{name}.nii.gz" for name in "abcdef"]
+
+
+def test_a_damaged_cache_and_a_full_disk_are_warnings_about_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, assert_warns: Any
+) -> None:
+    options = {"cache_memory": "0", "disk_cache": True, "cache_dir": str(tmp_path / "cache")}
+
+    def load_damaged() -> None:
+        _ = SeededDataset(CASES[:1], steps, **options)[0, 0]
+        (kept,) = (tmp_path / "cache").iterdir()
+        kept.write_bytes(kept.read_bytes()[:50])
+        _ = SeededDataset(CASES[:1], steps, **options)[0, 0]
+
+    steps = Compose([Load(), RandFlipd("image", prob=0.5)])
+    assert_warns(load_damaged, "cache-damaged", run=True)
+    steps = Compose([Load(), Identity(), RandFlipd("image", prob=0.5)])
+    monkeypatch.setattr("medseg.training.cache.replacing", _full_disk)
+    assert_warns(lambda: SeededDataset(CASES[:1], steps, **options)[0, 0], "cache-not-written", run=True)
+
+
+def _full_disk(path: Path) -> None:
+    raise OutputError("no space left")
 
 
 class Identity(Transform):

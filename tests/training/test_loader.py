@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import time
@@ -14,6 +15,7 @@ from monai.data import MetaTensor
 from monai.transforms import Compose, RandGaussianNoised, Transform
 
 from medseg.errors import CaseError, RequestError, WeightsError
+from medseg.notices import collect, warn
 from medseg.training.dataset import SeededDataset
 from medseg.training.loader import TrainingLoader
 from medseg.training.sampling import InfiniteBatchSampler
@@ -60,6 +62,37 @@ def test_batches_do_not_depend_on_the_number_of_workers(workers: int) -> None:
     expected = _images(alone, 3)
     assert [len(epoch) for epoch in expected] == [3, 3, 3]
     assert _equal(_images(loader, 3), expected)
+    loader.close()
+
+
+class Warns(Transform):
+    """Warns of case d."""
+
+    def __call__(self, case: dict[str, Any]) -> dict[str, Any]:
+        if case["name"] == "d.png":
+            warn(logging.getLogger("medseg.test"), "identity-affine", f"process {os.getpid()}", case["image"])
+        return case
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_warnings_of_workers_reach_the_run_once(workers: int, caplog: pytest.LogCaptureFixture) -> None:
+    loader = _loader(workers, Warns())
+    with collect() as found:
+        _images(loader, 3)
+    loader.close()
+    (warning,) = found
+    assert (warning.code, warning.file) == ("identity-affine", "d.png")
+    assert (warning.text == f"process {os.getpid()}") is (workers == 0)
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_warning_of_a_worker_ends_a_strict_run(workers: int) -> None:
+    loader = _loader(workers, Warns())
+    engine = Engine(lambda _engine, _batch: None)
+    loader.attach(engine)
+    with collect(strict=True), pytest.raises(CaseError, match=r"d\.png: process \d+\. Strict mode"):
+        engine.run(loader, max_epochs=2, epoch_length=3)
     loader.close()
 
 

@@ -9,6 +9,7 @@ from PIL import Image
 from medseg.errors import CaseError, GeometryError, OutputError, RequestError
 from medseg.io import load
 from medseg.io.names import mask_name
+from medseg.notices import collect
 from medseg.transforms.load import LoadCased
 from medseg.transforms.save import SaveMaskd
 
@@ -237,3 +238,11 @@ def test_dicom_objects_are_left_to_their_writers(loaded, out, tmp_path, monkeypa
     assert path == out / mask_name("scan.nii.gz", output_format)
     assert like == tmp_path / "scan.nii.gz"
     assert labels == {1: "liver", 2: "label 2"}
+
+
+def test_a_strict_run_writes_no_label_that_nothing_names(loaded, out, assert_warns):
+    writer = SaveMaskd("pred", out, separate_labels=True, labels={"1": "liver"})
+    with collect(strict=True), pytest.raises(CaseError, match="label-unnamed"):
+        writer(loaded)
+    assert written(out) == []
+    assert_warns(lambda: writer(loaded), "label-unnamed")

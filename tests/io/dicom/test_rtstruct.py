@@ -231,25 +231,30 @@ def test_contours_slightly_off_their_slice_are_read(source: Any, structures: Pat
     assert np.array_equal(found == 2, random_mask(found.shape) == 2)
 
 
-def test_what_reaches_beyond_the_image_is_cut_off_with_a_note(
-    source: Any, structures: Path, caplog: pytest.LogCaptureFixture
+def test_what_reaches_beyond_the_image_is_clipped_with_a_warning(
+    source: Any, structures: Path, caplog: pytest.LogCaptureFixture, assert_warns: Any
 ) -> None:
     path = edited(structures, lambda dataset: move(dataset, along(source, 0, 3)))
     found, _ = read_rtstruct(path, like=source.folder, labels={"liver": 1})
     assert np.array_equal(found[3:], random_mask(found.shape)[:-3] == 2)
-    assert "3.0 voxels beyond the image" in caplog.text
+    assert "rs.dcm: region 'liver' reaches 3.0 voxels beyond the image" in caplog.text
+    assert_warns(lambda: read_rtstruct(path, like=source.folder, labels={"liver": 1}), "contour-clipped")
 
 
-def test_points_are_left_out_with_a_note(source: Any, structures: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_points_are_skipped_with_a_warning(
+    source: Any, structures: Path, caplog: pytest.LogCaptureFixture, assert_warns: Any
+) -> None:
     def add(dataset: Dataset) -> None:
         contour = Dataset()
         contour.ContourGeometricType, contour.NumberOfContourPoints = "POINT", 1
         contour.ContourData = [1, 2, 3]
         dataset.ROIContourSequence[0].ContourSequence.append(contour)
 
-    found, _ = read_rtstruct(edited(structures, add), like=source.folder, labels=VALUES)
+    path = edited(structures, add)
+    found, _ = read_rtstruct(path, like=source.folder, labels=VALUES)
     assert np.array_equal(found, random_mask(found.shape))
     assert "1 contours of type POINT" in caplog.text
+    assert_warns(lambda: read_rtstruct(path, like=source.folder, labels=VALUES), "contour-skipped")
 
 
 def test_overlapping_regions_are_refused_unless_an_order_is_given(source: Any, structures: Path) -> None:

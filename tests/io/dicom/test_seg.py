@@ -210,9 +210,12 @@ def test_probabilities_are_stored_in_steps_of_a_255th(source: Any, tmp_path: Pat
     assert np.array_equal(labels == 9, np.rint(probabilities[2] * 255) >= 127.5)
 
 
-def test_probabilities_that_round_to_nothing_are_an_empty_object(source: Any, tmp_path: Path) -> None:
+def test_probabilities_that_round_to_nothing_are_an_empty_object(
+    source: Any, tmp_path: Path, assert_warns: Any
+) -> None:
     small = np.full((1, *source.values.shape), 1e-4, np.float32)
     path = write_seg(small, tmp_path / "seg.dcm", source.folder, labels={0: "liver"}, fractional=True)
+    assert_warns(lambda: read_seg(path, like=source.folder), "fraction-thresholded")
     assert not read_seg(path)[0].any()
 
 
@@ -280,7 +283,7 @@ def test_an_enhanced_source_is_referred_to_frame_by_frame(
 
 
 def test_a_series_without_a_frame_of_reference_takes_its_own_object_back(
-    write_series: Callable[..., Any], tmp_path: Path
+    write_series: Callable[..., Any], tmp_path: Path, assert_warns: Any
 ) -> None:
     def edit(ds: Dataset, _: int) -> None:
         del ds.FrameOfReferenceUID
@@ -289,6 +292,7 @@ def test_a_series_without_a_frame_of_reference_takes_its_own_object_back(
     mask = random_mask(source.values.shape)
     path = write_seg(mask, tmp_path / "seg.dcm", source.folder, labels=LABELS)
     assert np.array_equal(read_seg(path, like=source.folder, labels={1: 2, 2: 4, 3: 7})[0], mask)
+    assert_warns(lambda: read_seg(path, like=source.folder), "uid-derived")
     with pytest.raises(GeometryError, match="frame of reference"):
         read_seg(path, like=other.folder)
 

@@ -249,7 +249,9 @@ def test_directions_that_cannot_be_are_refused(write_series, tmp_path, orientati
     ("between", "thickness", "expected"),
     [("4", "2", 4.0), (None, "2", 2.0), (None, None, 1.0), ("-3", "2", 3.0), ("0", "2", 2.0)],
 )
-def test_a_single_slice_is_as_thick_as_it_says(write_series, tmp_path, caplog, between, thickness, expected):
+def test_a_single_slice_is_as_thick_as_it_says(
+    write_series, tmp_path, caplog, assert_warns, between, thickness, expected
+):
     def edit(ds, k):
         ds.SpacingBetweenSlices, ds.SliceThickness = between, thickness
 
@@ -258,6 +260,8 @@ def test_a_single_slice_is_as_thick_as_it_says(write_series, tmp_path, caplog, b
     assert grid.shape == (6, 5, 1)
     assert grid.spacing == pytest.approx((0.7, 0.9, expected))
     assert ("1 mm is assumed" in caplog.text) is (thickness is None)
+    if thickness is None:
+        assert_warns(lambda: load(tmp_path), "spacing-assumed")
     assert read_grid(tmp_path, spatial_dims=2).shape == (6, 5)
 
 

@@ -230,3 +230,9 @@ def test_a_wrong_checksum_is_refused(tmp_path, values):
     path = save(tmp_path / "a.mha", values, {"CompressedData": "True"}, data=bytes(data))
     with pytest.raises(CaseError, match="is damaged"):
         load(path)
+
+
+def test_a_missing_origin_is_assumed_with_a_warning(tmp_path, values, assert_warns):
+    path = save(tmp_path / "a.mha", values, {"Offset": None})
+    assert np.array_equal(read_grid(path).affine[:3, 3], [0, 0, 0])
+    assert_warns(lambda: load(path), "origin-assumed")

@@ -372,3 +372,45 @@ def test_volumes_that_a_series_does_not_have_are_refused(tmp_path, values, shape
         load(path, **options)
     assert str(path) in str(error.value)
     assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "text"),
+    [
+        ({"qoffset_x": 77}, "sform-qform-conflict", "sform and qform differ by up to"),
+        ({"sform_code": 0, "pixdim": [1, 0, 2, 0, 0, 0, 0, 0]}, "spacing-assumed", "is 0 along axis 1, 3; 1 mm is"),
+        ({"sform_code": 0, "pixdim": [1, 2, -3, 1, 0, 0, 0, 0]}, "header-repaired", "is 2, -3, 1; its absolute value"),
+        ({"sform_code": 0, "pixdim": [3, 2, 3, 1, 0, 0, 0, 0]}, "header-repaired", "(qfac) is 3; 1 is assumed"),
+        ({"sform_code": 99}, "header-repaired", "sform_code 99 is undefined; 0 is assumed"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_assumed_about_a_header_is_warned_of(tmp_path, values, assert_warns, caplog, fields, code, text):
+    path = save(tmp_path / "a.nii", values, change=setter(**fields))
+    assert_warns(lambda: load(path), code)
+    assert text in caplog.text
+
+
+def test_pixdim_does_not_matter_beside_an_sform(tmp_path, values, caplog):
+    load(save(tmp_path / "a.nii", values, change=setter(pixdim=[1, 0, 2, 0, 0, 0, 0, 0], qform_code=0)))
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("affine", [np.eye(4), np.diag([-1.0, -1, 1, 1])])
+def test_an_identity_affine_is_suspicious(tmp_path, values, assert_warns, affine):
+    path = save(tmp_path / "a.nii", values, affine=affine)
+    assert_warns(lambda: load(path), "identity-affine")
+
+
+def test_whole_numbers_that_float32_rounds_are_warned_of(tmp_path, values, assert_warns, caplog):
+    large = values.astype(np.int32)
+    large[0, 0, 0] = 2**24
+    assert load(save(tmp_path / "exact.nii", large)).max() == 2**24
+    assert caplog.text == ""
+    large[0, 0, 0] = -(2**24) - 1
+    path = save(tmp_path / "a.nii", large)
+    assert_warns(lambda: load(path), "values-rounded")
+    assert "up to 16,777,217" in caplog.text
+    caplog.clear()
+    assert load(path, dtype="stored").min() == -(2**24) - 1
+    assert caplog.text == ""

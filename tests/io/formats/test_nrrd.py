@@ -241,3 +241,9 @@ def test_files_cut_short_are_refused_by_name(tmp_path, values, encoding, keep):
     data = gzip.compress(data) if encoding == "gzip" else data
     path = save(tmp_path / "a.nrrd", values, {"encoding": encoding}, data=data[: int(len(data) * keep)])
     assert_refused(path, "cut short")
+
+
+def test_a_missing_origin_is_assumed_with_a_warning(tmp_path, values, assert_warns):
+    path = save(tmp_path / "a.nrrd", values, {"space origin": None})
+    assert np.array_equal(read_grid(path).affine[:3, 3], [0, 0, 0])
+    assert_warns(lambda: load(path), "origin-assumed")

@@ -179,13 +179,14 @@ def test_a_jpeg_label_is_refused_whatever_it_is_called(tmp_path, pixels):
     assert str(path) in str(error.value)
 
 
-def test_exif_rotation_is_not_applied(tmp_path, pixels):
+def test_exif_rotation_is_not_applied_with_a_warning(tmp_path, pixels, assert_warns):
     exif = Image.Exif()
     exif[274] = 6
     path = save(tmp_path / "a.png", pixels, exif=exif)
     with Image.open(path) as picture:
         assert picture.getexif()[274] == 6
     assert np.array_equal(load(path).numpy(), channel_first(pixels))
+    assert_warns(lambda: load(path), "exif-orientation-ignored")
 
 
 def test_volumes_are_not_read_from_pictures(tmp_path, pixels):
