@@ -81,9 +81,9 @@ def assert_warns(tmp_path: Path) -> Callable[..., None]:
         assert code in [warning["code"] for warning in kept]
         lines = summarize(("a" if not run else "", CaseWarning(**warning)) for warning in kept)
         assert sum(f"[{code}]" in line for line in lines) == 1
-        with pytest.raises(RequestError, match=code) if run else nullcontext():
-            with Manifest("predict", path=path, strict=True) as manifest, manifest.case("a"):
-                action()
+        ended = pytest.raises(RequestError, match=code) if run else nullcontext()
+        with ended, Manifest("predict", path=path, strict=True) as manifest, manifest.case("a"):
+            action()
         content = json.loads(path.read_text())
         assert content["cases"][0]["status"] == "failed"
         assert f"warning ({code})" in content["cases"][0]["error"]

@@ -110,15 +110,16 @@ def image_type(dtype: np.dtype[Any], *, slope: float = 1.0, inter: float = 0.0, 
 def fill_image(out: NDArray[Any], raw: NDArray[Any], slope: float, inter: float, source: object) -> None:
     """Write `raw * slope + inter` into `out`, of the type that `image_type` gives.
 
-    What float32 cannot hold becomes infinite; whole numbers that it rounds are warned of.
+    What float32 cannot hold becomes infinite. Whole numbers that it rounds are warned of in either type, since
+    networks compute in float32.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         values = _scaled(raw, slope, inter)
         out[...] = values
-    if out.dtype.kind == "f" and values.dtype.kind in "iu" and values.dtype.itemsize >= 4 and values.size:
+    if values.dtype.kind in "iu" and values.dtype.itemsize >= 4 and values.size:
         largest = max(int(values.max()), -int(values.min()))
         if largest > _EXACT:
-            text = f"whole numbers up to {largest:,} are rounded to float32, which is exact up to {_EXACT:,}"
+            text = f"whole numbers up to {largest:,} are rounded: float32 is exact up to {_EXACT:,}"
             warn(logger, "values-rounded", text, source)
 
 

@@ -47,9 +47,13 @@ def test_our_warnings_are_printed_at_the_end_and_other_packages_never(capsys: py
 
 
 def test_they_are_printed_however_the_command_ends(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit), warnings_at_the_end():
-        warn(OURS, "gpu-fallback", "less memory", run=True)
-        raise SystemExit(1)
+    def command() -> None:
+        with warnings_at_the_end():
+            warn(OURS, "gpu-fallback", "less memory", run=True)
+            raise SystemExit(1)
+
+    with pytest.raises(SystemExit):
+        command()
     assert capsys.readouterr().err == "warning: less memory [gpu-fallback]\n"
 
 

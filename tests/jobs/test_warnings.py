@@ -33,7 +33,7 @@ def _image(path: Path, **fields: Any) -> Path:
     image = nibabel.Nifti1Image(values, AFFINE)
     image.set_sform(AFFINE, 1)
     image.set_qform(AFFINE, 1)
-    for name, value in fields.items():
+    for name, value in {"vox_offset": 352, **fields}.items():
         image.header[name] = value
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(image.header.binaryblock + b"\0" * 4 + values.tobytes(order="F"))
@@ -87,7 +87,8 @@ def test_each_kind_is_in_the_record_of_its_case_and_printed_once(
     for name, case in _cases(tmp_path / "out").items():
         code = KINDS[name][0]
         assert [(entry["code"], entry["file"]) for entry in case["warnings"]] == ([(code, name)] if code else [])
-    assert len(caplog.records) == len(KINDS) - 1
+    ours = [record for record in caplog.records if record.name.startswith("medseg.")]
+    assert len(ours) == len(KINDS) - 1
 
 
 def test_strict_mode_fails_each_of_these_cases_and_writes_nothing_for_them(
@@ -161,10 +162,7 @@ def test_what_reading_ahead_warns_of_belongs_to_the_case_that_is_read() -> None:
         with collect(case.name) as found[case.name]:
             assert following.wait(10)  # the second case was read while the first is at work
             assert data()["name"] == case.name
-    assert {name: [warning.file for warning in each] for name, each in found.items()} == {
-        "a": ["a.nii"],
-        "b": ["b.nii"],
-    }
+    assert [[warning.file for warning in found[name]] for name in "ab"] == [["a.nii"], ["b.nii"]]
     assert threading.main_thread() not in threads
 
 
