@@ -11,14 +11,21 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
-from monai.networks.layers import Conv, Pad, Pool, get_norm_layer
+from monai.networks.layers import Conv, get_norm_layer
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from medseg.errors import RequestError, SizeError, by
-from medseg.networks.blocks import ConvUnit, activation, checks_apply
-from medseg.networks.resnet import ASPP, BLOCKS, ResNetDilated, load_pretrained, per_axis
+from medseg.networks.banet_modules import (
+    CrossFeatureFusion,
+    MiniMultiTask,
+    PyramidEdgeExtraction,
+    resize_like,
+    separable,
+)
+from medseg.networks.blocks import activation, checks_apply
+from medseg.networks.options import check_choice
+from medseg.networks.resnet import ASPP, BLOCKS, ResNetDilated, load_pretrained
 from medseg.networks.sizes import check_image
 from medseg.notices import warn
 
@@ -29,14 +36,7 @@ if TYPE_CHECKING:
     from medseg.networks.blocks import LayerName
     from medseg.types import TrainingOutput
 
-__all__ = [
-    "BANet",
-    "BoxMean",
-    "CrossFeatureFusion",
-    "InteractiveAttention",
-    "MiniMultiTask",
-    "PyramidEdgeExtraction",
-]
+__all__ = ["BANet"]
 
 # Where a rate is as large as the map, a dilated kernel meets nothing but padding beside its center.
 _ASPP_RATES = {2: (6, 12, 18), 3: (1, 2, 3)}
@@ -126,8 +126,8 @@ class BANet(nn.Module):
         pretrained: str | PathLike[str] | None = None,
     ) -> None:
         super().__init__()
-        _check_choice("variant", variant, ("paper", "official"))
-        _check_choice("backbone", backbone, tuple(BLOCKS))
+        check_choice("variant", variant, ("paper", "official"))
+        check_choice("backbone", backbone, tuple(BLOCKS))
         if spatial_dims not in (2, 3):
             raise RequestError(f"spatial_dims must be 2 or 3, got {spatial_dims!r}.")
         if len(edge_pool_sizes) != _STAGES:
@@ -200,7 +200,7 @@ class BANet(nn.Module):
             SizeError: the tensor does not fit this network; names the nearest size that does.
         """
         decoded = self._run(x)[3]
-        return _resize(self.head(decoded[-1]), x)
+        return resize_like(self.head(decoded[-1]), x)
 
     def forward_train(self, x: Tensor) -> TrainingOutput:
         """Return `logits`, `aux`, `edges` and `features` (see `medseg.types.TrainingOutput`).
@@ -213,11 +213,11 @@ class BANet(nn.Module):
         taps = {f"E{i + 1}": feature for i, feature in enumerate(encoded)}
         taps["B"] = bottom
         taps |= {f"D{_STAGES - i}": feature for i, feature in enumerate(decoded)}
-        output: TrainingOutput = {"logits": _resize(self.head(decoded[-1]), x), "features": taps}
+        output: TrainingOutput = {"logits": resize_like(self.head(decoded[-1]), x), "features": taps}
         heads: list[Any] = [stage.tasks for stage in self.stages if stage.tasks is not None]
         if heads:
-            output["aux"] = [_resize(h.seg_head(seg), x) for h, (_, seg) in zip(heads, tasks, strict=True)]
-            output["edges"] = [_resize(h.edge_head(edge), x) for h, (edge, _) in zip(heads, tasks, strict=True)]
+            output["aux"] = [resize_like(h.seg_head(seg), x) for h, (_, seg) in zip(heads, tasks, strict=True)]
+            output["edges"] = [resize_like(h.edge_head(edge), x) for h, (edge, _) in zip(heads, tasks, strict=True)]
         return output
 
     def _run(self, x: Tensor) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]], Tensor, list[Tensor]]:
@@ -242,7 +242,7 @@ class BANet(nn.Module):
         decoded = [deepest]
         for i, block in enumerate(self.decoder):
             own = fused[2 - i]
-            coarse = _resize(decoded[-1], own) if self.enlarge[i] else decoded[-1]
+            coarse = resize_like(decoded[-1], own) if self.enlarge[i] else decoded[-1]
             decoded.append(block(torch.cat([own, coarse], dim=1)))
         return encoded, tasks, bottom, decoded
 
@@ -299,217 +299,6 @@ class _Stage(nn.Module):
         return out
 
 
-class BoxMean(nn.Module):
-    """Mean over a box around each voxel; zeros outside the map are counted.
-
-    Args:
-        spatial_dims: 2 or 3.
-        size: voxels per axis, odd.
-    """
-
-    def __init__(self, spatial_dims: int, size: Sequence[int]) -> None:
-        super().__init__()
-        # In 3D one axis after the other is several times faster.
-        single = [[s if i == axis else 1 for i, s in enumerate(size)] for axis in range(spatial_dims)]
-        self.means = nn.Sequential()
-        for box in single if spatial_dims == 3 else [list(size)]:
-            # Padded here and not in the pooling, which in 3D refuses maps smaller than its kernel.
-            self.means.append(
-                Pad[Pad.CONSTANTPAD, spatial_dims]([n for s in reversed(box) for n in (s // 2,) * 2], 0.0)
-            )
-            self.means.append(Pool[Pool.AVG, spatial_dims](tuple(box), stride=1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return a map of the shape of `x`."""
-        out: Tensor = self.means(x)
-        return out
-
-
-class PyramidEdgeExtraction(nn.Module):
-    """PEE: squeeze a stage and set it against its local means at several sizes.
-
-    With r the squeezed feature: `fuse(r, r - mean_1(r), r - mean_2(r), ..)`; without `subtract` the means themselves,
-    which span the same functions (`medseg.networks.convert.banet.subtraction_weight` converts between the two).
-
-    Args:
-        spatial_dims: 2 or 3.
-        in_channels: channels of the stage.
-        channels: channels written.
-        sizes: of the boxes, odd, in voxels of the map; numbers or one per axis.
-        subtract: whether the feature's excess over its means is read, or the means.
-        norm: MONAI factory name or (name, arguments).
-        act: MONAI factory name or (name, arguments).
-
-    Raises:
-        RequestError: a size is even, below 1, or not given for every axis.
-    """
-
-    def __init__(
-        self,
-        spatial_dims: int,
-        in_channels: int,
-        channels: int,
-        sizes: Sequence[int | Sequence[int]],
-        *,
-        subtract: bool = True,
-        norm: LayerName = "batch",
-        act: LayerName = "relu",
-    ) -> None:
-        super().__init__()
-        boxes = [per_axis("edge_pool_sizes", size, spatial_dims) for size in sizes]
-        if any(n % 2 == 0 for box in boxes for n in box):
-            raise RequestError(f"edge_pool_sizes holds {tuple(sizes)}: expected odd sizes, which have a middle voxel.")
-        conv = Conv[Conv.CONV, spatial_dims]
-        self.subtract = subtract
-        self.reduce = conv(in_channels, channels, kernel_size=1, bias=False)
-        self.boxes = nn.ModuleList(BoxMean(spatial_dims, box) for box in boxes)
-        self.fuse = nn.Sequential(
-            conv((len(boxes) + 1) * channels, channels, kernel_size=1, bias=False),
-            activation(act),
-            _separable(spatial_dims, channels, channels, norm),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return `(B, channels, *spatial)` for a stage `(B, in_channels, *spatial)`."""
-        x = self.reduce(x)
-        parts = [x]
-        for box in self.boxes:
-            mean = box(x)
-            parts.append(x - mean if self.subtract else mean)
-        out: Tensor = self.fuse(torch.cat(parts, dim=1))
-        return out
-
-
-class InteractiveAttention(nn.Module):
-    """IA: each task takes from the other what its own reversed gate lets in.
-
-    `E = e + (1 - sigmoid(e)) * g` and `S = g + (1 - sigmoid(g)) * e`, with the edge feature e and the segmentation
-    feature g from before the exchange. Learned gates pass each sigmoid's argument through a separable convolution.
-
-    Args:
-        spatial_dims: 2 or 3.
-        channels: of both features.
-        learned: whether the gates have weights.
-        norm: of learned gates, MONAI factory name or (name, arguments).
-    """
-
-    def __init__(self, spatial_dims: int, channels: int, *, learned: bool = False, norm: LayerName = "batch") -> None:
-        super().__init__()
-        self.edge_gate, self.seg_gate = (
-            _separable(spatial_dims, channels, channels, norm) if learned else nn.Identity() for _ in range(2)
-        )
-
-    def forward(self, edge: Tensor, seg: Tensor) -> tuple[Tensor, Tensor]:
-        """Return edge and segmentation feature after the exchange."""
-        to_edge = (1 - torch.sigmoid(self.edge_gate(edge))) * seg
-        to_seg = (1 - torch.sigmoid(self.seg_gate(seg))) * edge
-        return edge + to_edge, seg + to_seg
-
-
-class MiniMultiTask(nn.Module):
-    """Mini-MTL: an edge and a segmentation branch over one feature, with interactive attention between them.
-
-    Args:
-        spatial_dims: 2 or 3.
-        channels: read and handed on.
-        seg_channels: of the segmentation logits.
-        edge_channels: of the edge logits.
-        learned_gates: see `InteractiveAttention`.
-        use_ia: whether the branches talk to each other.
-        merge: "seg", "sum" or "concat", see `BANet`.
-        conv_type: "separable" or "dense", see `BANet`.
-        norm: MONAI factory name or (name, arguments).
-        act: of dense branches, MONAI factory name or (name, arguments).
-
-    Raises:
-        RequestError: an unknown option.
-    """
-
-    def __init__(
-        self,
-        spatial_dims: int,
-        channels: int,
-        seg_channels: int,
-        edge_channels: int,
-        *,
-        learned_gates: bool = False,
-        use_ia: bool = True,
-        merge: str = "sum",
-        conv_type: str = "separable",
-        norm: LayerName = "batch",
-        act: LayerName = "relu",
-    ) -> None:
-        super().__init__()
-        _check_choice("merge", merge, ("seg", "sum", "concat"))
-        _check_choice("conv_type", conv_type, ("separable", "dense"))
-        conv = Conv[Conv.CONV, spatial_dims]
-
-        def branch() -> nn.Sequential:
-            if conv_type == "separable":
-                return _separable(spatial_dims, channels, channels, norm)
-            return ConvUnit(spatial_dims, channels, channels, norm=norm, act=act, bias=False)
-
-        self.merge = merge
-        self.edge_branch, self.seg_branch = branch(), branch()
-        self.exchange: InteractiveAttention | None = None
-        if use_ia:
-            self.exchange = InteractiveAttention(spatial_dims, channels, learned=learned_gates, norm=norm)
-        self.edge_head = conv(channels, edge_channels, kernel_size=3, padding=1)
-        self.seg_head = conv(channels, seg_channels, kernel_size=3, padding=1)
-        self.join = conv(2 * channels, channels, kernel_size=1, bias=False) if merge == "concat" else nn.Identity()
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the merged feature, and those from which `edge_head` and `seg_head` predict."""
-        edge, seg = self.edge_branch(x), self.seg_branch(x)
-        if self.exchange is not None:
-            edge, seg = self.exchange(edge, seg)
-        if self.merge == "seg":
-            return seg, edge, seg
-        if self.merge == "sum":
-            return edge + seg, edge, seg
-        return self.join(torch.cat([edge, seg], dim=1)), edge, seg
-
-
-class CrossFeatureFusion(nn.Module):
-    """CFF: a stage takes from the others what their gates let out and its own reversed gate lets in.
-
-    `C_i = F_i + (1 - sigmoid(F_i)) * sum_j sigmoid(F_j) * F_j` over the other stages, resized to stage i. Learned gates
-    pass each sigmoid's argument through a dense 3^d convolution.
-
-    Args:
-        spatial_dims: 2 or 3.
-        channels: of every stage.
-        resize: per other stage, finest first, whether its size may differ.
-        learned_gates: whether the gates have weights.
-    """
-
-    def __init__(
-        self,
-        spatial_dims: int,
-        channels: int,
-        *,
-        resize: Sequence[bool] = (True, True, True),
-        learned_gates: bool = False,
-    ) -> None:
-        super().__init__()
-        conv = Conv[Conv.CONV, spatial_dims]
-        gates = [
-            conv(channels, channels, kernel_size=3, padding=1, bias=False) if learned_gates else nn.Identity()
-            for _ in range(1 + len(resize))
-        ]
-        self.resize = list(resize)
-        self.own_gate = gates[0]
-        self.gates = nn.ModuleList(gates[1:])
-
-    def forward(self, own: Tensor, others: list[Tensor]) -> Tensor:
-        """Return `own`, `(B, channels, *spatial)`, enriched by the other stages, finest first."""
-        gathered = torch.zeros_like(own)
-        for i, gate in enumerate(self.gates):  # TorchScript zips no lists of unknown length
-            other = _resize(others[i], own) if self.resize[i] else others[i]
-            gathered = gathered + torch.sigmoid(gate(other)) * other
-        return own + (1 - torch.sigmoid(self.own_gate(own))) * gathered
-
-
 class _Own(nn.Module):
     """What stands in for CFF where it is switched off."""
 
@@ -517,26 +306,10 @@ class _Own(nn.Module):
         return own
 
 
-def _separable(spatial_dims: int, in_channels: int, out_channels: int, norm: LayerName) -> nn.Sequential:
-    """Build a depthwise 3^d convolution, a norm and a 1^d convolution, without biases and activations."""
-    conv = Conv[Conv.CONV, spatial_dims]
-    return nn.Sequential(
-        conv(in_channels, in_channels, kernel_size=3, padding=1, groups=in_channels, bias=False),
-        get_norm_layer(norm, spatial_dims=spatial_dims, channels=in_channels),
-        conv(in_channels, out_channels, kernel_size=1, bias=False),
-    )
-
-
 def _decoder_block(
     spatial_dims: int, in_channels: int, out_channels: int, *, norm: LayerName, act: LayerName
 ) -> nn.Sequential:
-    return nn.Sequential(activation(act), *_separable(spatial_dims, in_channels, out_channels, norm))
-
-
-def _resize(x: Tensor, like: Tensor) -> Tensor:
-    """Bring a map to the spatial size of another by linear interpolation with aligned corners."""
-    mode = "bilinear" if x.dim() == 4 else "trilinear"
-    return F.interpolate(x, size=like.shape[2:], mode=mode, align_corners=True)
+    return nn.Sequential(activation(act), *separable(spatial_dims, in_channels, out_channels, norm))
 
 
 def _rates(
@@ -544,10 +317,5 @@ def _rates(
 ) -> Sequence[int | Sequence[int]] | None:
     if not isinstance(rates, str):
         return rates
-    _check_choice("aspp_rates", rates, ("auto",))
+    check_choice("aspp_rates", rates, ("auto",))
     return _ASPP_RATES[spatial_dims]
-
-
-def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise RequestError(f"{option}={value!r} is not known; choose one of {', '.join(map(repr, choices))}.")

@@ -12,7 +12,7 @@ from torch import nn
 from medseg.errors import RequestError, SizeError
 from medseg.losses.boundary import BoundaryMultiTaskLoss
 from medseg.networks import BANet
-from medseg.networks.banet import (
+from medseg.networks.banet_modules import (
     BoxMean,
     CrossFeatureFusion,
     InteractiveAttention,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from medseg.errors import WeightsError
 from medseg.networks import BANet
-from medseg.networks.banet import CrossFeatureFusion, InteractiveAttention, MiniMultiTask, PyramidEdgeExtraction
+from medseg.networks.banet_modules import CrossFeatureFusion, InteractiveAttention, MiniMultiTask, PyramidEdgeExtraction
 from medseg.networks.convert import from_reference
 from medseg.networks.convert.banet import aspp_modules, fusion_modules, stage_modules, subtraction_weight
 from medseg.networks.resnet import ASPP, Bottleneck

@@ -11,7 +11,7 @@ import torch
 from medseg.errors import RequestError, WeightsError
 from medseg.networks import UCTransNet, UNet
 from medseg.networks.convert import from_reference
-from medseg.networks.uctransnet import transfer_unet
+from medseg.networks.unet_transfer import transfer_unet
 
 ROOT = Path(__file__).parents[2]
 
