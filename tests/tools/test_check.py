@@ -12,6 +12,7 @@ import pytest
 from medseg.bundle.build import build
 from medseg.bundle.catalog import Bundle, shipped_bundles
 from medseg.tools import check as checking
+from medseg.tools import trials
 from medseg.tools.check import CHECKS, FULL_CHECKS, Outcome, check_bundle, examine
 from tests.bundle.shipped import shipped
 
@@ -138,13 +139,13 @@ def test_a_bundle_that_cannot_train_is_red_there_and_skipped_after(
 
 
 def test_other_bytes_by_monai_are_red(trained_copy: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = checking._monai_jobs
+    real = trials._monai_jobs
 
     def other_seed(trial: Any) -> Any:
         name, command, arguments = real(trial)[0]
         return [(name, command, {**arguments, "seed": 1})]
 
-    monkeypatch.setattr(checking, "_monai_jobs", other_seed)
+    monkeypatch.setattr(trials, "_monai_jobs", other_seed)
     monkeypatch.setattr(
         checking, "FULL_CHECKS", {n: c for n, c in FULL_CHECKS.items() if n in ("train", "MONAI train")}
     )
