@@ -143,7 +143,8 @@ def ct() -> dict[str, Contestants]:
     """Return the contestants on a large volume, with and without noted places, with and without a warp."""
     from monai.transforms import ClassesToIndicesd, RandAffined, RandCropByLabelClassesd, SpatialPadd
 
-    from medseg.transforms.warp import ClassIndicesd, RandWarpd
+    from medseg.transforms.class_indices import ClassIndicesd
+    from medseg.transforms.warp import RandWarpd
 
     keys, size, classes = ["image", "label"], (96, 96, 96), 3
     case = _case((512, 512, 100), 1, classes)

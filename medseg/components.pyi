@@ -47,6 +47,7 @@ from medseg.training.run_log import RunLog as RunLog
 from medseg.training.sampling import InfiniteBatchSampler as InfiniteBatchSampler
 from medseg.training.taps import Tap as Tap
 from medseg.training.wrapper import TrainingWrapper as TrainingWrapper
+from medseg.transforms.class_indices import ClassIndicesd as ClassIndicesd
 from medseg.transforms.edges import LabelToEdged as LabelToEdged
 from medseg.transforms.elastic import RandElasticd as RandElasticd
 from medseg.transforms.labels import MapLabelsd as MapLabelsd
@@ -54,7 +55,6 @@ from medseg.transforms.load import LoadCased as LoadCased
 from medseg.transforms.objects import NumberObjectsd as NumberObjectsd
 from medseg.transforms.save import SaveMaskd as SaveMaskd
 from medseg.transforms.spacing import SeparableSpacingd as SeparableSpacingd
-from medseg.transforms.warp import ClassIndicesd as ClassIndicesd
 from medseg.transforms.warp import RandWarpd as RandWarpd
 from medseg.transforms.weight_map import BorderWeightMapd as BorderWeightMapd
 

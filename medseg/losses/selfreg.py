@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from medseg.types import TrainingOutput
 
     Groups = Mapping[str, Sequence[str]]
+    TrainingOutputLoss = Callable[[TrainingOutput, Tensor], Tensor]
 
 __all__ = [
     "InternalFeatureDistillationLoss",
@@ -350,9 +351,7 @@ class SelfRegularizedLoss(nn.Module):
         regularizer: the SelfReg terms; the authors' weights by default.
     """
 
-    def __init__(
-        self, loss: Callable[[TrainingOutput, Tensor], Tensor], regularizer: SelfRegLoss | None = None
-    ) -> None:
+    def __init__(self, loss: TrainingOutputLoss, regularizer: SelfRegLoss | None = None) -> None:
         super().__init__()
         self.loss = loss
         self.regularizer = SelfRegLoss() if regularizer is None else regularizer
@@ -366,8 +365,8 @@ class SelfRegularizedLoss(nn.Module):
         if "features" not in output:
             raise RequestError(
                 "SelfReg reads the features of a training output, but there are none, only "
-                f"{_listed(output)}. Wrap the network in medseg.training.TrainingWrapper; for a network of "
-                'another library give taps="auto" there.'
+                f"{_listed(output)}. Wrap the network in medseg.components.TrainingWrapper, with taps='auto' for one of "
+                "another library."
             )
         terms: SelfRegTerms = self.regularizer(output["features"])
         return self.loss(output, label) + terms["total"]

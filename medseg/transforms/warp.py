@@ -16,54 +16,16 @@ from monai.transforms.traits import MultiSampleTrait
 from numpy.typing import NDArray
 
 from medseg.errors import CaseError, RequestError
+from medseg.transforms.class_indices import class_places
 from medseg.transforms.elastic import check_elastic, dense_field, draw_control
 from medseg.transforms.sampling import Sampler, check_padding, cut
 from medseg.transforms.tensors import one_shape, plain_tensor
 from medseg.transforms.traits import Traits
 
-__all__ = ["ClassIndicesd", "RandWarpd"]
+__all__ = ["RandWarpd"]
 
 _LABEL_MODES = ("nearest", "votes")
-# Places kept of each class: enough that patches of a whole training differ.
-_MAX_PLACES = 10_000
 _Range = float | Sequence[float | Sequence[float]]
-
-
-class ClassIndicesd(MapTransform):  # type: ignore[misc]  # MONAI publishes no types
-    """Note where each class of a label is, so that `RandWarpd` needs not search large volumes for every patch.
-
-    It is not random, so a caching data set does it once for each case. `RandWarpd` takes the note away.
-
-    Args:
-        keys: the labels, class indices `(1, *spatial)`; of several channels the first counts.
-        postfix: what is added to a label's key for the key of its note.
-        max_places: voxels kept of each class, evenly drawn; always the same ones.
-        ignore_label: a value that is no class.
-        allow_missing_keys: pass over keys that a case lacks.
-    """
-
-    traits = Traits("kept")
-
-    def __init__(
-        self,
-        keys: KeysCollection,
-        postfix: str = "_places",
-        *,
-        max_places: int = _MAX_PLACES,
-        ignore_label: int | None = None,
-        allow_missing_keys: bool = False,
-    ) -> None:
-        super().__init__(keys, allow_missing_keys)
-        self.postfix = postfix
-        self.max_places = max_places
-        self.ignore_label = ignore_label
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Return `data` with a list for each label: flat voxel numbers (int64) of every foreground class in it."""
-        case = dict(data)
-        for key in self.key_iterator(case):
-            case[f"{key}{self.postfix}"] = _class_places(plain_tensor(case[key]), self.max_places, self.ignore_label)
-        return case
 
 
 class RandWarpd(Randomizable, MapTransform, MultiSampleTrait):  # type: ignore[misc]
@@ -295,7 +257,7 @@ class _Case:
         """Flat voxel numbers of each foreground class that is there."""
         if self.note is not None or self.label is None:
             return list(self.note or [])
-        return _class_places(self.label, _MAX_PLACES, self.ignore_label)
+        return class_places(self.label, ignore_label=self.ignore_label)
 
 
 @dataclass(frozen=True)
@@ -355,29 +317,6 @@ class _Warp:
                 shape = [voxels if dim == axis else 1 for dim in range(dims)]
                 total = total + torch.from_numpy(steps.astype(np.float32)).view(shape)
         return total
-
-
-def _class_places(label: torch.Tensor, max_places: int, ignore_label: int | None) -> list[torch.Tensor]:
-    """Return flat voxel numbers, at most `max_places`, of each class above 0, in the order of the classes."""
-    flat = label[0].reshape(-1)
-    voxels = torch.nonzero(flat)[:, 0]
-    values = flat[voxels].numpy()
-    if not len(values):
-        return []
-    # Sorting small whole numbers takes a fraction of the time.
-    keys = values.astype(np.int16) if 0 <= values.min() <= values.max() < 1 << 15 else values
-    order = np.argsort(keys, kind="stable")
-    groups = np.split(order, np.flatnonzero(np.diff(keys[order])) + 1)
-    generator = torch.Generator().manual_seed(0)
-    places = []
-    for group in groups:
-        if ignore_label is not None and values[group[0]] == ignore_label:
-            continue
-        found = voxels[torch.from_numpy(group)]
-        if len(found) > max_places:
-            found = found[torch.randint(len(found), (max_places,), generator=generator)]
-        places.append(found)
-    return places
 
 
 def _spacing(images: Any, dims: int) -> tuple[float, ...]:

@@ -13,8 +13,9 @@ from monai.data import CacheDataset, DataLoader, MetaTensor
 from monai.transforms import Affine, Compose, RandScaleIntensityd, SpatialPad
 
 from medseg.errors import CaseError, RequestError
+from medseg.transforms.class_indices import ClassIndicesd
 from medseg.transforms.elastic import dense_field
-from medseg.transforms.warp import ClassIndicesd, RandWarpd
+from medseg.transforms.warp import RandWarpd
 
 # Every part at once, for 2D and 3D.
 EVERYTHING: dict[str, Any] = {
