@@ -365,8 +365,8 @@ class SelfRegularizedLoss(nn.Module):
         if "features" not in output:
             raise RequestError(
                 "SelfReg reads the features of a training output, but there are none, only "
-                f"{_listed(output)}. Wrap the network in medseg.components.TrainingWrapper, with taps='auto' for one of "
-                "another library."
+                f"{_listed(output)}. Wrap the network in medseg.components.TrainingWrapper, with taps='auto' for one "
+                "of another library."
             )
         terms: SelfRegTerms = self.regularizer(output["features"])
         return self.loss(output, label) + terms["total"]

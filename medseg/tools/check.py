@@ -1,8 +1,8 @@
 """Checks of a bundle: built from its source, declarative, as MONAI expects, and able to run.
 
 The fast checks look at files and build components. The full ones (`medseg.tools.trials`) also train a copy of the
-bundle for one epoch on generated data of its kind, score it, predict and export it, and have MONAI's runner do the same in a
-separate process that starts in another folder: its output must be the same bytes.
+bundle for one epoch on generated data of its kind, score it, predict and export it, and have MONAI's runner do the
+same in a separate process that starts in another folder: its output must be the same bytes.
 """
 
 from __future__ import annotations
