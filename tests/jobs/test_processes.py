@@ -84,6 +84,15 @@ def test_the_signal_handlers_of_the_program_stay() -> None:
     assert [signal.getsignal(number) for number in numbers] == before
 
 
+def test_an_interruption_while_they_start_is_one_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(context: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(processes.SubprocessContext, "_start", start)
+    with pytest.raises(KeyboardInterrupt):
+        _run("pass")
+
+
 def test_torch_says_nothing_of_what_it_stops(capfd: pytest.CaptureFixture[str]) -> None:
     _run("raise SystemExit(1)", "import time; time.sleep(60)")
     assert capfd.readouterr() == ("", "")
