@@ -22,12 +22,14 @@ def warnings_at_the_end() -> Iterator[None]:
     gathered = _Gathered()
     logger = logging.getLogger(_OURS)
     logger.addHandler(gathered)
+    level = logger.level
     try:
         with _without_libraries():
             yield
     finally:
         logger.removeHandler(gathered)
         logger.removeHandler(_debug_log)
+        logger.setLevel(level)
         for line in summarize(gathered.warnings):
             alerts.print(f"warning: {line}")
 
@@ -43,7 +45,7 @@ def let_everyone_log() -> None:
     """Leave all records to the log of a server, which begins here, for the rest of the command."""
     _QuietLogger.quiet = False
     logger = logging.getLogger(_OURS)
-    for handler in logger.handlers:
+    for handler in list(logger.handlers):
         if isinstance(handler, _Gathered):
             logger.removeHandler(handler)
 
