@@ -16,7 +16,7 @@ from medseg.errors import BundleError, OutputError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["check_folder", "load_json", "replace_text", "replacing", "sha256_file"]
+__all__ = ["check_folder", "load_json", "replace_text", "replacing", "sha256_file", "stamp"]
 
 MAX_CONFIG_BYTES: Final = 16 * 2**20
 
@@ -114,3 +114,24 @@ def _finite(text: str) -> float:
     if not math.isfinite(float(text)):
         raise ValueError(f"{text} is not a finite number")
     return float(text)
+
+
+def stamp(source: str) -> str:
+    """Return a checksum that identifies an input: of its path, and the sizes and times of its files.
+
+    No content is read. After a copy, a move or a change an input counts as another one; a detached file of voxels
+    beside a header is not considered.
+
+    Args:
+        source: File, or folder with the files directly in it; `::` and the number of a series may follow.
+    """
+    place = Path(source)
+    if not place.exists() and "::" in source:
+        place = Path(source.rpartition("::")[0])
+    files = sorted(path for path in place.iterdir() if path.is_file()) if place.is_dir() else [place]
+    digest = hashlib.sha256(os.fsencode(os.path.abspath(source)))  # noqa: PTH100  (links are places of their own)
+    for file in files:
+        with suppress(OSError):
+            state = file.stat()
+            digest.update(b"\0" + os.fsencode(file.name) + f"\0{state.st_size} {state.st_mtime_ns}".encode())
+    return digest.hexdigest()[:32]

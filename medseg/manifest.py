@@ -1,46 +1,42 @@
 """The record of a run: which software, bundle and settings did what to which cases, with what outcome.
 
 A manifest is one JSON file (UTF-8, two-space indent, fixed order of fields, no NaN or infinity). It is rewritten as a
-whole after each case, so a run that is killed leaves a valid file that says `"status": "running"`. Fields::
+whole after each case, so a killed run leaves a valid file with `"status": "running"`. Fields::
 
     manifest_version  int      1
     command           str      "predict", "train", "evaluate", ...
     status            str      "running" | "done" | "partial" (some cases failed) | "aborted" (an error ended the run)
     started           str      UTC, "2026-01-31T12:00:00Z"
     finished          str?     UTC; null while running
-    error             str?     what ended an aborted run
-    arguments         [str]    names of the options that the user gave, without their values
+    error             str?     error that ended an aborted run
+    arguments         [str]    names of the options given, without their values
     bundle            object?  name str, version str?, config_sha256 str?, weights_sha256 str?
-    knobs             object   every knob in force -> its value, sorted by name
-    overrides         [str]    names of the knobs that the user changed
+    knobs             object   every setting in force -> its value, sorted by name
+    overrides         [str]    names of the settings that the user changed
     seeds             object   what is seeded -> int
     device            str      "cpu", "cuda:0", ...
     software          object   python and package -> version str? (null: not installed)
     machine           object   platform str, cpu str, cpus int, threads int?, accelerator str?
-    notes             [str]    what else a reader should know, such as the weights that a training started from
-    warnings          [object] what was assumed, skipped or replaced and belongs to no case, or to a training case:
-                               code str (a key of `medseg.notices.CODES`), text str, file str (its name; "" for none)
+    notes             [str]    further remarks, such as the weights that a training started from
+    warnings          [object] about the run, or about the data of a training: code str (a key of
+                               `medseg.notices.CODES`), text str, file str (its name; "" for none)
     stages            object   stage -> seconds, summed over the cases
-    validations       [object] while training: epoch int and each metric -> float?, in order
+    validations       [object] during training: epoch int and each metric -> float?, in order
     peak_memory       object   host_bytes int?, device_bytes int? (null: unknown or unused)
     counts            object   done, failed, skipped: int
     cases             [object] sorted by name: name str, status "done" | "failed" | "skipped", seconds float,
-                               error str?, output str?, metrics object (metric -> float?),
-                               source str? (what `stamp` gives of the input: a checksum),
-                               warnings [object], as above
+                               error str?, output str?, metrics object (metric -> float?; null where undefined),
+                               source str? (checksum of the input's path, size and time), warnings [object] as above
 
-A trailing ? marks a field that may be null; a metric is null where it is no finite number, such as a distance to an
-empty mask. A file written before there were `notes` or `warnings` is read as if these were empty.
+A trailing ? marks a field that may be null. In a file from before there were `notes` or `warnings` these are empty.
 
-Privacy: no host or user name, no image header value, no command line and no input folder is recorded, and a knob that
-holds an absolute path is cut to its last part. A checksum tells whether two inputs are the same, and nothing of them.
-What can still speak of a person is what the user named: the name of a case and its output (the input's file name;
-needed to say which case failed), and an error message, which names the file and may name its folder.
+Privacy: no host or user name, header value, command line or input folder is recorded, and a setting that holds an
+absolute path is reduced to its last part. What can still identify a person is what the user named: the name of a case
+and its output (the input's file name), and an error message, which names the file and may name its folder.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -48,9 +44,8 @@ import os
 import platform
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import KW_ONLY, asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path, PurePath
@@ -59,22 +54,20 @@ from typing import TYPE_CHECKING, Any, Literal
 from medseg.errors import CaseError, MedsegError, RequestError
 from medseg.files import replace_text
 from medseg.machine import core_count, cpu_name, peak_bytes
-from medseg.notices import CaseWarning, collect, read_warnings, warn
+from medseg.notices import CaseWarning, collect, read_warnings, summarize, warn
 from medseg.types import Skipped
-from medseg.version import __version__
+from medseg.version import installed_versions
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from typing_extensions import Self
 
-__all__ = ["BundleRecord", "CaseRecord", "Manifest", "stamp"]
+__all__ = ["BundleRecord", "CaseRecord", "Manifest"]
 
 logger = logging.getLogger(__name__)
 
 MANIFEST_VERSION = 1
-# Fields that the first manifests lack.
-_OPTIONAL = ("notes", "warnings")
 PACKAGES = ("torch", "monai", "numpy", "nibabel", "SimpleITK", "pydicom")
 
 CaseStatus = Literal["done", "failed", "skipped"]
@@ -93,17 +86,17 @@ class BundleRecord:
 
 @dataclass
 class CaseRecord:
-    """What became of one case.
+    """Outcome of one case.
 
     Attributes:
-        name: as the user knows it: the input's file name without its ending.
-        status: "done", "failed", or "skipped" (nothing was to do; `error` may say why).
-        seconds: wall-clock time.
-        error: message of what went wrong; None if nothing did.
-        output: file name of the result, relative to the manifest's folder.
-        metrics: metric -> value; not finite means undefined and is written as null.
-        source: what `stamp` gave of the input; None if nobody asked.
-        warnings: what was assumed, skipped, repaired or replaced.
+        name: Name of the case, the input's file name.
+        status: "done", "failed", or "skipped" (there was nothing to do; `error` may say why).
+        seconds: Wall-clock time.
+        error: Error message; None without an error.
+        output: File name of the result, relative to the manifest's folder.
+        metrics: Metric -> value; a value that is not finite is undefined and written as null.
+        source: Checksum of the input from `medseg.files.stamp`; None if not computed.
+        warnings: What was assumed, skipped, repaired or replaced.
     """
 
     name: str
@@ -120,52 +113,13 @@ class CaseRecord:
         self.status, self.error, self.output = "failed", _message(error), None
 
 
-def stamp(source: str) -> str:
-    """Return a checksum by which the same input is known again: of its place, and the sizes and times of its files.
-
-    Nothing is read. After a copy, a move or a change an input counts as another one; voxels in a file of their own
-    beside a header are not looked at.
-
-    Args:
-        source: a file, or a folder and the files right in it; maybe with `::` and the number of a series.
-    """
-    place = Path(source)
-    if not place.exists() and "::" in source:
-        place = Path(source.rpartition("::")[0])
-    files = sorted(path for path in place.iterdir() if path.is_file()) if place.is_dir() else [place]
-    digest = hashlib.sha256(os.fsencode(os.path.abspath(source)))  # noqa: PTH100  (links are places of their own)
-    for file in files:
-        with suppress(OSError):
-            state = file.stat()
-            digest.update(b"\0" + os.fsencode(file.name) + f"\0{state.st_size} {state.st_mtime_ns}".encode())
-    return digest.hexdigest()[:32]
+def _machine() -> dict[str, str | int | None]:
+    known: dict[str, Any] = {"platform": platform.platform(), "cpu": cpu_name(), "cpus": core_count()}
+    return {**known, "threads": None, "accelerator": None}
 
 
 def _utc_now() -> str:
     return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def _software() -> dict[str, str | None]:
-    """Versions from the installed packages' metadata, which costs no import."""
-    from importlib import metadata
-
-    versions: dict[str, str | None] = {"medseg": __version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
-    return versions
-
-
-def _machine() -> dict[str, str | int | None]:
-    return {
-        "platform": platform.platform(),
-        "cpu": cpu_name(),
-        "cpus": core_count(),
-        "threads": None,
-        "accelerator": None,
-    }
 
 
 @dataclass
@@ -180,24 +134,24 @@ class Manifest:
                     record.output = segment(name).name
 
     Args:
-        command: the subcommand's name, never its whole command line.
-        bundle: which bundle runs.
-        arguments: names of the options that the user gave, without their values (values can be paths of patients).
-        knobs: every knob in force and its value.
-        overrides: names of the knobs that the user changed.
-        seeds: what is seeded -> seed.
-        device: where the network runs.
-        path: the file to keep up to date; None writes only on `write(path)`.
+        command: Name of the subcommand, never the whole command line.
+        bundle: Bundle that runs.
+        arguments: Names of the options given, without their values (values can be paths of patients).
+        knobs: Every setting in force and its value.
+        overrides: Names of the settings that the user changed.
+        seeds: What is seeded -> seed.
+        device: Device of the network.
+        path: File to keep up to date; None writes only on `write(path)`.
         strict: Whether warnings fail their case, or end the run if they belong to none. Not in the file.
 
     Attributes:
-        skipped: files that were found among the inputs and are not predicted; not in the file.
-        notes: what else a reader should know of the run.
-        warnings: Warnings that belong to no case, or to a training case.
-        stages: stage -> seconds so far.
-        validations: epoch and metrics of each validation so far.
-        cases: case name -> record.
-        earlier: names of the cases that were taken over from an earlier run and not done anew; not in the file.
+        skipped: Files among the inputs that are not predicted; not in the file.
+        notes: Further remarks on the run.
+        warnings: Warnings about the run, or about the data of a training.
+        stages: Stage -> seconds so far.
+        validations: Epoch and metrics of each validation so far.
+        cases: Name of the case -> record.
+        earlier: Names of the cases taken over from an earlier run; not in the file.
     """
 
     command: str
@@ -214,7 +168,7 @@ class Manifest:
     started: str = field(default_factory=_utc_now)
     finished: str | None = None
     error: str | None = None
-    software: dict[str, str | None] = field(default_factory=_software)
+    software: dict[str, str | None] = field(default_factory=lambda: installed_versions(PACKAGES))
     machine: dict[str, str | int | None] = field(default_factory=_machine)
     notes: list[str] = field(default_factory=list)
     warnings: list[CaseWarning] = field(default_factory=list)
@@ -297,7 +251,7 @@ class Manifest:
         earlier = Manifest.read(self.path)
         changes = self._changes_since(earlier)
         if changes:
-            text = f"nothing is taken over, since the earlier run has another {', '.join(changes)}"
+            text = f"the earlier run differs in its {', '.join(changes)}; no case is taken over"
             with collect(strict=self.strict, earlier=self.warnings):
                 warn(logger, "resume-ignored", text, self.path, run=True)
             return set()
@@ -323,13 +277,11 @@ class Manifest:
         record = self.cases.get(name)
         return record is not None and record.status != "failed" and record.output is not None
 
-    def same_work(self, other: Manifest) -> bool:
-        """Whether both runs would make the same of the same input: equal command, bundle, knobs and seeds."""
-        return not self._changes_since(other)
-
     def _changes_since(self, other: Manifest) -> list[str]:
+        """Return what makes the results of both runs differ, as names for people."""
         ours, theirs = self.to_dict(), other.to_dict()
-        return [key for key in ("command", "bundle", "knobs", "seeds") if ours[key] != theirs[key]]
+        names = {"command": "command", "bundle": "bundle", "knobs": "settings", "seeds": "seeds"}
+        return [name for key, name in names.items() if ours[key] != theirs[key]]
 
     @property
     def counts(self) -> dict[str, int]:
@@ -349,16 +301,13 @@ class Manifest:
         lines += [f"error: {self.error}"] if self.error else []
         lines += [f"note: {note}" for note in self.notes]
         lines += [f"validated {len(self.validations)} times"] if self.validations else []
-        lines += [f"warning: {text}{f' ({count} times)' if count > 1 else ''}" for text, count in self._all_warnings()]
+        lines += [f"warning: {line}" for line in summarize(self._warnings_by_case())]
         lines += [f"failed: {case.name}: {case.error}" for case in self.cases.values() if case.status == "failed"]
         return "\n".join([*lines, *([f"manifest: {self.path}"] if self.path else [])])
 
-    def _all_warnings(self) -> list[tuple[str, int]]:
-        """Return the first text of each kind of warning, and how many there are."""
-        found = [warning for owner in (self, *self.cases.values()) for warning in getattr(owner, "warnings", ())]
-        counts = Counter(warning.code for warning in found)
-        first = {warning.code: str(warning) for warning in reversed(found)}
-        return [(first[code], count) for code, count in counts.items()]
+    def _warnings_by_case(self) -> list[tuple[str, CaseWarning]]:
+        of_cases = [(record.name, warning) for record in self.cases.values() for warning in record.warnings]
+        return [("", warning) for warning in self.warnings] + of_cases
 
     def to_dict(self) -> dict[str, Any]:
         """The content of the file, in its order, holding only what JSON knows."""
@@ -409,11 +358,14 @@ class Manifest:
         content = _read_json(path)
         try:
             bundle = content["bundle"]
-            known = {f.name for f in fields(cls) if f.init} - {*_OPTIONAL, "bundle", "cases", "path", "strict"}
+            known = {f.name for f in fields(cls) if f.init} - {"bundle", "cases", "notes", "path", "strict", "warnings"}
             manifest = cls(
                 bundle=BundleRecord(**bundle) if bundle else None,
-                cases={case["name"]: _case_record(case) for case in content["cases"]},
-                notes=content.get("notes", []),
+                cases={
+                    case["name"]: CaseRecord(**{**case, "warnings": read_warnings(case.get("warnings", []))})
+                    for case in content["cases"]
+                },
+                notes=content.get("notes", []),  # like the warnings missing in the first manifests
                 warnings=read_warnings(content.get("warnings", [])),
                 **{name: content[name] for name in known},
             )
@@ -448,17 +400,11 @@ def _case_dict(record: CaseRecord) -> dict[str, Any]:
     return {**asdict(record), "seconds": round(record.seconds, 3), "metrics": metrics, "warnings": warnings}
 
 
-def _case_record(content: Mapping[str, Any]) -> CaseRecord:
-    return CaseRecord(**{**content, "warnings": read_warnings(content.get("warnings", []))})
-
-
 def _message(error: BaseException) -> str:
     """What the exception says; our own messages speak for themselves, others need the name of their kind."""
-    text = str(error)
-    kind = type(error).__name__
-    if isinstance(error, MedsegError) and text:
-        return text
-    return f"{kind}: {text}" if text else kind
+    if isinstance(error, MedsegError) and str(error):
+        return str(error)
+    return f"{type(error).__name__}: {error}".removesuffix(": ")
 
 
 def _plain(value: Any) -> Any:
@@ -491,15 +437,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     """Read a manifest's JSON and check that it is one."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RequestError(
-            f"{path.name} cannot be read ({error.strerror}); expected a run manifest. Check the name."
-        ) from error
-    except ValueError as error:
-        raise RequestError(f"{path.name} is not JSON ({error}); expected a run manifest. Check the name.") from error
+    except (OSError, ValueError) as error:
+        fault = f"cannot be read ({error.strerror})" if isinstance(error, OSError) else f"is not JSON ({error})"
+        raise RequestError(f"{path.name} {fault}; expected a run manifest. Check the name.") from error
     known: dict[str, Any] = content if isinstance(content, dict) else {}
-    version = known.get("manifest_version")
-    if version != MANIFEST_VERSION:
+    if (version := known.get("manifest_version")) != MANIFEST_VERSION:
         raise RequestError(
             f"{path.name} has manifest_version {version!r}; expected {MANIFEST_VERSION}. "
             "Give a manifest written by this version of medseg."

@@ -49,7 +49,7 @@ CODES: Final[Mapping[str, str]] = MappingProxyType(
         "levels-skipped": "Resolution levels of a slide are inconsistent and are not used.",
         "origin-assumed": "A header has no origin; 0 is assumed.",
         "positions-interpolated": "A table of position embeddings was interpolated to another size.",
-        "resume-ignored": "There is a record of an earlier run with other settings, so nothing is taken over.",
+        "resume-ignored": "The earlier run has another bundle, other settings or seeds; no case is taken over.",
         "sform-qform-conflict": "The sform and qform of a NIfTI file differ; the sform is used.",
         "spacing-assumed": "A header gives no voxel size along an axis; 1 mm is assumed.",
         "uid-derived": "DICOM images have no UID of their study, series or frame of reference; one is derived.",
@@ -203,7 +203,8 @@ def _report(warning: CaseWarning) -> None:
         scope.found.append(warning)
     if scope is not None and scope.strict:
         kind = RequestError if warning.run else CaseError
-        raise kind(f"{warning}. Strict mode treats this warning ({warning.code}) as an error.")
+        text = f"{warning}. Strict mode treats this warning ({warning.code}) as an error."
+        raise kind(text, code=warning.code, file=warning.file)
     if new and not (scope is not None and scope.deferred):
         extra = {"case_warning": warning, "case": scope.case if scope is not None else ""}
         logging.getLogger(warning.logger).warning("%s", warning, extra=extra, stacklevel=3)

@@ -13,7 +13,8 @@ import pytest
 
 from medseg import manifest as manifest_module
 from medseg.errors import CaseError, OutputError, RequestError, SizeError
-from medseg.manifest import BundleRecord, CaseRecord, Manifest, stamp
+from medseg.files import stamp
+from medseg.manifest import BundleRecord, CaseRecord, Manifest
 
 BUNDLE = BundleRecord("liver_ct_unet", "1.2.0", "c" * 64, "d" * 64)
 FIELDS = [

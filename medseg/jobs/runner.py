@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 from medseg.bundle.knobs import knobs
 from medseg.errors import CaseError, RequestError
-from medseg.files import sha256_file
+from medseg.files import sha256_file, stamp
 from medseg.io.names import case_stem
 from medseg.jobs.job import build_evaluator, guarded, open_workflow, run_case
 from medseg.jobs.slides import check_slides
-from medseg.manifest import BundleRecord, CaseRecord, Manifest, stamp
+from medseg.manifest import BundleRecord, CaseRecord, Manifest
 from medseg.notices import CaseWarning, collect, forward
 from medseg.scoring.scores import nanmean
 
