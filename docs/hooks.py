@@ -37,7 +37,7 @@ PACKAGES = {
     "medseg.inferers": "Sliding windows, tiles, test-time augmentation and ensembles.",
     "medseg.transforms": "Dictionary transforms for MONAI pipelines.",
     "medseg.training": "Handlers and data loading for MONAI's engines.",
-    "medseg.metrics": "Measures of masks and features.",
+    "medseg.metrics.features": "Measures of what a network has learned.",
     "medseg.io": "Images and labels in files.",
     "medseg.types": "Types that packages share.",
     "medseg.errors": "Exceptions.",
