@@ -1,4 +1,4 @@
-"""A bundle as one file: packing with the same bytes every time, unpacking what nobody vouches for.
+"""A bundle as one file: packing with the same bytes every time, unpacking files of unknown origin.
 
 `pack` writes a zip that leaves nothing to chance: sorted entries, fixed times and modes, stored rather than compressed
 (the result of compression depends on the library's version), no gaps. It begins with `SHA256SUMS`, which

@@ -1,4 +1,4 @@
-"""Where bundles are: a folder that is named, or one of the shipped ones by its name. No import of torch or MONAI."""
+"""Finding bundles: by folder, or a shipped one by its name. No import of torch or MONAI."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Bundle:
             return {int(value): str(name) for value, name in channels.items() if int(value) > 0}
         except (AttributeError, ValueError) as error:
             raise BundleError(
-                f"'{self.config_path('metadata')}' does not list the labels as "
+                f"'{self.config_path('metadata')}' does not list the labels; expected "
                 '"network_data_format": {"outputs": {"pred": {"channel_def": {"1": "liver"}}}}'
             ) from error
 
@@ -76,9 +76,7 @@ class Bundle:
         for path in paths:
             if not path.is_file():
                 hint = f"run `medseg bundle build {self.root}`" if (self.root / "bundle.json").is_file() else ""
-                raise BundleError(
-                    f"bundle '{self.name}' has no {path.relative_to(self.root)}; {hint or 'it is needed'}"
-                )
+                raise BundleError(f"bundle '{self.name}' has no {path.relative_to(self.root)}; {hint or 'add it'}")
         return paths
 
     def load_configs(self, *names: str) -> dict[str, Config]:
@@ -87,7 +85,7 @@ class Bundle:
 
 
 def merged(configs: dict[str, Config]) -> Config:
-    """Lay configs over each other as MONAI does: a later one replaces whole top-level entries."""
+    """Merge configs as MONAI does: a later one replaces whole top-level entries."""
     result: dict[str, Any] = {}
     for config in configs.values():
         result.update(config)
@@ -112,15 +110,17 @@ def find_bundle(name: str | Path | Bundle) -> Bundle:
         if not ((folder / "configs").is_dir() or (folder / "bundle.json").is_file()):
             if (folder / "folds.json").is_file():
                 raise BundleError(
-                    f"'{name}' holds the folds of a cross-validation, of which some are still to be trained; "
-                    "`medseg train --folds ... --resume` does so, then their mean is a bundle here"
+                    f"'{name}' holds an unfinished cross-validation: finish it with "
+                    "`medseg train --folds ... --resume`, which makes this folder a bundle, the ensemble of the folds"
                 )
-            raise BundleError(f"'{name}' is no bundle: it holds neither configs/ nor bundle.json")
+            raise BundleError(f"'{name}' is not a bundle: expected a folder configs/ or a bundle.json in it")
         return Bundle(folder.resolve())
     shipped = {bundle.name: bundle for bundle in shipped_bundles()}
     if str(name) in shipped:
         return shipped[str(name)]
-    raise BundleError(f"no bundle folder and no shipped bundle '{name}'{nearest(str(name), shipped)}")
+    raise BundleError(
+        f"unknown bundle '{name}': no such folder, and no shipped bundle of that name{nearest(str(name), shipped)}"
+    )
 
 
 def _roots() -> Iterator[Path]:

@@ -1,10 +1,10 @@
 """From a short `bundle.json` and a template to complete MONAI configs.
 
-A template (`templates/*.json`) holds *knobs* (the values a user may change, each with a line of help), *blocks* (named
-parts) and *configs* (the files to write). `{"block": "name"}` stands for a block; where a block is a list and stands in
-a list, its items take its place. A template may extend another one: knobs and blocks of the same name replace the
-inherited ones, and the entries of its configs join theirs. A recipe (`medseg.bundle.recipes`) replaces knobs and blocks
-in turn, and `bundle.json` once more; both may only use names that the template knows.
+A template (`templates/*.json`) holds *settings* under `knobs` (the values a user may change, each with a line of help),
+*blocks* (named parts) and *configs* (the files to write). `{"block": "name"}` stands for a block; where a block is a list
+and stands in a list, its items take its place. A template may extend another one: settings and blocks of the same name
+replace the inherited ones, and the entries of its configs join theirs. A recipe (`medseg.bundle.recipes`) replaces
+settings and blocks in turn, and `bundle.json` once more; both may only use names that the template knows.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = [
 Config = dict[str, Any]
 
 CONFIG_NAMES = ("train", "evaluate", "inference", "multi_gpu_train")
-# These are laid over train.json, whose knobs they leave as they are.
+# These are merged over train.json and leave its settings alone.
 _OVERLAYS = ("evaluate", "multi_gpu_train")
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -52,7 +52,7 @@ def template_names() -> tuple[str, ...]:
 
 
 def template_knobs(name: str) -> Config:
-    """Return the knobs of a template with their default values."""
+    """Return the settings of a template with their default values."""
     return {knob: entry["value"] for knob, entry in _template(name)["knobs"].items()}
 
 
@@ -74,7 +74,7 @@ def compose(bundle: Config) -> dict[str, Config]:
         bundle: content of a `bundle.json`.
 
     Raises:
-        BundleError: It does not fit its schema (see `medseg.bundle.source_schema`), names a knob or block that its
+        BundleError: It does not fit its schema (see `medseg.bundle.source_schema`), names a setting or block that its
             template lacks, or a network that does not fit the listed channels and labels.
     """
     try:
@@ -133,7 +133,9 @@ def _merged_knobs(recipe: Config, bundle: Config) -> Config:
     for layer in (recipe, bundle):
         for name, value in layer.get("knobs", {}).items():
             if name not in knobs:
-                raise BundleError(f"{place(['knobs'])}: this template has no knob '{name}'{nearest(name, knobs)}")
+                raise BundleError(
+                    f"{place(['knobs'])}: unknown setting '{name}' of this template{nearest(name, knobs)}"
+                )
             knobs[name] = checked_value(place(["knobs", name]), value, knobs[name])
     return knobs
 

@@ -1,4 +1,4 @@
-"""The values of a bundle that a user may change: finding them, reading them off the command line, checking them."""
+"""Settings: the values of a bundle that a user may change, parsed from the command line and checked."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["changed", "knobs", "parse_settings"]
 
-# Entries of a config that a command fills in itself, and where from.
+# Entries of a config that a command fills in, and their source.
 _GIVEN: Final = {
     "bundle_root": "the bundle",
     "dataset_dir": "the data, such as --data",
@@ -22,21 +22,21 @@ _GIVEN: Final = {
 
 
 def knobs(config: Config) -> Config:
-    """Return the knobs of a config: its top-level entries that are plain values."""
+    """Return the settings of a config: its top-level entries that are plain values."""
     return {name: value for name, value in config.items() if not name.startswith("_") and _is_plain(value)}
 
 
 def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
-    """Read `name=value` texts; a value is JSON where it can be read so, else text.
+    """Parse `name=value` texts; a value is JSON if it parses as such, otherwise text.
 
     Raises:
-        RequestError: a text without `=`, or a name that is set twice.
+        RequestError: A text without `=`, or a name that is set twice.
     """
     parsed: dict[str, Any] = {}
     for setting in settings:
         name, equals, text = setting.partition("=")
         if not equals or not name:
-            raise RequestError(f"'{setting}' is no setting; write --set knob=value")
+            raise RequestError(f"invalid setting '{setting}': write --set name=value")
         if name in parsed:
             raise RequestError(f"'{name}' is set twice")
         try:
@@ -47,21 +47,21 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
 
 
 def changed(config: Config, settings: Mapping[str, Any]) -> Config:
-    """Check settings against the knobs of a config and return them as overrides for it.
+    """Check a user's settings against those of a config and return them as overrides.
 
     Settings are values, never expressions. A path that the config computes, such as `weights` or `output_dir`, may be
     replaced by a text.
 
     Raises:
-        RequestError: an unknown knob (names the nearest one), a value of the wrong kind, or an entry that the command
-            fills in itself.
+        RequestError: Unknown setting (names the nearest one), a value of the wrong type, or an entry that the command
+            fills in.
     """
     known = knobs(config) | {name: "" for name, value in config.items() if _is_path(value)}
     for name in settings:
         if name not in known:
-            raise RequestError(f"this bundle has no knob '{name}'{nearest(name, known)}")
+            raise RequestError(f"unknown setting '{name}' of this bundle{nearest(name, known)}")
         if name in _GIVEN:
-            raise RequestError(f"'{name}' is no knob to set: it comes from {_GIVEN[name]}")
+            raise RequestError(f"'{name}' cannot be set: it comes from {_GIVEN[name]}")
         if not _is_plain(settings[name]):
             raise RequestError(f"'{name}' takes a plain value, not {settings[name]!r}, which MONAI would evaluate")
     return {name: checked_value(name, value, known[name]) for name, value in settings.items()}

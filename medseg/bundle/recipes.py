@@ -1,8 +1,9 @@
 """The training recipes of the papers, and how a bundle takes one.
 
-A recipe (`recipes/*.json`) replaces knobs and blocks of the template: optimizer, schedule, loss, augmentation and
-stopping. What belongs to the data (spacing, patch size, intensity range) stays with the bundle. `source` says where its
-figures come from, `choices` what we chose where the paper says nothing, `2d` and `3d` hold what differs by dimension.
+A recipe (`recipes/*.json`) replaces settings (`knobs`) and blocks of the template: optimizer, schedule, loss,
+augmentation and stopping. What belongs to the data (spacing, patch size, intensity range) stays with the bundle.
+`source` names the origin of its figures, `choices` our values where the paper gives none, `2d` and `3d` what differs by
+dimension.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _PARTS = ("knobs", "blocks")
 
 
 def recipe_names() -> tuple[str, ...]:
-    """Return the recipes there are, sorted."""
+    """Return the names of all recipes, sorted."""
     return tuple(sorted(path.stem for path in _RECIPES.glob("*.json")))
 
 
@@ -31,10 +32,10 @@ def read_recipe(name: str, spatial_dims: int) -> dict[str, Any]:
     """Return the recipe: `source` and `choices` for people, and the `knobs` and `blocks` for 2 or 3 dimensions.
 
     Raises:
-        RequestError: there is none of that name; the message lists those there are.
+        RequestError: Unknown recipe; the message lists the known ones.
     """
     if name not in recipe_names():
-        raise RequestError(f"no recipe '{name}'; known are: {', '.join(recipe_names())}")
+        raise RequestError(f"unknown recipe '{name}'; expected one of: {', '.join(recipe_names())}")
     found: dict[str, Any] = load_json(_RECIPES / f"{name}.json")
     own = found.pop(f"{spatial_dims}d", {})
     found.pop(f"{5 - spatial_dims}d", None)
@@ -42,12 +43,12 @@ def read_recipe(name: str, spatial_dims: int) -> dict[str, Any]:
 
 
 def with_recipe(bundle: Mapping[str, Any], name: str, spatial_dims: int) -> dict[str, Any]:
-    """Return the content of a `bundle.json` that trains by a recipe, or by its template alone if `name` is empty.
+    """Return the content of a `bundle.json` that trains with a recipe, or with its template alone if `name` is empty.
 
-    The bundle's own values of the knobs and blocks that the recipe sets are dropped; the others stay.
+    The bundle's own values of the settings and blocks that the recipe sets are dropped; the others stay.
 
     Raises:
-        RequestError: there is no such recipe.
+        RequestError: Unknown recipe.
     """
     changed = {key: value for key, value in bundle.items() if key != "recipe"}
     if not name:

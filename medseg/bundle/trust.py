@@ -1,8 +1,8 @@
-"""Whether a bundle is plain data or a program, found out before anything of it is imported or evaluated.
+"""Whether a bundle is plain data or contains executable code, decided before anything of it is imported or evaluated.
 
 A MONAI config is a program: any dotted `_target_` is imported and called, any text that starts with `$` is evaluated,
 `%` pulls in another file. A bundle is *declarative* when none of that can happen except for the parts listed in
-`medseg.bundle.allowed`; any other bundle runs only for a user who names the `fingerprint` of exactly its content.
+`medseg.bundle.allowed`; any other bundle runs only if the user gives the `fingerprint` of exactly its content.
 
 What is judged is one job: the files that MONAI merges for it, since a later file may replace a value that an earlier
 one refers to. Hand MONAI the very content that was checked. This module loads nothing but the standard library.
@@ -132,7 +132,7 @@ def check(configs: Mapping[str, Mapping[str, Any]], bundle: str) -> None:
 def fingerprint(bundle_root: Path) -> str:
     """Return the SHA-256, in hex, of everything in a bundle folder.
 
-    All files count, with their paths: a program that was vouched for may read any of them, so none is left out, neither
+    All files count, with their paths: a trusted program may read any of them, so none is omitted, neither
     weights nor results. Running a bundle in a way that changes its folder therefore changes its fingerprint.
 
     Raises:
@@ -141,7 +141,9 @@ def fingerprint(bundle_root: Path) -> str:
     digest = hashlib.sha256()
     for name, path in _files(bundle_root):
         if problem := _outside(bundle_root, path):
-            raise BundleError(f"nobody can vouch for {_shown(name)} in {bundle_root}: it is {problem}; remove it")
+            raise BundleError(
+                f"{_shown(name)} in {bundle_root} cannot be part of a fingerprint: it is {problem}; remove it"
+            )
         try:
             entry = ["link", name, str(path.readlink())] if path.is_symlink() else ["file", name, sha256_file(path)]
         except OSError as error:
@@ -151,19 +153,18 @@ def fingerprint(bundle_root: Path) -> str:
 
 
 def require_trust(bundle_root: Path, configs: Mapping[str, Mapping[str, Any]], trust: str | None = None) -> None:
-    """Let a job pass if its bundle is declarative, or if the user vouches for exactly the bundle's content.
+    """Accept a job if its bundle is declarative, or if the user trusts exactly the bundle's content.
 
     Args:
         bundle_root: folder of the bundle. Its `configs/metadata.json` is checked too, since MONAI always reads it;
             as it is among the configs, or else as it lies there.
         configs: what is about to run, as for `check`.
-        trust: the fingerprint that the user gave. It is compared even for a declarative bundle: who names a content
-            wants that content.
+        trust: Fingerprint given by the user. It is compared even for a declarative bundle.
 
     Raises:
         BundleError: the bundle cannot be read.
-        UntrustedBundleError: neither holds. A wrong fingerprint is not answered with the right one, so that nobody
-            copies it without having seen, through `medseg bundle inspect`, what it vouches for.
+        UntrustedBundleError: Neither holds. The message does not give the right fingerprint, which only
+            `medseg bundle inspect` prints, beside what it stands for.
     """
     if trust is None:
         metadata = bundle_root / "configs" / "metadata.json"
@@ -176,8 +177,8 @@ def require_trust(bundle_root: Path, configs: Mapping[str, Mapping[str, Any]], t
         )
     elif trust.lower() != fingerprint(bundle_root):
         raise UntrustedBundleError(
-            f"bundle {_shown(bundle_root.name)} is not what --trust {trust[:12]}... vouches for: files were added, "
-            f"removed or changed. Look again: {_inspect(bundle_root.name)} prints its present SHA-256"
+            f"bundle {_shown(bundle_root.name)} does not match --trust {trust[:12]}...: files were added, "
+            f"removed or changed. Inspect it again: {_inspect(bundle_root.name)} prints its present SHA-256"
         )
 
 
@@ -338,9 +339,9 @@ def _refuse(bundle: str, forbidden: Sequence[Finding], shown: int = 5) -> None:
     if len(forbidden) > shown:
         lines.append(f"  ... and {len(forbidden) - shown} more")
     raise UntrustedBundleError(
-        "\n".join([f"bundle {_shown(bundle)} was not started: it is a program that nobody vouched for", *lines])
-        + f"\n{_inspect(bundle)} lists, without running it, everything it would run, and its SHA-256. "
-        "If you trust all of that, repeat the command with --trust SHA256"
+        "\n".join([f"bundle {_shown(bundle)} was not started: it contains executable code and is not trusted", *lines])
+        + f"\n{_inspect(bundle)} lists everything it would execute, without executing it, and its SHA-256. "
+        "If you trust all of it, repeat the command with --trust SHA256"
     )
 
 

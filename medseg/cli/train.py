@@ -85,7 +85,7 @@ def train(
     if out is None:
         raise RequestError("--folds needs --output: the folder that holds one bundle for each fold")
     if trust is not None:
-        raise RequestError("--folds trains copies, for which --trust does not vouch: use a declarative bundle")
+        raise RequestError("--folds trains copies, which --trust does not cover: use a declarative bundle")
     count = _FOLDS if fold_count is None else fold_count
     with progress("") as report:
         scores = folds.cross_validate(bundle, data, out, folds=count, fold=fold, report=report, **options)

@@ -70,7 +70,7 @@ class Offers:
 def find_offers(tuned: Path, *, folders: Sequence[Path] = (), names: Sequence[str] = ()) -> Offers:
     """Look at bundles without importing or evaluating anything of them.
 
-    There is no way to vouch for a bundle here: what is not declarative is refused.
+    There is no way to trust a bundle here: one that is not declarative is refused.
 
     Args:
         tuned: folder of the copies that training makes.

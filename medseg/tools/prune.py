@@ -133,7 +133,7 @@ def prune(
         select: how much Dice below the best level is good enough, 0 to 1.
         output: new folder for the selected level as a complete bundle; goes with `select`.
         settings: knobs to change for the measurement, by name; the new bundle keeps the bundle's own.
-        trust: fingerprint by which you vouch for a bundle that is not declarative.
+        trust: SHA-256 of a bundle that contains executable code, to run it all the same.
         report: called with passes over a case done, passes in all, and a few words.
 
     Raises:

@@ -45,9 +45,9 @@ def test_whole_numbers_pass_for_floats_and_paths_may_be_replaced() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_epoch": 3}, "no knob 'max_epoch'; did you mean 'max_epochs'?"),
-        ({"network": "x"}, "no knob 'network'"),
-        ({"train::trainer::max_epochs": 3}, "no knob"),
+        ({"max_epoch": 3}, "unknown setting 'max_epoch' of this bundle; did you mean 'max_epochs'?"),
+        ({"network": "x"}, "unknown setting 'network'"),
+        ({"train::trainer::max_epochs": 3}, "unknown setting"),
         ({"max_epochs": 2.5}, "max_epochs: found 2.5, expected a whole number"),
         ({"learning_rate": float("inf")}, "learning_rate: found inf, expected a finite number"),
         ({"roi_size": [8, float("nan")]}, r"roi_size\[1\]: found nan, expected a finite number"),

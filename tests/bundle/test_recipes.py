@@ -68,7 +68,7 @@ def test_an_empty_recipe_goes_back_to_the_template():
 
 
 def test_an_unknown_recipe_is_refused_with_those_there_are():
-    with pytest.raises(RequestError, match="no recipe 'unet1999'; known are: banet2022, "):
+    with pytest.raises(RequestError, match="unknown recipe 'unet1999'; expected one of: banet2022, "):
         with_recipe(source(2), "unet1999", 2)
 
 

@@ -189,7 +189,7 @@ def test_trust_that_is_no_fingerprint_is_refused(bundle, given):
 
 
 def test_a_wrong_fingerprint_is_refused_even_for_a_declarative_bundle(bundle):
-    with pytest.raises(UntrustedBundleError, match="vouches for"):
+    with pytest.raises(UntrustedBundleError, match="does not match --trust"):
         trust.require_trust(bundle, {"train.json": DECLARATIVE}, "0" * 64)
 
 

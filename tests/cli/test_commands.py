@@ -176,12 +176,12 @@ def test_requests_that_cannot_be_are_refused_before_anything_is_written(
     cases: list[tuple[list[object], str]] = [
         (["predict", trained.root, tmp_path / "missing.nii.gz", "-o", out], "does not exist"),
         (["predict", "hipocampus_mri_unet", scan, "-o", out], "did you mean 'hippocampus_mri_unet'"),
-        (["predict", tmp_path, scan, "-o", out], "is no bundle"),
+        (["predict", tmp_path, scan, "-o", out], "is not a bundle"),
         (["predict", "gland_pathology_unet", scan, "-o", out], "no weights"),
         (["predict", trained.root, scan, "-o", out, "--set", "overlapp=0"], "did you mean 'overlap'"),
         (["predict", trained.root, scan, "-o", out, "--set", "overlap"], "no setting"),
         (["predict", trained.root, scan, "-o", out, "--set", "roi_size=big"], "roi_size: found 'big', expected a list"),
-        (["predict", trained.root, scan, "-o", out, "--set", "inferer=$1"], "no knob"),
+        (["predict", trained.root, scan, "-o", out, "--set", "inferer=$1"], "unknown setting"),
         (["predict", trained.root, scan, "-o", tmp_path / "file" / "out"], "cannot write"),
         (["predict", trained.root, scan, "-o", out, "--trust", "0" * 64], "--trust"),
         (["evaluate", trained.root, "--data", tmp_path / "nowhere"], "no data set"),
@@ -189,7 +189,7 @@ def test_requests_that_cannot_be_are_refused_before_anything_is_written(
         (["train", trained.root, "--data", tmp_path / "nowhere"], "no data set"),
         (["bundle", "build"], "no bundles given"),
         (["bundle", "build", "x", "--all"], "use one of them"),
-        (["bundle", "inspect", "nothing"], "no bundle folder"),
+        (["bundle", "inspect", "nothing"], "unknown bundle"),
     ]
     for arguments, message in cases:
         code, _, err = medseg(*arguments)

@@ -42,7 +42,7 @@ def test_requests_that_cannot_be_are_refused(medseg: Any, trained: Bundle, tiny_
         (["compare", tmp_path, trained.root / "docs"], "holds no scores"),
         ([*train, "--folds", "3"], "--folds needs --output"),
         ([*train, "--fold", "1"], "--folds needs --output"),
-        ([*train, "--folds", "3", "-o", out, "--trust", "0" * 64], "--trust does not vouch"),
+        ([*train, "--folds", "3", "-o", out, "--trust", "0" * 64], "--trust does not cover"),
         ([*train, "--folds", "2", "--fold", "2", "-o", out], "invalid fold number, expected 0 to 1"),
         ([*train, "--folds", "30", "-o", out], "ask for at most 3 folds"),
         ([*train, "--devices", "0", "-o", out], "1 or more"),

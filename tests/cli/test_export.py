@@ -34,7 +34,7 @@ def test_exports_that_cannot_be_are_refused(medseg: Any, trained: Bundle, tmp_pa
         ([trained.root, "--format", "tensorrt", "-o", tmp_path / "n.trt"], "known are: onnx, openvino, pt2, ts"),
         ([trained.root, "--format", "ts", "-o", tmp_path / "n.onnx"], "must end in .ts"),
         ([trained.root, "--format", "ts", "-o", tmp_path / "file" / "n.ts"], "cannot write"),
-        (["nothing", "--format", "ts", "-o", tmp_path / "n.ts"], "no bundle folder"),
+        (["nothing", "--format", "ts", "-o", tmp_path / "n.ts"], "unknown bundle"),
     ]
     for arguments, message in cases:
         code, _, err = medseg("export", *arguments)

@@ -60,4 +60,4 @@ def test_a_resolution_of_zero_is_refused(medseg: Any, rgb_bundle: Bundle, tmp_pa
 def test_a_bundle_for_volumes_has_no_resolution_of_slides(medseg: Any, trained: Bundle, tmp_path: Path) -> None:
     code, _, err = medseg("predict", trained.root, _slide(tmp_path / "a.svs"), "-o", tmp_path / "out", "--mpp", "2")
     assert code == 2
-    assert "no knob 'microns_per_pixel'" in err
+    assert "unknown setting 'microns_per_pixel'" in err

@@ -280,7 +280,7 @@ def check_refusals(place: Path, model: Path, series: Path) -> None:
     hold("was renamed" in deploy(renamed, series, results, code=2), "a file that was renamed")
     evil = place / "evil" / "model.ts"
     with_program(model, evil, place / "owned")
-    hold("vouched" in deploy(evil, series, results, code=2), "a config in the file that would run a program")
+    hold("not trusted" in deploy(evil, series, results, code=2), "a config in the file that would run a program")
     hold(not (place / "owned").exists() and not list(results.iterdir()), "it did not run, and nothing was written")
 
 

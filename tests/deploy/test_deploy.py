@@ -82,7 +82,7 @@ def test_names_and_labels_come_from_the_file(model: Path) -> None:
 def test_a_config_that_would_run_something_is_refused(
     name: str, change: Callable[[Notes], object], model: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(UntrustedBundleError, match="a program that nobody vouched for"):
+    with pytest.raises(UntrustedBundleError, match="contains executable code and is not trusted"):
         exported.read_exported(changed(model, tmp_path / "model.ts", name, change))
 
 

@@ -76,7 +76,7 @@ def test_endings_of_no_format_are_refused(offer: Offer, image: Path, ending: str
 
 
 def test_unknown_knobs_are_refused(offer: Offer, image: Path, tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="no knob 'overlop'"):
+    with pytest.raises(RequestError, match="unknown setting 'overlop'"):
         Predictor(offer, tmp_path / "results").predict(image, settings={"overlop": 0.5})
 
 
