@@ -51,6 +51,7 @@ Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json
 # The finer codes that an error may carry in place of its class's own.
 CODES: Final[Mapping[str, str]] = {
     "channels": "The number of values per voxel is another than the one expected.",
+    "missing-package": "An optional package is not installed, or does not load.",
     "memory": "The work does not fit into the memory that is there, or allowed.",
     "no-resolution": "A slide does not say how large its pixels are.",
     "no-split": "A data set does not say which cases are for training and which for validation.",

@@ -16,7 +16,7 @@ import medseg
 PACKAGE = Path(medseg.__file__).parent
 # A room imports from lower floors only; rooms of one floor do not know each other.
 FLOORS = {
-    0: ("errors", "types", "version", "files", "lazy", "machine", "notices", "manifest", "components"),
+    0: ("errors", "types", "version", "extras", "files", "lazy", "machine", "notices", "manifest", "components"),
     1: ("networks", "losses", "metrics", "io"),
     2: ("transforms",),
     3: ("inferers",),

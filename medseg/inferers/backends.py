@@ -29,7 +29,8 @@ from monai.data import MetaTensor
 from torch import Tensor, nn
 
 from medseg.errors import MedsegError, RequestError, SizeError, in_a_line
-from medseg.inferers.engines import environment, load_engine, load_openvino, openvino_core, quiet, without_reports
+from medseg.extras import require
+from medseg.inferers.engines import environment, load_openvino, openvino_core, quiet, without_reports
 from medseg.inferers.faster_layers import with_exact_norms, with_faster_layers
 from medseg.notices import warn
 
@@ -261,9 +262,9 @@ def _openvino(network: nn.Module, request: _Request) -> Runner:
 
 
 def _onnxruntime(network: nn.Module, request: _Request) -> Runner:
-    runtime = load_engine("onnxruntime", "onnx")
     for needed in ("onnx", "onnxscript"):
-        load_engine(needed, "onnx")
+        require(needed, "The back end onnxruntime")
+    runtime = require("onnxruntime", "The back end onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_ALL

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 import warnings
@@ -12,31 +11,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from medseg.errors import RequestError
+from medseg.extras import require
 
-__all__ = ["environment", "load_engine", "load_openvino", "openvino_core", "quiet", "without_reports"]
-
-
-def load_engine(name: str, extra: str) -> Any:
-    """Import a package of one of medseg's extras.
-
-    Raises:
-        RequestError: it is not installed; the message names the extra that brings it.
-    """
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise RequestError(f'This back end needs {name}: pip install "medseg[{extra}]".') from error
+__all__ = ["environment", "load_openvino", "openvino_core", "quiet", "without_reports"]
 
 
 def load_openvino() -> Any:
     """Import OpenVINO, without its report (see `without_reports`).
 
     Raises:
-        RequestError: as `load_engine`.
+        RequestError: It is not installed; the message names the extra that brings it.
     """
     with without_reports():
-        return load_engine("openvino", "openvino")
+        return require("openvino", "OpenVINO as back end or format")
 
 
 @cache

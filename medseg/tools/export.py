@@ -8,8 +8,6 @@ before it takes its name.
 from __future__ import annotations
 
 import copy
-import importlib
-import importlib.util
 import json
 import logging
 import tempfile
@@ -22,6 +20,7 @@ from medseg.bundle.compose import nearest
 from medseg.bundle.knobs import knobs
 from medseg.bundle.trust import require_trust
 from medseg.errors import BundleError, MedsegError, OutputError, RequestError, SizeError, WeightsError, in_a_line
+from medseg.extras import EXTRAS, advice, installed, require
 from medseg.files import check_folder, sha256_file
 
 if TYPE_CHECKING:
@@ -37,12 +36,12 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMATS", "TOLERANCE", "Difference", "ExportResult", "export", "missing_packages"]
 
-# Format -> suffix of its file, packages it takes besides torch, the extra of medseg that brings them.
-FORMATS: Final[Mapping[str, tuple[str, tuple[str, ...], str]]] = {
-    "ts": (".ts", (), ""),
-    "onnx": (".onnx", ("onnx", "onnxscript", "onnxruntime"), "onnx"),
-    "pt2": (".pt2", (), ""),
-    "openvino": (".xml", ("openvino",), "openvino"),
+# Format -> suffix of its file, optional packages it takes.
+FORMATS: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
+    "ts": (".ts", ()),
+    "onnx": (".onnx", EXTRAS["onnx"]),
+    "pt2": (".pt2", ()),
+    "openvino": (".xml", EXTRAS["openvino"]),
 }
 # Half precision or not -> allowed difference in units of the largest logit, if that is above 1.
 TOLERANCE: Final = {False: 1e-4, True: 3e-2}
@@ -103,7 +102,7 @@ class ExportResult:
 
 def missing_packages(file_format: str) -> tuple[str, ...]:
     """Return the packages that a format needs and that are not installed."""
-    return tuple(name for name in FORMATS[file_format][1] if importlib.util.find_spec(name) is None)
+    return tuple(name for name in FORMATS[file_format][1] if not installed(name))
 
 
 def export(
@@ -173,11 +172,15 @@ def _checked(bundle: Bundle, file_format: str, target: Path, *, random: bool, tr
     """Check all that can be without torch; return the config to take the network from."""
     if file_format not in FORMATS:
         raise RequestError(f"no export format '{file_format}'{nearest(file_format, FORMATS)}")
-    suffix, _, extra = FORMATS[file_format]
+    suffix, _ = FORMATS[file_format]
     if target.suffix != suffix:
         raise RequestError(f"'{target}' must end in {suffix}, as files of format {file_format} do")
     if missing := missing_packages(file_format):
-        raise RequestError(f'format {file_format} needs {", ".join(missing)}: pip install "medseg[{extra}]"')
+        raise RequestError(
+            f"format {file_format} needs {', '.join(missing)}: {advice(missing[0])}",
+            code="missing-package",
+            package=missing[0],
+        )
     configs = bundle.load_configs("inference")
     require_trust(bundle.root, configs, trust)
     if not random and not bundle.weights.is_file():
@@ -389,7 +392,7 @@ def _read_pt2(path: Path) -> Run:
 def _read_onnx(path: Path) -> Run:
     import torch
 
-    runtime: Any = importlib.import_module("onnxruntime")
+    runtime = require("onnxruntime", "Format onnx")
     options = runtime.SessionOptions()
     options.log_severity_level = 3
     session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -7,7 +7,6 @@ import math
 import os
 import time
 from contextlib import suppress
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,7 +14,8 @@ import numpy as np
 import torch
 from ignite.engine import Events
 
-from medseg.errors import MedsegError, RequestError
+from medseg.errors import MedsegError
+from medseg.extras import require
 from medseg.training.distributed import is_first_process, process_count
 
 if TYPE_CHECKING:
@@ -209,10 +209,8 @@ class _TensorBoard:
     """Event files. Steps from `first` on that an interrupted run has logged already are dropped."""
 
     def __init__(self, folder: Path, first: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise RequestError("a training logs to TensorBoard: pip install tensorboard") from error
+        from torch.utils.tensorboard import SummaryWriter
+
         self._writer = SummaryWriter(str(folder), purge_step=first or None)
 
     def add_scalar(self, tag: str, value: float, step: int) -> None:
@@ -234,10 +232,7 @@ class _MLflow:
     def __init__(self, folder: Path) -> None:
         # set before the import: MLflow would report its use over the network
         os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-        try:
-            mlflow = import_module("mlflow")
-        except ImportError as error:
-            raise RequestError('mlflow=true needs MLflow: pip install "medseg[mlflow]"') from error
+        mlflow = require("mlflow", "The setting mlflow=true")
         self._client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{folder.resolve() / 'mlflow.db'}")
         found = self._client.get_experiment_by_name("medseg")
         location = (folder.resolve() / "mlflow").as_uri()

@@ -31,7 +31,7 @@ EVERY = [
             any(importlib.util.find_spec(package) is None for package in packages), reason=f"needs {packages}"
         ),
     )
-    for name, (_, packages, _) in FORMATS.items()
+    for name, (_, packages) in FORMATS.items()
 ]
 
 

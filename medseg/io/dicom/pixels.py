@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any, BinaryIO, Final
@@ -24,6 +23,7 @@ from pydicom.tag import Tag
 from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from medseg.errors import CaseError, MedsegError
+from medseg.extras import advice, installed
 from medseg.io.dicom.headers import Header
 from medseg.io.dicom.sources import quiet, streams
 from medseg.io.dicom.stacks import Slice
@@ -127,10 +127,8 @@ def _complete_meta(content: Any) -> None:
 
 def _failure(header: Header, error: BaseException) -> str:
     for start, name, module in _DECODERS:
-        if header.syntax.startswith(start) and importlib.util.find_spec(module) is None:
-            return (
-                f'{header.source} is compressed as {name}, for which a decoder is missing: pip install "medseg[dicom]".'
-            )
+        if header.syntax.startswith(start) and not installed(module):
+            return f"{header.source} is compressed as {name}, for which a decoder is missing: {advice(module)}."
     with quiet():
         syntax = UID(header.syntax).name if header.syntax else "no transfer syntax"
     reason = str(error).strip().splitlines()

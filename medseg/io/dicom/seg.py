@@ -15,7 +15,6 @@ import sqlite3
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 
 from medseg.errors import CaseError, GeometryError, RequestError
+from medseg.extras import require
 from medseg.files import replacing
 from medseg.io.dicom.objects import (
     LabelKeys,
@@ -149,14 +149,9 @@ def read_seg(
     return canvas.finish(file), grid
 
 
-def _highdicom() -> ModuleType:
-    try:
-        import highdicom
-        import highdicom.seg
-    except ImportError as error:
-        raise RequestError('DICOM SEG is written by highdicom: pip install "medseg[dicom]".') from error
-    module: ModuleType = highdicom
-    return module
+def _highdicom() -> Any:
+    require("highdicom.seg", "Writing DICOM SEG")
+    return require("highdicom", "Writing DICOM SEG")
 
 
 def _numbers(mask: NDArray[Any], terms: Mapping[int, SegmentTerm], source: SourceSeries) -> NDArray[np.uint16]:

@@ -7,7 +7,6 @@ picture of one level, which is then held in memory whole.
 
 from __future__ import annotations
 
-import importlib
 import logging
 import math
 import re
@@ -21,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from medseg.errors import CaseError, MedsegError
+from medseg.errors import CaseError, MedsegError, RequestError
+from medseg.extras import advice, require
 from medseg.io.dicom.detect import is_dicom
 from medseg.io.formats import raster
 from medseg.io.names import file_kind
@@ -33,7 +33,7 @@ __all__ = ["Levels", "open_levels"]
 
 logger = logging.getLogger(__name__)
 
-_EXTRA: Final = 'Slides need OpenSlide or tiffslide: pip install "medseg[slides]"'
+_EXTRA: Final = f"Slides need OpenSlide or tiffslide: {advice('openslide')}"
 # A microscope resolves 0.2 micrometers; 20 is a scanned page at 1270 dpi. Values outside come from picture programs
 # (72 dpi is 353 micrometers) or from a wrong unit.
 _MPP_RANGE: Final = (0.01, 20.0)
@@ -109,8 +109,8 @@ def _openers(file: Path) -> list[tuple[str, Callable[[Path], Levels]]]:
 
 def _installed(name: str) -> bool:
     try:
-        importlib.import_module(name)
-    except (ImportError, OSError):  # OSError: the Python part without its shared library
+        require(name, "Reading slides")
+    except RequestError:
         return False
     return True
 
@@ -193,7 +193,7 @@ class _OpenSlideLevels:
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        openslide = importlib.import_module("openslide")
+        openslide = require("openslide", "Reading slides")
         self._slide = openslide.OpenSlide(str(file))
         properties: Mapping[str, str] = self._slide.properties
         if properties.get("openslide.vendor") == "generic-tiff" and _sample_bits(file) > 8:
@@ -232,7 +232,7 @@ class _TiffSlideLevels:
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        self._slide = importlib.import_module("tiffslide").TiffSlide(str(file))
+        self._slide = require("tiffslide", "Reading slides").TiffSlide(str(file))
         try:
             properties: Mapping[str, Any] = self._slide.properties
             self.sizes = _checked_sizes(self._slide.level_dimensions, file)

@@ -6,7 +6,6 @@ that a reader of plain TIFF sees one picture. Equal labels give equal bytes.
 
 from __future__ import annotations
 
-import importlib
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medseg.errors import RequestError
+from medseg.extras import require
 from medseg.files import replacing
 from medseg.io.names import StrPath, absolute
 
@@ -38,10 +38,7 @@ def require_tifffile() -> Any:
     Raises:
         RequestError: it is not installed.
     """
-    try:
-        return importlib.import_module("tifffile")
-    except ImportError as error:
-        raise RequestError('Label images of slides need tifffile: pip install "medseg[slides]"') from error
+    return require("tifffile", "Writing label images of slides")
 
 
 def write_label_pyramid(

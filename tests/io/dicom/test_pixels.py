@@ -113,7 +113,7 @@ def test_a_missing_decoder_is_named_with_the_extra_to_install(slice_of, save_ima
     ds.compress(JPEG2000Lossless)
     path = save_image(ds, tmp_path / "a.dcm")
     monkeypatch.setattr(JPEG2000LosslessDecoder, "_available", {})
-    monkeypatch.setattr(pixels.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(pixels, "installed", lambda name: False)
     with pytest.raises(CaseError, match=r'JPEG 2000.*pip install "medseg\[dicom\]"'):
         load(path)
 
