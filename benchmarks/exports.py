@@ -19,7 +19,8 @@ from medseg.bundle.build import build
 from medseg.bundle.catalog import Bundle
 from medseg.errors import MedsegError
 from medseg.networks import NETWORKS, small
-from medseg.tools.export import FORMATS, TOLERANCE, export
+from medseg.tools.export import TOLERANCE, export
+from medseg.tools.export_formats import FORMATS
 
 SUBJECTS: list[tuple[str, str, dict[str, Any], list[int] | None]] = [
     *((name, name, {}, None) for name in NETWORKS),

@@ -1,10 +1,10 @@
 """From a short `bundle.json` and a template to complete MONAI configs.
 
 A template (`templates/*.json`) holds *settings* under `knobs` (the values a user may change, each with a line of help),
-*blocks* (named parts) and *configs* (the files to write). `{"block": "name"}` stands for a block; where a block is a list
-and stands in a list, its items take its place. A template may extend another one: settings and blocks of the same name
-replace the inherited ones, and the entries of its configs join theirs. A recipe (`medseg.bundle.recipes`) replaces
-settings and blocks in turn, and `bundle.json` once more; both may only use names that the template knows.
+*blocks* (named parts) and *configs* (the files to write). `{"block": "name"}` stands for a block; where a block is a
+list and stands in a list, its items take its place. A template may extend another one: settings and blocks of the same
+name replace the inherited ones, and the entries of its configs join theirs. A recipe (`medseg.bundle.recipes`)
+replaces settings and blocks in turn, and `bundle.json` once more; both may only use names that the template knows.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ from medseg.bundle.knobs import changed, knobs
 from medseg.errors import MedsegError
 from medseg.io.names import OUTPUT_FORMATS
 from medseg.networks.registry import NETWORKS
-from medseg.tools import convert, export
+from medseg.tools import convert
+from medseg.tools.export_formats import FORMATS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -54,7 +55,7 @@ def mask_formats(incomplete: str) -> list[str]:
 
 def export_formats(incomplete: str) -> list[str]:
     """Return the formats that `export` writes."""
-    return _starting(export.FORMATS, incomplete)
+    return _starting(FORMATS, incomplete)
 
 
 def weight_sources(incomplete: str) -> list[str]:

@@ -13,10 +13,11 @@ from medseg.cli.options import BundleName, JsonTarget, Trust
 from medseg.cli.progress import progress
 from medseg.cli.tables import print_export
 from medseg.tools import export as exporting
+from medseg.tools.export_formats import FORMATS
 
 __all__ = ["export"]
 
-_FORMATS: Final = ", ".join(exporting.FORMATS)
+_FORMATS: Final = ", ".join(FORMATS)
 
 
 def export(

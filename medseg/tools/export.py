@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,29 +19,21 @@ from medseg.bundle.compose import nearest
 from medseg.bundle.knobs import knobs
 from medseg.bundle.trust import require_trust
 from medseg.errors import BundleError, MedsegError, OutputError, RequestError, SizeError, WeightsError, in_a_line
-from medseg.extras import EXTRAS, advice, installed, require
+from medseg.extras import advice
 from medseg.files import check_folder, sha256_file
+from medseg.tools.export_formats import FORMATS, READERS, WRITERS, Shapes, missing_packages
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Sequence
 
-    import torch
-    from torch import Tensor, nn
+    from torch import nn
 
     from medseg.bundle.catalog import Bundle
     from medseg.bundle.compose import Config
+    from medseg.tools.export_formats import Run
 
-    Run = Callable[[Tensor], Tensor]
+__all__ = ["TOLERANCE", "Difference", "ExportResult", "export"]
 
-__all__ = ["FORMATS", "TOLERANCE", "Difference", "ExportResult", "export", "missing_packages"]
-
-# Format -> suffix of its file, optional packages it takes.
-FORMATS: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
-    "ts": (".ts", ()),
-    "onnx": (".onnx", EXTRAS["onnx"]),
-    "pt2": (".pt2", ()),
-    "openvino": (".xml", EXTRAS["openvino"]),
-}
 # Half precision or not -> allowed difference in units of the largest logit, if that is above 1.
 TOLERANCE: Final = {False: 1e-4, True: 3e-2}
 # Longest side of the image that is traced, where the network can be exported for any size.
@@ -100,11 +91,6 @@ class ExportResult:
         return sum(file.stat().st_size for file in files)
 
 
-def missing_packages(file_format: str) -> tuple[str, ...]:
-    """Return the packages that a format needs and that are not installed."""
-    return tuple(name for name in FORMATS[file_format][1] if not installed(name))
-
-
 def export(
     bundle: str | Path | Bundle,
     file_format: str,
@@ -150,8 +136,8 @@ def export(
         form = _half(network) if half else network
         written = Path(folder, target.name)
         try:
-            free = _WRITERS[file_format](form, shapes, written, _notes(found, config), half)
-            run = _READERS[file_format](written)
+            free = WRITERS[file_format](form, shapes, written, _notes(found, config), half)
+            run = READERS[file_format](written)
             differences = tuple(_compared(network, run, shape) for shape in _inputs(shapes, free))
         except MedsegError:
             raise
@@ -192,7 +178,7 @@ def _checked(bundle: Bundle, file_format: str, target: Path, *, random: bool, tr
     return {**configs["inference.json"], "bundle_root": str(bundle.root)}
 
 
-def _built(bundle: Bundle, config: Config, *, random: bool) -> tuple[nn.Module, _Shapes]:
+def _built(bundle: Bundle, config: Config, *, random: bool) -> tuple[nn.Module, Shapes]:
     try:
         network = _network(bundle, config, random=random)
         return network, _shapes(network, bundle, config)
@@ -219,16 +205,7 @@ def _network(bundle: Bundle, config: Config, *, random: bool) -> nn.Module:
     return network.eval()
 
 
-@dataclass(frozen=True)
-class _Shapes:
-    """Inputs that the network takes: the one to trace, another one, and the bundle's own window."""
-
-    example: tuple[int, ...]
-    other: tuple[int, ...]
-    window: tuple[int, ...]
-
-
-def _shapes(network: nn.Module, bundle: Bundle, config: Config) -> _Shapes:
+def _shapes(network: nn.Module, bundle: Bundle, config: Config) -> Shapes:
     """Find inputs of two sizes, small ones if the network takes them."""
     image = bundle.metadata["network_data_format"]["inputs"]["image"]
     channels, listed = image["num_channels"], config.get("roi_size", image["spatial_shape"])
@@ -240,7 +217,7 @@ def _shapes(network: nn.Module, bundle: Bundle, config: Config) -> _Shapes:
         if _takes(network, (2, channels, *start)):
             others = [[n + c for n, c in zip(start, change, strict=False)] for change in changes]
             fits = next((o for o in others if _takes(network, (1, channels, *o))), start)
-            return _Shapes((2, channels, *start), (1, channels, *fits), (1, channels, *window))
+            return Shapes((2, channels, *start), (1, channels, *fits), (1, channels, *window))
     raise RequestError(f"{type(network).__name__} of bundle '{bundle.name}' takes no image of {window} voxels")
 
 
@@ -297,129 +274,10 @@ def _notes(bundle: Bundle, config: Config) -> dict[str, str]:
     return {name: json.dumps(content) for name, content in texts.items()}
 
 
-# Writers: each returns which axes of the input are free
-
-
-def _write_ts(network: nn.Module, shapes: _Shapes, path: Path, notes: Mapping[str, str], half: bool) -> str:
-    """Script, which follows the code for every size. The notes lie where MONAI looks for them."""
-    import torch
-
-    scripted = torch.jit.script(network)
-    torch.jit.save(scripted, str(path), _extra_files=dict(notes))
-    return "batch and size"
-
-
-def _write_pt2(network: nn.Module, shapes: _Shapes, path: Path, notes: Mapping[str, str], half: bool) -> str:
-    import torch
-
-    program, free = _program(network, shapes)
-    torch.export.save(program, path, extra_files=dict(notes))
-    return free
-
-
-def _write_onnx(network: nn.Module, shapes: _Shapes, path: Path, notes: Mapping[str, str], half: bool) -> str:
-    import torch
-
-    program, free = _program(network, shapes)
-    names: dict[str, Any] = {"input_names": ["image"], "output_names": ["pred"]}
-    exported: Any = torch.onnx.export(program, dynamo=True, verbose=False, **names)
-    for node in exported.model.graph:
-        # Where each line of Python stood on this machine
-        node.metadata_props.clear()
-    exported.model.metadata_props.update(notes)
-    exported.save(path)
-    return free
-
-
-def _write_openvino(network: nn.Module, shapes: _Shapes, path: Path, notes: Mapping[str, str], half: bool) -> str:
-    from medseg.inferers.engines import load_openvino, without_reports
-    from medseg.inferers.faster_layers import with_exact_norms
-
-    openvino = load_openvino()
-    # Instances are normalized as in the back end of that name, which see
-    program, free = _program(with_exact_norms(network), shapes)
-    with without_reports():
-        model = openvino.convert_model(program)
-    for name, text in notes.items():
-        model.set_rt_info(text, ["medseg", name.removesuffix(".json")])
-    openvino.save_model(model, path, compress_to_fp16=False)
-    return free
-
-
-def _program(network: nn.Module, shapes: _Shapes) -> tuple[torch.export.ExportedProgram, str]:
-    """Export for any batch and any size; where the network is bound to its size, for any batch; else as it is."""
-    import torch
-
-    ways: dict[str, Iterable[int]] = {"batch and size": range(len(shapes.example)), "batch": (0,), "": ()}
-    for free, axes in ways.items():
-        example = torch.zeros(shapes.example if free == "batch and size" else (2 if free else 1, *shapes.window[1:]))
-        dims = {axis: torch.export.Dim.DYNAMIC for axis in axes if axis != 1}
-        try:
-            with torch.no_grad():
-                return torch.export.export(network, (example,), dynamic_shapes=(dims,)), free
-        except Exception as error:
-            if not free:
-                raise
-            logging.getLogger(__name__).info("not for any %s: %s", free, in_a_line(error))
-    raise AssertionError
-
-
-_WRITERS: Final[dict[str, Callable[[nn.Module, _Shapes, Path, Mapping[str, str], bool], str]]] = {
-    "ts": _write_ts,
-    "onnx": _write_onnx,
-    "pt2": _write_pt2,
-    "openvino": _write_openvino,
-}
-
-
-# Readers
-
-
-def _read_ts(path: Path) -> Run:
-    import torch
-
-    network: Any = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
-    return lambda x: network(x)
-
-
-def _read_pt2(path: Path) -> Run:
-    import torch
-
-    module = torch.export.load(path).module()
-    return lambda x: module(x)
-
-
-def _read_onnx(path: Path) -> Run:
-    import torch
-
-    runtime = require("onnxruntime", "Format onnx")
-    options = runtime.SessionOptions()
-    options.log_severity_level = 3
-    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return lambda x: torch.from_numpy(session.run(["pred"], {"image": x.numpy()})[0])
-
-
-def _read_openvino(path: Path) -> Run:
-    import torch
-
-    from medseg.inferers.engines import openvino_core
-
-    compiled = openvino_core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    return lambda x: torch.from_numpy(compiled(x.numpy())[0].copy())
-
-
-_READERS: Final[dict[str, Callable[[Path], Run]]] = {
-    "ts": _read_ts,
-    "onnx": _read_onnx,
-    "pt2": _read_pt2,
-    "openvino": _read_openvino,
-}
-
-
 # The comparison
 
 
-def _inputs(shapes: _Shapes, free: str) -> Sequence[tuple[int, ...]]:
+def _inputs(shapes: Shapes, free: str) -> Sequence[tuple[int, ...]]:
     """Return the shapes to compare on: two sizes where they are free, else two of what is."""
     if free == "batch and size":
         return shapes.example, shapes.other

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Final
 from medseg.bundle.catalog import Bundle
 from medseg.files import load_json, sha256_file
 from medseg.jobs import api
-from medseg.tools.export import FORMATS, export, missing_packages
+from medseg.tools.export import export
+from medseg.tools.export_formats import FORMATS, missing_packages
 from medseg.tools.samples import write_samples
 
 if TYPE_CHECKING:

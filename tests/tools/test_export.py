@@ -20,7 +20,9 @@ from medseg.errors import BundleError, RequestError, UntrustedBundleError, Weigh
 from medseg.inferers.engines import openvino_core
 from medseg.networks import NETWORKS, small
 from medseg.tools import export as exporting
-from medseg.tools.export import FORMATS, ExportResult, export
+from medseg.tools import export_formats as formats
+from medseg.tools.export import ExportResult, export
+from medseg.tools.export_formats import FORMATS
 from tests.networks.forms import tiny_options
 
 NAMES = list(NETWORKS)
@@ -92,7 +94,7 @@ def test_the_file_gives_the_logits_of_the_bundle_at_any_size(
     target = done.path
     assert done.free == "batch and size"
     assert len({one.shape for one in done.differences}) == 2
-    run = exporting._READERS[file_format](target)
+    run = formats.READERS[file_format](target)
     for shape in ((1, 1, 16, 24, 24), (3, 1, 21, 32, 17)):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(5))
         with torch.no_grad():
@@ -127,9 +129,9 @@ def test_every_network_is_exported_to_every_format(
             programs[name, dims] = real(*arguments)
         return programs[name, dims]
 
-    real, openvino = exporting._program, file_format == "openvino"
+    real, openvino = formats._program, file_format == "openvino"
     if not openvino:  # which is given a network with other norms
-        monkeypatch.setattr(exporting, "_program", once)
+        monkeypatch.setattr(formats, "_program", once)
     bundle = make_bundle(_source(tiny_source, name, dims, **({"norm": small(name, dims)["norm"]} if openvino else {})))
     done = export(bundle, file_format, _target(tmp_path, file_format), random=True)
     assert done.free == "batch and size"
@@ -196,7 +198,7 @@ def test_half_precision_makes_a_smaller_file_with_nearly_the_same_logits(
     whole = exported(file_format)
     done = export(trained, file_format, _target(tmp_path, file_format), half=True)
     for each in (whole, done):
-        run = exporting._READERS[file_format](each.path)
+        run = formats.READERS[file_format](each.path)
         with torch.no_grad():
             assert run(torch.zeros(1, 1, 16, 24, 24)).dtype == torch.float32
     assert done.path.stat().st_size < whole.path.stat().st_size
@@ -214,8 +216,8 @@ def test_a_network_that_differs_is_not_written(
         run = real(path)
         return lambda x: run(x) + 0.01
 
-    real = exporting._READERS["ts"]
-    monkeypatch.setitem(exporting._READERS, "ts", wrong)
+    real = formats.READERS["ts"]
+    monkeypatch.setitem(formats.READERS, "ts", wrong)
     target = tmp_path / "n.ts"
     target.write_text("before")
     with pytest.raises(RequestError, match=r"was not written.*differ.*1\.0e-02"):
@@ -230,7 +232,7 @@ def test_a_network_that_gives_no_numbers_is_not_written(
     trained: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(
-        exporting._READERS, "ts", lambda path: lambda x: torch.full((*x.shape[:1], 3, *x.shape[2:]), np.nan)
+        formats.READERS, "ts", lambda path: lambda x: torch.full((*x.shape[:1], 3, *x.shape[2:]), np.nan)
     )
     with pytest.raises(RequestError, match="was not written"):
         export(trained, "ts", tmp_path / "n.ts", tolerance=1e9)
@@ -243,7 +245,7 @@ def test_a_network_that_cannot_be_exported_gives_one_message_and_no_file(
     def broken(*arguments: Any) -> str:
         raise ValueError("no such operator\nand a long story")
 
-    monkeypatch.setitem(exporting._WRITERS, "onnx", broken)
+    monkeypatch.setitem(formats.WRITERS, "onnx", broken)
     monkeypatch.setattr(exporting, "missing_packages", lambda name: ())
     with pytest.raises(
         RequestError, match=r"UNet of bundle 'balls_mri_unet' cannot be exported as onnx.*no such"
