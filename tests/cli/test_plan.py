@@ -82,7 +82,7 @@ def test_a_second_plan_needs_a_word_and_reuses_what_was_seen(medseg: Any, data: 
         (["--budget", "30m", "--no-measure"], "--budget needs"),
         (["--dims", "2"], "medseg does not do"),
         (["--set", "learning_rat=1", "--no-measure"], "did you mean 'learning_rate'"),
-        (["--name", "Bad Name", "--no-measure"], "should read <target>_<modality>_<network>"),
+        (["--name", "Bad Name", "--no-measure"], "expected a name of the form <target>_<modality>_<network>"),
         (["--memory", "200M", "--no-measure"], "No plan fits into 200 MiB"),
     ],
 )

@@ -37,9 +37,11 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path, read):
         read(tmp_path / "a.nii.gz")
 
 
-def test_arrays_are_no_paths():
-    with pytest.raises(RequestError, match="ndarray"):
+def test_an_array_without_a_geometry_and_other_objects_are_refused():
+    with pytest.raises(RequestError, match="needs its affine"):
         load(np.zeros(3))
+    with pytest.raises(RequestError, match="no image in a dict"):
+        load({"image": "a.nii.gz"})
 
 
 @pytest.mark.parametrize(

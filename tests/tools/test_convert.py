@@ -258,7 +258,7 @@ def test_requests_that_cannot_be_leave_nothing(like: Any, tmp_path: Path) -> Non
         (path, "unet-port", new, {}, "--like BUNDLE"),
         (path, "unet-port", tmp_path / "full", {"like": fits}, "holds no bundle.json"),
         (path, "unet-port", fits, {"like": fits}, "leave out --like"),
-        (path, "unet-port", tmp_path / "unnamed", {"like": fits}, "should read <target>_<modality>_<network>"),
+        (path, "unet-port", tmp_path / "unnamed", {"like": fits}, "expected a name of the form <target>_<modality>_<network>"),
         (path, "unet-port", new, {"like": like(2, 1, 2).root}, "in_channels=3, but .* lists 1 channels"),
         (path, "unet-port", new, {"like": like(2, 3, 3).root}, "out_channels=2, but .* lists 3 labels"),
         (path, "unet-port", new, {"like": like(3, 3, 2).root}, "2D network, but .* 3D images"),

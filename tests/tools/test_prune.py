@@ -262,7 +262,7 @@ def test_configs_of_a_wrong_form_are_refused(
 
 
 def test_a_network_without_levels_is_refused(trained: Bundle, tiny_data: Path) -> None:
-    with pytest.raises(RequestError, match=r"medseg\.networks\.UNet, which cannot be pruned"):
+    with pytest.raises(RequestError, match=r"medseg\.components\.UNet, which cannot be pruned"):
         prune(trained.root, tiny_data)
 
 
