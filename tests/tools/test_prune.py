@@ -343,6 +343,7 @@ def test_the_command_prints_the_table_and_writes_json(
 ) -> None:
     _selecting("L2", monkeypatch)
     target, table = tmp_path / "balls_mri_pruned", tmp_path / "tables" / "levels.json"
+    table.parent.mkdir()
     options = ("--data", tiny_data, "--select", "0.01", "-o", target, "--json", table)
     code, out, _ = command("prune", full.root, *options)
     assert code == 0
