@@ -1,7 +1,8 @@
-"""Draw the pictures of the model gallery: `python docs/gallery.py FOLDER`, with the data sets of the model cards in it.
+"""Draw the pictures of the model gallery: `python docs/gallery.py FOLDER [BUNDLE...]`.
 
-Each shipped bundle with weights predicts one validation case of its data set, whose license allows the picture. The
-reference label is drawn as a dashed line. `docs/assets/models/credits.json` names source and license of each image.
+The folder holds the data sets of the model cards. Each shipped bundle with weights predicts one validation case, whose
+license allows the picture, and the reference label is drawn as a dashed line where it does not hide the mask.
+`docs/assets/models/credits.json` names source and license of each image.
 """
 
 from __future__ import annotations
@@ -24,11 +25,14 @@ WIDTH = 720
 def main() -> None:
     """Draw every picture that `credits.json` lists."""
     data = Path(sys.argv[1])
-    for name, credit in json.loads((PICTURES / "credits.json").read_text(encoding="utf-8")).items():
-        draw(name, data / credit["data_set"], credit["case"])
+    credits = json.loads((PICTURES / "credits.json").read_text(encoding="utf-8"))
+    for name, credit in credits.items():
+        if sys.argv[2:] and name not in sys.argv[2:]:
+            continue
+        draw(name, data / credit["data_set"], credit["case"], reference=credit.get("reference", True))
 
 
-def draw(name: str, data: Path, case: str) -> None:
+def draw(name: str, data: Path, case: str, *, reference: bool) -> None:
     """Predict one case of a data set and save the overlay, reduced to the width of the page."""
     (image,), (label,) = (sorted(data.glob(f"{part}*/{case}.*"))[:1] for part in ("images", "labels"))
     bundle = find_bundle(name)
@@ -37,7 +41,7 @@ def draw(name: str, data: Path, case: str) -> None:
         (record,) = manifest.cases.values()
         mask = Path(folder) / str(record.output)
         picture = Path(folder) / "overlay.png"
-        write_overlay(image, mask, picture, truth_path=label, labels=bundle.label_names)
+        write_overlay(image, mask, picture, truth_path=label if reference else None, labels=bundle.label_names)
         drawn = Image.open(picture).convert("RGB")
         drawn.thumbnail((WIDTH, WIDTH))
         drawn.quantize(128).save(PICTURES / f"{name}.png", optimize=True)

@@ -119,8 +119,8 @@ def _first_line(command: Any) -> str:
 
 
 def _prose(text: str | None) -> str:
-    """Return a help text without the marks that only a terminal understands."""
-    return re.sub(r"\[/?[a-z ]*\]", "", (text or "").replace("\b\n", "")).strip()
+    """Return a help text without the markup that only a terminal understands."""
+    return re.sub(r"\[/?(?:bold|dim|italic|green|red)[a-z ]*\]|\[/\]", "", (text or "").replace("\b\n", "")).strip()
 
 
 def _command_page(name: str, command: Any) -> str:
@@ -128,7 +128,7 @@ def _command_page(name: str, command: Any) -> str:
     usage = " ".join(command.collect_usage_pieces(context))
     lines = [f"# {name}", "", _prose(command.help), "", "```text", f"{name} {usage}", "```", ""]
     if examples := [line for line in _prose(command.epilog).splitlines() if line.startswith("medseg ")]:
-        lines += ["## Examples", "", "```text", *examples, "```", ""]
+        lines += ["```text", *examples, "```", ""]
     for title, kind in (("Arguments", "argument"), ("Options", "option")):
         chosen = [one for one in command.params if one.param_type_name == kind and not getattr(one, "hidden", False)]
         if chosen:
@@ -288,7 +288,8 @@ def _credit(name: str) -> str:
         return "A generated phantom: mask of the network, reference label dashed."
     one = CREDITS[name]
     image = f"Image: {one['source']}, {one['license']}; this picture is under the same license."
-    return f"Validation case {one['case']}: mask of the network, reference label dashed. {image}"
+    reference = "" if one.get("reference") is False else ", reference label dashed"
+    return f"Validation case {one['case']}: mask of the network{reference}. {image}"
 
 
 def _facts(bundle: Bundle) -> list[str]:

@@ -80,7 +80,7 @@ def medseg_commands(page: Path) -> Iterator[tuple[str, list[str], bool]]:
     found = blocks(page)
     for block in found:
         for line in block.commands if block.language in ("bash", "") else ():
-            if line.startswith("medseg "):
+            if re.match(r"(\S*/)?medseg ", line):
                 yield f"{block}: {line}", shlex.split(line, comments=True)[1:], True
     text = _BLOCK.sub("", page.read_text(encoding="utf-8"))
     for inline in _INLINE.finditer(text):
