@@ -51,7 +51,7 @@ def test_a_note_survives_its_file(tmp_path: Path) -> None:
     (tmp_path / "torn.json").write_text('{"time": 1')
     assert Note.read(tmp_path / "torn.json") is None
     assert (note.kind, note.message, note.exit_code) == ("RuntimeError", "applying transform to 2 entries", 0)
-    assert note.place.startswith("test_deaths.py:")
+    assert note.place.startswith("test_exit_diagnosis.py:")
 
 
 @pytest.mark.parametrize(("kind", "code"), [(RequestError, 2), (CaseError, 1)])

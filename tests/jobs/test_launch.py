@@ -22,7 +22,7 @@ _START = "import os, signal, sys, time; rank = int(os.environ['RANK'])"
 _WORK = """
 import os, time
 from medseg.jobs import worker
-def work(job, progress):
+def work(job, exchange):
     rank = int(os.environ["RANK"])
     {body}
 worker._work = work
@@ -149,7 +149,7 @@ def test_progress_of_the_first_process_is_passed_on_and_its_record_read(
     print("noise of a library")
     if rank == 0:
         for step in (1, 2):
-            progress.open("a").write(f'[{{step / 2}}, 1, "loss {{step}}"]\\n')
+            (exchange / worker.PROGRESS).open("a").write(f'[{{step / 2}}, 1, "loss {{step}}"]\\n')
         with Manifest("train", path=__import__("pathlib").Path({str(folder / "manifest.json")!r})) as manifest:
             manifest.notes = [os.environ["WORLD_SIZE"], os.environ["OMP_NUM_THREADS"]]
     """
