@@ -48,7 +48,7 @@ def progress(unit: str) -> Iterator[Report]:
             try:
                 yield _Bar(bar, unit)
             except BaseException:
-                bar.live.transient = True  # the error alone stays
+                bar.live.transient = True  # only the error stays
                 raise
     else:
         lines = _Lines(unit)
@@ -110,7 +110,7 @@ class _Display(Progress):
 
 def _display() -> Progress:
     columns = (TaskProgressColumn(), TextColumn("{task.fields[count]}", markup=False), _TimesColumn())
-    return _Display(BarColumn(_BAR_WIDTH), *columns, console=stderr)
+    return _Display(BarColumn(_BAR_WIDTH), *columns, console=stderr, transient=True)
 
 
 class _Bar:
@@ -124,6 +124,7 @@ class _Bar:
         bar.refresh()  # the import of torch may hold up the thread that does so
 
     def __call__(self, done: float, total: int, note: str) -> None:
+        self.bar.live.transient = False
         self.times.update(done, total)
         count = f"{int(done)}/{total} {self.unit}".rstrip()
         self.bar.update(self.task, completed=done, total=total, description=visible(note), count=count)

@@ -115,14 +115,17 @@ def test_quiet_prints_no_progress(clock: list[float], capsys: pytest.CaptureFixt
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_terminal_of_80_columns_shows_everything(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal of 80 columns."""
     console.reset()
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(console.stderr, "_force_terminal", True)
     monkeypatch.setattr(console.stderr, "is_interactive", True)
     monkeypatch.setattr(console.stderr, "_width", 80)
+
+
+def test_a_terminal_of_80_columns_shows_everything(terminal: None, capsys: pytest.CaptureFixture[str]) -> None:
     note = "a_long_name_of_a_case_" * 5
     with progress("images") as report:
         assert "loading ..." in capsys.readouterr().err
@@ -130,3 +133,18 @@ def test_a_terminal_of_80_columns_shows_everything(
     shown = capsys.readouterr().err
     assert "25% 3/12 images elapsed 0:00" in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown)
     assert note in "".join(shown.split("\n"))
+    assert not shown.endswith(ERASED)
+
+
+# How rich takes a line away: up, and cleared to its end.
+ERASED = "\x1b[1A\x1b[2K"
+
+
+def test_a_terminal_keeps_no_bar_that_says_nothing(terminal: None, capsys: pytest.CaptureFixture[str]) -> None:
+    with progress(""):
+        pass
+    assert capsys.readouterr().err.endswith(ERASED)
+    with pytest.raises(ValueError, match="fault"), progress("images") as report:
+        report(3.0, 12, "a.nii")
+        raise ValueError("fault")
+    assert capsys.readouterr().err.endswith(ERASED)
