@@ -27,6 +27,7 @@ __all__ = ["Exit", "run_together"]
 
 _POLL: Final = 0.1
 _STOP: Final = 10
+_KILL: Final = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows has none
 # The signals that torch's context takes over when it starts.
 _SIGNALS: Final = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
 _LOGGER: Final = "torch.distributed.elastic.multiprocessing"
@@ -82,7 +83,7 @@ def run_together(
             context.close(timeout=_STOP)
             _sweep(context)
     codes = {rank: handler.proc.poll() for rank, handler in context.subprocess_handlers.items()}
-    return [Exit(rank, -signal.SIGKILL if code is None else code, rank in running) for rank, code in codes.items()]
+    return [Exit(rank, -_KILL if code is None else code, rank in running) for rank, code in codes.items()]
 
 
 class _InheritedStreams(LogsSpecs):
@@ -119,7 +120,7 @@ def _sweep(context: SubprocessContext) -> None:
         for handler in context.subprocess_handlers.values():
             if handler.proc.poll():
                 with suppress(OSError):
-                    os.killpg(handler.proc.pid, signal.SIGKILL)
+                    os.killpg(handler.proc.pid, _KILL)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing.context
 import os
 import signal
 import time
@@ -62,6 +63,17 @@ def test_batches_do_not_depend_on_the_number_of_workers(workers: int) -> None:
     expected = _images(alone, 3)
     assert [len(epoch) for epoch in expected] == [3, 3, 3]
     assert _equal(_images(loader, 3), expected)
+    loader.close()
+
+
+def test_workers_that_are_spawned_make_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As on macOS and Windows: nothing is handed down by a fork.
+    monkeypatch.setattr(
+        multiprocessing.context._default_context, "_actual_context", multiprocessing.get_context("spawn")
+    )
+    loader = _loader(1)
+    assert _equal(_images(loader, 2), _images(_loader(), 2))
+    assert all("spawn" in type(worker._popen).__module__ for worker in loader._stream._workers)
     loader.close()
 
 
