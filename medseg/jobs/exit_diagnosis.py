@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from medseg.errors import CaseError, MedsegError, RequestError, links, own_error
+from medseg.errors import MedsegError, error_from_json, links, own_error
 
 __all__ = ["Note", "case_of", "describe_exit", "explain", "memory_kills", "note_of"]
 
@@ -58,8 +58,8 @@ _CONNECTION: Final = re.compile(
     r"[Cc]onnection (?:closed|reset|refused)|gloo[/\\]transport|Broken pipe|DistBackendError|DistNetworkError|"
     r"Socket Timeout|ncclRemoteError|recvValue failed|remote process exited"
 )
-# How MONAI begins when a part of a config fails, the one that runs the training among them.
-_OF_A_PART: Final = "Failed to instantiate component"
+# Where MONAI builds the parts of a config, and runs the one that runs the training.
+_INSTANTIATES: Final = "monai.utils.module"
 _SHOWN: Final = 400
 _MEMORY_EVENTS: Final = (Path("/sys/fs/cgroup/memory.events"), Path("/sys/fs/cgroup/memory/memory.oom_control"))
 
@@ -74,7 +74,7 @@ class Note:
         message: what it says, shortened.
         place: file and line where it was raised.
         case: name of the case that was worked on; empty if none is known.
-        exit_code: of an error of ours, which speaks for itself; 0 of any other.
+        own: An error of ours as JSON values, which speaks for itself; None for any other.
         connection: whether it only tells that another process is gone.
     """
 
@@ -83,8 +83,13 @@ class Note:
     message: str
     place: str
     case: str
-    exit_code: int
+    own: dict[str, Any] | None
     connection: bool
+
+    @property
+    def exit_code(self) -> int:
+        """What the command line returns for an error of ours; 0 for any other."""
+        return error_from_json(self.own).exit_code if self.own else 0
 
     def write(self, path: Path) -> None:
         """Write it as JSON."""
@@ -106,8 +111,7 @@ class Note:
 
     def error(self) -> MedsegError:
         """Return an error of ours as it was, without what it was raised in."""
-        kind = RequestError if self.exit_code == RequestError.exit_code else CaseError
-        return kind(self.message)
+        return error_from_json(self.own) if self.own else MedsegError(self.message)
 
 
 def note_of(error: BaseException) -> Note:
@@ -123,16 +127,22 @@ def note_of(error: BaseException) -> Note:
         message=message if own else message[:_SHOWN],
         place=place,
         case=case_of(error),
-        exit_code=own.exit_code if own else 0,
+        own=own.to_json() if own else None,
         connection=own is None and bool(_CONNECTION.search(f"{type(shown).__name__}: {shown}")),
     )
 
 
 def _unwrapped(error: BaseException) -> BaseException:
     """Return what went wrong within a part of a config, of which MONAI's own error only says which part it was."""
-    while error.__cause__ is not None and str(error).startswith(_OF_A_PART):
+    while error.__cause__ is not None and _module_of(error) == _INSTANTIATES:
         error = error.__cause__
     return error
+
+
+def _module_of(error: BaseException) -> str:
+    """Return the module that raised an error; empty if it was not raised."""
+    *_, frame = (None, *(frame for frame, _ in traceback.walk_tb(error.__traceback__)))
+    return "" if frame is None else str(frame.f_globals.get("__name__", ""))
 
 
 def case_of(error: BaseException) -> str:

@@ -54,6 +54,15 @@ def test_a_note_survives_its_file(tmp_path: Path) -> None:
     assert note.place.startswith("test_exit_diagnosis.py:")
 
 
+def test_what_fails_within_a_part_of_a_config_is_told_without_monais_wrapper() -> None:
+    from monai.bundle import ConfigParser
+
+    parser = ConfigParser({"part": {"_target_": "datetime.timedelta", "days": "many"}})
+    note = note_of(_raised(lambda: parser.get_parsed_content("part")))
+    assert note.kind == "TypeError"
+    assert "timedelta" in note.message
+
+
 @pytest.mark.parametrize(("kind", "code"), [(RequestError, 2), (CaseError, 1)])
 def test_an_error_of_ours_speaks_for_itself_even_when_wrapped(kind: Any, code: int) -> None:
     def wrap() -> None:
@@ -64,6 +73,7 @@ def test_an_error_of_ours_speaks_for_itself_even_when_wrapped(kind: Any, code: i
 
     note = note_of(_raised(wrap))
     assert (note.message, note.exit_code) == ("the file is empty", code)
+    assert type(note.error()) is kind
     raised = explain(_raised(wrap))
     assert isinstance(raised, kind)
     assert str(raised) == "the file is empty"
