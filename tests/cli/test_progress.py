@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 
 import pytest
 
@@ -144,7 +145,13 @@ def test_a_terminal_keeps_no_bar_that_says_nothing(terminal: None, capsys: pytes
     with progress(""):
         pass
     assert capsys.readouterr().err.endswith(ERASED)
-    with pytest.raises(ValueError, match="fault"), progress("images") as report:
+
+
+def test_a_terminal_keeps_the_error_alone(terminal: None, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(report: Callable[..., None]) -> None:
         report(3.0, 12, "a.nii")
         raise ValueError("fault")
+
+    with pytest.raises(ValueError, match="fault"), progress("images") as report:
+        fail(report)
     assert capsys.readouterr().err.endswith(ERASED)
