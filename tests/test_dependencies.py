@@ -124,6 +124,12 @@ def test_the_extras_are_those_of_the_project() -> None:
     assert set(extras.EXTRAS) == set(OPTIONAL) - FOR_DEVELOPERS
 
 
+def test_the_readme_lists_the_extras() -> None:
+    rows = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
+    listed = {name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+    assert set(OPTIONAL) <= listed
+
+
 @pytest.mark.parametrize("extra", sorted(extras.EXTRAS))
 def test_an_extra_lists_what_its_modules_are_installed_by(extra: str) -> None:
     required = {normalized(line) for line in OPTIONAL[extra]}
