@@ -75,7 +75,7 @@ class PredictionPictures:
             self.log.picture(f"prediction/{name}", np.asarray(drawing.convert("RGB")), epoch)
         except Exception as error:
             text = f"overlay of epoch {epoch} skipped: {type(error).__name__}: {error}"
-            warn(logger, "figure-failed", text, run=True)
+            warn(logger, "overlay-skipped", text, run=True)
 
 
 def _folder_name(case: str) -> str:

@@ -27,7 +27,7 @@ from monai.transforms import (
 
 from medseg.errors import CaseError, GeometryError, OutputError, RequestError
 from medseg.notices import collect, warn
-from medseg.training.cache import memory_bound, size_of, strip_metadata
+from medseg.training.cache import DiskCache, memory_bound, size_of, strip_metadata
 from medseg.training.dataset import SeededDataset
 
 CASES = [{"image": f"/somewhere/{name}.nii.gz", "name": f"{name}.nii.gz"} for name in "abcdef"]
@@ -174,7 +174,7 @@ class Warns(Transform):
     """Warns of a case and of the run."""
 
     def __call__(self, case: dict[str, Any]) -> dict[str, Any]:
-        warn(logging.getLogger("medseg.test"), "identity-affine", "warned of", case["image"])
+        warn(logging.getLogger("medseg.test"), "identity-affine", "warned of", case["name"])
         return case
 
 
@@ -195,19 +195,17 @@ def test_what_preparing_a_case_warned_of_is_said_again_when_it_comes_from_the_ca
 def test_a_damaged_cache_and_a_full_disk_are_warnings_about_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, assert_warns: Any
 ) -> None:
-    options = {"cache_memory": "0", "disk_cache": True, "cache_dir": str(tmp_path / "cache")}
+    cache = DiskCache(tmp_path, [])
 
     def load_damaged() -> None:
-        _ = SeededDataset(CASES[:1], steps, **options)[0, 0]
-        (kept,) = (tmp_path / "cache").iterdir()
+        cache.save(CASES[0], {"image": torch.zeros(1000)})
+        (kept,) = tmp_path.glob("*.pt")
         kept.write_bytes(kept.read_bytes()[:50])
-        _ = SeededDataset(CASES[:1], steps, **options)[0, 0]
+        assert cache.load(CASES[0]) is None
 
-    steps = Compose([Load(), RandFlipd("image", prob=0.5)])
     assert_warns(load_damaged, "cache-damaged", run=True)
-    steps = Compose([Load(), Identity(), RandFlipd("image", prob=0.5)])
     monkeypatch.setattr("medseg.training.cache.replacing", _full_disk)
-    assert_warns(lambda: SeededDataset(CASES[:1], steps, **options)[0, 0], "cache-not-written", run=True)
+    assert_warns(lambda: cache.save(CASES[0], {"image": torch.zeros(1)}), "cache-not-written", run=True)
 
 
 def _full_disk(path: Path) -> None:

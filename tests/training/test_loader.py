@@ -82,7 +82,7 @@ class Warns(Transform):
 
     def __call__(self, case: dict[str, Any]) -> dict[str, Any]:
         if case["name"] == "d.png":
-            warn(logging.getLogger("medseg.test"), "identity-affine", f"process {os.getpid()}", case["image"])
+            warn(logging.getLogger("medseg.test"), "identity-affine", f"process {os.getpid()}", case["name"])
         return case
 
 

@@ -237,7 +237,7 @@ def test_what_reaches_beyond_the_image_is_clipped_with_a_warning(
     path = edited(structures, lambda dataset: move(dataset, along(source, 0, 3)))
     found, _ = read_rtstruct(path, like=source.folder, labels={"liver": 1})
     assert np.array_equal(found[3:], random_mask(found.shape)[:-3] == 2)
-    assert "rs.dcm: region 'liver' reaches 3.0 voxels beyond the image" in caplog.text
+    assert "edited.dcm: region 'liver' reaches 3.0 voxels beyond the image" in caplog.text
     assert_warns(lambda: read_rtstruct(path, like=source.folder, labels={"liver": 1}), "contour-clipped")
 
 
