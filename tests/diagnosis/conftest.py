@@ -94,3 +94,27 @@ def write_dicom(folder: Path, values: NDArray[np.int16], *, patient: str = "Secr
 @pytest.fixture(scope="session")
 def dicom() -> Callable[..., Path]:
     return write_dicom
+
+
+def kinds(report: Any, *severities: str) -> set[str]:
+    return {item.kind for item in report.findings if item.severity in (severities or ("error", "warning", "note"))}
+
+
+def one(report: Any, kind: str) -> Any:
+    found = [item for item in report.findings if item.kind == kind]
+    assert len(found) == 1, report.findings
+    return found[0]
+
+
+def image(root: Path, number: int = 0) -> Path:
+    return root / "imagesTr" / f"case{number}.nii.gz"
+
+
+def label(root: Path, number: int = 0) -> Path:
+    return root / "labelsTr" / f"case{number}.nii.gz"
+
+
+def edit_listing(root: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    content = json.loads((root / "dataset.json").read_text())
+    change(content)
+    (root / "dataset.json").write_text(json.dumps(content))
