@@ -9,6 +9,7 @@ import ctypes
 import os
 import platform
 import re
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ __all__ = [
 
 _UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _PROC: Final = Path("/proc")
+_PS: Final = "/bin/ps"
 # Limit and usage, of control groups version 2 and 1.
 _CONTAINER_FILES: Final = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -62,7 +64,7 @@ def available_bytes() -> int:
 
 def resident_bytes() -> int:
     """Return the memory of this process now; 0 where the system does not report it."""
-    return _status("VmRSS")
+    return _status("VmRSS") or _listed_bytes()
 
 
 def peak_bytes() -> int:
@@ -114,6 +116,14 @@ def _lines(path: Path) -> list[str]:
 def _status(field: str) -> int:
     found = (line.split() for line in _lines(_PROC / "self" / "status") if line.startswith(field))
     return next((int(words[1]) * 1024 for words in found), 0)
+
+
+def _listed_bytes() -> int:
+    """Return the memory of this process as the command `ps` lists it, as on macOS; 0 without `ps`."""
+    command = [_PS, "-o", "rss=", "-p", str(os.getpid())]
+    with suppress(OSError, ValueError, subprocess.SubprocessError):
+        return int(subprocess.run(command, capture_output=True, timeout=5, check=True).stdout) * 1024  # noqa: S603
+    return 0
 
 
 def _machine_bytes() -> int | None:

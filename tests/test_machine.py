@@ -26,6 +26,7 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         return real(name, *args, **options)
 
     monkeypatch.setattr(machine, "_PROC", tmp_path / "no_proc")
+    monkeypatch.setattr(machine, "_PS", str(tmp_path / "no_ps"))
     monkeypatch.setattr(machine, "_CONTAINER_FILES", ())
     monkeypatch.setattr(builtins, "__import__", refuse)
     monkeypatch.delitem(sys.modules, "resource", raising=False)
@@ -50,6 +51,14 @@ def test_the_peak_is_in_bytes_on_each_system(
     monkeypatch.setattr(resource, "getrusage", lambda who: Usage)
     monkeypatch.setattr(machine.sys, "platform", system)
     assert machine.peak_bytes() == 1000 * factor
+
+
+def test_without_proc_the_memory_is_what_ps_lists(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if not Path(machine._PS).exists():
+        pytest.skip(f"needs {machine._PS}")
+    expected = machine.resident_bytes()
+    monkeypatch.setattr(machine, "_PROC", tmp_path)
+    assert machine.resident_bytes() == pytest.approx(expected, rel=0.2)
 
 
 def test_the_peak_counts_from_where_it_was_forgotten() -> None:
