@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -307,3 +308,52 @@ def test_slides_are_left_to_predict(predictor: Predictor, image: Path, monkeypat
     monkeypatch.setattr(module, "list_cases", lambda path: Slides)
     with pytest.raises(RequestError, match="whole-slide"):
         predictor(image)
+
+
+WINDOWS = {"_target_": "monai.inferers.SlidingWindowInferer", "roi_size": "@roi_size", "overlap": "@overlap"}
+MONAIS_STEPS = [
+    {"_target_": "monai.transforms.Activationsd", "keys": "pred", "softmax": True},
+    {
+        "_target_": "monai.transforms.Invertd",
+        "keys": "pred",
+        "transform": "@preprocessing",
+        "orig_keys": "image",
+        "nearest_interp": False,
+        "to_tensor": True,
+    },
+    {"_target_": "monai.transforms.AsDiscreted", "keys": "pred", "argmax": True},
+]
+
+
+@pytest.mark.parametrize("way", ["native inferer", "MONAI's transforms"])
+def test_other_inferers_give_labels_and_probabilities_too(
+    trained_copy: Bundle, image: Path, tmp_path: Path, way: str
+) -> None:
+    file = trained_copy.config_path("inference")
+    config = json.loads(file.read_text())
+    if way == "native inferer":
+        config["inferer"] = {"_target_": "medseg.components.NativeInferer", "inferer": WINDOWS}
+    else:
+        config["inferer"] = WINDOWS
+        config["postprocessing"]["transforms"][:0] = MONAIS_STEPS
+    file.write_text(json.dumps(config))
+    medseg.predict(trained_copy.root, image, tmp_path / "masks")
+    expected = labels_of(nib.load(tmp_path / "masks" / "scan.nii.gz"))
+    source = nib.load(image)
+    with Predictor(trained_copy.root) as predictor:
+        shares = predictor(np.asarray(source.dataobj), affine=source.affine, probabilities=True)
+        assert np.array_equal(predictor(image).numpy()[0], expected)
+    assert shares.shape == (*expected.shape, 3)
+    assert (shares.argmax(-1) != expected).mean() < 1e-3
+
+
+def test_a_workflow_without_probabilities_says_so(trained_copy: Bundle, image: Path) -> None:
+    file = trained_copy.config_path("inference")
+    config = json.loads(file.read_text())
+    config["inferer"] = WINDOWS
+    file.write_text(json.dumps(config))
+    with (
+        Predictor(trained_copy.root) as predictor,
+        pytest.raises(RequestError, match="no probabilities in native space"),
+    ):
+        predictor(image, probabilities=True)
