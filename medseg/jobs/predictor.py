@@ -46,7 +46,7 @@ class Predictor:
 
     Args:
         bundle: Folder of a bundle, or name of a shipped one; several form an ensemble.
-        trust: Fingerprint of a bundle that contains executable code, to trust it.
+        trust: SHA-256 of a bundle that contains executable code, to run it all the same.
         **settings: Settings of the bundle by name, such as `overlap`, `device_name` or `max_memory`.
 
     Attributes:

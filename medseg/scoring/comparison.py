@@ -103,27 +103,30 @@ class Comparison:
         return {**asdict(self), "best": self.standings[0].name, "verdict": self.verdict}
 
 
-def compare(places: Sequence[str | Path]) -> Comparison:
+def compare(runs: Sequence[str | Path]) -> Comparison:
     """Compare scored runs on the cases that they share.
 
     Args:
-        places: two or more, as `medseg.scoring.scores.read_scores` takes them.
+        runs: Two or more folders of cross-validations or evaluated bundles, or their manifests.
+
+    Returns:
+        The runs, best first, with the paired differences from the best and their confidence intervals.
 
     Raises:
-        RequestError: fewer than two, one without scores, or no cases that all have.
+        RequestError: Fewer than two runs, one without scores, or no cases that all have scored.
     """
-    if len(places) < 2:
-        raise RequestError("give two runs or more to compare")
-    runs = _named([read_scores(Path(place)) for place in places], places)
-    tables = {name: _by_case(scores) for name, scores in runs.items()}
+    if len(runs) < 2:
+        raise RequestError("give two runs or more to compare", found=len(runs), expected=2)
+    found = _named([read_scores(Path(place)) for place in runs], runs)
+    tables = {name: _by_case(scores) for name, scores in found.items()}
     everything = sorted({case for table in tables.values() for case in table})
     shared = [case for case in everything if all(case in table for table in tables.values())]
     if not shared:
         raise RequestError(
-            f"{', '.join(runs)} have no scored case in common: compare runs on the same data set and the same cases"
+            f"{', '.join(found)} have no scored case in common: compare runs on the same data set and the same cases"
         )
-    patients = _patients(runs.values())
-    standings = sorted((_standing(name, runs[name], table, shared) for name, table in tables.items()), key=_rank)
+    patients = _patients(found.values())
+    standings = sorted((_standing(name, found[name], table, shared) for name, table in tables.items()), key=_rank)
     groups = [patients.get(case, case) for case in shared]
     best = tables[standings[0].name]
     differences = tuple(

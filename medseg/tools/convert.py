@@ -73,25 +73,28 @@ def convert(
     reverse_channels: bool = False,
     overwrite: bool = False,
 ) -> Conversion:
-    """Put the weights of public code into a bundle.
+    """Convert the weights of an author's public code into a bundle.
 
-    One channel of logits, foreground by a sigmoid, gets a channel of zeros for the background where the bundle has two
-    labels: the softmax of both is that sigmoid.
+    A single sigmoid channel gets a background channel of zeros where the bundle has two labels: the softmax of both
+    equals the sigmoid.
 
     Args:
-        weights: `.npz` (arrays without pickles), or what `torch.save` wrote of a state dict.
-        source: whose code they come from, one of `SOURCE_NAMES`.
-        to: a bundle with a `bundle.json` of the same network, or a new folder, which needs `like`.
-        like: bundle whose template, channels, labels, blocks and knobs a new one takes over.
-        prefix: only tensors whose names start so are taken, without it.
-        settings: arguments of the network that tensors cannot tell.
-        reverse_channels: the code read pictures as blue, green, red, and the bundle reads red, green, blue.
-        overwrite: replace the weights that the bundle has.
+        weights: State dict as `.npz` (arrays without pickles) or written by `torch.save`.
+        source: Code that the weights come from, one of `SOURCE_NAMES`.
+        to: Bundle with a `bundle.json` of the same network, or a new folder, which needs `like`.
+        like: Bundle whose template, channels, labels, blocks and settings a new one takes over.
+        prefix: Prefix of the tensor names to take; it is removed.
+        settings: Arguments of the network that cannot be inferred from the tensors.
+        reverse_channels: Whether the code read images as blue, green, red where the bundle reads red, green, blue.
+        overwrite: Whether to replace the weights of the bundle.
+
+    Returns:
+        The weight file, and which tensors were taken over.
 
     Raises:
-        RequestError: anything about the request that cannot be; nothing was written.
-        BundleError: the bundle is of another network, or the network does not fit the channels and labels.
-        WeightsError: the file cannot be read safely, or its tensors do not fit the source.
+        RequestError: The request is invalid; nothing was written.
+        BundleError: The bundle has another network, or the network does not fit the channels and labels.
+        WeightsError: The file cannot be read safely, or its tensors do not fit the source.
     """
     file, target = Path(weights), Bundle(Path(to).absolute())
     plan = _checked(file, source, target, like, overwrite=overwrite)

@@ -114,23 +114,26 @@ def prune(
     trust: str | None = None,
     report: Progress | None = None,
 ) -> PruneTable:
-    """Measure every pruning level of a UNet++ bundle; on request write the smallest one that is good enough.
+    """Measure every pruning level of a UNet++ bundle; on request write the smallest one that is accurate enough.
 
     The request is checked before torch or MONAI are imported.
 
     Args:
-        bundle: folder, or name of a shipped bundle; its network has heads at several depths, like the UNet++.
-        data: data set as `medseg.components.find_dataset` takes it.
-        split: "val", "train" or "test"; a choice made on "test" makes its scores worthless as a test.
-        select: how much Dice below the best level is good enough, 0 to 1.
-        output: new folder for the selected level as a complete bundle; goes with `select`.
-        settings: knobs to change for the measurement, by name; the new bundle keeps the bundle's own.
+        bundle: Folder of a bundle, or name of a shipped one; its network has heads at several depths, like the UNet++.
+        data: Data set as `medseg.components.find_dataset` takes it.
+        split: Part of the data set: "val", "train" or "test"; test scores are biased once a level was selected by them.
+        select: Largest loss of Dice against the best level, 0 to 1; none is selected by default.
+        output: New folder for the selected level as a complete bundle; required with `select`.
+        settings: Settings of the measurement, by name; the new bundle keeps the bundle's own.
         trust: SHA-256 of a bundle that contains executable code, to run it all the same.
-        report: called with passes over a case done, passes in all, and a few words.
+        report: Called with the passes done, the number of passes, and a note.
+
+    Returns:
+        Size, memory, time and scores of each level.
 
     Raises:
-        RequestError: anything about the request that cannot be; nothing was written.
-        CaseError: a case cannot be scored, so the levels cannot be compared.
+        RequestError: The request is invalid; nothing was written.
+        CaseError: A case cannot be scored, so the levels cannot be compared.
     """
     found, root = find_bundle(bundle), Path(data).absolute()
     try:
