@@ -5,6 +5,7 @@ With `--log-format json` every message is one JSON object on a line of its own.
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from dataclasses import dataclass
@@ -112,8 +113,14 @@ def print_error(error: MedsegError) -> None:
 
 
 def reset() -> None:
-    """Start a command line afresh: the options of an earlier one in this process no longer count."""
+    """Start a command line afresh: the options of an earlier one in this process no longer count.
+
+    A stream that cannot encode a character of a name, such as a pipe on Windows, prints a replacement.
+    """
     verbosity.quiet = verbosity.verbose = verbosity.as_json = output.quiet = False
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def reserve_stdout(target: str | None) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +35,15 @@ def test_signs_that_steer_a_terminal_are_shown_and_markup_is_text(capsys: pytest
     assert "[/red]\\rx\\x9b" in printed
     assert "t\\x1b[31mitle" in printed
     assert printed.replace("\n", "").isprintable()
+
+
+def test_what_a_stream_cannot_encode_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    console.reset()
+    console.output.print("\u6f22\u5b57.nii.gz")
+    sys.stdout.flush()
+    assert written.getvalue() == b"??.nii.gz\n"
 
 
 def test_quiet_leaves_errors_and_results(capsys: pytest.CaptureFixture[str]) -> None:
