@@ -52,7 +52,10 @@ Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json
 CODES: Final[Mapping[str, str]] = {
     "channels": "The number of values per voxel is another than the one expected.",
     "missing-package": "An optional package is not installed, or does not load.",
+    "damaged": "A file is damaged or cut short.",
+    "format": "A file has a format that is not read here.",
     "memory": "The work does not fit into the memory that is there, or allowed.",
+    "missing": "A file or folder does not exist.",
     "no-resolution": "A slide does not say how large its pixels are.",
     "no-split": "A data set does not say which cases are for training and which for validation.",
     "nonfinite": "An image holds NaN or infinite values.",

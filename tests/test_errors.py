@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -102,3 +103,21 @@ def test_a_data_set_without_a_split_is_told_by_its_code(tmp_path: Path) -> None:
 def test_paths_in_messages_are_shortened(tmp_path: Path) -> None:
     error = CaseError(f"{tmp_path}/a/b.nii of {tmp_path} is damaged")
     assert shortened(error, tmp_path) == f"a/b.nii of {tmp_path.name} is damaged"
+
+
+def test_missing_and_damaged_files_are_told_by_code_and_path(tmp_path: Path) -> None:
+    empty, text = tmp_path / "empty.nii", tmp_path / "notes.txt"
+    empty.touch()
+    text.write_text("no image")
+    for path, code in ((tmp_path / "none.nii", "missing"), (empty, "damaged"), (text, "format")):
+        with pytest.raises(CaseError) as caught:
+            load(path)
+        assert (caught.value.code, caught.value.path) == (code, path)
+
+
+def test_every_code_that_is_raised_is_listed() -> None:
+    package = Path(errors.__file__).parent
+    sources = [path.read_text(encoding="utf-8") for path in package.rglob("*.py")]
+    raised = {code for source in sources for code in re.findall(r'Error\((?:[^()]|\([^()]*\))*code="([\w-]+)"', source)}
+    assert raised >= {"memory", "missing", "nonfinite"}
+    assert raised <= set(CODES)

@@ -59,7 +59,8 @@ class Bundle:
         except (AttributeError, ValueError) as error:
             raise BundleError(
                 f"'{self.config_path('metadata')}' does not list the labels; expected "
-                '"network_data_format": {"outputs": {"pred": {"channel_def": {"1": "liver"}}}}'
+                '"network_data_format": {"outputs": {"pred": {"channel_def": {"1": "liver"}}}}',
+                path=self.config_path("metadata"),
             ) from error
 
     def config_path(self, name: str) -> Path:
@@ -76,7 +77,8 @@ class Bundle:
         for path in paths:
             if not path.is_file():
                 hint = f"run `medseg bundle build {self.root}`" if (self.root / "bundle.json").is_file() else ""
-                raise BundleError(f"bundle '{self.name}' has no {path.relative_to(self.root)}; {hint or 'add it'}")
+                text = f"bundle '{self.name}' has no {path.relative_to(self.root)}; {hint or 'add it'}"
+                raise BundleError(text, code="missing", path=path)
         return paths
 
     def load_configs(self, *names: str) -> dict[str, Config]:
@@ -111,15 +113,19 @@ def find_bundle(name: str | Path | Bundle) -> Bundle:
             if (folder / "folds.json").is_file():
                 raise BundleError(
                     f"'{name}' holds an unfinished cross-validation: finish it with "
-                    "`medseg train --folds ... --resume`, which makes this folder a bundle, the ensemble of the folds"
+                    "`medseg train --folds ... --resume`, which makes this folder a bundle, the ensemble of the folds",
+                    path=folder,
                 )
-            raise BundleError(f"'{name}' is not a bundle: expected a folder configs/ or a bundle.json in it")
+            text = f"'{name}' is not a bundle: expected a folder configs/ or a bundle.json in it"
+            raise BundleError(text, path=folder)
         return Bundle(folder.resolve())
     shipped = {bundle.name: bundle for bundle in shipped_bundles()}
     if str(name) in shipped:
         return shipped[str(name)]
     raise BundleError(
-        f"unknown bundle '{name}': no such folder, and no shipped bundle of that name{nearest(str(name), shipped)}"
+        f"unknown bundle '{name}': no such folder, and no shipped bundle of that name{nearest(str(name), shipped)}",
+        code="missing",
+        path=folder,
     )
 
 

@@ -157,18 +157,22 @@ def _resolve(path: StrPath) -> tuple[Path, Reader]:
     file = absolute(path)
     source, _ = split_series(file)
     if not source.exists():
-        raise CaseError(f"{source} does not exist: check the path.")
+        raise CaseError(f"{source} does not exist: check the path.", code="missing", path=source)
     if not (source.is_file() or source.is_dir()):  # opening it might never end
-        raise CaseError(f"{source} is a pipe or device: expected a regular file. Copy what it gives to one.")
+        text = f"{source} is a pipe or device: expected a regular file. Copy what it gives to one."
+        raise CaseError(text, code="format", path=source)
     kind = image_kind(file)
     if kind is None:
-        raise CaseError(f"{file} is in no format that medseg reads: expected {', '.join(IMAGE_SUFFIXES)}, or DICOM.")
+        text = f"{file} is in no format that medseg reads: expected {', '.join(IMAGE_SUFFIXES)}, or DICOM."
+        raise CaseError(text, code="format", path=file)
     if source.is_file() and source.stat().st_size == 0:
-        raise CaseError(f"{file} is empty (0 bytes): copy it again.")
+        raise CaseError(f"{file} is empty (0 bytes): copy it again.", code="damaged", path=file)
     if not FORMATS[kind].module:
         raise CaseError(
             f"{file} is a whole-slide image, too large to be read as one picture: `medseg predict` takes it with a "
-            "bundle for color pictures, and medseg.io.slides.open_slide reads it in pieces."
+            "bundle for color pictures, and medseg.io.slides.open_slide reads it in pieces.",
+            code="format",
+            path=file,
         )
     return file, find_reader(kind)
 
@@ -178,8 +182,9 @@ def _decoding(file: Path) -> Iterator[None]:
     try:
         yield
     except (EOFError, zlib.error) as error:
-        raise CaseError(f"{file} is damaged or cut short ({error}): copy it again.") from error
+        text = f"{file} is damaged or cut short ({error}): copy it again."
+        raise CaseError(text, code="damaged", path=file) from error
     except OSError as error:
-        raise CaseError(f"{file} cannot be read ({error.strerror or error}).") from error
+        raise CaseError(f"{file} cannot be read ({error.strerror or error}).", path=file) from error
     except MemoryError as error:
         raise CaseError(f"{file} does not fit into memory.", code="memory", path=file) from error

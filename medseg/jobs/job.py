@@ -99,7 +99,8 @@ def prepare(
     if command == "train":
         _check_start(job.config)
     elif not job.weights.is_file():
-        raise WeightsError(f"no weights at '{job.weights}': run `medseg train` first, or give --set weights=FILE")
+        text = f"no weights at '{job.weights}': run `medseg train` first, or give --set weights=FILE"
+        raise WeightsError(text, code="missing", path=job.weights)
     return job
 
 
@@ -121,7 +122,8 @@ def checked_places(job: Job) -> Job:
 def _check_start(config: Mapping[str, Any]) -> None:
     start = config.get("pretrained")
     if isinstance(start, str) and start and not config.get("resume") and not Path(start).is_file():
-        raise WeightsError(f"no weights at '{start}' to start from: give --set pretrained=FILE, or omit it")
+        text = f"no weights at '{start}' to start from: give --set pretrained=FILE, or omit it"
+        raise WeightsError(text, code="missing", path=start)
 
 
 def open_workflow(job: Job, kind: str, cases: Sequence[Case] | None = None) -> Any:
