@@ -1,8 +1,9 @@
-"""The one namespace that bundle configs name: `"_target_": "medseg.components.UNet"`. It never moves.
+"""The stable namespace of bundle configs: `"_target_": "medseg.components.UNet"`.
 
-A part may change its file; configs and other people's bundles do not notice. `components.pyi` lists the parts (and
-types them for editors), `medseg.networks.registry` the networks. Nothing else can be reached through this module, which
-the trust check relies on. A part is imported on first use; listing them imports neither torch nor MONAI.
+A component may move to another module without breaking configs or published bundles. `components.pyi` lists the
+components (and types them for editors), `medseg.networks.registry` the networks. Nothing else is reachable through this
+module, which the trust check relies on. Components are imported on first use; listing them imports neither torch nor
+MONAI.
 """
 
 from importlib import import_module as _import_module

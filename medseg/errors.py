@@ -8,13 +8,13 @@
     │   │   └── UntrustedBundleError  "untrusted"  it contains executable code and is not trusted
     │   ├── WeightsError              "weights"    a weight file is missing, altered or of another network
     │   └── OutputError               "output"     a result cannot be written to its destination
-    ├── CaseError                     "case"       one input cannot be used; other cases may go on (exit code 1)
+    ├── CaseError                     "case"       one input cannot be used; other cases continue (exit code 1)
     │   └── GeometryError             "geometry"   an image has no valid geometry, or one that contradicts another
     └── SizeError                     "size"       an array does not fit a network (exit code 2, also a ValueError)
 
 Each error carries `code` (in quotes above; a raise site may give a finer one, see `CODES`), `path` and `data`, so that
-programs need not read its message. The message says what was found, what was expected and what to do. MONAI wraps what
-goes wrong within a transform or a part of a config: `own_error` finds our error in it.
+programs need not parse its message. The message says what was found, what was expected and what to do. MONAI wraps
+exceptions of transforms and of config components: `own_error` unwraps the medseg error.
 """
 
 from __future__ import annotations
@@ -48,20 +48,20 @@ __all__ = [
 
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
 
-# The finer codes that an error may carry in place of its class's own.
+# The finer codes that an error may carry in place of the code of its class.
 CODES: Final[Mapping[str, str]] = {
-    "channels": "The number of values per voxel is another than the one expected.",
-    "missing-package": "An optional package is not installed, or does not load.",
-    "damaged": "A file is damaged or cut short.",
-    "format": "A file has a format that is not read here.",
-    "memory": "The work does not fit into the memory that is there, or allowed.",
+    "channels": "The number of channels (values per voxel) is not the expected one.",
+    "damaged": "A file is damaged or truncated.",
+    "format": "A file has a format that medseg does not read.",
+    "memory": "The work needs more memory than is available or allowed.",
     "missing": "A file or folder does not exist.",
-    "no-resolution": "A slide does not say how large its pixels are.",
-    "no-split": "A data set does not say which cases are for training and which for validation.",
-    "nonfinite": "An image holds NaN or infinite values.",
+    "missing-package": "An optional package is not installed or cannot be imported.",
+    "no-resolution": "A slide has no pixel size (resolution).",
+    "no-split": "A data set has no split into training and validation cases.",
+    "nonfinite": "An image has non-finite values (NaN or Inf).",
 }
 
-# What PyTorch's allocator for the CPU says; it raises a plain RuntimeError.
+# Messages of PyTorch's CPU allocator, which raises a plain RuntimeError.
 _NO_MEMORY: Final = ("not enough memory", "can't allocate memory")
 
 
@@ -70,12 +70,12 @@ class MedsegError(Exception):
 
     Args:
         message: What is wrong, what was found, what was expected and what to do.
-        code: Short name of the fault that programs can decide by, such as "nonfinite"; that of the class by default.
-        path: File or folder that the error is about.
+        code: Machine-readable name of the fault, such as "nonfinite"; by default the code of the class.
+        path: File or folder at fault.
         **data: Further facts as JSON values, such as `found` and `expected`.
 
     Attributes:
-        exit_code: What the command line returns for the error.
+        exit_code: Exit code of the command line for the error.
     """
 
     code: str = "error"
@@ -91,7 +91,7 @@ class MedsegError(Exception):
         self.data = data
 
     def to_json(self) -> dict[str, Json]:
-        """Return the error as JSON values; `error_from_json` makes it anew, in another process too."""
+        """Return the error as JSON values, from which `error_from_json` restores it, also in another process."""
         return {
             "type": type(self).__name__,
             "code": self.code,
@@ -133,7 +133,7 @@ class OutputError(RequestError):
 
 
 class CaseError(MedsegError):
-    """One input cannot be used; the other cases of a run may go on."""
+    """One input cannot be used; the other cases of a run continue."""
 
     code = "case"
 
@@ -152,25 +152,25 @@ class SizeError(MedsegError, ValueError):
 
 
 def error_from_json(content: Mapping[str, Any]) -> MedsegError:
-    """Return the error that `MedsegError.to_json` described; of an unknown class, a plain `MedsegError`."""
+    """Return the error that `MedsegError.to_json` described; a plain `MedsegError` if its class is unknown."""
     kind = globals().get(str(content["type"]))
     known = kind if isinstance(kind, type) and issubclass(kind, MedsegError) else MedsegError
     return known(content["message"], code=content["code"], path=content["path"], **content["data"])
 
 
 def by(size: Sequence[int]) -> str:
-    """Return a size as messages show it: `(48, 64, 48)` is 48x64x48."""
+    """Format a size for messages: `(48, 64, 48)` becomes 48x64x48."""
     return "x".join(map(str, size))
 
 
 def in_a_line(error: BaseException) -> str:
-    """Return the kind and the first line of an error that is not ours."""
+    """Return the type and the first line of a foreign exception."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300].rstrip(":. ")
 
 
 def links(error: BaseException) -> Iterator[BaseException]:
-    """Give an error, the one that it was raised from or during, and so on to the first."""
+    """Yield an exception and its chain of causes and contexts, outermost first."""
     seen: set[int] = set()
     link: BaseException | None = error
     while link is not None and id(link) not in seen:
@@ -180,12 +180,12 @@ def links(error: BaseException) -> Iterator[BaseException]:
 
 
 def own_error(error: BaseException) -> MedsegError | None:
-    """Return the error of ours that `error` is or wraps; None if there is none."""
+    """Return the medseg error that `error` is or wraps; None if there is none."""
     return next((link for link in links(error) if isinstance(link, MedsegError)), None)
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error, or one that it wraps, says that memory ran out: ours, Python's or PyTorch's."""
+    """Return whether an exception or one that it wraps is an out-of-memory error of medseg, Python or PyTorch."""
     return any(_is_memory(link) for link in links(error))
 
 
@@ -198,13 +198,13 @@ def _is_memory(error: BaseException) -> bool:
 
 
 def shortened(text: object, folder: str | os.PathLike[str]) -> str:
-    """Return a message or an error's text with paths below a folder written relative to it."""
+    """Return a text or an error's message with the paths below `folder` made relative to it."""
     root = os.fspath(folder)
     return str(text).replace(f"{root}{os.sep}", "").replace(root, Path(root).name)
 
 
 def visible(text: str) -> str:
-    r"""Return a text from a file with its control characters and hidden ones written out: `\x1b` for Escape."""
+    r"""Return a text read from a file with its non-printable characters escaped, such as `\x1b`."""
     if text.isprintable():
         return text
     return "".join(sign if sign.isprintable() or sign in "\n\t" else ascii(sign)[1:-1] for sign in text)

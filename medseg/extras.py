@@ -1,4 +1,4 @@
-"""Optional packages: what each extra of medseg brings, and their import with advice where one is missing."""
+"""Optional packages: the extras of medseg, and imports whose errors name the extra to install."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from medseg.errors import RequestError, in_a_line
 
 __all__ = ["EXTRAS", "advice", "installed", "require"]
 
-# Extra -> the packages to import of those that pyproject.toml lists for it.
+# Extra -> import names of the packages that pyproject.toml lists for it.
 EXTRAS: Final[Mapping[str, tuple[str, ...]]] = {
     "dicom": ("highdicom", "libjpeg", "openjpeg"),
     "itk": ("itk",),
@@ -27,24 +27,24 @@ def require(module: str, purpose: str) -> Any:
 
     Args:
         module: Module to import, such as "highdicom.seg".
-        purpose: What needs it, as the message begins: "Writing DICOM SEG".
+        purpose: Feature that needs it, which begins the message: "Writing DICOM SEG".
 
     Raises:
-        RequestError: The package is not installed, or does not load; the message names the extra that brings it.
+        RequestError: The package is not installed or cannot be imported; the message names the extra to install.
     """
     try:
         return importlib.import_module(module)
     except (ImportError, OSError) as error:  # OSError: the Python part without its shared library
         package = module.partition(".")[0]
         missing = isinstance(error, ModuleNotFoundError) and error.name in (module, package)
-        fault = "which is not installed" if missing else f"which does not load ({in_a_line(error)})"
+        fault = "which is not installed" if missing else f"which cannot be imported ({in_a_line(error)})"
         raise RequestError(
             f"{purpose} needs {package}, {fault}: {advice(package)}", code="missing-package", package=package
         ) from error
 
 
 def installed(package: str) -> bool:
-    """Whether an optional package is installed; it is not imported."""
+    """Return whether an optional package is installed, without importing it."""
     return importlib.util.find_spec(package) is not None
 
 

@@ -1,4 +1,4 @@
-"""Files: writing them whole or not at all, checksums, and JSON that has one meaning only."""
+"""Files: atomic writing, checksums, and strict JSON without duplicate keys or non-finite numbers."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ MAX_CONFIG_BYTES: Final = 16 * 2**20
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; move it there when the block ends well, remove it when it does not.
+    """Yield a temporary path beside `path`; move it to `path` on success and remove it on failure.
 
-    The temporary name keeps the suffixes of `path`, because writers choose the format by them.
+    The temporary name keeps the suffixes of `path`, because writers infer the format from them.
 
     Raises:
-        OutputError: the folder cannot be written to.
+        OutputError: The folder is not writable.
     """
     temporary = path.with_name(f".partial-{os.getpid()}-{path.name}")
     try:
@@ -45,7 +45,7 @@ def replacing(path: Path) -> Iterator[Path]:
 def replace_text(path: Path, text: str) -> Path:
     r"""Write `text` to `path` atomically, as UTF-8; return the path.
 
-    What UTF-8 lacks, the bytes of a file name that is in another coding, becomes `\udce9`, which JSON reads back.
+    Bytes of file names that are not valid UTF-8 are written as `\udce9`, which JSON reads back.
     """
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -53,7 +53,7 @@ def replace_text(path: Path, text: str) -> Path:
 
 
 def sha256_file(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes, in hexadecimal."""
+    """Return the SHA-256 of a file's content, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
@@ -62,10 +62,10 @@ def sha256_file(path: Path) -> str:
 
 
 def check_folder(folder: Path) -> None:
-    """Make a folder if it is missing, and make sure that files can be written there.
+    """Create a folder if it is missing, and check that it is writable.
 
     Raises:
-        OutputError: they cannot.
+        OutputError: The folder cannot be created or is not writable.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -78,18 +78,18 @@ def check_folder(folder: Path) -> None:
 
 
 def load_json(path: Path) -> dict[str, Any]:
-    """Read a config file so that no two readers can see different things in it.
+    """Read a config file, rejecting JSON that parsers interpret differently.
 
     Args:
-        path: a JSON file that holds an object, in UTF-8, of at most `MAX_CONFIG_BYTES`.
+        path: JSON file with an object, in UTF-8, of at most `MAX_CONFIG_BYTES`.
 
     Raises:
-        BundleError: the file cannot be read, is too large or too deeply nested, is not JSON, repeats a key, or holds
-            a number that is not finite.
+        BundleError: The file cannot be read, is too large or too deeply nested, is not JSON, or has a
+            duplicate key or a non-finite number.
     """
     try:
         if not path.is_file() or path.stat().st_size > MAX_CONFIG_BYTES:
-            raise BundleError(f"{path} is not a file of at most {MAX_CONFIG_BYTES} bytes, which a config must be")
+            raise BundleError(f"{path} is not a config: expected a file of at most {MAX_CONFIG_BYTES} bytes")
         text = path.read_bytes().decode("utf-8")
         content = json.loads(text, object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
     except RecursionError as error:
@@ -97,7 +97,7 @@ def load_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise BundleError(f"cannot read the config {path}: {error}") from error
     if not isinstance(content, dict):
-        raise BundleError(f"{path} holds a {type(content).__name__}; a config is a JSON object")
+        raise BundleError(f"{path} has a {type(content).__name__} at its top level; expected a JSON object")
     return content
 
 
@@ -105,7 +105,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content: dict[str, Any] = {}
     for key, value in pairs:
         if key in content:
-            raise ValueError(f"the key {json.dumps(key)} stands there twice")
+            raise ValueError(f"duplicate key {json.dumps(key)}")
         content[key] = value
     return content
 
@@ -117,19 +117,19 @@ def _finite(text: str) -> float:
 
 
 def stamp(source: str) -> str:
-    """Return a checksum that identifies an input: of its path, and the sizes and times of its files.
+    """Return a checksum that identifies an input by its path and the sizes and modification times of its files.
 
-    No content is read. After a copy, a move or a change an input counts as another one; a detached file of voxels
-    beside a header is not considered.
+    No content is read. A copied, moved or modified input has a different checksum; the detached data file of a
+    header is not considered.
 
     Args:
-        source: File, or folder with the files directly in it; `::` and the number of a series may follow.
+        source: File, or folder with the files directly in it; may end in `::` and a series number.
     """
     place = Path(source)
     if not place.exists() and "::" in source:
         place = Path(source.rpartition("::")[0])
     files = sorted(path for path in place.iterdir() if path.is_file()) if place.is_dir() else [place]
-    digest = hashlib.sha256(os.fsencode(os.path.abspath(source)))  # noqa: PTH100  (links are places of their own)
+    digest = hashlib.sha256(os.fsencode(os.path.abspath(source)))  # noqa: PTH100  (links keep their own path)
     for file in files:
         with suppress(OSError):
             state = file.stat()

@@ -1,6 +1,6 @@
-"""Public names that are kept once, in a stub, and loaded on first use.
+"""Public names, listed once in a stub and loaded on first use.
 
-Type checkers and editors read the same stub. No name is imported to be listed, so listing costs no torch.
+Type checkers and editors read the same stub. Listing the names imports neither torch nor MONAI.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _COMPONENTS: Final = Path(__file__).with_name("components.pyi")
 
 
 def listed(stub: Path) -> dict[str, str]:
-    """Return the module of each name that a stub takes from medseg: `from medseg.io import load as load`."""
+    """Return the defining module of each name that a stub imports from medseg: `from medseg.io import load as load`."""
     tree = ast.parse(stub.read_text(encoding="utf-8"))
     imports = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module is not None]
     return {
@@ -49,6 +49,6 @@ def exports(package: str, modules: Mapping[str, str]) -> Exports:
 
 
 def room(package: str) -> Exports:
-    """Return `__getattr__`, `__dir__` and `__all__` of a package that exports its parts in `components.pyi`."""
+    """Return `__getattr__`, `__dir__` and `__all__` of a package whose components `components.pyi` lists."""
     parts = listed(_COMPONENTS)
     return exports(package, {name: module for name, module in parts.items() if module.startswith(f"{package}.")})

@@ -1,6 +1,6 @@
-"""The machine at hand: cores, processor, memory. Standard library only; each answer has a fallback.
+"""CPU cores, processor name and memory of this machine, with the standard library only and fallbacks everywhere.
 
-Linux tells most through `/proc`; where that or the module `resource` is missing, the answers are coarser or unknown.
+Most values come from `/proc` on Linux; without it or the module `resource`, they are coarser or unknown.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = [
 _UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _PROC: Final = Path("/proc")
 _PS: Final = "/bin/ps"
-# Limit and usage, of control groups version 2 and 1.
+# Limit and usage of control groups, version 2 and 1.
 _CONTAINER_FILES: Final = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
@@ -49,26 +49,26 @@ def core_count() -> int:
 
 
 def cpu_name() -> str:
-    """Return the processor's trade name where the system has it, otherwise its architecture."""
+    """Return the processor's model name where the system reports it, otherwise its architecture."""
     lines = _lines(_PROC / "cpuinfo")
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, "") or platform.processor() or platform.machine()
 
 
 def available_bytes() -> int:
-    """Return the memory that this process may still take: of the machine, or of its container where that is less."""
+    """Return the memory available to this process: of the machine, or of its container where that is less."""
     known = [_machine_bytes(), *(_container_bytes(*files) for files in _CONTAINER_FILES)]
     found = [value for value in known if value is not None]
     return min(found) if found else _UNLIMITED
 
 
 def resident_bytes() -> int:
-    """Return the memory of this process now; 0 where the system does not report it."""
+    """Return the resident memory of this process; 0 where the system does not report it."""
     return _status("VmRSS") or _listed_bytes()
 
 
 def peak_bytes() -> int:
-    """Return the largest memory of this process so far, or since `forget_peak`; 0 where it is unknown."""
+    """Return the peak memory of this process, since `forget_peak` if it was called; 0 where it is unknown."""
     if peak := _status("VmHWM"):
         return peak
     try:
@@ -80,16 +80,16 @@ def peak_bytes() -> int:
 
 
 def forget_peak() -> None:
-    """Start `peak_bytes` anew where the system can; elsewhere it stays what it was, at least not too low."""
+    """Reset `peak_bytes` where the system can; elsewhere it keeps its value, which is then an upper bound."""
     with suppress(OSError):
         (_PROC / "self" / "clear_refs").write_text("5")
 
 
 def parse_memory(text: str | int) -> int:
-    """Return the bytes of a text such as "2G", "1500M" or a plain number (units are powers of 1024); 0 for none.
+    """Parse an amount of memory such as "2G", "1500M" or a plain number (units are powers of 1024); 0 for none.
 
     Raises:
-        RequestError: Anything else.
+        RequestError: The text is not an amount of memory.
     """
     if isinstance(text, int):
         return text
@@ -102,7 +102,7 @@ def parse_memory(text: str | int) -> int:
 
 
 def shown_bytes(count: float) -> str:
-    """Return a number of bytes for people."""
+    """Format a number of bytes for messages."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
@@ -143,10 +143,10 @@ def _container_bytes(limit: str, used: str) -> int | None:
 
 @contextmanager
 def reuse_memory() -> Iterator[None]:
-    """Let the C library keep and reuse the memory of large tensors, instead of requesting it anew for each of them.
+    """Let the C library keep and reuse the memory of large tensors, instead of requesting it for each of them.
 
     A request costs a page fault for every 4 KiB, which is a large share of the time of a network on a CPU. Free memory
-    goes back to the system at the end. Does nothing without glibc, or where the environment has its own settings.
+    returns to the system at the end. Does nothing without glibc, or where environment variables set the allocator.
     """
     library = _glibc()
     if library is None:
@@ -162,7 +162,7 @@ def reuse_memory() -> Iterator[None]:
 class _ReusedMemory:
     """Counts nested uses: the settings are those of the process."""
 
-    # The parameters of mallopt(3) and the values that glibc reaches by itself in a process with large tensors.
+    # The parameters of mallopt(3), reset at the end to the values that glibc adapts to in a process with large tensors.
     mmap_max, mmap_threshold, top_pad, trim_threshold = -4, -3, -2, -1
     uses = 0
     lock = threading.Lock()

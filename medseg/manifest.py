@@ -1,7 +1,7 @@
-"""The record of a run: which software, bundle and settings did what to which cases, with what outcome.
+"""The record of a run: software, bundle, settings, and the outcome of each case.
 
-A manifest is one JSON file (UTF-8, two-space indent, fixed order of fields, no NaN or infinity). It is rewritten as a
-whole after each case, so a killed run leaves a valid file with `"status": "running"`. Fields::
+A manifest is one JSON file (UTF-8, two-space indent, fixed order of fields, no NaN or infinity). It is rewritten
+atomically after each case, so a killed run leaves a valid file with `"status": "running"`. Fields::
 
     manifest_version  int      1
     command           str      "predict", "train", "evaluate", ...
@@ -13,13 +13,13 @@ whole after each case, so a killed run leaves a valid file with `"status": "runn
     bundle            object?  name str, version str?, config_sha256 str?, weights_sha256 str?
     knobs             object   every setting in force -> its value, sorted by name
     overrides         [str]    names of the settings that the user changed
-    seeds             object   what is seeded -> int
+    seeds             object   name of the seeded component -> int
     device            str      "cpu", "cuda:0", ...
     software          object   python and package -> version str? (null: not installed)
     machine           object   platform str, cpu str, cpus int, threads int?, accelerator str?
-    notes             [str]    further remarks, such as the weights that a training started from
-    warnings          [object] about the run, or about the data of a training: code str (a key of
-                               `medseg.notices.CODES`), text str, file str (its name; "" for none)
+    notes             [str]    further remarks, such as the initial weights of a training
+    warnings          [object] of the run, or of the data of a training: code str (a key of
+                               `medseg.notices.CODES`), text str, file str (file name; "" for none)
     stages            object   stage -> seconds, summed over the cases
     validations       [object] during training: epoch int and each metric -> float?, in order
     peak_memory       object   host_bytes int?, device_bytes int? (null: unknown or unused)
@@ -28,11 +28,12 @@ whole after each case, so a killed run leaves a valid file with `"status": "runn
                                error str?, output str?, metrics object (metric -> float?; null where undefined),
                                source str? (checksum of the input's path, size and time), warnings [object] as above
 
-A trailing ? marks a field that may be null. In a file from before there were `notes` or `warnings` these are empty.
+A trailing ? marks a field that may be null. Files of earlier versions without `notes` or `warnings` are read as
+if these were empty.
 
 Privacy: no host or user name, header value, command line or input folder is recorded, and a setting that holds an
-absolute path is reduced to its last part. What can still identify a person is what the user named: the name of a case
-and its output (the input's file name), and an error message, which names the file and may name its folder.
+absolute path is reduced to its last part. Names chosen by the user can still identify a person: the name of a case and
+its output (the input's file name), and error messages, which contain the file name and sometimes its folder.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ RunStatus = Literal["running", "done", "partial", "aborted"]
 
 @dataclass(frozen=True)
 class BundleRecord:
-    """Which bundle ran: its name and version, and the SHA-256 (hexadecimal) of the config and the weights used."""
+    """Name and version of the bundle that ran, and the SHA-256 (hexadecimal) of its config and weights."""
 
     name: str
     version: str | None = None
@@ -90,13 +91,13 @@ class CaseRecord:
 
     Attributes:
         name: Name of the case, the input's file name.
-        status: "done", "failed", or "skipped" (there was nothing to do; `error` may say why).
-        seconds: Wall-clock time.
+        status: "done", "failed", or "skipped" (nothing to do; `error` may hold the reason).
+        seconds: Wall-clock time in seconds.
         error: Error message; None without an error.
         output: File name of the result, relative to the manifest's folder.
-        metrics: Metric -> value; a value that is not finite is undefined and written as null.
+        metrics: Metric -> value; non-finite values are undefined and written as null.
         source: Checksum of the input from `medseg.files.stamp`; None if not computed.
-        warnings: What was assumed, skipped, repaired or replaced.
+        warnings: Warnings of the case: what was assumed, skipped, repaired or replaced.
     """
 
     name: str
@@ -109,7 +110,7 @@ class CaseRecord:
     warnings: list[CaseWarning] = field(default_factory=list)
 
     def fail(self, error: BaseException) -> None:
-        """Mark the case as failed; an output that was announced is taken back."""
+        """Mark the case as failed and clear its output."""
         self.status, self.error, self.output = "failed", _message(error), None
 
 
@@ -124,9 +125,9 @@ def _utc_now() -> str:
 
 @dataclass
 class Manifest:
-    """The record of a run; see the module's text for the fields of the file.
+    """The record of a run; the module docstring lists the fields of the file.
 
-    Used as a context manager it writes the file at the start and, with the final status, at the end::
+    As a context manager it writes the file at the start and, with the final status, at the end::
 
         with Manifest("predict", bundle=bundle, path=output / "manifest.json") as manifest:
             for name in names:
@@ -135,23 +136,23 @@ class Manifest:
 
     Args:
         command: Name of the subcommand, never the whole command line.
-        bundle: Bundle that runs.
-        arguments: Names of the options given, without their values (values can be paths of patients).
+        bundle: The bundle used.
+        arguments: Names of the options given, without their values, which may be paths that identify patients.
         knobs: Every setting in force and its value.
         overrides: Names of the settings that the user changed.
-        seeds: What is seeded -> seed.
+        seeds: Name of the seeded component -> seed.
         device: Device of the network.
-        path: File to keep up to date; None writes only on `write(path)`.
-        strict: Whether warnings fail their case, or end the run if they belong to none. Not in the file.
+        path: File to keep up to date; with None, only `write(path)` writes.
+        strict: Whether a warning fails its case, or aborts the run if it belongs to no case. Not in the file.
 
     Attributes:
-        skipped: Files among the inputs that are not predicted; not in the file.
+        skipped: Input files that are not predicted; not in the file.
         notes: Further remarks on the run.
-        warnings: Warnings about the run, or about the data of a training.
+        warnings: Warnings of the run, or of the data of a training.
         stages: Stage -> seconds so far.
         validations: Epoch and metrics of each validation so far.
         cases: Name of the case -> record.
-        earlier: Names of the cases taken over from an earlier run; not in the file.
+        earlier: Names of the cases whose results come from an earlier run; not in the file.
     """
 
     command: str
@@ -197,12 +198,12 @@ class Manifest:
 
     @contextmanager
     def case(self, name: str, *, source: str | None = None) -> Iterator[CaseRecord]:
-        """Time one case and record its outcome, and what `stamp` gave of its input.
+        """Time one case and record its outcome, and the checksum of its input from `stamp`.
 
-        A `CaseError` marks the case as failed and goes no further, so the next case can start; look at
-        `record.status` afterward. Any other exception marks it as failed too and is raised again, because it is not
-        about this case alone. The body may set `output`, `metrics` and, for a case with nothing to do,
-        `status = "skipped"`. Warnings raised in it go into the record.
+        A `CaseError` marks the case as failed and is suppressed, so that the next case can start; check
+        `record.status` afterward. Any other exception marks it as failed too and is re-raised, because it does not
+        concern this case alone. The body may set `output`, `metrics` and, for a case with nothing to do,
+        `status = "skipped"`. Its warnings are added to the record.
         """
         record = CaseRecord(name, source=source)
         start = time.perf_counter()
@@ -220,7 +221,7 @@ class Manifest:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Add the time spent in the body to the stage's seconds."""
+        """Add the time of the body to the seconds of a stage."""
         start = time.perf_counter()
         try:
             yield
@@ -228,30 +229,29 @@ class Manifest:
             self.stages[name] = self.stages.get(name, 0.0) + time.perf_counter() - start
 
     def add_case(self, record: CaseRecord) -> None:
-        """Take in a finished case, in place of an earlier record of that name, and bring the file up to date."""
+        """Add a finished case, replacing an earlier record of that name, and update the file."""
         self.cases[record.name] = record
         self.earlier.discard(record.name)
         self._save()
 
     def resume(self, sources: Mapping[str, str] | None = None) -> set[str]:
-        """Take over the finished cases of an earlier run of the same work from the file at `path`.
+        """Load the finished cases of an earlier, identical run from the file at `path`.
 
         Call it before the run starts to write there, that is, before `with`. The cases keep their records, so they
-        stay in the file even if this run is killed too. Whether their outputs still exist is for the caller to see.
+        stay in the file even if this run is killed too. The caller has to check that their outputs still exist.
 
         Args:
-            sources: what `stamp` gives of the inputs by the names of their cases; a case of that name whose input was
-                another is not taken over.
+            sources: Case name -> checksum of its input from `stamp`; a case whose input has changed is not resumed.
 
         Returns:
-            Their names; empty if there is no such file, or it tells of another bundle, other knobs or other seeds.
+            Names of the resumed cases; empty if there is no such file, or its bundle, settings or seeds differ.
         """
         if self.path is None or not self.path.exists():
             return set()
         earlier = Manifest.read(self.path)
         changes = self._changes_since(earlier)
         if changes:
-            text = f"the earlier run differs in its {', '.join(changes)}; no case is taken over"
+            text = f"the earlier run differs in its {', '.join(changes)}; no case is resumed"
             with collect(strict=self.strict, earlier=self.warnings):
                 warn(logger, "resume-ignored", text, self.path, run=True)
             return set()
@@ -268,30 +268,30 @@ class Manifest:
         return set(found)
 
     def add_validation(self, epoch: int, metrics: Mapping[str, float]) -> None:
-        """Take in the result of a validation while training, and bring the file up to date."""
+        """Add the metrics of a validation during training, and update the file."""
         self.validations.append({"epoch": epoch, **metrics})
         self._save()
 
     def is_done(self, name: str) -> bool:
-        """Whether this case has a result: made in this run, or found from before."""
+        """Return whether this case has a result, from this run or from an earlier one."""
         record = self.cases.get(name)
         return record is not None and record.status != "failed" and record.output is not None
 
     def _changes_since(self, other: Manifest) -> list[str]:
-        """Return what makes the results of both runs differ, as names for people."""
+        """Return the names of the fields in which two runs differ, as shown to users."""
         ours, theirs = self.to_dict(), other.to_dict()
         names = {"command": "command", "bundle": "bundle", "knobs": "settings", "seeds": "seeds"}
         return [name for key, name in names.items() if ours[key] != theirs[key]]
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many cases are done, failed and skipped."""
+        """Number of cases that are done, failed and skipped."""
         statuses = [record.status for record in self.cases.values()]
         return {status: statuses.count(status) for status in ("done", "failed", "skipped")}
 
     @property
     def exit_code(self) -> int:
-        """What the command returns for this run: 0, or 1 if a case failed."""
+        """Exit code of the command: 0, or 1 if a case failed."""
         return 1 if self.counts["failed"] else 0
 
     def __str__(self) -> str:
@@ -310,7 +310,7 @@ class Manifest:
         return [("", warning) for warning in self.warnings] + of_cases
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of the file, in its order, holding only what JSON knows."""
+        """Return the content of the file as JSON types, in the order of the file."""
         content = {
             "manifest_version": MANIFEST_VERSION,
             "command": self.command,
@@ -338,10 +338,10 @@ class Manifest:
         return plain
 
     def write(self, path: str | Path) -> Path:
-        """Write the file as a whole and return its path; a reader never sees half of it.
+        """Write the file atomically and return its path.
 
         Raises:
-            OutputError: the file cannot be written there.
+            OutputError: The file cannot be written.
         """
         self._measure()
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
@@ -349,10 +349,10 @@ class Manifest:
 
     @classmethod
     def read(cls, path: str | Path) -> Manifest:
-        """Read a manifest; its `path` is left empty, so that nothing writes over it by accident.
+        """Read a manifest; its `path` is None, so that nothing overwrites the file by accident.
 
         Raises:
-            RequestError: no such file, or not a manifest of this version.
+            RequestError: The file is missing, or is not a manifest of this version.
         """
         path = Path(path)
         content = _read_json(path)
@@ -365,13 +365,13 @@ class Manifest:
                     case["name"]: CaseRecord(**{**case, "warnings": read_warnings(case.get("warnings", []))})
                     for case in content["cases"]
                 },
-                notes=content.get("notes", []),  # like the warnings missing in the first manifests
+                notes=content.get("notes", []),  # missing, like the warnings, in the first manifests
                 warnings=read_warnings(content.get("warnings", [])),
                 **{name: content[name] for name in known},
             )
         except (KeyError, TypeError) as error:
             raise RequestError(
-                f"{path.name} is not a complete run manifest ({error}); give one a run wrote."
+                f"{path.name} is not a complete run manifest ({error}). Give a manifest written by a run."
             ) from error
         manifest._read_back = True
         return manifest
@@ -381,7 +381,7 @@ class Manifest:
             self.write(self.path)
 
     def _measure(self) -> None:
-        """Bring in what only the running process knows; torch is asked only if the run has loaded it."""
+        """Update the values that only the running process knows; those of torch only if it is already imported."""
         if self._read_back:
             return
         torch = sys.modules.get("torch")
@@ -401,14 +401,14 @@ def _case_dict(record: CaseRecord) -> dict[str, Any]:
 
 
 def _message(error: BaseException) -> str:
-    """What the exception says; our own messages speak for themselves, others need the name of their kind."""
+    """Return the message of an error, preceded by its type unless it is a medseg error."""
     if isinstance(error, MedsegError) and str(error):
         return str(error)
     return f"{type(error).__name__}: {error}".removesuffix(": ")
 
 
 def _plain(value: Any) -> Any:
-    """Rewrite a value as what JSON knows: numpy scalars become numbers, what is not finite null, the rest text."""
+    """Convert a value to JSON types: numpy scalars to numbers, non-finite values to null, anything else to text."""
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
@@ -424,7 +424,7 @@ def _plain(value: Any) -> Any:
 
 
 def _without_folders(value: Any) -> Any:
-    """Make the value plain and shorten each absolute path in it to its last part."""
+    """Convert a value to JSON types and shorten each absolute path in it to its last part."""
     value = _plain(value)
     if isinstance(value, str):
         return PurePath(value).name if PurePath(value).is_absolute() else value
@@ -434,7 +434,7 @@ def _without_folders(value: Any) -> Any:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """Read a manifest's JSON and check that it is one."""
+    """Read the JSON of a manifest and check its version."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -1,13 +1,12 @@
 """Warnings: what was assumed, skipped, repaired or replaced, as records that reach the user.
 
-Whoever assumes or skips something calls `warn`, with a code that stays the same from version to version. The warning
-is logged by the package's loggers (`medseg.*`), and the case or run at work keeps it: `collect` gathers the warnings
-raised in its body, `medseg.manifest` writes them down. In strict mode a warning is raised as an error instead, before
-anything is written for its case.
+Code that assumes or skips something calls `warn` with a stable code. The package's loggers (`medseg.*`) log the
+warning, and the current case or run records it: `collect` gathers the warnings of its body, `medseg.manifest` writes
+them to the file. In strict mode a warning is raised as an error instead, before any output of its case is written.
 
-What is raised in another thread or process is collected there (`collect(deferred=True)`) and handed over by `forward`;
-`carry` lets a function of a thread pool report to the case that called it. The package raises none of Python's own
-warnings (`warnings.warn`), which could not tell a case; a test holds it to that.
+Warnings of another thread or process are collected there (`collect(deferred=True)`) and passed on by `forward`;
+`carry` makes a function in a thread pool report to the case that called it. The package does not use Python's
+`warnings.warn`, which knows no cases; a test ensures that.
 """
 
 from __future__ import annotations
@@ -28,33 +27,33 @@ __all__ = ["CODES", "CaseWarning", "carry", "collect", "forward", "read_warnings
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Every code, and what it stands for.
+# Every warning code and its meaning.
 CODES: Final[Mapping[str, str]] = MappingProxyType(
     {
-        "backend-fallback": "A back end could not be used; another one runs the network.",
+        "backend-fallback": "A backend could not be used; another one runs the network.",
         "cache-damaged": "A prepared training case in the disk cache was damaged and is prepared again.",
-        "cache-not-written": "A prepared training case could not be kept in the disk cache.",
-        "checkpoint-damaged": "A saved training state is damaged and is not used.",
-        "checkpoint-previous": "Training goes on from the state before the last one.",
+        "cache-not-written": "A prepared training case could not be written to the disk cache.",
+        "checkpoint-damaged": "A checkpoint is damaged and is not used.",
+        "checkpoint-previous": "Training resumes from the checkpoint before the last one.",
         "context-exceeds-image": "A network's dilated convolutions reach beyond its deepest feature map.",
         "contour-clipped": "A contour of an RT-STRUCT reaches beyond the image and is clipped.",
         "contour-skipped": "A contour of an RT-STRUCT encloses no area and is skipped.",
         "exif-orientation-ignored": "An image has an EXIF rotation, which is not applied.",
         "fraction-thresholded": "A fractional DICOM SEG is thresholded at half of its maximum.",
         "gpu-fallback": "The GPU's memory is full; work runs in smaller parts or on the CPU.",
-        "header-repaired": "A header field is invalid; the value that was meant is assumed.",
+        "header-repaired": "A header field is invalid; the intended value is assumed.",
         "identity-affine": "An image has a suspicious identity affine.",
-        "label-unnamed": "A label has no name and is called by its number.",
+        "label-unnamed": "A label has no name; its number is used instead.",
         "levels-skipped": "Resolution levels of a slide are inconsistent and are not used.",
         "origin-assumed": "A header has no origin; 0 is assumed.",
         "overlay-skipped": "An overlay could not be drawn.",
         "positions-interpolated": "A table of position embeddings was interpolated to another size.",
-        "resume-ignored": "The earlier run has another bundle, other settings or seeds; no case is taken over.",
+        "resume-ignored": "The earlier run has another bundle, other settings or seeds; no case is resumed.",
         "sform-qform-conflict": "The sform and qform of a NIfTI file differ; the sform is used.",
         "spacing-assumed": "A header gives no voxel size along an axis; 1 mm is assumed.",
-        "uid-derived": "DICOM images have no UID of their study, series or frame of reference; one is derived.",
+        "uid-derived": "DICOM images have no study, series or frame of reference UID; one is derived.",
         "unlabeled-skipped": "Images have no label and are skipped.",
-        "values-rounded": "Whole numbers beyond 2^24 are rounded to float32.",
+        "values-rounded": "Integers beyond 2^24 are rounded to float32.",
     }
 )
 _SHOWN: Final = 3
@@ -66,9 +65,9 @@ class CaseWarning:
 
     Attributes:
         code: A key of `CODES`.
-        text: What happened, as half a sentence without the file.
-        file: Name of the file, without its folder; empty if it is about none.
-        run: Whether it is about the run as a whole, not about one case.
+        text: What happened, as a phrase without the file name.
+        file: Name of the file, without its folder; empty if no file is concerned.
+        run: Whether it concerns the run as a whole, not one case.
         logger: Name of the logger that reports it.
     """
 
@@ -82,12 +81,12 @@ class CaseWarning:
         return f"{self.file}: {self.text}" if self.file else self.text
 
     def to_dict(self) -> dict[str, str]:
-        """Return what files keep of it."""
+        """Return the fields that are written to files."""
         return {"code": self.code, "text": self.text, "file": self.file}
 
 
 def read_warnings(entries: Iterable[Mapping[str, str]]) -> list[CaseWarning]:
-    """Return the warnings of a file, the reverse of `CaseWarning.to_dict`."""
+    """Return the warnings read from a file, the inverse of `CaseWarning.to_dict`."""
     return [CaseWarning(entry["code"], entry["text"], entry["file"]) for entry in entries]
 
 
@@ -104,18 +103,18 @@ _current: ContextVar[_Scope | None] = ContextVar("medseg_warnings", default=None
 
 
 def warn(logger: logging.Logger, code: str, text: str, path: object = "", *, run: bool = False) -> None:
-    """Report that something was assumed, skipped, repaired or replaced.
+    """Record and log that something was assumed, skipped, repaired or replaced.
 
     Args:
         logger: Logger of the calling module.
         code: A key of `CODES`.
-        text: What happened, as half a sentence without the file and without what could name a patient.
-        path: The file; only its name is kept.
-        run: Whether it is about the run as a whole, not about the case at work.
+        text: What happened, as a phrase without the file name and without anything that could identify a patient.
+        path: The file concerned; only its name is kept.
+        run: Whether it concerns the run as a whole, not the current case.
 
     Raises:
-        CaseError: The warning is about a case and the mode is strict.
-        RequestError: The warning is about the run and the mode is strict.
+        CaseError: In strict mode, for a warning of a case.
+        RequestError: In strict mode, for a warning of the run.
     """
     _report(CaseWarning(code, text, PurePath(str(path)).name, run, logger.name))
 
@@ -128,14 +127,13 @@ def collect(
     deferred: bool = False,
     earlier: list[CaseWarning] | None = None,
 ) -> Iterator[list[CaseWarning]]:
-    """Gather the warnings raised in the body; each counts once.
+    """Gather the warnings of the body, without duplicates.
 
     Args:
-        case: Name of the case at work; empty for a run.
-        strict: Whether warnings are raised as errors; by default as around this block.
-        deferred: Keep the warnings for `forward`: neither log nor raise them, nor hand any to what is around this
-            block.
-        earlier: List that the warnings are added to, and that is returned; a new one if not given.
+        case: Name of the current case; empty for a run.
+        strict: Whether warnings are raised as errors; by default inherited from the enclosing block.
+        deferred: Keep the warnings for `forward`: neither log nor raise them, nor report them to the enclosing block.
+        earlier: List that the warnings are appended to, and that is yielded; by default a new one.
     """
     outer = None if deferred else _current.get()
     inherited = outer is not None and outer.strict
@@ -148,17 +146,17 @@ def collect(
 
 
 def forward(warnings: Iterable[CaseWarning]) -> None:
-    """Hand warnings that were collected in another thread or process to the case or run at work here.
+    """Report warnings that were collected in another thread or process to the current case or run.
 
     Raises:
-        CaseError, RequestError: As `warn` does.
+        CaseError, RequestError: As in `warn`.
     """
     for warning in warnings:
         _report(warning)
 
 
 def carry(function: Callable[P, R]) -> Callable[P, R]:
-    """Return a function that, in whatever thread, reports its warnings to the case or run at work now."""
+    """Return a function that reports its warnings to the current case or run, whatever thread calls it."""
     scope = _current.get()
 
     def carried(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -175,7 +173,7 @@ def summarize(warnings: Iterable[tuple[str, CaseWarning]]) -> list[str]:
     """Return one line for each code: its first text, the number of cases or files, and the first names.
 
     Args:
-        warnings: Pairs of the case's name, empty for a run, and the warning.
+        warnings: Pairs of case name (empty for a run) and warning.
     """
     groups: dict[str, list[tuple[str, CaseWarning]]] = {}
     for case, warning in warnings:
@@ -194,7 +192,7 @@ def _counted(group: list[tuple[str, CaseWarning]]) -> str:
 
 
 def _report(warning: CaseWarning) -> None:
-    """Enter a warning where it belongs, and log it if it is new there, or raise it."""
+    """Add a warning to its case or run, and log it if it is new there; in strict mode raise it."""
     scope = _current.get()
     while warning.run and scope is not None and scope.case and scope.outer is not None:
         scope = scope.outer

@@ -1,4 +1,4 @@
-"""Types that more than one room of the package speaks of."""
+"""Types shared by the subpackages."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ __all__ = [
 ]
 
 CaseKind = Literal["volume", "image", "slide"]
-# Called with what is done, the total (cases, epochs or steps) and a few words on the present state.
+# Called with the amount done, the total (cases, epochs or steps) and a short description of the current state.
 Progress: TypeAlias = Callable[[float, int, str], None]
-# Called with the name of a case and its forecast of time and memory.
+# Called with the name of a case and its estimated time and memory.
 Announce: TypeAlias = Callable[[str, str], None]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One image to predict, train on or score, as `medseg.io` found it; made once and handed on.
+    """One image to predict, train on or score, as found by `medseg.io`.
 
     Attributes:
-        name: Path of the result in the image's own format, below the folder that all images share, such as
+        name: Path of the result in the format of the image, relative to the common folder of all images, such as
             `sub/case1.nii.gz`; identifies the case in manifests and reports.
         images: Absolute path of the image: a file, a folder or archive, or `folder::series`. Images with one file per
             channel have several.
         label: Absolute path of the reference label; None where there is none.
-        kind: "volume", "image" for a 2D image, or "slide" for a whole-slide image, which is read in pieces.
-        output: Path of the result below the output folder, with "/" between folders.
-        series: Number of the DICOM series, where `images` names one of several.
-        label_options: How a DICOM label is read (see `medseg.components.LoadCased`).
+        kind: "volume", "image" for a 2D image, or "slide" for a whole-slide image, which is read region by region.
+        output: Path of the result relative to the output folder, with "/" between folders.
+        series: DICOM series number, where `images` names one of several series.
+        label_options: Options for reading a DICOM label (see `medseg.components.LoadCased`).
     """
 
     name: str
@@ -58,7 +58,7 @@ class Case:
         return self.images[0]
 
     def entry(self) -> dict[str, Any]:
-        """Return the case as MONAI's dictionary transforms take it."""
+        """Return the case as the data dictionary of MONAI's transforms."""
         entry: dict[str, Any] = {"image": self.image, "name": self.name}
         if self.label is not None:
             entry["label"] = self.label
@@ -72,8 +72,8 @@ class Skipped:
     """A file or folder that is not predicted.
 
     Attributes:
-        path: Where it is.
-        reason: Why it is skipped, as half a sentence.
+        path: Path of the file or folder.
+        reason: Reason why it is skipped, as a phrase for messages.
     """
 
     path: str
@@ -85,13 +85,13 @@ class _Logits(TypedDict):
 
 
 class TrainingOutput(_Logits, total=False):
-    """What a network's `forward_train` returns.
+    """Result of a network's `forward_train`.
 
     Attributes:
         logits: `(B, out_channels, *spatial)`, equal to what `forward` returns.
-        aux: logits of auxiliary heads, shallow first, where the paper has them.
-        edges: logits of boundary heads, where the paper has them.
-        features: named taps in the order of computation: `E1..En` encoder (fine to coarse), `B` bottleneck,
+        aux: Logits of the auxiliary heads, shallow first, where the paper has them.
+        edges: Logits of the boundary heads, where the paper has them.
+        features: Named feature maps in the order of computation: `E1..En` encoder (fine to coarse), `B` bottleneck,
             `Dn..D1` decoder (coarse to fine); each `(B, C, *spatial)`.
     """
 
@@ -107,27 +107,28 @@ class SegmentationNetwork(Protocol):
         """Return logits `(B, out_channels, *spatial)` for an image `(B, in_channels, *spatial)`."""
 
     def forward_train(self, x: Tensor) -> TrainingOutput:
-        """Return the logits together with what training losses may need."""
+        """Return the logits together with the auxiliary outputs of the training losses."""
 
 
 @runtime_checkable
 class TransferNetwork(Protocol):
-    """A network that can start from the weights of a network of another class."""
+    """A network that can be initialized from the weights of another architecture."""
 
     def transfer(self, state: Mapping[str, Tensor], *, cat_order: str | None = None) -> object:
-        """Take over what fits from a state dict; the returned report reads well as text.
+        """Load the matching weights of a state dict; return a printable report.
 
         Args:
             state: State dict of the other network.
-            cat_order: Order in which that network joins its features, "up_first" or "skip_first"; None for its default.
+            cat_order: Order in which that network concatenates its features, "up_first" or "skip_first"; None for its
+                default.
         """
 
 
 class PrunableNetwork(Protocol):
-    """A network with heads at several depths, which can be cut at each of them.
+    """A network with heads at several depths, which can be pruned to each of them.
 
     Attributes:
-        arguments: What its class was called with.
+        arguments: Constructor arguments.
     """
 
     arguments: dict[str, Any]
@@ -136,10 +137,10 @@ class PrunableNetwork(Protocol):
         """Return the weights by name, as `torch.nn.Module` does."""
 
     def prune(self, level: int) -> PrunableNetwork:
-        """Return a network of its own whose output is that of head `level`."""
+        """Return a new network whose output is that of head `level`."""
 
     def set_output(self, mode: str, *, head_activation: str | None = None) -> None:
-        """Choose what `forward` returns: "head", or "mean" of all heads' probabilities, as a logit."""
+        """Select the output of `forward`: that of one "head", or the "mean" of all heads' probabilities, as a logit."""
 
     def level_sizes(self) -> Sequence[Any]:
-        """Return `level`, `parameters` and `megabytes` of every head, shallow first, and last of the mean."""
+        """Return `level`, `parameters` and `megabytes` of every head, shallow first, then of the mean."""

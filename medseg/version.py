@@ -1,4 +1,4 @@
-"""The version of medseg, and those of other packages."""
+"""Versions of medseg and of installed packages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 
 
 def installed_versions(packages: Iterable[str]) -> dict[str, str | None]:
-    """Return the versions of medseg, Python and packages, from their metadata; None for one that is not installed."""
+    """Return the versions of medseg, Python and `packages` from their metadata; None if not installed."""
     from importlib import metadata
 
     versions: dict[str, str | None] = {"medseg": __version__, "python": platform.python_version()}

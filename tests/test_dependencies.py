@@ -176,5 +176,5 @@ def test_a_package_that_does_not_load_is_named_with_the_reason(tmp_path: Path, m
     (tmp_path / "openslide.py").write_text("raise OSError('libopenslide.so.1: cannot open')", encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "openslide", raising=False)
-    with pytest.raises(RequestError, match=r"needs openslide, which does not load \(OSError: libopenslide"):
+    with pytest.raises(RequestError, match=r"needs openslide, which cannot be imported \(OSError: libopenslide"):
         extras.require("openslide", "Reading slides")

@@ -1,6 +1,6 @@
-"""Comparisons and demonstrations that run from a config, and the data they make for themselves.
+"""Studies that run from a config, and the synthetic data they use.
 
-Import the module that is needed (`medseg.studies.phantoms`); nothing is loaded ahead of use.
+Import the module that is needed (`medseg.studies.phantoms`); the package imports nothing itself.
 """
 
 __all__: list[str] = []

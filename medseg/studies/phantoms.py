@@ -1,10 +1,10 @@
-"""A made-up CT data set: torsos with lungs, a liver and lung nodules, and the exact truth for each voxel.
+"""A synthetic CT data set: torsos with lungs, a liver and lung nodules, and the exact label of each voxel.
 
-The anatomy is a set of analytic shapes in world coordinates (millimeters, RAS), bent by a smooth random field. A
-scanner grid with thick slices, a few degrees of tilt and sometimes a mirrored axis samples it, so everything that
-reads these volumes has to respect the affine. The truth is the value of the shapes at the voxel centers; the image
-additionally gets the scanner's blur (partial volume) and correlated noise. No real scan is involved, and organ sizes
-follow the field of view, not a population: a network trained on these volumes knows nothing about patients.
+The anatomy is a set of analytic shapes in world coordinates (millimeters, RAS), deformed by a smooth random field. It
+is sampled on a scanner grid with thick slices, a few degrees of tilt and sometimes a flipped axis, so software that
+ignores the affine fails on these volumes. The label is the shape at each voxel center; the image additionally has the
+scanner's blur (partial volume) and correlated noise. No real scan is involved, and organ sizes follow the field of
+view, not a population: a network trained on these volumes is of no use on patients.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ HU_RANGE = (-1024, 3071)
 NOISE_SD = 20.0
 NOISE_SIGMA = (0.6, 0.6, 0.5)  # voxels
 BLUR_SIGMA = (0.6, 0.6, 0.5)  # voxels
-SMALLEST_SIDE = 32  # below this a nodule or a rib falls between the voxels
+SMALLEST_SIDE = 32  # below this, nodules and ribs are thinner than a voxel
 
 
 @dataclass(frozen=True)
 class Phantom:
-    """One made-up CT volume.
+    """One synthetic CT volume.
 
     Attributes:
         image: `(X, Y, Z)` int16, HU.
@@ -70,24 +70,24 @@ def write_phantoms(
 ) -> Path:
     """Write a data set in the layout of the Medical Segmentation Decathlon.
 
-    The folder gets `imagesTr`, `labelsTr` (training and validation cases), `imagesTs`, `labelsTs` (unseen cases) and
-    `dataset.json`. The same arguments give the same bytes; case k does not depend on how many others are written.
+    The folder then holds `imagesTr`, `labelsTr` (training and validation cases), `imagesTs`, `labelsTs` (test
+    cases) and `dataset.json`. Equal arguments write equal bytes; a case does not depend on the number of cases.
 
     Args:
-        folder: where to write; made if absent.
-        cases: volumes in `imagesTr`.
-        validation: how many of them, the last ones, stand under "validation" instead of "training".
-        unseen: further volumes, in `imagesTs` and under "test".
-        seed: any whole number from 0; each volume is drawn from (seed, case).
-        shape: nominal size in voxels; each case differs from it by a few.
-        spacing: nominal spacing in mm; each case differs from it by up to a tenth.
+        folder: Folder of the data set, created if missing.
+        cases: Number of volumes in `imagesTr`.
+        validation: Number of these, the last ones, that are listed under "validation" instead of "training".
+        unseen: Number of further volumes in `imagesTs`, listed under "test".
+        seed: Non-negative integer; each volume is drawn from (seed, case).
+        shape: Nominal size in voxels; each case differs from it by a few voxels.
+        spacing: Nominal spacing in mm; each case differs from it by up to 10 %.
 
     Returns:
         The path of `dataset.json`, which is written last.
 
     Raises:
-        RequestError: counts, seed, shape or spacing that cannot be.
-        OutputError: the folder cannot be written, or holds the `dataset.json` of another data set.
+        RequestError: Invalid counts, seed, shape or spacing.
+        OutputError: The folder is not writable, or holds the `dataset.json` of another data set.
     """
     _check_counts(cases, validation, unseen)
     root = Path(folder)
@@ -105,10 +105,10 @@ def write_phantoms(
 def make_phantom(
     case: int, *, seed: int = 0, shape: Sequence[int] = (96, 96, 64), spacing: Sequence[float] = (1.5, 1.5, 3.0)
 ) -> Phantom:
-    """Draw one phantom; arguments as for `write_phantoms`, `case` is its number from 0.
+    """Generate one phantom; `case` is its index from 0, the other arguments are those of `write_phantoms`.
 
     Raises:
-        RequestError: a negative case or seed, a side below 32 voxels, or a spacing that is not positive.
+        RequestError: A negative case or seed, a side below 32 voxels, or a spacing that is not positive.
     """
     _check_grid(case, seed, shape, spacing)
     rng = np.random.default_rng([seed, case])
@@ -125,7 +125,7 @@ def make_phantom(
 
 
 def _oblique_affine(grid: Sequence[int], zooms: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
-    """Affine of a grid tilted by 2 to 6 degrees about each axis, in half of the cases with one axis mirrored."""
+    """Affine of a grid tilted by 2 to 6 degrees about each axis, in half of the cases with one axis flipped."""
     angles = np.deg2rad(rng.uniform(2, 6, size=3) * rng.choice([-1, 1], size=3))
     signs = np.ones(3)
     if rng.random() < 0.5:
@@ -151,10 +151,10 @@ def _rotation(angles: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 class _Canvas:
-    """The volume while it is painted.
+    """The volume being painted.
 
-    Positions `x` (right), `y` (anterior), `z` (superior) run from about -1 to 1 across the field of view, whatever
-    its size, and are bent by a smooth field, so that an ellipsoid in them is an organ-like shape.
+    The coordinates `x` (right), `y` (anterior), `z` (superior) run from about -1 to 1 across the field of view and are
+    deformed by a smooth field, so that an ellipsoid in them is an organ-like shape.
     """
 
     def __init__(
@@ -183,7 +183,7 @@ class _Canvas:
         return level
 
     def fill(self, where: NDArray[np.bool_], hu: NDArray[Any] | float, label: int = 0) -> None:
-        """Give the marked voxels an attenuation (one number, or one per marked voxel) and a label."""
+        """Set the attenuation (one number, or one per masked voxel) and the label of the masked voxels."""
         self.hu[where] = hu
         self.label[where] = label
 
@@ -302,7 +302,7 @@ def _set_bone(canvas: _Canvas, where: NDArray[np.bool_], hu: NDArray[Any]) -> No
 
 
 def _paint_nodules(canvas: _Canvas) -> None:
-    """One to three lobed nodules inside the lungs; what would reach beyond a lung is cut off at its border."""
+    """One to three lobed nodules, clipped to the lungs."""
     sites = canvas.nodule_sites
     smallest = 1.3 * float(canvas.zooms.max())
     for _ in range(int(canvas.rng.integers(1, 4))):
@@ -331,7 +331,7 @@ def _paint_nodule(canvas: _Canvas, site: NDArray[np.intp], radius: float) -> Non
 
 
 def _scan(hu: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.int16]:
-    """What the scanner makes of the true attenuation: blur, correlated noise, whole numbers."""
+    """Simulate the scanner: blur, correlated noise, and rounding to integers."""
     white = rng.standard_normal(hu.shape, dtype=np.float32)
     gain = np.prod([np.sqrt(np.sum(_gaussian(sigma) ** 2)) for sigma in NOISE_SIGMA])
     image = _blur(hu, BLUR_SIGMA) + _blur(white, NOISE_SIGMA) * np.float32(NOISE_SD / gain)
@@ -351,7 +351,7 @@ def _blur(volume: NDArray[np.float32], sigmas: Sequence[float]) -> NDArray[np.fl
 
 
 def _gaussian(sigma: float) -> NDArray[np.float32]:
-    """Five Gaussian weights that add up to 1; enough for a sigma below one voxel."""
+    """Five Gaussian weights that sum to 1; enough for a sigma below one voxel."""
     weights = np.exp(-(np.arange(-2, 3) ** 2) / (2 * sigma**2))
     return np.asarray(weights / weights.sum(), dtype=np.float32)
 
@@ -360,7 +360,7 @@ def _gaussian(sigma: float) -> NDArray[np.float32]:
 
 
 def _write_case(phantom: Phantom, root: Path, name: str, part: str) -> dict[str, str]:
-    """Write one image and its label; return its line of the listing."""
+    """Write one image and its label; return its entry in `dataset.json`."""
     entry = {"image": f"./images{part}/{name}.nii.gz", "label": f"./labels{part}/{name}.nii.gz"}
     for key, array in (("image", phantom.image), ("label", phantom.label)):
         with replacing(root / entry[key]) as temporary:
@@ -369,7 +369,7 @@ def _write_case(phantom: Phantom, root: Path, name: str, part: str) -> dict[str,
 
 
 def _nifti_bytes(array: NDArray[Any], affine: NDArray[np.float64]) -> bytes:
-    """A compressed NIfTI file whose sform and qform agree; no clock time in it, so equal arrays give equal bytes."""
+    """A gzipped NIfTI file with equal sform and qform, and without a time stamp: equal arrays give equal bytes."""
     nifti = nibabel.Nifti1Image(array, affine)
     nifti.set_sform(affine, code=1)
     nifti.set_qform(affine, code=1)
@@ -380,7 +380,7 @@ def _nifti_bytes(array: NDArray[Any], affine: NDArray[np.float64]) -> bytes:
 def _listing(
     training: list[dict[str, str]], validation: list[dict[str, str]], test: list[dict[str, str]], seed: int
 ) -> dict[str, Any]:
-    """The content of `dataset.json`."""
+    """Return the content of `dataset.json`."""
     return {
         "name": NAME,
         "description": "Synthetic torsos with exact labels; no patient data",
@@ -399,7 +399,7 @@ def _listing(
 
 
 def _refuse_foreign(listing: Path) -> None:
-    """Stop before another data set's listing is overwritten."""
+    """Refuse to overwrite the `dataset.json` of another data set."""
     if not listing.exists():
         return
     try:
@@ -408,8 +408,8 @@ def _refuse_foreign(listing: Path) -> None:
         name = None
     if name != NAME:
         raise OutputError(
-            f"{listing.name} in {listing.parent.name!r} belongs to another data set ({name!r}); expected no such file "
-            f"or one of {NAME!r}. Choose another folder."
+            f"{listing.name} in {listing.parent.name!r} belongs to another data set: found {name!r}, expected "
+            f"{NAME!r} or no file. Choose another folder."
         )
 
 
@@ -419,19 +419,15 @@ def _refuse_foreign(listing: Path) -> None:
 def _check_counts(cases: int, validation: int, unseen: int) -> None:
     if cases < 1 or unseen < 0 or not 0 <= validation < cases:
         raise RequestError(
-            f"cases={cases}, validation={validation}, unseen={unseen} cannot be; expected at least 1 case, "
-            "0 <= validation < cases and unseen >= 0. Change the counts."
+            f"invalid counts: cases={cases}, validation={validation}, unseen={unseen}; expected at least 1 case, "
+            "0 <= validation < cases and unseen >= 0"
         )
 
 
 def _check_grid(case: int, seed: int, shape: Sequence[int], spacing: Sequence[float]) -> None:
     if case < 0 or seed < 0:
-        raise RequestError(f"case={case}, seed={seed}; expected whole numbers from 0. Choose others.")
+        raise RequestError(f"invalid case or seed: case={case}, seed={seed}; expected non-negative integers")
     if len(shape) != 3 or min(shape) < SMALLEST_SIDE:
-        raise RequestError(
-            f"shape={tuple(shape)}; expected three sides of at least {SMALLEST_SIDE} voxels. Choose a larger shape."
-        )
+        raise RequestError(f"invalid shape {tuple(shape)}: expected three sides of at least {SMALLEST_SIDE} voxels")
     if len(spacing) != 3 or not all(np.isfinite(spacing)) or min(spacing) < 0.1:
-        raise RequestError(
-            f"spacing={tuple(spacing)}; expected three numbers of millimeters, at least 0.1 each. Choose others."
-        )
+        raise RequestError(f"invalid spacing {tuple(spacing)}: expected three numbers in mm, at least 0.1 each")

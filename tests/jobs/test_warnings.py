@@ -173,7 +173,7 @@ def test_a_resumed_run_with_other_settings_says_that_it_starts_anew(
     api.predict(trained.root, image, output)
     manifest = api.predict(trained.root, image, output, settings={"overlap": 0.0}, resume=True)
     (warning,) = manifest.warnings
-    assert str(warning) == "manifest.json: the earlier run differs in its settings; no case is taken over"
+    assert str(warning) == "manifest.json: the earlier run differs in its settings; no case is resumed"
     with pytest.raises(RequestError, match="resume-ignored"):
         api.predict(trained.root, image, output, resume=True, strict=True)
 

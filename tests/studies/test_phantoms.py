@@ -187,8 +187,8 @@ def test_nothing_half_written_is_left_behind(dataset):
         ({"seed": -1}, "seed=-1"),
         ({"shape": (96, 96)}, "three sides"),
         ({"shape": (96, 96, 31)}, "at least 32"),
-        ({"spacing": (1.0, 1.0, 0.0)}, "spacing="),
-        ({"spacing": (1.0, 1.0, float("nan"))}, "spacing="),
+        ({"spacing": (1.0, 1.0, 0.0)}, "invalid spacing"),
+        ({"spacing": (1.0, 1.0, float("nan"))}, "invalid spacing"),
     ],
 )
 def test_impossible_requests_say_what_is_wrong_and_write_nothing(tmp_path, arguments, message):
