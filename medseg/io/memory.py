@@ -14,7 +14,6 @@ package of its class, so no package is imported that the caller does not use.
 
 from __future__ import annotations
 
-import importlib
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from medseg.errors import CaseError, GeometryError, MedsegError, RequestError, shortened
+from medseg.extras import require
 from medseg.io.formats import nifti, raster
 from medseg.io.geometry import Grid, spatial_axes, spatial_grid, to_affine4
 from medseg.io.voxels import ReadOptions, choose_channels, fill_image, fill_labels, image_type, smallest_label_type
@@ -125,7 +125,8 @@ class _Series:
 
     def read(self, path: Path, options: ReadOptions) -> tuple[NDArray[Any], Grid]:
         """Return the voxels and their grid, with all checks that a folder of DICOM files gets."""
-        reader = importlib.import_module("medseg.io.dicom.reader")
+        from medseg.io.dicom import reader
+
         with tempfile.TemporaryDirectory() as folder:
             for number, dataset in enumerate(self.datasets):
                 _save(dataset, Path(folder, f"{number:06}.dcm"))
@@ -232,7 +233,8 @@ def _nibabel_like(image: Any, values: NDArray[Any]) -> Any:
 
 
 def _of_simpleitk(image: Any) -> MemoryImage:
-    sitk = importlib.import_module("SimpleITK")
+    import SimpleITK as sitk
+
     dims = int(image.GetDimension())
 
     def give(values: NDArray[Any]) -> Any:
@@ -247,7 +249,7 @@ def _of_simpleitk(image: Any) -> MemoryImage:
 
 
 def _of_itk(image: Any) -> MemoryImage:
-    itk = importlib.import_module("itk")
+    itk = require("itk", "An ITK image")
     dims = int(image.GetImageDimension())
 
     def give(values: NDArray[Any]) -> Any:
@@ -284,7 +286,8 @@ def _ras(direction: ArrayLike, spacing: Sequence[float], origin: Sequence[float]
 def _of_tensor(image: Any) -> MemoryImage:
     if "monai" not in _packages(image):
         raise RequestError("A tensor has no geometry: give a MONAI MetaTensor (C, *spatial) with its affine.")
-    torch = importlib.import_module("torch")
+    import torch
+
     meta_tensor = type(image)
     if image.ndim not in (3, 4):
         raise RequestError(f"A MetaTensor has the shape (C, x, y[, z]): got {tuple(image.shape)}.")
