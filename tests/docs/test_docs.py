@@ -50,12 +50,12 @@ def test_a_page_runs_from_top_to_bottom(
     folder = enter(empty=starts_empty(page))
     monkeypatch.setattr("medseg.studies.phantoms.write_phantoms", partial(write_phantoms, shape=(40, 40, 32), unseen=1))
     variables = {"PWD": str(folder)}
-    names: dict[str, Any] = {"__name__": "documentation"}
     for block in blocks(page):
         if block.skip:
             continue
         if block.language == "python":
-            exec(compile("\n" * block.line + block.text, str(block), "exec"), names)  # tracebacks show the page's line
+            code = compile("\n" * block.line + block.text, str(block), "exec")  # tracebacks show the page's line
+            exec(code, {"__name__": "documentation"})
         elif block.language == "bash":
             _run_shell(block, variables, monkeypatch)
 
