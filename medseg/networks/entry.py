@@ -65,7 +65,7 @@ class Planning:
 
     arguments: Callable[[Sizing], dict[str, Any]] = level_arguments
     poolings: Mapping[int, int] = field(default_factory=lambda: {2: 4, 3: 4})
-    strides_note: str = "its poolings take one number per axis"
+    strides_note: str = "each pooling has one stride per axis"
     learning_rate: Mapping[int, float] = field(default_factory=lambda: {2: 0.001, 3: 0.001})
     training_loss: Mapping[str, Any] = field(default_factory=dict)
     loss_reason: str = ""

@@ -1,6 +1,6 @@
-"""From a labeled data set to a bundle that can be trained: fingerprint, plan, preflight.
+"""From a labeled data set to a bundle that can be trained: fingerprint, plan, probe.
 
-Nothing heavy is loaded before the first use.
+Submodules that need torch are imported on first use.
 """
 
 from __future__ import annotations

@@ -64,12 +64,12 @@ def plan(
     """
     request = _request(network, dims, memory, budget, name, settings or {})
     if request.budget is not None and not measure:
-        raise RequestError("--budget needs the measurement that --no-measure leaves out")
+        raise RequestError("--budget needs a measured training step: omit --no-measure.")
     for part in ("train", "val"):
         find_dataset(data, part)
     bundle = _target(Path(output), overwrite=overwrite)
     found = _fingerprint(Path(data), bundle, request, report)
-    made = replace(_made(Path(data), bundle, request, found, report, measured=measure), root=bundle.root)
+    made = replace(_plan_bundle(Path(data), bundle, request, found, report, measured=measure), root=bundle.root)
     _write(bundle, made, found)
     return made
 
@@ -86,25 +86,27 @@ def _request(
 
 
 def _target(folder: Path, *, overwrite: bool) -> Bundle:
-    """Refuse a folder that holds something else, or a bundle that would be lost."""
+    """Return the bundle to write; refuse a folder with other files, a planned bundle, or a trained one."""
     bundle = Bundle(folder.absolute())
     if folder.is_file():
-        raise RequestError(f"'{folder}' is a file; name a folder for the bundle", path=folder)
+        raise RequestError(f"'{folder}' is a file, not a folder. Choose another folder for the bundle.", path=folder)
     if bundle.weights.is_file():
         raise RequestError(
-            f"'{bundle.weights}' was trained by the plan that is there; plan into another folder", path=bundle.weights
+            f"'{folder}' contains a trained bundle, which is never replaced. Choose another folder.",
+            path=bundle.weights,
         )
     if (folder / "bundle.json").exists() and not overwrite:
         raise RequestError(
-            f"'{folder}' holds a bundle; name another folder, or give --overwrite to plan it anew", path=folder
+            f"'{folder}' already contains a bundle. Choose another folder, or pass --overwrite to replace it.",
+            path=folder,
         )
     if folder.is_dir() and any(folder.iterdir()) and not any((folder / n).exists() for n in (_RECORD, "bundle.json")):
-        raise RequestError(f"'{folder}' holds other files; name a new folder for the bundle", path=folder)
+        raise RequestError(f"'{folder}' is not empty and is not a bundle. Choose a new or empty folder.", path=folder)
     return bundle
 
 
 def _fingerprint(data: Path, bundle: Bundle, request: PlanRequest, report: Progress | None) -> Fingerprint:
-    """Take the fingerprint, or that of an earlier plan if the files have not changed, and keep it."""
+    """Compute and save the fingerprint; reuse the one in `plan.json` if the data files have not changed."""
     from medseg.planning.case_stats import Fingerprint
     from medseg.planning.fingerprint import take_fingerprint
 
@@ -122,7 +124,7 @@ def _fingerprint(data: Path, bundle: Bundle, request: PlanRequest, report: Progr
     return found
 
 
-def _made(
+def _plan_bundle(
     data: Path, bundle: Bundle, request: PlanRequest, found: Fingerprint, report: Progress | None, *, measured: bool
 ) -> Plan:
     from medseg.bundle.compose import compose
@@ -136,7 +138,9 @@ def _made(
     def probe(config: Mapping[str, Any]) -> Measurement:
         if report is not None:
             size = " x ".join(str(n) for n in config["patch_size"])
-            report(cases, cases, f"measuring training steps of {config['batch_size']} patches of {size} voxels")
+            report(
+                cases, cases, f"measuring training steps of {config['batch_size']} cases with patches of {size} voxels"
+            )
         return measure(config, case)
 
     gpu = select_device(str(request.settings.get("device_name", "auto"))).type == "cuda"

@@ -1,6 +1,6 @@
-"""What a fingerprint holds: facts of the training cases, and what follows from all of them together.
+"""The fingerprint of a data set: statistics of each training case and of all of them together.
 
-Numbers only, no arrays: a fingerprint is written to JSON and read back unchanged.
+It contains numbers and names only, no arrays, so that it round-trips through JSON.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class CaseStats:
-    """One training case.
+    """Statistics of one training case.
 
     Attributes:
-        name: of the case.
-        shape: voxels along the axes of the model: R, A, S of a volume, x, y of a picture.
-        spacing: mm along them; empty for pictures.
-        orientation: of the file, such as "LPS"; empty for pictures.
-        dtype: of the stored values.
-        channels: values per voxel.
-        color: whether the channels of a picture differ.
-        low: lowest value.
-        high: highest value.
-        percentiles: the 1st, 50th and 99th.
-        modality: as DICOM says.
-        microns: micrometers per pixel, where a picture says so; else 0.
-        values: label value -> voxels.
-        distinct: number of label values above 0.
-        contiguous: whether these are 1, 2, ... without a gap.
-        objects: connected pieces of one label value.
-        single: label values that are one piece.
-        object_sizes: 10th, 50th and 90th percentile of the voxels of a piece.
+        name: Name of the case.
+        shape: Spatial shape in voxels, in the model's axis order: R, A, S for a volume, x, y for a 2D image.
+        spacing: Voxel spacing in mm, in the same order; empty for 2D images.
+        orientation: Axis codes of the file, such as "LPS"; empty for 2D images.
+        dtype: Data type of the stored values.
+        channels: Number of channels.
+        color: Whether the channels of a 2D image differ from each other.
+        low: Lowest intensity.
+        high: Highest intensity.
+        percentiles: 1st, 50th and 99th percentile of the intensities.
+        modality: DICOM modality, such as "CT"; empty where unknown.
+        microns: Pixel size in micrometers from the resolution tag of a 2D image; 0 where there is none.
+        values: Number of voxels of each label value.
+        distinct: Number of label values above 0.
+        contiguous: Whether these values are 1, 2, ..., n without a gap.
+        objects: Number of connected components of equal label value.
+        single: Number of label values that form a single connected component.
+        object_sizes: 10th, 50th and 90th percentile of the components' sizes in voxels.
     """
 
     name: str
@@ -64,26 +64,26 @@ class CaseStats:
 
     @property
     def voxels(self) -> int:
-        """Voxels in space."""
+        """Number of voxels, whatever the channels."""
         return math.prod(self.shape)
 
     @property
     def foreground(self) -> int:
-        """Voxels whose label is not 0."""
+        """Number of voxels whose label is not 0."""
         return sum(count for value, count in self.values.items() if value != 0)
 
 
 @dataclass(frozen=True)
 class Intensity:
-    """The values of one channel inside the foreground of all training cases.
+    """Intensities of one channel in the foreground of all training cases, from a random sample of voxels.
 
     Attributes:
-        mean: of the sampled voxels.
-        std: their standard deviation.
-        low: their 0.5th percentile.
-        median: their 50th.
-        high: their 99.5th.
-        samples: how many were drawn.
+        mean: Mean.
+        std: Standard deviation.
+        low: 0.5th percentile.
+        median: Median.
+        high: 99.5th percentile.
+        samples: Number of voxels in the sample.
     """
 
     mean: float
@@ -96,16 +96,16 @@ class Intensity:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What the training part of a data set is like; the validation part was counted and not opened.
+    """Statistics of the training cases of a data set; validation cases are counted but never opened.
 
     Attributes:
-        dataset: name of its folder.
-        key: hash of names, sizes and times of the files, to tell whether it still holds.
-        validation_cases: how many cases there are for validation.
-        label_names: value -> name where `dataset.json` says so.
-        channel_names: of the channels, where `dataset.json` says so.
-        cases: the training cases, in the order of the split.
-        intensities: one entry per channel.
+        dataset: Name of the data set's folder.
+        key: Hash of the files' names, sizes and modification times, by which a change of the data is noticed.
+        validation_cases: Number of validation cases.
+        label_names: Class name of each label value in `dataset.json`; empty where it names none.
+        channel_names: Channel names in `dataset.json`; empty where it names none.
+        cases: Statistics of the training cases, in the order of the split.
+        intensities: Foreground intensities, one entry per channel.
     """
 
     dataset: str
@@ -118,28 +118,28 @@ class Fingerprint:
 
     @property
     def spatial_dims(self) -> int:
-        """2 or 3."""
+        """Number of spatial dimensions, 2 or 3."""
         return len(self.cases[0].shape)
 
     @property
     def channels(self) -> int:
-        """Values per voxel that the model reads; grey among color pictures is repeated."""
+        """Number of input channels of the model; a grayscale image among color images is repeated to 3 channels."""
         if self.spatial_dims == 2 and not any(case.color for case in self.cases):
             return min(case.channels for case in self.cases)
         return max(case.channels for case in self.cases)
 
     @property
     def median_spacing(self) -> tuple[float, ...]:
-        """Median per axis, mm; empty for pictures."""
+        """Median spacing of each axis in mm; empty for 2D images."""
         return self.spacing_at(0.5)
 
     def spacing_at(self, share: float) -> tuple[float, ...]:
-        """Return a quantile of the spacings, per axis, mm."""
+        """Return a quantile of the spacings of each axis, in mm."""
         spacings = [case.spacing for case in self.cases if case.spacing]
         return tuple(round(quantile(axis, share), 6) for axis in zip(*spacings, strict=True))
 
     def shapes(self, spacing: Sequence[float] = ()) -> list[tuple[int, ...]]:
-        """Return the shape of every case; after resampling to `spacing` where that is given."""
+        """Return the shape of each case, after resampling to `spacing` in mm if that is given."""
         if not spacing:
             return [case.shape for case in self.cases]
         return [
@@ -148,22 +148,22 @@ class Fingerprint:
         ]
 
     def median_shape(self, spacing: Sequence[float] = ()) -> tuple[int, ...]:
-        """Return the median voxels per axis; after resampling to `spacing` where that is given."""
+        """Return the median shape, axis by axis, after resampling to `spacing` in mm if that is given."""
         return tuple(round(statistics.median(axis)) for axis in zip(*self.shapes(spacing), strict=True))
 
     def shares(self) -> dict[int, float]:
-        """Return label value -> its share of all voxels."""
+        """Return the fraction of all voxels that each label value covers."""
         total = sum(case.voxels for case in self.cases)
         values = sorted({value for case in self.cases for value in case.values})
         return {value: sum(case.values.get(value, 0) for case in self.cases) / total for value in values}
 
     def middle_case(self) -> int:
-        """Return the index of the case of median size, on which the probe runs."""
+        """Return the index of the case with the median number of voxels, on which the probe runs."""
         order = sorted(range(len(self.cases)), key=lambda index: (self.cases[index].voxels, index))
         return order[len(order) // 2]
 
     def to_json(self) -> dict[str, Any]:
-        """Return what `from_json` takes, with a summary for readers in front."""
+        """Return the fingerprint as JSON values for `from_json`, headed by a summary for readers."""
         summary = {
             "training_cases": len(self.cases),
             "spatial_dims": self.spatial_dims,
@@ -176,7 +176,7 @@ class Fingerprint:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Fingerprint | None:
-        """Return what `to_json` wrote, read back from a file; None for another version or anything else."""
+        """Return the fingerprint in the output of `to_json`; None for another version or malformed content."""
         if content.get("version") != VERSION:
             return None
         try:
@@ -199,7 +199,7 @@ def _case(entry: Mapping[str, Any]) -> CaseStats:
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """Return a quantile by linear interpolation between the sorted values."""
+    """Return a quantile, `share` in [0, 1], by linear interpolation between the sorted values."""
     ordered = sorted(values)
     place = share * (len(ordered) - 1)
     below = math.floor(place)
@@ -208,5 +208,5 @@ def quantile(values: Sequence[float], share: float) -> float:
 
 
 def shown(values: Sequence[float], digits: int = 4) -> str:
-    """Return numbers as in "40 x 56 x 40"."""
+    """Format numbers as in "40 x 56 x 40"."""
     return " x ".join(f"{value:.{digits}g}" for value in values)

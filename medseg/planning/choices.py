@@ -1,4 +1,4 @@
-"""What follows from the data alone: template, intensities, sampling, names. No torch."""
+"""Choices that follow from the data alone: template, classes, spacing, intensity scaling, name. No torch."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ __all__ = ["DatasetAnalysis", "analyze", "bundle_name"]
 _HOUNSFIELD_LOW = -100.0
 _HOUNSFIELD_HIGH = 35_000.0
 _MOST = 0.9
-# A tenth of the window on each side, so that the border of what is marked is not clipped away.
+# Fraction of the window added on each side, so that intensities at the edge of structures are not clipped.
 _MARGIN = 0.1
 _NARROWEST = 100.0
-# Between pictures of one scanner the brightest percentile varies by less than this factor.
+# The 99th percentile of images from one scanner varies by less than this factor.
 _COMPARABLE = 1.5
 _NAME = re.compile(r"[a-z0-9]+(_[a-z0-9]+){2,}")
 _SHORT: Final = {"ct_volume": "ct", "mr_volume": "mri", "rgb_image": "rgb", "grey_image": "grey"}
@@ -34,17 +34,17 @@ _SHORT: Final = {"ct_volume": "ct", "mr_volume": "mri", "rgb_image": "rgb", "gre
 
 @dataclass
 class DatasetAnalysis:
-    """What the data decide.
+    """Choices that follow from the data, whatever the memory, the time and the network.
 
     Attributes:
-        template: of the bundle.
-        channels: index -> name.
-        classes: of the model.
-        spacing: of the grid in mm; empty for pictures.
-        shape: median image on that grid, voxels.
-        knobs: planned so far.
-        blocks: parts of the template that the bundle replaces.
-        reasons: knob or part -> why.
+        template: Name of the bundle's template.
+        channels: Channel names by index.
+        classes: Classes of the model.
+        spacing: Spacing to which images are resampled, in mm; empty for 2D images.
+        shape: Median shape of the training images at that spacing, in voxels.
+        knobs: Settings chosen so far.
+        blocks: Blocks of the template that the bundle replaces.
+        reasons: Reason of each setting or block.
     """
 
     template: str
@@ -58,26 +58,26 @@ class DatasetAnalysis:
 
     @property
     def spatial_dims(self) -> int:
-        """2 or 3."""
+        """Number of spatial dimensions, 2 or 3."""
         return len(self.shape)
 
     @property
     def norm(self) -> str:
-        """Of the network: over the batch for pictures on one scale, where the mean of a patch says something."""
+        """Normalization of the network: "batch" for 2D images on a common scale, where means matter."""
         return "batch" if self.spatial_dims == 2 and "intensity_range" in self.knobs else "instance"
 
 
 def analyze(fingerprint: Fingerprint, request: PlanRequest) -> DatasetAnalysis:
-    """Decide what the data decide.
+    """Derive template, classes, spacing and intensity scaling from the data.
 
     Raises:
-        RequestError: labels that cannot be classes, or other dimensions than were asked for.
+        RequestError: Labels that are no valid classes, or images of other dimensions than requested.
     """
     dims = fingerprint.spatial_dims
     if request.dims not in (None, dims):
         raise RequestError(
-            f"--dims {request.dims} does not fit: the images have {dims} axes, such as "
-            f"{' x '.join(map(str, fingerprint.cases[0].shape))} of {fingerprint.cases[0].name}. Leave --dims out."
+            f"--dims {request.dims} does not match the data: the images have {dims} dimensions, for example "
+            f"{' x '.join(map(str, fingerprint.cases[0].shape))} in case {fingerprint.cases[0].name}. Omit --dims."
         )
     template, why = _template(fingerprint)
     spacing, reason = _spacing(fingerprint, request.settings)
@@ -99,7 +99,7 @@ def analyze(fingerprint: Fingerprint, request: PlanRequest) -> DatasetAnalysis:
 
 
 def bundle_name(request: PlanRequest, folder: str, analysis: DatasetAnalysis, fingerprint: Fingerprint) -> str:
-    """Return the bundle's name: the given one, that of its folder if it will do, or data set, modality and network."""
+    """Return the bundle's name: the given one, the folder's if it is valid, or `<dataset>_<modality>_<network>`."""
     if request.name:
         return request.name
     if _NAME.fullmatch(folder):
@@ -114,18 +114,21 @@ def _template(fingerprint: Fingerprint) -> tuple[str, str]:
         colored = sum(case.color for case in cases)
         if fingerprint.channels == 3:
             grey = len(cases) - colored
-            note = f"; the {grey} grey ones are read with their channel three times" if grey else ""
-            return "rgb_image", f"{colored} of {len(cases)} training pictures are in color{note}"
-        return "grey_image", f"all {len(cases)} training pictures have {fingerprint.channels} channel(s) and no color"
+            note = f"; the channel of the {grey} grayscale images is repeated three times" if grey else ""
+            return "rgb_image", f"{colored} of {len(cases)} training images are in color{note}"
+        return "grey_image", f"all {len(cases)} training images are grayscale, with {fingerprint.channels} channel(s)"
     units = sum(case.low < _HOUNSFIELD_LOW and case.high <= _HOUNSFIELD_HIGH for case in cases)
     said = _said_ct(fingerprint)
-    share = f"{units} of {len(cases)} training volumes hold values below {_HOUNSFIELD_LOW:g}"
+    share = f"{units} of {len(cases)} training volumes contain values below {_HOUNSFIELD_LOW:g}"
     if units >= _MOST * len(cases) and (said or (not fingerprint.channel_names and _whole_numbers(fingerprint))):
-        source = "the data set says CT" if said else "whole numbers, nobody says another modality"
-        return "ct_volume", f"{share}, as Hounsfield units do, and {source}"
+        source = "the data set states CT" if said else "all are integers, with no other modality stated"
+        return "ct_volume", f"CT: {share}, as Hounsfield units do, and {source}"
     if said:
-        return "mr_volume", f"the data set says CT, but only {share}: values are standardized per volume"
-    return "mr_volume", f"no CT ({share}): the scale of values is not the same in every volume"
+        return (
+            "mr_volume",
+            f"the data set states CT, but only {share}: not Hounsfield units, so each volume is standardized",
+        )
+    return "mr_volume", f"not CT ({share}): the intensity scale differs between volumes, so each volume is standardized"
 
 
 def _said_ct(fingerprint: Fingerprint) -> bool:
@@ -154,7 +157,7 @@ def _spacing(fingerprint: Fingerprint, settings: Mapping[str, Any]) -> tuple[tup
     if given is None:
         return target_spacing(fingerprint)
     if not isinstance(given, list) or len(given) != 3 or not all(isinstance(v, int | float) and v > 0 for v in given):
-        raise RequestError(f"spacing={given!r} must be three numbers of mm above 0, such as [1, 1, 2.5].")
+        raise RequestError(f"Invalid spacing={given!r}: expected three numbers above 0, in mm, such as [1, 1, 2.5].")
     return tuple(float(value) for value in given), "set by the user"
 
 
@@ -166,8 +169,8 @@ def _set_intensities(analysis: DatasetAnalysis, fingerprint: Fingerprint) -> Non
     else:
         tops = [case.percentiles[-1] for case in fingerprint.cases if case.percentiles]
         analysis.reasons["normalization"] = (
-            f"each image to mean 0 and standard deviation 1: the 99th percentile of the training images runs from "
-            f"{min(tops):.4g} to {max(tops):.4g}, and no scale is the same everywhere"
+            f"each image is standardized to mean 0 and standard deviation 1, because intensities have no common scale: "
+            f"the 99th percentile of the training images ranges from {min(tops):.4g} to {max(tops):.4g}"
         )
 
 
@@ -183,9 +186,9 @@ def _set_window(analysis: DatasetAnalysis, fingerprint: Fingerprint) -> None:
     analysis.knobs["intensity_range"] = window
     first = fingerprint.intensities[0]
     analysis.reasons["intensity_range"] = (
-        f"what is marked lies between {low:.4g} and {high:.4g} HU (0.5th and 99.5th percentile of {first.samples:,} "
-        f"voxels, mean {first.mean:.4g}, standard deviation {first.std:.4g}); a tenth more on each side, so that its "
-        "border is not clipped"
+        f"the foreground ranges from {low:.4g} to {high:.4g} HU (0.5th to 99.5th percentile of {first.samples:,} "
+        f"sampled voxels; mean {first.mean:.4g}, standard deviation {first.std:.4g}); the window is a tenth wider on "
+        "each side, so that edges of structures are not clipped"
     )
 
 
@@ -195,16 +198,17 @@ def _set_color(analysis: DatasetAnalysis, fingerprint: Fingerprint) -> None:
     if bright > _COMPARABLE * max(dark, 1e-6):
         analysis.blocks["intensity"] = [{"_target_": "monai.transforms.NormalizeIntensityd", "keys": "image"}]
         analysis.reasons["normalization"] = (
-            f"each picture to mean 0 and standard deviation 1 over its three channels: the 99th percentile runs from "
-            f"{dark:.4g} to {bright:.4g} (10th and 90th percentile of the pictures), so one scale does not fit all"
+            "each image is standardized to mean 0 and standard deviation 1 over its three channels, because "
+            f"brightness differs too much: the 99th percentile ranges from {dark:.4g} to {bright:.4g} in the middle "
+            "80% of images"
         )
         return
     highest = max(case.high for case in fingerprint.cases)
     top = 255.0 if highest <= 255 else float(math.ceil(highest))
     analysis.knobs["intensity_range"] = [0.0, top]
     analysis.reasons["intensity_range"] = (
-        f"pixel values reach {highest:.4g}, and the 99th percentile is alike in all pictures ({dark:.4g} to "
-        f"{bright:.4g}): one scale keeps the colors of a stain"
+        f"pixel values reach {highest:.4g} and the 99th percentile is similar in all images ({dark:.4g} to "
+        f"{bright:.4g}), so one scale for all images preserves absolute color, such as that of a stain"
     )
 
 
@@ -212,4 +216,6 @@ def _set_microns(analysis: DatasetAnalysis, fingerprint: Fingerprint) -> None:
     known = {case.microns for case in fingerprint.cases}
     if analysis.template == "rgb_image" and len(known) == 1 and known != {0.0}:
         analysis.knobs["microns_per_pixel"] = known.pop()
-        analysis.reasons["microns_per_pixel"] = f"all {len(fingerprint.cases)} training pictures say so in their files"
+        analysis.reasons["microns_per_pixel"] = (
+            f"the resolution stored in the files of all {len(fingerprint.cases)} training images"
+        )

@@ -1,7 +1,7 @@
-"""What a training step of a network takes, counted without running it: the same on every machine.
+"""Memory of a training step, estimated without running it, so that the result is the same on every machine.
 
-The network runs on tensors that have a shape and no content. Counted are the tensors that its backward pass keeps, and
-the largest tensor, of which convolutions make copies while they work.
+The network runs on fake tensors, which have a shape but no data. The estimate adds up the tensors saved for the
+backward pass and working copies of the largest one.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ if TYPE_CHECKING:
 
 __all__ = ["Cost", "count"]
 
-# Weights, their gradients, two moments of AdamW, and the average.
+# Weights, gradients, the two moments of AdamW, and the moving average.
 _COPIES_OF_WEIGHTS = 5
-# Input, output and gradient of the largest layer in the order that the kernels want.
+# Input, output and gradient of the largest layer, in the memory layout of the kernels.
 _COPIES_OF_LARGEST = 3
-# Of the kernels, whatever the size.
+# Workspace of the kernels, whatever the size.
 _WORKSPACE = 100 << 20
-# Of each logit: probabilities, one-hot target, products, and their gradients.
+# Tensors of the loss per logit: probabilities, one-hot target, products, and their gradients.
 _COPIES_OF_LOGITS = 8
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one training step takes, in float32.
+    """Size of a network and of one training step in float32.
 
     Attributes:
-        parameters: number of weights.
-        memory: bytes of weights, optimizer, activations, gradients and loss at the peak.
+        parameters: Number of parameters.
+        memory: Peak memory in bytes of weights, optimizer, activations, gradients and loss.
     """
 
     parameters: int
@@ -47,12 +47,12 @@ class Cost:
 
 
 def count(network_def: Mapping[str, Any], patch: Sequence[int], batch: int) -> Cost:
-    """Count a training step of a network of `medseg.networks`.
+    """Estimate a training step of a network of `medseg.networks`.
 
     Args:
-        network_def: `_target_` and arguments.
-        patch: voxels per axis.
-        batch: patches per step.
+        network_def: `_target_` and arguments of the network.
+        patch: Patch size in voxels.
+        batch: Number of patches per step.
     """
     return _count(json.dumps(network_def), tuple(patch), batch)
 

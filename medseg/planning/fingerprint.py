@@ -1,7 +1,7 @@
-"""Open the training cases of a data set, one after the other, and write down what a plan needs to know.
+"""Compute the fingerprint of a data set from its training cases.
 
-One image and its label are in memory at a time. The cases for validation are counted and never opened: what a plan
-knew of them would be a leak.
+One image and its label are in memory at a time. Validation cases are counted but never opened: a plan that used them
+would leak validation data.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ __all__ = ["dataset_key", "take_fingerprint"]
 
 Report: TypeAlias = Callable[[float, int, str], None]
 
-# Values drawn from the foreground of one case, and of all together: enough for percentiles, little to hold.
+# Foreground voxels sampled from one case, and from all cases: enough for percentiles, little memory.
 _PER_CASE = 10_000
 _IN_ALL = 4_000_000
-# Above this many voxels of its bounding box a label is thinned before its pieces are counted.
-_PIECES_LIMIT = 1 << 25
+# A label whose bounding box has more voxels is subsampled before its components are counted.
+_COMPONENTS_LIMIT = 1 << 25
 _SLAB = 1 << 22
 _MAX_FAULTS = 3
-# Microscopes; what lies outside is the 72 dots per inch of a screen.
+# Pixel sizes of microscopes in micrometers; other values are mostly the default 72 dpi of screens.
 _MICRONS = (0.05, 20.0)
 
 
@@ -52,13 +52,13 @@ def take_fingerprint(
     """Return the fingerprint of a data set's training cases.
 
     Args:
-        path: data set as `medseg.components.find_dataset` takes it.
-        spatial_dims: 2 or 3 to refuse everything else; by default what the images are.
-        known: an earlier fingerprint; it is returned if the files are still those.
-        report: told about each case that is done.
+        path: Data set, as in `medseg.components.find_dataset`.
+        spatial_dims: Required number of spatial dimensions, 2 or 3; that of the images by default.
+        known: Earlier fingerprint, which is returned if the files have not changed.
+        report: Called with the number of cases read, the number of all cases, and a note.
 
     Raises:
-        RequestError: the data set cannot be trained on; the message names the first cases and what is wrong with them.
+        RequestError: Cases unfit for training; the message names the first of them and their faults.
     """
     cases = find_dataset(path, "train")
     validation = find_dataset(path, "val")
@@ -97,7 +97,7 @@ def take_fingerprint(
 
 
 def dataset_key(cases: list[dict[str, Any]], listing: dict[str, Any]) -> str:
-    """Return a hash of the files' names, sizes and times of change, and of what `dataset.json` says of labels."""
+    """Return a hash of the files' names, sizes and modification times, and of labels and channels in `dataset.json`."""
     digest = hashlib.sha256(repr([listing.get(part) for part in ("labels", "modality", "channel_names")]).encode())
     for case in cases:
         for part in ("image", "label"):
@@ -106,7 +106,7 @@ def dataset_key(cases: list[dict[str, Any]], listing: dict[str, Any]) -> str:
 
 
 def _state(path: str) -> list[tuple[str, int, int]]:
-    """Return name, size and time of change of a file, or of the files of a DICOM folder."""
+    """Return name, size and modification time of a file, or of each file of a DICOM folder."""
     source, _ = split_series(path)
     files = sorted(file for file in source.rglob("*") if file.is_file()) if source.is_dir() else [source]
     states = [(file.name, file.stat()) for file in files if file.is_file()]
@@ -125,7 +125,7 @@ def _channel_names(listing: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _case(case: dict[str, Any], spatial_dims: int | None, *, seed: int, draw: int) -> tuple[CaseStats, Array]:
-    """Return the facts of a case, and values drawn from its foreground, `(C, n)` float32."""
+    """Return the statistics of a case, and intensities sampled from its foreground, `(C, n)` float32."""
     dims = _axes(case["image"], spatial_dims)
     image = open_image(case["image"], case["name"], spatial_dims=dims)
     label = open_label(
@@ -133,38 +133,38 @@ def _case(case: dict[str, Any], spatial_dims: int | None, *, seed: int, draw: in
     )
     difference = grid_difference(image.facts.grid, label.facts.grid)
     if difference:
-        raise GeometryError(f"{case['image']} and {case['label']} do not lie on one grid: {difference}.")
+        raise GeometryError(f"Geometry mismatch between {case['image']} and {case['label']}: {difference}.")
     if image.facts.nonfinite:
-        raise CaseError(f"{case['image']} holds {image.facts.nonfinite:,} values that are no numbers.")
+        raise CaseError(f"{case['image']} contains {image.facts.nonfinite:,} non-finite values (NaN or Inf).")
     return _facts(case, image, label), _draw(image.array, label.array, draw, np.random.default_rng(seed))
 
 
 def _axes(path: str, wanted: int | None) -> int | None:
-    """Return how many axes to ask for, so that a wrong `--dims` is refused with its reason."""
-    picture = case_kind(path) == "image"
-    if wanted == 3 and picture:
-        raise CaseError(f"{path} is a picture: it cannot be planned with --dims 3. Leave --dims out.")
-    if wanted == 2 and not picture:
+    """Return the number of spatial dimensions to read a file with; refuse a `--dims` that does not match it."""
+    is_image = case_kind(path) == "image"
+    if wanted == 3 and is_image:
+        raise CaseError(f"{path} is a 2D image, which does not match --dims 3. Omit --dims.")
+    if wanted == 2 and not is_image:
         try:
             read_grid(path, spatial_dims=2)
         except CaseError as error:
             raise CaseError(
-                f"{error} A 2D model of volumes would be trained on slices, which medseg does not do: leave --dims out "
-                "for a 3D one, or store the slices as pictures."
+                f"{error} medseg does not train 2D models on slices of volumes: omit --dims for a 3D model, or store "
+                "the slices as 2D images."
             ) from error
     return wanted
 
 
 def _facts(case: dict[str, Any], image: Opened, label: Opened) -> CaseStats:
     facts = image.facts
-    turn = _turn(facts)
+    axes = _file_axes(facts)
     values = label.facts.labels
-    marked = [value for value in values if value > 0]
-    objects, single, sizes = _pieces(label.array)
+    foreground = [value for value in values if value > 0]
+    objects, single, sizes = _components(label.array)
     return CaseStats(
         name=case["name"],
-        shape=tuple(facts.shape[axis] for axis in turn),
-        spacing=tuple(facts.spacing[axis] for axis in turn) if facts.spacing else (),
+        shape=tuple(facts.shape[axis] for axis in axes),
+        spacing=tuple(facts.spacing[axis] for axis in axes) if facts.spacing else (),
         orientation=facts.orientation,
         dtype=facts.dtype,
         channels=facts.channels,
@@ -175,16 +175,16 @@ def _facts(case: dict[str, Any], image: Opened, label: Opened) -> CaseStats:
         modality=facts.modality,
         microns=_microns(case["image"]),
         values=dict(values),
-        distinct=len(marked),
-        contiguous=marked == list(range(1, len(marked) + 1)),
+        distinct=len(foreground),
+        contiguous=foreground == list(range(1, len(foreground) + 1)),
         objects=objects,
         single=single,
         object_sizes=sizes,
     )
 
 
-def _turn(facts: FileFacts) -> list[int]:
-    """Return which axis of the file each axis of the model is: R, A, S of a volume."""
+def _file_axes(facts: FileFacts) -> list[int]:
+    """Return the file's axis for each axis of the model, which are R, A, S for a volume."""
     if len(facts.shape) < 3 or not facts.has_geometry:
         return list(range(len(facts.shape)))
     nearest = [int(axis) for axis in io_orientation(facts.grid.affine)[:, 0]]
@@ -192,37 +192,37 @@ def _turn(facts: FileFacts) -> list[int]:
 
 
 def _microns(path: str) -> float:
-    """Return what a picture's resolution tells; 0 where it tells nothing that a microscope would."""
+    """Return the pixel size of a 2D image in micrometers; 0 where it is unknown or not that of a microscope."""
     if case_kind(path) != "image":
         return 0.0
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about size and metadata; reading it has told of both
-            with Image.open(path) as picture:
-                dots = float(picture.info.get("dpi", (0.0,))[0])
+            warnings.simplefilter("ignore")  # already given when the pixels were read
+            with Image.open(path) as image:
+                dots = float(image.info.get("dpi", (0.0,))[0])
     except (OSError, ValueError, TypeError, ZeroDivisionError, Image.DecompressionBombError):
         return 0.0
     microns = 25_400 / dots if dots > 0 else 0.0
     return round(microns, 4) if _MICRONS[0] <= microns <= _MICRONS[1] else 0.0
 
 
-def _pieces(label: Array) -> tuple[int, int, tuple[float, ...]]:
-    """Count the connected pieces of equal label; return them, the values that are one piece, and their sizes."""
-    marked = label > 0
-    if not marked.any():
+def _components(label: Array) -> tuple[int, int, tuple[float, ...]]:
+    """Return the number of connected components of equal label, of values with a single one, and their sizes."""
+    foreground = label > 0
+    if not foreground.any():
         return 0, 0, ()
     axes = range(label.ndim)
-    lines = [np.asarray(marked.any(axis=tuple(other for other in axes if other != axis))) for axis in axes]
+    lines = [np.asarray(foreground.any(axis=tuple(other for other in axes if other != axis))) for axis in axes]
     box = tuple(_extent(line) for line in lines)
     part = label[box]
     step = 1
-    while part.size / step**label.ndim > _PIECES_LIMIT:
+    while part.size / step**label.ndim > _COMPONENTS_LIMIT:
         step += 1
     part = np.ascontiguousarray(part[(slice(None, None, step),) * label.ndim])
-    pieces = sitk.GetArrayFromImage(sitk.ScalarConnectedComponent(sitk.GetImageFromArray(part.astype(np.int32))))
-    counts = np.bincount(pieces.ravel())
+    components = sitk.GetArrayFromImage(sitk.ScalarConnectedComponent(sitk.GetImageFromArray(part.astype(np.int32))))
+    counts = np.bincount(components.ravel())
     values = np.zeros(len(counts), np.int64)
-    values[pieces.ravel()] = part.ravel()
+    values[components.ravel()] = part.ravel()
     inside = (counts > 0) & (values > 0)
     _, per_value = np.unique(values[inside], return_counts=True)
     sizes = np.percentile(counts[inside] * step**label.ndim, (10, 50, 90))
@@ -235,7 +235,7 @@ def _extent(line: Array) -> slice:
 
 
 def _draw(image: Array, label: Array, count: int, rng: np.random.Generator) -> Array:
-    """Draw `count` voxels of the foreground, all if there are fewer, slab by slab; `(C, n)` float32."""
+    """Sample `count` foreground voxels, or all if there are fewer, slab by slab; return `(C, n)` float32."""
     total = int(sum(int((part > 0).sum()) for part, _ in _slabs(label, image)))
     ranks = np.sort(rng.choice(total, min(count, total), replace=False)) if total else np.empty(0, np.int64)
     found: list[Array] = []
@@ -256,12 +256,12 @@ def _slabs(label: Array, image: Array) -> Iterator[tuple[Array, Array]]:
 
 
 def _intensities(drawn: list[Array], channels: int) -> tuple[Intensity, ...]:
-    """Describe the values of each channel; grey among color pictures counts for each."""
+    """Return the foreground intensities of each channel; a grayscale image among color ones counts for each."""
     result = []
     for channel in range(channels):
         values = np.concatenate([case[min(channel, len(case) - 1)] for case in drawn]).astype(np.float64)
         if not values.size:
-            raise RequestError("No training label marks anything: there is nothing to learn.")
+            raise RequestError("All training labels are empty (background only): there is nothing to learn.")
         low, median, high = np.percentile(values, (0.5, 50, 99.5))
         mean, std, low, median, high = (round(float(n), 6) for n in (values.mean(), values.std(), low, median, high))
         result.append(Intensity(mean, std, low, median, high, values.size))
@@ -270,10 +270,10 @@ def _intensities(drawn: list[Array], channels: int) -> tuple[Intensity, ...]:
 
 def _refuse(faults: list[str], count: int) -> None:
     if faults:
-        more = f" and {len(faults) - _MAX_FAULTS} more" if len(faults) > _MAX_FAULTS else ""
+        more = f" And {len(faults) - _MAX_FAULTS} more." if len(faults) > _MAX_FAULTS else ""
         raise RequestError(
-            f"{len(faults)} of {count} training cases cannot be used: {' '.join(faults[:_MAX_FAULTS])}{more} "
-            "`medseg doctor` shows all of them."
+            f"{len(faults)} of {count} training cases are unfit for training: {' '.join(faults[:_MAX_FAULTS])}{more} "
+            "`medseg doctor` lists all of them."
         )
 
 
@@ -281,13 +281,13 @@ def _refuse_mixed(cases: list[CaseStats]) -> None:
     for case in cases:
         if len(case.shape) != len(cases[0].shape):
             raise RequestError(
-                f"{cases[0].name} has {len(cases[0].shape)} axes and {case.name} has {len(case.shape)}: a model is for "
-                "pictures or for volumes."
+                f"Mixed dimensions: {cases[0].name} is {len(cases[0].shape)}D and {case.name} is {len(case.shape)}D. "
+                "Split the data set: a model segments either 2D images or volumes."
             )
         if case.channels != cases[0].channels and (
             len(case.shape) == 3 or {case.channels, cases[0].channels} != {1, 3}
         ):
             raise RequestError(
-                f"{cases[0].name} has {cases[0].channels} channels and {case.name} has {case.channels}: a model reads "
-                "the same channels of every case."
+                f"Mixed channels: {cases[0].name} has {cases[0].channels} and {case.name} has {case.channels}. All "
+                "cases of a data set need the same channels."
             )

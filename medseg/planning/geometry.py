@@ -1,14 +1,14 @@
-"""Grid, patch and strides: pure arithmetic on voxel counts and millimeters.
+"""Target spacing, patch size and strides: pure arithmetic on voxel counts and millimeters.
 
-Rules, with their reasons:
+The rules and their reasons:
 
-* The grid's spacing is the median of the training cases, so that half of them are thinned and half are interpolated.
-  Where slices are far thicker than pixels, and differ, the slice axis takes its 10th percentile: interpolating a thick
-  slice costs only time, while dropping every second thin one loses structures for good.
-* A patch is as near to a cube in millimeters as it can be, since anatomy has no preferred axis, and never larger than
-  the median image.
-* An axis is halved as long as its voxels are not more than twice as long as the finest ones at that level, and 4 remain
-  at the bottom: pooling coarse axes first would blur what little they hold.
+* The target spacing is the median of the training cases, so that half of them are downsampled and half upsampled.
+  Where slices are much thicker than pixels and their thickness varies, the slice axis takes its 10th percentile:
+  upsampling thick slices costs only time, while downsampling thin ones loses small structures for good.
+* A patch is as close to a cube in millimeters as possible, because anatomy has no preferred axis, and never larger
+  than the median image.
+* An axis is pooled as long as its voxels are at most twice as long as the finest ones at that level and 4 voxels remain
+  at the bottom: pooling coarse axes early would discard the little detail they have.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _SMALLEST_BOTTOM = 4
 
 @dataclass(frozen=True)
 class Layout:
-    """Patch and strides of a network.
+    """Patch size and strides of a network.
 
     Attributes:
-        patch: voxels per axis, a multiple of `step`.
-        strides: one entry per pooling, finest first, each a number per axis.
-        whole: whether the patch holds the median image.
+        patch: Patch size in voxels, a multiple of `step`.
+        strides: One entry per pooling, from full resolution down, with a stride per axis.
+        whole: Whether a patch covers the median image.
     """
 
     patch: tuple[int, ...]
@@ -47,29 +47,29 @@ class Layout:
 
     @property
     def step(self) -> tuple[int, ...]:
-        """Total stride per axis."""
+        """Total stride of each axis."""
         return tuple(math.prod(axis) for axis in zip(*self.strides, strict=True))
 
     @property
     def bottom(self) -> tuple[int, ...]:
-        """Voxels per axis at the deepest level."""
+        """Shape of the feature map at the deepest level, in voxels."""
         return tuple(n // s for n, s in zip(self.patch, self.step, strict=True))
 
     @property
     def voxels(self) -> int:
-        """Voxels of a patch."""
+        """Number of voxels of a patch."""
         return math.prod(self.patch)
 
 
 def target_spacing(fingerprint: Fingerprint) -> tuple[tuple[float, ...], str]:
-    """Return the spacing of the model's grid in mm, and why."""
+    """Return the spacing in mm to which images are resampled, and the reason."""
     median = fingerprint.median_spacing
     low, high = fingerprint.spacing_at(0.0), fingerprint.spacing_at(1.0)
     if low == high:
-        return median, f"all {len(fingerprint.cases)} training cases have {shown(median)} mm: nothing is resampled"
+        return median, f"the spacing of all {len(fingerprint.cases)} training cases, {shown(median)} mm: no resampling"
     text = (
-        f"median of {len(fingerprint.cases)} training cases, from {shown(low)} to {shown(high)} mm: as many are"
-        " thinned as are interpolated"
+        f"median of {len(fingerprint.cases)} training cases, whose spacing ranges from {shown(low)} to {shown(high)} "
+        "mm, so that as many are downsampled as upsampled"
     )
     coarse = max(range(len(median)), key=lambda axis: median[axis])
     if median[coarse] < _ANISOTROPIC * min(median):
@@ -77,19 +77,19 @@ def target_spacing(fingerprint: Fingerprint) -> tuple[tuple[float, ...], str]:
     tenth = fingerprint.spacing_at(0.1)[coarse]
     spacing = tuple(tenth if axis == coarse else step for axis, step in enumerate(median))
     return spacing, (
-        f"{text}; axis {coarse} is {median[coarse] / min(median):.1f} times as coarse as the finest and takes its 10th "
-        f"percentile, {tenth:.4g} instead of {median[coarse]:.4g} mm, so that cases with thin slices lose none"
+        f"{text}; axis {coarse} is {median[coarse] / min(median):.1f} times as coarse as the finest axis and takes its "
+        f"10th percentile, {tenth:.4g} mm instead of {median[coarse]:.4g} mm, so that thin slices are kept"
     )
 
 
 def lay_out(shape: Sequence[int], spacing: Sequence[float], limit: int, poolings: int) -> Layout:
-    """Return the largest patch up to `limit` voxels, and the strides that suit it.
+    """Return the largest patch of up to `limit` voxels, and its strides.
 
     Args:
-        shape: the median image on the model's grid, voxels.
-        spacing: of the grid in mm; ones for pictures.
-        limit: voxels that a patch may have; rounding to strides may exceed it a little.
-        poolings: the most that the network has places for.
+        shape: Median shape of the images at the target spacing, in voxels.
+        spacing: Target spacing in mm; ones for 2D images.
+        limit: Maximum number of voxels of a patch; rounding to multiples of the strides may slightly exceed it.
+        poolings: Maximum number of poolings of the network.
     """
     extent = _extent(shape, spacing, limit)
     strides = _strides(extent, spacing, poolings)
@@ -102,7 +102,7 @@ def lay_out(shape: Sequence[int], spacing: Sequence[float], limit: int, poolings
 
 
 def _extent(shape: Sequence[int], spacing: Sequence[float], limit: int) -> list[float]:
-    """Return the box of equal sides in mm, cut to the image, that has `limit` voxels; the image if it has fewer."""
+    """Return the cube in mm, clipped to the image, that has `limit` voxels; the whole image if it has fewer."""
     if math.prod(shape) <= limit:
         return [float(n) for n in shape]
     low, high = 0.0, max(n * step for n, step in zip(shape, spacing, strict=True))
@@ -114,7 +114,7 @@ def _extent(shape: Sequence[int], spacing: Sequence[float], limit: int) -> list[
 
 
 def _strides(extent: Sequence[float], spacing: Sequence[float], poolings: int) -> tuple[tuple[int, ...], ...]:
-    """Halve axes level by level; at least one pooling, because the networks need one."""
+    """Return the strides, level by level; at least one pooling, because the networks need one."""
     size, step = list(extent), list(spacing)
     strides: list[tuple[int, ...]] = []
     while len(strides) < poolings:
@@ -130,7 +130,7 @@ def _strides(extent: Sequence[float], spacing: Sequence[float], poolings: int) -
 
 
 def _rounded(wanted: float, shape: int, step: int, *, deep: bool) -> int:
-    """Round to a multiple of the stride: up where the whole axis is meant, else to the nearest."""
+    """Round to a multiple of the stride: up where the patch covers the whole axis, otherwise to the nearest."""
     least = 2 * step if deep else step
     if wanted >= shape:
         return max(least, -(-shape // step) * step)

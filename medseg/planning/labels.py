@@ -1,7 +1,7 @@
-"""From the values found in label files to the classes of a model.
+"""The classes of a model, from the values in label files.
 
-Label files say the same thing in several ways: one number per class, one number per object, 0 and 255. Which of them it
-is follows from all training cases together; names in `dataset.json` settle it.
+Label files are stored in several ways: one value per class, one value per object, or 0 and 255. Class names in
+`dataset.json` settle which one it is; without them it is inferred from all training cases together.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Classes", "classes_of", "names_of_labels"]
 
-# An object map numbers 1..n in nearly every case, most numbers are one piece, and n differs; organs come in fixed sets.
+# An instance map has the values 1..n in nearly every case, most of them a single component, and n varies between cases;
+# class maps have a fixed set of values.
 _NUMBERED = 0.9
 _ONE_PIECE = 0.7
 _MANY = 8
@@ -30,10 +31,10 @@ class Classes:
     """The classes of a model.
 
     Attributes:
-        labels: class index -> name, from "0".
-        mapping: value in the files -> class index, as `MapLabelsd` takes it.
-        kind: "classes", "objects" or "two values".
-        reason: why.
+        labels: Class names by index; "0" is the background.
+        mapping: Class index of each label value, for `MapLabelsd`.
+        kind: Kind of label: "classes", "objects" or "two values".
+        reason: Reason of that choice.
     """
 
     labels: dict[str, str]
@@ -43,15 +44,17 @@ class Classes:
 
     @property
     def is_plain(self) -> bool:
-        """Whether files hold class indices already."""
+        """Whether the label values are the class indices."""
         return self.mapping == {key: int(key) for key in self.labels}
 
 
 def names_of_labels(content: Mapping[str, Any]) -> dict[int, str]:
-    """Return value -> name from a `dataset.json`: value to name as in the Decathlon, or name to value as in nnU-Net.
+    """Return the class name of each label value, from a `dataset.json` of the Decathlon or of nnU-Net.
+
+    The Decathlon maps values to names, nnU-Net maps names to values.
 
     Raises:
-        RequestError: nnU-Net's regions or its "ignore" label, which need a loss of their own.
+        RequestError: Region-based labels or the "ignore" label of nnU-Net, which are not supported.
     """
     names: dict[int, str] = {}
     labels = content.get("labels")
@@ -60,10 +63,10 @@ def names_of_labels(content: Mapping[str, Any]) -> dict[int, str]:
             names[int(key)] = str(value[0] if isinstance(value, list) and value else value)
             continue
         if isinstance(value, list) or str(key).lower() == "ignore":
-            what = "a region of several labels" if isinstance(value, list) else "an ignored label"
+            what = "a region of several values" if isinstance(value, list) else "an 'ignore' label"
             raise RequestError(
-                f"dataset.json has {what}, '{key}': {value}. medseg trains exclusive classes: write each value as a "
-                "class of its own."
+                f"dataset.json defines {what}, which is not supported: '{key}': {value}. medseg trains mutually "
+                "exclusive classes: name each value as a separate class."
             )
         if isinstance(value, int) and not isinstance(value, bool):
             names[value] = str(key)
@@ -71,10 +74,10 @@ def names_of_labels(content: Mapping[str, Any]) -> dict[int, str]:
 
 
 def classes_of(fingerprint: Fingerprint) -> Classes:
-    """Decide what the label values mean.
+    """Return the classes that the label values stand for.
 
     Raises:
-        RequestError: values that `dataset.json` does not name, negative ones, or no foreground at all.
+        RequestError: Values missing in `dataset.json`, negative values, or labels without foreground.
     """
     cases = fingerprint.cases
     values = sorted({value for case in cases for value in case.values})
@@ -85,11 +88,11 @@ def classes_of(fingerprint: Fingerprint) -> Classes:
     if reason:
         return Classes({"0": "background", "1": "object"}, {"0": 0, "other": 1}, "objects", reason)
     if values[0] != 0:
-        text = f"no label file holds 0; the lowest of the values {_listed(values)} is taken as background"
+        text = f"no label file contains 0; of the values {_listed(values)}, the lowest is taken as background"
     elif len(values) == 2:
-        text = f"the label files hold two values, 0 and {values[1]}"
+        text = f"the label files contain two values, 0 and {values[1]}"
     else:
-        text = f"the label files hold the classes {_listed(values)}"
+        text = f"the label files contain the class values {_listed(values)}"
     mapping = {str(value): index for index, value in enumerate(values)}
     names = ["foreground"] if len(values) == 2 else [f"label {value}" for value in values[1:]]
     labels = {str(index): name for index, name in enumerate(["background", *names])}
@@ -99,18 +102,19 @@ def classes_of(fingerprint: Fingerprint) -> Classes:
 def _refuse_values(cases: Sequence[CaseStats], values: Sequence[int], names: Mapping[int, str]) -> None:
     if len(values) < 2:
         raise RequestError(
-            f"All {len(cases)} training labels hold only the value {_listed(values)}: there is nothing to learn."
+            f"No foreground: all {len(cases)} training labels contain only the value {_listed(values)}, so there is "
+            "nothing to learn."
         )
     if values[0] < 0:
         name = next(case.name for case in cases if min(case.values) < 0)
-        raise RequestError(f"The label of {name} holds the value {values[0]}: expected whole numbers from 0 up.")
+        raise RequestError(f"Negative label value: {values[0]} in the label of {name}. Expected integers from 0 up.")
     unknown = [value for value in values if names and value not in names and value != 0]
     if unknown:
         name = next(case.name for case in cases if set(case.values) & set(unknown))
         known = ", ".join(f"{value} ({label})" for value, label in sorted(names.items()))
         raise RequestError(
-            f"The label of {name} holds {_listed(unknown)}, which dataset.json does not name: it knows {known}. Add "
-            "the value to its 'labels', or leave 'labels' out if the numbers count objects."
+            f"Unknown label value: {_listed(unknown)} in the label of {name}, while dataset.json names only {known}. "
+            "Add the value to 'labels', or remove 'labels' if the values number objects."
         )
 
 
@@ -122,12 +126,12 @@ def _named(values: Sequence[int], names: Mapping[int, str]) -> Classes:
     unused = [f"{value} ({known[value]})" for value in order if value not in values]
     text = f"dataset.json names the values {', '.join(f'{value} ({known[value]})' for value in order)}"
     if unused:
-        text += f"; no training case holds {', '.join(unused)}"
+        text += f"; no training case contains {', '.join(unused)}"
     return Classes(labels, mapping, "classes", text)
 
 
 def _objects_reason(cases: Sequence[CaseStats]) -> str:
-    """Return why the numbers count objects; empty if they do not."""
+    """Return the reason why the values number objects; empty if they do not."""
     filled = [case for case in cases if case.distinct]
     counts = [case.distinct for case in filled]
     if not counts or max(counts) < 3:
@@ -140,18 +144,18 @@ def _objects_reason(cases: Sequence[CaseStats]) -> str:
     if max(counts) < _MANY and len(filled) < _MANY:
         return ""
     return (
-        f"the label values count objects: {numbered:.0%} of the label files hold exactly 1..n, n runs from "
-        f"{min(counts)} to {max(counts)}, and {pieces:.0%} of the numbers are one connected piece; all become class 1. "
-        "To keep them apart as classes, name them in dataset.json"
+        f"the label values number objects: {numbered:.0%} of the label files contain exactly the values 1..n, n ranges "
+        f"from {min(counts)} to {max(counts)}, and {pieces:.0%} of the values are a single connected component; all "
+        "objects become class 1. If the values are classes, name them in dataset.json"
     )
 
 
 def _shares(fingerprint: Fingerprint) -> str:
     shares = [share for value, share in fingerprint.shares().items() if value != 0]
     largest = max(shares, default=0.0)
-    note = f"; foreground is {sum(shares):.3g} of all voxels" if shares else ""
+    note = f"; foreground covers {sum(shares):.3g} of all voxels" if shares else ""
     if largest > 0.5:
-        note += ", more than half: it is segmented as it is, and what lies between it is the background class"
+        note += ", more than half: check which value is the background"
     return note
 
 

@@ -1,4 +1,4 @@
-"""The model card of a planned bundle, and its forecast for the terminal."""
+"""The model card of a planned bundle, and its choices and forecast for the terminal."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _BUSY = 1.7
 def card(plan: Plan) -> str:
     """Return the model card, `docs/README.md` of the bundle."""
     bundle, request = plan.bundle, plan.request
-    limits = f"memory {shown_bytes(request.memory)}"
+    limits = f"{shown_bytes(request.memory)} of memory"
     if request.budget is not None:
-        limits += f" and time {shown_time(request.budget)}"
+        limits += f" and {shown_time(request.budget)} of training time"
     lines = [
         f"# {bundle['name']}",
         "",
-        f"{bundle['description']} It was planned for {limits}, and is not trained yet: there are no weights.",
+        f"{bundle['description']} The plan is limited to {limits}. The bundle is not trained yet and has no weights.",
         "",
         "```",
         f"medseg train {bundle['name']} --data {bundle['data_source']}",
@@ -34,28 +34,29 @@ def card(plan: Plan) -> str:
         "",
         "## Choices and reasons",
         "",
-        "| what | value | why |",
+        "| setting | value | reason |",
         "|---|---|---|",
-        *(_row(plan, knob) for knob in bundle["plan"]),
+        *(_row(plan, setting) for setting in bundle["plan"]),
         "",
         "## Forecast",
         "",
-        "| what | how much |",
+        "| quantity | estimate |",
         "|---|---|",
         *(f"| {what} | {figure} |" for what, figure in forecast_rows(plan)),
         "",
-        "Change a knob with `--set` when training, or edit `bundle.json` and run `medseg bundle build` on the folder.",
-        "What was seen and measured is in `plan.json`.",
+        "To change a setting, pass `--set NAME=VALUE` to `medseg train`, or edit `bundle.json` and run",
+        "`medseg bundle build` on the folder. `plan.json` contains the statistics of the training cases and the "
+        "measurements.",
         "",
         "## Limits",
         "",
-        "For research; not for diagnosis or treatment. Nothing has been measured with this bundle yet.",
+        "For research only, not for diagnosis or treatment. The accuracy of this bundle has not been evaluated yet.",
     ]
     return "\n".join(lines) + "\n"
 
 
 def choice_lines(plan: Plan) -> list[str]:
-    """Return a line for each choice: setting, value and reason."""
+    """Return one line per choice: setting, value and reason."""
     lines = []
     for setting, reason in plan.bundle["plan"].items():
         value = plan.bundle["knobs"].get(setting)
@@ -64,27 +65,27 @@ def choice_lines(plan: Plan) -> list[str]:
 
 
 def forecast_rows(plan: Plan) -> list[tuple[str, str]]:
-    """Return pairs of quantity and figure: the memory and time that training will take."""
+    """Return the estimated memory and time of training, as pairs of quantity and figure."""
     forecast = plan.forecast
-    rows = [("memory, counted", f"{shown_bytes(forecast.memory)} of {shown_bytes(plan.request.memory)}")]
+    rows = [("memory, estimated", f"{shown_bytes(forecast.memory)} of the limit of {shown_bytes(plan.request.memory)}")]
     if not forecast.total:
         return [*rows, ("time", "not measured")]
     knobs = plan.bundle["knobs"]
     busy = plan.measured.busy if plan.measured else 1.0
     if busy > _BUSY:
-        rows.append(("careful", f"other programs compute here: steps took {busy:.1f} times what they would alone"))
+        rows.append(("warning", f"other programs use the CPU: a step took {busy:.1f} times as long as on idle cores"))
     where = "the CPU" if forecast.device == "cpu" else forecast.device
     return [
         *rows,
         ("memory, measured", f"{shown_bytes(forecast.measured_memory)} on {where}"),
-        ("a training step", f"{forecast.step:.3g} s with its data"),
-        ("an epoch", shown_time(forecast.epoch)),
-        ("a validation", f"{shown_time(forecast.validation)}, every {knobs['val_interval']} epochs"),
-        (f"{knobs['max_epochs']} epochs", f"about {shown_time(forecast.total)}"),
+        ("training step", f"{forecast.step:.3g} s, with loading and augmentation"),
+        ("epoch", shown_time(forecast.epoch)),
+        ("validation", f"{shown_time(forecast.validation)}, every {knobs['val_interval']} epochs"),
+        (f"all {knobs['max_epochs']} epochs", f"about {shown_time(forecast.total)}"),
     ]
 
 
-def _row(plan: Plan, knob: str) -> str:
-    value = plan.bundle["knobs"].get(knob)
-    reason = plan.bundle["plan"][knob].replace("|", "\\|")
-    return f"| {knob} | {'' if value is None else f'`{json.dumps(value)}`'} | {reason} |"
+def _row(plan: Plan, setting: str) -> str:
+    value = plan.bundle["knobs"].get(setting)
+    reason = plan.bundle["plan"][setting].replace("|", "\\|")
+    return f"| {setting} | {'' if value is None else f'`{json.dumps(value)}`'} | {reason} |"

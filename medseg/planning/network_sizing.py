@@ -1,7 +1,7 @@
-"""What the networks look like at a width, for a layout: arguments as a `network_def` holds them.
+"""The `network_def` of a network for a given width, patch size and strides.
 
-A *width* is the number of channels at full resolution of a plain U-Net; the other networks are scaled to cost about as
-much. 16 is the size that two processor cores train, 32 that of the papers.
+The *width* is the number of channels of a plain U-Net at full resolution; other networks are scaled to a similar cost.
+Width 16 is small enough to train on two CPU cores, and 32 is the width in the papers.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 __all__ = ["SIZE_LADDER", "max_poolings", "network_def", "strides_note"]
 
-# (width, voxels of a patch), from the most expensive down: what a plan steps through until memory and time suffice.
-# Width is given up before the patch, down to the small forms, because context is what a wider network cannot replace.
-# Powers of two only: a step at width 12 takes longer than one at 16, since kernels work on blocks of channels.
+# (width, voxels of a patch) from the largest down, which a plan tries in this order until memory and time suffice.
+# Width is reduced before the patch, except for the smallest sizes, because a wider network cannot make up for context.
+# Powers of two only: kernels work on blocks of channels, so a step at width 12 takes longer than one at 16.
 SIZE_LADDER: Final[dict[int, tuple[tuple[int, int], ...]]] = {
     3: (
         *((32, 96**3), (32, 96**3 // 2), (32, 96**3 // 4), (16, 96**3 // 2), (16, 96**3 // 4), (16, 48**3)),
@@ -31,7 +31,7 @@ _NORMS: Final[dict[str, Any]] = {"batch": "batch", "instance": ["instance", {"af
 
 
 def max_poolings(network: str, spatial_dims: int) -> int:
-    """Return how many poolings a plan gives a network at most: the depth of its paper."""
+    """Return the maximum number of poolings of a network in a plan: the depth in its paper."""
     return NETWORKS[network].planning.poolings[spatial_dims]
 
 
@@ -41,13 +41,13 @@ def network_def(
     """Return the `network_def` of a bundle.
 
     Args:
-        network: class in `medseg.networks`.
-        spatial_dims: 2 or 3.
-        channels: values per voxel of the image.
-        classes: channels of the logits.
-        width: see above.
-        layout: patch and strides.
-        norm: "batch" or "instance".
+        network: Name of the class in `medseg.networks`.
+        spatial_dims: Number of spatial dimensions, 2 or 3.
+        channels: Number of input channels.
+        classes: Number of output channels, with the background.
+        width: Number of channels of a plain U-Net at full resolution, as above.
+        layout: Patch size and strides.
+        norm: Normalization layers, "batch" or "instance".
     """
     entry = NETWORKS[network]
     common = {
@@ -61,5 +61,5 @@ def network_def(
 
 
 def strides_note(network: str) -> str:
-    """Return how the network uses its strides."""
+    """Return how the network applies its strides, for the reason of the choice."""
     return NETWORKS[network].planning.strides_note

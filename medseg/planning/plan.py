@@ -1,4 +1,4 @@
-"""From a fingerprint to a `bundle.json`, with a sentence of reason for every choice."""
+"""From a fingerprint to the content of a `bundle.json`, with the reason of each choice."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from medseg.planning.case_stats import shown
 from medseg.planning.choices import analyze, bundle_name
 from medseg.planning.network_sizing import strides_note
 from medseg.planning.schedule import Schedule, epoch_steps, fixed_schedule, schedule_for, schedule_without_limit
-from medseg.planning.search import Candidate, Found, candidates, find, overlap_for, pace_of, whole_number
+from medseg.planning.search import Candidate, Found, candidates, find, overlap_for, pace_of, positive_integer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,29 +27,29 @@ if TYPE_CHECKING:
 
 __all__ = ["Forecast", "Plan", "make_plan"]
 
-# From the content of a bundle.json to its configs by name, such as medseg.bundle.compose.compose.
+# Composes the content of a bundle.json into configs by name, such as medseg.bundle.compose.compose.
 Compose: TypeAlias = Callable[[dict[str, Any]], Mapping[str, Mapping[str, Any]]]
 # Measures a train config, such as medseg.planning.probe.measure on one case.
 Probe: TypeAlias = Callable[[Mapping[str, Any]], "Measurement"]
 
 _AVERAGES = (0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999)
 _WARMUP_SHARE = 30
-# Foreground among all voxels, from which on -> patches that are centered in it.
+# (lowest fraction of foreground voxels, fraction of patches that are centered on foreground).
 _FOREGROUND = ((0.25, 0.0), (0.1, 0.33), (0.01, 0.5), (0.0, 0.67))
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What training will take.
+    """Estimated memory and time of training; figures of a measurement are 0 where nothing was measured.
 
     Attributes:
-        memory: predicted bytes on the device, from counting.
-        measured_memory: the same from the probe; 0 where nothing was measured.
-        step: seconds of a training step with its data; 0 where nothing was measured, as below.
-        epoch: seconds of an epoch.
-        validation: seconds of a validation.
-        total: seconds of everything.
-        device: where it was measured.
+        memory: Estimated memory on the device, in bytes.
+        measured_memory: Measured memory on the device, in bytes.
+        step: Time of a training step with its data, in seconds.
+        epoch: Time of an epoch without validation, in seconds.
+        validation: Time of a validation, in seconds.
+        total: Time of the whole training with its validations, in seconds.
+        device: Device of the measurement, "cpu" or the name of the GPU; empty where nothing was measured.
     """
 
     memory: int
@@ -66,11 +66,11 @@ class Plan:
     """A planned bundle.
 
     Attributes:
-        bundle: Content of its `bundle.json`; `bundle["plan"]` has the reason of each choice.
-        forecast: Memory and time that training will take.
-        measured: Figures of the measured training step; None where nothing was measured.
-        request: What the plan was made for.
-        root: Folder that the bundle was written to; None where it was not written.
+        bundle: Content of its `bundle.json`, with the reasons of the choices in `bundle["plan"]`.
+        forecast: Estimated memory and time of training.
+        measured: Measurements of the probe; None where nothing was measured.
+        request: Network, limits and settings of the request.
+        root: Folder of the written bundle; None if it was not written.
     """
 
     bundle: dict[str, Any]
@@ -95,7 +95,7 @@ class Plan:
         }
 
     def to_json(self, fingerprint: Fingerprint) -> dict[str, Any]:
-        """Return the record of the plan for `plan.json`: what was seen, measured and forecast."""
+        """Return the record of the plan for `plan.json`: forecast, measurements and fingerprint."""
         return {
             "forecast": asdict(self.forecast),
             "measured": asdict(self.measured) if self.measured else None,
@@ -114,23 +114,23 @@ def make_plan(
 ) -> Plan:
     """Plan a bundle.
 
-    Without a budget the plan depends on the data and the request alone, but for `precision`, which is measured. With
-    one, time is measured and rounded coarsely.
+    Without a budget the plan depends on the data and the request only, apart from `precision`, which is measured. With
+    a budget it also depends on the measured speed.
 
     Args:
-        fingerprint: of the data.
-        request: network, memory, budget, settings.
-        compose: turns the content of a `bundle.json` into configs, and refuses what is wrong with it.
-        probe: measures a train config; None measures nothing and trains in float32.
-        folder: name of the bundle's folder, which is the bundle's name if it will do.
-        gpu: whether training will run on a GPU.
+        fingerprint: Statistics of the training cases.
+        request: Network, memory, budget and settings.
+        compose: Composes the content of a `bundle.json` into configs and validates it.
+        probe: Measures a train config; None for no measurement, which plans for float32.
+        folder: Name of the bundle's folder, used as the bundle's name where it is a valid one.
+        gpu: Whether training will run on a GPU.
 
     Raises:
-        RequestError: the data, the memory or the time do not allow a plan, or a setting counts fewer than one.
-        BundleError: a setting that the template does not know.
+        RequestError: Data, memory or time that do not allow a plan, or an invalid value for a setting.
+        BundleError: Unknown setting of the template.
     """
-    for knob in ("max_epochs", "val_interval"):
-        whole_number(knob, request.settings.get(knob, 1))
+    for setting in ("max_epochs", "val_interval"):
+        positive_integer(setting, request.settings.get(setting, 1))
     analysis = analyze(fingerprint, request)
     name = bundle_name(request, folder, analysis, fingerprint)
     trial = Schedule(1, 1, 0.0, "")
@@ -140,7 +140,7 @@ def make_plan(
     def config(candidate: Candidate) -> Mapping[str, Any]:
         return compose(_bundle(name, analysis, fingerprint, request, Found(candidate, None, 0, 0), trial))["train"]
 
-    config(every[-1])  # names and values are checked before anything is measured
+    config(every[-1])  # validates the settings before anything is measured
     measure = None if probe is None else _measuring(probe, config, request)
     found = find(every, analysis, fingerprint, request, measure, gpu=gpu)
     pace = None
@@ -159,7 +159,7 @@ def _measuring(
 
 
 def _chosen_precision(measured: Measurement, request: PlanRequest) -> Measurement:
-    """Leave only the precision that the user set, where one is set."""
+    """Keep only the precision that the user set, if any."""
     wanted = {name: time for name, time in measured.step_seconds.items() if name == request.settings.get("precision")}
     return replace(measured, step_seconds=wanted or measured.step_seconds)
 
@@ -209,16 +209,15 @@ def _bundle(
     knobs, reasons = _knobs(analysis, fingerprint, request, found, schedule)
     blocks, block_reasons = _blocks(analysis, request)
     reasons |= block_reasons
-    for knob in request.settings:
-        reasons[knob] = "set by the user"
+    reasons |= dict.fromkeys(request.settings, "set by the user")
     labels = ", ".join(list(analysis.classes.labels.values())[1:])
     sizes = f"{len(fingerprint.cases)} training and {fingerprint.validation_cases} validation cases"
     bundle: dict[str, Any] = {
         "name": name,
         "template": analysis.template,
         "version": "0.1.0",
-        "changelog": {"0.1.0": "planned from its data set"},
-        "description": f"Segments {labels} with a {request.network}. Planned by medseg for the data set "
+        "changelog": {"0.1.0": "Planned from the data set."},
+        "description": f"Segments {labels} with a {request.network}. Planned by `medseg plan` for the data set "
         f"{fingerprint.dataset} ({sizes}).",
         "authors": "not stated",
         "data_source": fingerprint.dataset,
@@ -240,7 +239,7 @@ def _knobs(
     item = found.candidate
     layout = item.layout
     steps = _steps(request, fingerprint, item) * schedule.epochs
-    sampled, sampled_because = _sampling(analysis, fingerprint, item)
+    sampled, sampling_reason = _sampling(analysis, fingerprint, item)
     knobs: dict[str, Any] = {
         **analysis.knobs,
         "patch_size": list(layout.patch),
@@ -265,32 +264,32 @@ def _knobs(
         **analysis.reasons,
         "network_def": _network_reason(analysis, request, found),
         "patch_size": _patch_reason(analysis, item),
-        "roi_size": f"the size that the network is trained at, {shown(layout.patch)}",
-        "sw_batch_size": f"windows of {layout.voxels:,} voxels in a pass",
+        "roi_size": f"the size of the training patches, {shown(layout.patch)}",
+        "sw_batch_size": f"windows per forward pass; a window has {layout.voxels:,} voxels",
         "overlap": _overlap_reason(analysis, item),
         "batch_size": _batch_reason(analysis, fingerprint, item),
         "patches_per_case": _patches_reason(item),
-        "foreground_sampling": sampled_because,
+        "foreground_sampling": sampling_reason,
         "max_epochs": schedule.reason,
-        "val_interval": f"every {schedule.interval} of {schedule.epochs} epochs and after the last: enough to catch "
-        "the best weights, and about a tenth of the time at most",
-        "warmup_epochs": f"the first {_WARMUP_SHARE}th of {schedule.epochs} epochs, one at least",
+        "val_interval": f"every {schedule.interval} of {schedule.epochs} epochs and after the last: often enough to "
+        "find the best weights, at a tenth of the training time or less",
+        "warmup_epochs": f"one in {_WARMUP_SHARE} of the {schedule.epochs} epochs, at least one",
         "learning_rate": _rate_reason(request, analysis),
-        "ema_decay": f"the average reaches over {1 / (1 - _average(steps)):.0f} of {steps:,} steps: about the last "
-        "fortieth, over which the learning rate is almost 0",
+        "ema_decay": f"averages the weights over about {1 / (1 - _average(steps)):.0f} of {steps:,} steps, at most a "
+        "fortieth, so that the last steps, at a learning rate near 0, dominate",
         "precision": _precision_reason(found.measured),
     }
     passed = -(-len(fingerprint.cases) // item.batch_size)
     if steps != passed * schedule.epochs and "steps_per_epoch" not in request.settings:
         knobs["steps_per_epoch"] = steps // schedule.epochs
         reasons["steps_per_epoch"] = (
-            f"one pass over the {len(fingerprint.cases)} training cases is {passed} steps; an epoch is longer, so that "
-            "less time goes into what is done once an epoch"
+            f"one pass over the {len(fingerprint.cases)} training cases takes only {passed} steps; longer epochs spend "
+            "less time on checkpoints and other work between epochs"
         )
     if not item.cache_all:
         knobs["cache_memory"] = f"{item.cache_bytes >> 20}M"
         reasons["cache_memory"] = (
-            f"prepared cases may take two fifths of {shown_bytes(request.memory)}; others are prepared anew each time"
+            f"two fifths of the limit of {shown_bytes(request.memory)}; cases beyond it are loaded again for each use"
         )
     return knobs, reasons
 
@@ -298,39 +297,39 @@ def _knobs(
 def _blocks(analysis: DatasetAnalysis, request: PlanRequest) -> tuple[dict[str, Any], dict[str, str]]:
     blocks, own = dict(analysis.blocks), NETWORKS[request.network].planning
     loss: dict[str, Any] = {"_target_": "medseg.components.TrainingLoss", "loss": {"block": "loss"}}
-    shares = (
-        "Dice and cross-entropy in equal parts: Dice does not care how rare a class is, cross-entropy gives every voxel"
+    why = (
+        "Dice and cross-entropy in equal parts: Dice is insensitive to class imbalance, and cross-entropy gives every "
+        "voxel a gradient from the start"
     )
-    why = f"{shares} a gradient from the start"
     if own.training_loss:
         loss = copy.deepcopy(dict(own.training_loss))
         why += f"; {own.loss_reason}"
     if request.selfreg:
         loss = {"_target_": "medseg.components.SelfRegularizedLoss", "loss": loss}
-        why += "; SelfReg is added, because it was asked for"
+        why += "; SelfReg regularizes the features, as requested"
     if own.training_loss or request.selfreg:
         blocks["training_loss"] = loss
     return blocks, {"loss": why}
 
 
 def _sampling(analysis: DatasetAnalysis, fingerprint: Fingerprint, item: Candidate) -> tuple[float, str]:
-    """Return the share of patches that are centered in the foreground, and why."""
+    """Return the fraction of patches that are centered on foreground, and the reason."""
     foreground = sum(share for value, share in fingerprint.shares().items() if value != 0)
-    sizes = f"{shown(item.layout.patch)} of a median image of {shown(analysis.shape)}"
+    sizes = f"{shown(item.layout.patch)} voxels, in a median image of {shown(analysis.shape)}"
     if item.layout.whole:
-        return 0.0, f"a patch holds the median image ({sizes}), and with it the foreground"
+        return 0.0, f"a patch covers the median image, {shown(analysis.shape)}, and with it the foreground"
     share = next(share for limit, share in _FOREGROUND if foreground >= limit)
     return share, (
-        f"{foreground:.2g} of all voxels are foreground, and a patch is {sizes}: the rarer it is, the more patches are "
-        "centered on it, on each class alike"
+        f"{foreground:.2g} of all voxels are foreground, and a patch has {sizes}: the rarer the foreground, the more "
+        "patches are centered on it, with each class equally often"
     )
 
 
 def _patches_reason(item: Candidate) -> str:
     room = shown_bytes(item.cache_bytes)
     if item.patches_per_case == 1:
-        return f"the prepared cases fit into {room} of memory, so each patch of a step comes from another case"
-    return f"only {room} of the prepared cases stay in memory; several patches of a case spare loading it again"
+        return f"all prepared cases fit in {room} of memory, so each patch of a step comes from another case"
+    return f"only {room} of the prepared cases fit in memory, so several patches are taken from each loaded case"
 
 
 def _learning_rate(request: PlanRequest, analysis: DatasetAnalysis) -> float:
@@ -338,7 +337,7 @@ def _learning_rate(request: PlanRequest, analysis: DatasetAnalysis) -> float:
 
 
 def _rate_reason(request: PlanRequest, analysis: DatasetAnalysis) -> str:
-    return f"AdamW with warm-up and cosine; for a {request.network} of this size in {analysis.spatial_dims}D"
+    return f"default for {request.network} in {analysis.spatial_dims}D with AdamW, warm-up and cosine decay"
 
 
 def _average(steps: int) -> float:
@@ -350,63 +349,61 @@ def _network_reason(analysis: DatasetAnalysis, request: PlanRequest, found: Foun
     layout = item.layout
     step = " x ".join(map(str, layout.step))
     text = (
-        f"{request.network} of width {item.width}, {item.cost.parameters:,} weights, {len(layout.strides)} poolings: "
-        f"{shown(layout.bottom)} voxels at the bottom (total stride {step}; {strides_note(request.network)})"
+        f"{request.network} of width {item.width}, with {item.cost.parameters:,} parameters and {len(layout.strides)} "
+        f"poolings down to {shown(layout.bottom)} voxels (total stride {step}; {strides_note(request.network)})"
     )
     if analysis.spatial_dims == 3 and len(set(layout.step)) > 1:
-        text += ", and axes of coarse voxels are pooled later than fine ones"
+        text += "; axes with coarse spacing are pooled later than fine ones"
     text += f"; {_norm_reason(analysis)}"
     if found.slower:
-        text += f"; {found.slower} larger choices would not leave time for enough steps"
+        text += f"; {found.slower} larger sizes are too slow for enough training steps within the budget"
     if found.larger:
-        text += f"; {found.larger} larger choices do not fit into {shown_bytes(request.memory)}"
+        text += f"; {found.larger} larger sizes do not fit in {shown_bytes(request.memory)}"
     elif request.budget is None and item.width <= 16:
-        text += "; without a GPU and without --budget, the size that two processor cores train in hours"
+        text += "; without a GPU and --budget, a size that two CPU cores train in hours"
     return text
 
 
 def _norm_reason(analysis: DatasetAnalysis) -> str:
     if analysis.spatial_dims == 3:
-        return "instance norm, since a step holds few patches"
+        return "instance norm, because a step has few patches"
     if analysis.norm == "batch":
-        return "batch norm: one scale fits all pictures, so how bright or red a patch is as a whole says something"
-    return "instance norm: the pictures have no scale in common"
+        return "batch norm, because images share one intensity scale, so the mean color of a patch is informative"
+    return "instance norm, because the images have no common intensity scale"
 
 
 def _patch_reason(analysis: DatasetAnalysis, item: Candidate) -> str:
     layout = item.layout
-    grid = f" on the grid of {shown(analysis.spacing)} mm" if analysis.spacing else ""
+    spacing = f" at {shown(analysis.spacing)} mm" if analysis.spacing else ""
     if layout.whole:
         return (
-            f"holds the median image, {shown(analysis.shape)}{grid}, rounded up to multiples of the strides "
+            f"covers the median image, {shown(analysis.shape)}{spacing}, rounded up to multiples of the total stride "
             f"{shown(layout.step)}"
         )
     side = [n * mm for n, mm in zip(layout.patch, analysis.spacing or (1.0,) * len(layout.patch), strict=True)]
-    unit = "mm" if analysis.spacing else "pixels"
+    extent = f"{shown(side, 3)} {'mm' if analysis.spacing else 'pixels'}"
     return (
-        f"{shown(side, 3)} {unit} of a median image of {shown(analysis.shape)}{grid}: near to a cube, in multiples of "
-        f"the strides {shown(layout.step)}, as large as memory and time allow"
+        f"covers {extent} of the median image, {shown(analysis.shape)}{spacing}: nearly equal sides, in multiples of "
+        f"the total stride {shown(layout.step)}, as large as memory and time allow"
     )
 
 
 def _overlap_reason(analysis: DatasetAnalysis, item: Candidate) -> str:
     if item.layout.whole:
-        return (
-            f"one window holds the median image, {shown(analysis.shape)}; larger ones get windows that overlap by half"
-        )
+        return f"one window covers the median image, {shown(analysis.shape)}; in larger images, windows overlap by half"
     share = overlap_for(analysis, item)
     count = count_windows(analysis.shape, item.layout.patch, share)
-    return f"{share:g} of a window, so that its uncertain border counts little: {count} windows for the median image"
+    return f"a window's border is blended with its neighbors; the median image takes {count} windows"
 
 
 def _batch_reason(analysis: DatasetAnalysis, fingerprint: Fingerprint, item: Candidate) -> str:
     cases = len(fingerprint.cases)
-    text = f"{item.batch} patch{'es' * (item.batch > 1)} of {item.layout.voxels:,} voxels a step"
+    text = f"{item.batch} patch{'es' * (item.batch > 1)} of {item.layout.voxels:,} voxels per step"
     if item.patches_per_case > 1:
         text += f", {item.patches_per_case} from {_cases(item)}"
     if item.batch_size >= cases:
-        text += f"; there are {cases} training cases"
-    norm = "batch norm needs several" if analysis.norm == "batch" else "instance norm does not need more"
+        text += f" (of {cases} training cases)"
+    norm = "batch norm needs several patches" if analysis.norm == "batch" else "instance norm needs no more"
     return f"{text}: {norm}"
 
 
@@ -416,7 +413,7 @@ def _cases(item: Candidate) -> str:
 
 def _precision_reason(measured: Measurement | None) -> str:
     if measured is None:
-        return "nothing was measured"
+        return "float32, because no training step was measured"
     times = ", ".join(f"{name} {seconds:.2g} s" for name, seconds in measured.step_seconds.items())
     threads = f"{measured.threads} threads" if measured.device == "cpu" else measured.device
-    return f"one training step measured on {threads}: {times}; bfloat16 has to save a fifth of the time"
+    return f"a training step on {threads} takes {times}; bfloat16 is used if it saves a fifth of the time"

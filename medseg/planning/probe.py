@@ -1,7 +1,7 @@
-"""Preflight: a few training steps and one window of validation of a planned bundle, in a process of their own.
+"""Probe: measure a few training steps and one validation window of a planned bundle, in a separate process.
 
-Everything measured is built from the bundle's own train config, so that what was timed is what will be trained. A
-process of its own gives a clean memory and may die: a plan that does not fit is told, not suffered.
+Everything measured is built from the bundle's train config, so that the measurement matches the training. A separate
+process starts with clean memory, and if it is killed for lack of memory, the plan is known not to fit.
 """
 
 from __future__ import annotations
@@ -32,21 +32,20 @@ _KILLED = 137
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a probe measured.
+    """Measurements of a probe; times are in seconds and memory is in bytes.
 
     Attributes:
-        device: "cpu" or the name of the GPU.
-        threads: of torch.
-        step_seconds: precision -> seconds of one training step, without its data.
-        draw_seconds: to draw and augment one training patch from a cached case.
-        load_seconds: to load and prepare one case.
-        window_seconds: of one window of validation.
-        step_bytes: by how much the steps raised the memory of the device.
-        program_bytes: memory of the process before the first step: programs, one case.
-        workers: processes that make the data while the network computes.
-        busy: time of the steps over what their processor time would take on threads of their own: far above 1 where
-            other programs compute on this machine.
-        fits: whether the process survived; the other figures are 0 where it was killed.
+        device: Device, "cpu" or the name of the GPU.
+        threads: Number of threads of torch.
+        step_seconds: Time of a training step without its data, by precision.
+        draw_seconds: Time to crop and augment one training patch of a cached case.
+        load_seconds: Time to load and prepare one case.
+        window_seconds: Time of one window of validation.
+        step_bytes: Increase of the device memory by the training steps.
+        program_bytes: Memory of the process before the first step, with libraries and one case.
+        workers: Number of worker processes that load and augment during the steps.
+        busy: Wall time of the steps divided by that on idle cores; well above 1 if other programs use the CPU.
+        fits: Whether the process finished; False if it ran out of memory, in which case the other figures are 0.
     """
 
     device: str
@@ -63,7 +62,7 @@ class Measurement:
 
     @property
     def precision(self) -> str:
-        """The arithmetic to train in: bfloat16 where it saves a fifth of the time or more."""
+        """Precision to train in: bfloat16 if it saves at least a fifth of the time, otherwise float32."""
         plain = self.step_seconds.get("float32", math.inf)
         half = self.step_seconds.get("bfloat16", math.inf)
         return "bfloat16" if half < 0.8 * plain else "float32"
@@ -73,17 +72,17 @@ def measure(config: Mapping[str, Any], case: Mapping[str, str]) -> Measurement:
     """Measure a train config on one case.
 
     Args:
-        config: content of a `configs/train.json`.
-        case: image, label and name of the case, which stands for all.
+        config: Content of a `configs/train.json`.
+        case: Image, label and name of a typical case.
 
     Raises:
-        RequestError: the config does not run; the message says why.
+        RequestError: The config fails to run, or a step takes too long.
     """
     with tempfile.TemporaryDirectory() as folder:
         task, answer = Path(folder, "task.json"), Path(folder, "answer.json")
         task.write_text(json.dumps({"config": config, "case": case, "folder": folder}), encoding="utf-8")
         try:
-            done = subprocess.run(  # noqa: S603 - our own module, by the interpreter that runs this
+            done = subprocess.run(  # noqa: S603 - this module, run by the current interpreter
                 [sys.executable, "-m", "medseg.planning.probe", str(task), str(answer)],
                 capture_output=True,
                 text=True,
@@ -92,22 +91,22 @@ def measure(config: Mapping[str, Any], case: Mapping[str, str]) -> Measurement:
             )
         except subprocess.TimeoutExpired as error:
             raise RequestError(
-                f"One training step of the planned network takes more than {_LIMIT_SECONDS // 60} minutes here: give a "
-                "smaller --memory, or a --budget."
+                f"The measurement of the planned network took more than {_LIMIT_SECONDS // 60} minutes and was "
+                "stopped. Lower --memory or set a --budget for a smaller network."
             ) from error
         if answer.is_file():
             content = json.loads(answer.read_text(encoding="utf-8"))
             if "error" in content:
-                raise RequestError(f"The planned bundle does not run: {content['error']}")
+                raise RequestError(f"A training step of the planned bundle failed: {content['error']}")
             return Measurement(**content)
     if done.returncode in (-9, _KILLED):
         return Measurement("", 0, {}, 0.0, 0.0, 0.0, 0, 0, fits=False)
-    last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-    raise RequestError(f"The probe of the planned bundle ended with code {done.returncode}: {last}")
+    last = (done.stderr.strip().splitlines() or ["no error output"])[-1]
+    raise RequestError(f"The measurement of the planned bundle failed with exit code {done.returncode}: {last}")
 
 
 def _probe(task: Mapping[str, Any]) -> Measurement:
-    """Run in the process of its own."""
+    """Take the measurements, in the separate process."""
     import torch
     from monai.bundle import ConfigParser
 
@@ -129,7 +128,7 @@ def _probe(task: Mapping[str, Any]) -> Measurement:
     torch.manual_seed(0)
     parser = parsed()
     dataset = parser.get_parsed_content("train::dataset")
-    # What reads a case is imported by the first one alone.
+    # Readers are imported with the first case, so the second one is timed.
     again = parsed()
     start = time.perf_counter()
     again.get_parsed_content("train::dataset")
@@ -156,7 +155,7 @@ def _probe(task: Mapping[str, Any]) -> Measurement:
 
 
 def _drawn(dataset: Any, epoch: int) -> list[Any]:
-    """Return the patches of the case in one pass over the cases; each pass draws others."""
+    """Return the patches of the case in one epoch; each epoch crops others."""
     from medseg.training.dataset import SeededDataset
 
     sample = dataset[(epoch, 0) if isinstance(dataset, SeededDataset) else 0]
@@ -178,7 +177,7 @@ def _precisions(device: Any) -> tuple[str, ...]:
 
 
 def _time_steps(parser: Any, batch: Any, device: Any) -> tuple[float, int]:
-    """Return the seconds of a training step, and the bytes by which steps raise the memory."""
+    """Return the time of a training step in seconds, and the increase of the memory in bytes."""
     import torch
 
     from medseg.inferers.window_runner import NetworkProbe
@@ -200,14 +199,15 @@ def _time_steps(parser: Any, batch: Any, device: Any) -> tuple[float, int]:
         seconds.append(_now(device) - start)
     if not bool(torch.isfinite(loss)):
         raise RequestError(
-            f"the loss of the first steps is {float(loss.detach())}; look at the intensities with medseg doctor"
+            f"The loss of the first training steps is not finite ({float(loss.detach())}). Check the intensities of "
+            "the data set with `medseg doctor`."
         )
     used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else watch.used()
     return min(seconds[_WARM:]), int(used)
 
 
 def _time_window(parser: Any, batch: Any, device: Any) -> float:
-    """Return the seconds of one window, by the config's own inferer on an image of that size."""
+    """Return the time in seconds of the config's validation inferer on an image of one window."""
     import torch
 
     size = [int(n) for n in parser.get_parsed_content("roi_size")]
@@ -236,7 +236,7 @@ def _main() -> int:
     task = json.loads(task_file.read_text(encoding="utf-8"))
     try:
         content = asdict(_probe(task))
-    except Exception as error:  # whatever it is, the parent tells it in one line
+    except Exception as error:  # of any kind: the parent process reports it in one line
         if out_of_memory(error):
             return _KILLED
         content = {"error": str(own_error(error) or in_a_line(error))}

@@ -1,7 +1,7 @@
-"""The largest network and patch that memory and time allow.
+"""Search for the largest network and patch that memory and time allow.
 
-Memory is counted (`estimate.count`), the same on every machine; time is measured, on every candidate that a bisection
-comes by. What is chosen is among these.
+Memory is estimated (`estimate.count`), with the same result on every machine. Time is measured for each candidate that
+the bisection visits, so the chosen one has been measured itself.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ if TYPE_CHECKING:
     from medseg.planning.choices import DatasetAnalysis
     from medseg.planning.request import PlanRequest
 
-__all__ = ["Candidate", "Found", "Measure", "candidates", "find", "overlap_for", "pace_of", "whole_number"]
+__all__ = ["Candidate", "Found", "Measure", "candidates", "find", "overlap_for", "pace_of", "positive_integer"]
 
-# Given a candidate, measures a bundle planned around it.
+# Measures the bundle of a candidate.
 Measure: TypeAlias = Callable[["Candidate"], Measurement]
 
-# Programs and libraries of a training process, measured once: torch, MONAI and what they load.
+# Memory of the libraries of a training process (torch, MONAI and their dependencies), measured once.
 PROGRAM_BYTES: Final = 900 << 20
-# Without a GPU and without a budget, the first rung whose width two cores train in hours.
-_CPU_RUNG: Final = {3: (16, 96**3 // 4), 2: (16, 320**2)}
-# Voxels of all patches of a step: enough to average over, few enough to leave memory to the network.
+# (width, voxels of a patch) of the largest size that two CPU cores train in hours; used without GPU and budget.
+_CPU_SIZE: Final = {3: (16, 96**3 // 4), 2: (16, 320**2)}
+# Voxels of all patches of a step: enough to average the gradient, few enough to leave memory to the network.
 _STEP_VOXELS = {3: 200_000, 2: 400_000}
 _BATCHES = {3: (2, 8), 2: (4, 16)}
 _CACHE_SHARE = 0.4
@@ -48,16 +48,16 @@ _PROBES = 4
 
 @dataclass(frozen=True)
 class Candidate:
-    """One network with its patch.
+    """A network with its patch and batch.
 
     Attributes:
-        width: see `medseg.planning.network_sizing`.
-        layout: patch and strides.
-        batch: patches per step.
-        batch_size: cases per step.
-        definition: the `network_def`.
-        cache_bytes: prepared cases that are kept in memory.
-        cache_all: whether these are all of them.
+        width: Width of the network, as in `medseg.planning.network_sizing`.
+        layout: Patch size and strides.
+        batch: Number of patches per step.
+        batch_size: Number of cases per step.
+        definition: Content of the `network_def`.
+        cache_bytes: Memory of the cached training cases, in bytes.
+        cache_all: Whether all training cases are cached.
     """
 
     width: int
@@ -70,33 +70,33 @@ class Candidate:
 
     @cached_property
     def cost(self) -> Cost:
-        """Of a training step, counted when it is first asked for."""
+        """Cost of a training step, estimated on first use."""
         return count(self.definition, self.layout.patch, self.batch)
 
     @property
     def work(self) -> int:
-        """What multiplications grow with, without counting them."""
+        """Quantity to which the number of multiplications is proportional."""
         return self.width**2 * self.layout.voxels * self.batch
 
     @property
     def patches_per_case(self) -> int:
-        """Patches cut from each case in one step."""
+        """Number of patches cropped from each case in one step."""
         return self.batch // self.batch_size
 
     def memory(self, *, gpu: bool) -> int:
-        """Bytes that training takes on its device."""
+        """Estimated memory of training on its device, in bytes."""
         return self.cost.memory if gpu else PROGRAM_BYTES + self.cache_bytes + self.cost.memory
 
 
 @dataclass(frozen=True)
 class Found:
-    """The outcome of a search.
+    """Result of a search.
 
     Attributes:
-        candidate: what was chosen.
-        measured: its measurement; None where nothing was measured.
-        larger: how many larger candidates were left out for memory.
-        slower: how many were left out for time.
+        candidate: Chosen candidate.
+        measured: Measurement of the chosen candidate; None where nothing was measured.
+        larger: Number of larger candidates that exceed the memory.
+        slower: Number of larger candidates that exceed the time.
     """
 
     candidate: Candidate
@@ -106,7 +106,7 @@ class Found:
 
 
 def candidates(analysis: DatasetAnalysis, fingerprint: Fingerprint, request: PlanRequest) -> Iterator[Candidate]:
-    """Yield networks and patches, each with less work in a step than the one before."""
+    """Yield candidates in the order of decreasing work per step."""
     least: float = math.inf
     for width, limit in SIZE_LADDER[analysis.spatial_dims]:
         layout = _layout(analysis, request, limit)
@@ -130,19 +130,19 @@ def find(
     """Choose a candidate.
 
     Args:
-        every: from `candidates`.
-        analysis: what the data decided.
-        fingerprint: of the data.
-        request: with memory and budget.
-        measure: measures a candidate; None measures nothing.
-        gpu: whether training will run on a GPU.
+        every: Candidates, as from `candidates`.
+        analysis: Choices that follow from the data.
+        fingerprint: Statistics of the training cases.
+        request: Memory, budget and settings.
+        measure: Measures a candidate; None for no measurement.
+        gpu: Whether training will run on a GPU.
 
     Raises:
-        RequestError: nothing fits the memory.
+        RequestError: No candidate fits the memory.
     """
     if request.budget is not None and measure is not None:
         return _within_budget(every, analysis, fingerprint, request, measure, gpu=gpu)
-    start = 0 if gpu else _cpu_rung(every, analysis.spatial_dims)
+    start = 0 if gpu else _cpu_start(every, analysis.spatial_dims)
     fits = (place for place in range(start, len(every)) if every[place].memory(gpu=gpu) <= request.memory)
     place = next(fits, None)
     if place is None:
@@ -159,14 +159,14 @@ def pace_of(
     fingerprint: Fingerprint,
     request: PlanRequest,
 ) -> Throughput:
-    """Return how fast a candidate trains.
+    """Return the training times of a candidate.
 
     Args:
-        candidate: whose pace.
-        measured: its measurement.
-        analysis: shape of the median image.
-        fingerprint: numbers of cases.
-        request: what the user set.
+        candidate: Candidate.
+        measured: Measurement of that candidate.
+        analysis: Choices that follow from the data, with the median shape.
+        fingerprint: Statistics of the training cases, with the numbers of cases.
+        request: Settings of the user.
     """
     compute = measured.step_seconds[measured.precision] * _OVERHEAD
     data = candidate.batch * measured.draw_seconds
@@ -181,7 +181,7 @@ def pace_of(
 
 
 def _together(compute: float, data: float, measured: Measurement) -> float:
-    """Return the seconds of a step with its data, which workers make meanwhile: on a CPU they take time from it."""
+    """Return the time of a step with its data in seconds; on a CPU, data workers slow the step down."""
     if not measured.workers:
         return compute + data
     if measured.device != "cpu":
@@ -190,7 +190,7 @@ def _together(compute: float, data: float, measured: Measurement) -> float:
 
 
 def overlap_for(analysis: DatasetAnalysis, candidate: Candidate) -> float:
-    """Return the overlap of windows: half, or a quarter where that would be more than 64 of them."""
+    """Return the overlap of windows: 0.5, or 0.25 if the median image would have more than 64 windows."""
     return 0.5 if count_windows(analysis.shape, candidate.layout.patch, 0.5) <= 64 else 0.25
 
 
@@ -201,7 +201,7 @@ def _layout(analysis: DatasetAnalysis, request: PlanRequest, limit: int) -> Layo
     if given is None:
         return lay_out(analysis.shape, spacing, limit, poolings)
     if not isinstance(given, list) or len(given) != analysis.spatial_dims or not all(isinstance(n, int) for n in given):
-        raise RequestError(f"patch_size={given!r} must be {analysis.spatial_dims} whole numbers of voxels.")
+        raise RequestError(f"Invalid patch_size={given!r}: expected {analysis.spatial_dims} integers, in voxels.")
     strides = lay_out(given, spacing, math.prod(given), poolings).strides
     whole = all(p >= n for p, n in zip(given, analysis.shape, strict=True))
     return Layout(tuple(given), strides, whole)
@@ -217,8 +217,8 @@ def _candidate(
 ) -> Candidate:
     wanted = batch or _batch(analysis.spatial_dims, layout)
     total, room = _cached(analysis, fingerprint), int(_CACHE_SHARE * request.memory)
-    patches = _whole(request, "patches_per_case", 1 if wanted == 1 or total <= room else 2)
-    size = _whole(request, "batch_size", max(1, wanted // patches))
+    patches = _setting(request, "patches_per_case", 1 if wanted == 1 or total <= room else 2)
+    size = _setting(request, "batch_size", max(1, wanted // patches))
     wanted = size * patches
     definition = network_def(
         request.network,
@@ -232,19 +232,19 @@ def _candidate(
     return Candidate(width, layout, wanted, size, definition, min(total, room), total <= room)
 
 
-def _whole(request: PlanRequest, knob: str, planned: int) -> int:
-    """Return what the user set a knob to, or else what is planned."""
-    return whole_number(knob, request.settings.get(knob, planned))
+def _setting(request: PlanRequest, name: str, planned: int) -> int:
+    """Return the user's value of a setting, or the planned one."""
+    return positive_integer(name, request.settings.get(name, planned))
 
 
-def whole_number(knob: str, value: Any) -> int:
-    """Return a number that a knob may count something by.
+def positive_integer(setting: str, value: Any) -> int:
+    """Return the value of a setting that must be an integer from 1 up.
 
     Raises:
-        RequestError: it is no whole number from 1 up.
+        RequestError: Any other value.
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise RequestError(f"{knob}={value!r} must be a whole number from 1 up.")
+        raise RequestError(f"Invalid {setting}={value!r}: expected an integer from 1 up.")
     return value
 
 
@@ -255,14 +255,14 @@ def _batch(dims: int, layout: Layout) -> int:
 
 
 def _cached(analysis: DatasetAnalysis, fingerprint: Fingerprint) -> int:
-    """Bytes of all prepared cases: float32 for each channel, and labels of four bytes."""
+    """Return the size of all prepared cases in bytes: float32 channels and a label of 4 bytes per voxel."""
     voxels = sum(math.prod(shape) for shape in fingerprint.shapes(analysis.spacing))
     return voxels * 4 * (len(analysis.channels) + 1)
 
 
-def _cpu_rung(every: Sequence[Candidate], dims: int) -> int:
-    """Return the place of the first candidate that two cores train in hours."""
-    width, voxels = _CPU_RUNG[dims]
+def _cpu_start(every: Sequence[Candidate], dims: int) -> int:
+    """Return the index of the largest candidate that two CPU cores train in hours."""
+    width, voxels = _CPU_SIZE[dims]
     able = (n for n, item in enumerate(every) if item.width <= width and item.layout.voxels <= 1.2 * voxels)
     return next(able, len(every) - 1)
 
@@ -291,17 +291,17 @@ def _within_budget(
     *,
     gpu: bool,
 ) -> Found:
-    """Find the largest that has time for its steps, by bisection: every candidate that counts is measured itself.
+    """Find the largest candidate with time for its training steps, by bisection over measured candidates.
 
-    Multiplications do not tell the time of a step: kernels work on blocks of channels, so a narrow network may gain
-    nothing over one of twice its width.
+    The number of multiplications does not predict the time of a step: kernels work on blocks of channels, so a narrow
+    network may be no faster than one of twice its width.
     """
     budget = request.budget or math.inf
     fitting = [item for item in every if item.memory(gpu=gpu) <= request.memory]
     if not fitting:
         raise _too_large(every[-1], request, gpu=gpu)
     larger = len(every) - len(fitting)
-    # A batch of one is for want of memory, never of time.
+    # A batch of one patch saves memory, but hardly any time.
     fitting = [item for item in fitting if item.batch > 1] or fitting
     low, high = 0, len(fitting) - 1
     found: Found | None = None
@@ -312,7 +312,7 @@ def _within_budget(
         runs = _runs(item, measured, request, gpu=gpu)
         pace = pace_of(item, measured, analysis, fingerprint, request) if runs else None
         enough = pace is not None and steps_within(budget, pace) >= needed_steps(pace.steps)
-        # The smallest is taken even if it is too slow; the schedule says whether an epoch fits.
+        # The smallest is taken even if it is too slow; `schedule_for` refuses a budget below one epoch.
         if enough or (runs and place == len(fitting) - 1):
             found = Found(item, measured, larger, place)
         low, high = (low, place - 1) if enough else (place + 1, high)
@@ -323,13 +323,9 @@ def _within_budget(
 
 def _too_large(item: Candidate, request: PlanRequest, *, gpu: bool) -> RequestError:
     needed = item.memory(gpu=gpu)
+    parts = f" ({shown_bytes(PROGRAM_BYTES)} for libraries, {shown_bytes(item.cache_bytes)} for cached cases)"
     return RequestError(
-        f"No plan fits into {shown_bytes(request.memory)}: the smallest, of width {item.width} on patches of "
-        f"{shown(item.layout.patch)}, takes about {shown_bytes(needed)}"
-        + (
-            ""
-            if gpu
-            else f", of which {shown_bytes(PROGRAM_BYTES)} are programs and {shown_bytes(item.cache_bytes)} cases"
-        )
-        + f". Give --memory {math.ceil(needed / 2**30 * 10) / 10:g}G or more, or a smaller network."
+        f"Not enough memory: the smallest network, of width {item.width} on patches of {shown(item.layout.patch)}, "
+        f"needs about {shown_bytes(needed)}{'' if gpu else parts}; the limit is {shown_bytes(request.memory)}. Raise "
+        f"it with --memory {math.ceil(needed / 2**30 * 10) / 10:g}G, or choose a smaller --network."
     )

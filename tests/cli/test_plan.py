@@ -44,7 +44,7 @@ def test_the_whole_circle_without_a_hand_on_it(medseg: Any, data: Path, tmp_path
     assert code == 0, err
     code, _, err = medseg("plan", data, "-o", root, *SMALL, "--overwrite")
     assert code == 2
-    assert "was trained by the plan that is there" in err
+    assert "contains a trained bundle" in err
 
 
 def test_a_plan_without_measuring_passes_the_checks_of_bundles(medseg: Any, data: Path, tmp_path: Path) -> None:
@@ -77,13 +77,13 @@ def test_a_second_plan_needs_a_word_and_reuses_what_was_seen(medseg: Any, data: 
     ("arguments", "message"),
     [
         (["--network", "unett"], "Did you mean 'unet'"),
-        (["--memory", "lots"], "no amount of memory"),
-        (["--budget", "soon"], "no time"),
+        (["--memory", "lots"], "Invalid amount of memory"),
+        (["--budget", "soon"], "Invalid duration"),
         (["--budget", "30m", "--no-measure"], "--budget needs"),
-        (["--dims", "2"], "medseg does not do"),
+        (["--dims", "2"], "medseg does not train 2D models on slices"),
         (["--set", "learning_rat=1", "--no-measure"], "did you mean 'learning_rate'"),
         (["--name", "Bad Name", "--no-measure"], "expected a name of the form <target>_<modality>_<network>"),
-        (["--memory", "200M", "--no-measure"], "No plan fits into 200 MiB"),
+        (["--memory", "200M", "--no-measure"], "the limit is 200 MiB"),
     ],
 )
 def test_what_cannot_be_is_refused_and_leaves_no_bundle(
@@ -102,7 +102,7 @@ def test_a_folder_of_other_things_is_left_alone(medseg: Any, data: Path, tmp_pat
     (folder / "letter.txt").write_text("dear")
     code, _, err = medseg("plan", data, "-o", folder)
     assert code == 2
-    assert "holds other files" in err
+    assert "is not empty and is not a bundle" in err
     assert [path.name for path in folder.iterdir()] == ["letter.txt"]
 
 

@@ -71,7 +71,7 @@ class _Spacings:
 def test_equal_spacings_are_kept_exactly() -> None:
     spacing, reason = target_spacing(_Spacings(*[(0.976562, 0.976562, 3.27)] * 3))  # type: ignore[arg-type]
     assert spacing == (0.976562, 0.976562, 3.27)
-    assert "nothing is resampled" in reason
+    assert "no resampling" in reason
 
 
 def test_the_slice_axis_of_uneven_volumes_takes_its_tenth_percentile() -> None:

@@ -97,9 +97,9 @@ def test_labels_without_0_take_the_lowest_as_background() -> None:
 @pytest.mark.parametrize(
     ("values", "names", "message"),
     [
-        ({0: 5}, {}, "only the value 0"),
-        ({-1: 3, 0: 5, 1: 2}, {}, "'?bad'? holds the value -1"),
-        ({0: 5, 1: 2, 4: 1}, {1: "liver"}, "bad holds 4, which dataset.json does not name: it knows 1"),
+        ({0: 5}, {}, "contain only the value 0"),
+        ({-1: 3, 0: 5, 1: 2}, {}, "-1 in the label of bad"),
+        ({0: 5, 1: 2, 4: 1}, {1: "liver"}, "4 in the label of bad, while dataset.json names only 1"),
     ],
 )
 def test_values_that_cannot_be_are_refused(values: dict[int, int], names: dict[int, str], message: str) -> None:

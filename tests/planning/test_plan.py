@@ -178,7 +178,7 @@ def test_less_memory_gives_a_smaller_plan_and_too_little_is_refused(volumes: Any
         sizes.append(plan.forecast.memory)
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[0] > sizes[-1]
-    with pytest.raises(RequestError, match=r"No plan fits into 500 MiB.*Give --memory"):
+    with pytest.raises(RequestError, match=r"the limit is 500 MiB.*--memory"):
         planned(root, PlanRequest(memory=500 << 20, memory_given=True))
 
 
@@ -244,7 +244,7 @@ def test_settings_are_kept_and_said_to_be_the_users(volumes: Any) -> None:
     ("settings", "message"),
     [
         ({"learning_rat": 0.1}, "did you mean 'learning_rate'"),
-        ({"patch_size": [32, 32]}, "3 whole numbers"),
+        ({"patch_size": [32, 32]}, "3 integers"),
         ({"spacing": [1, 0, 1]}, "above 0"),
         ({"batch_size": 0}, "from 1 up"),
         ({"max_epochs": "many"}, "max_epochs"),

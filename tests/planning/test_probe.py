@@ -40,7 +40,7 @@ def test_a_step_and_a_window_are_measured(volumes: Any) -> None:
 def test_a_case_that_cannot_be_used_is_told_in_our_words(volumes: Any) -> None:
     root = volumes(shapes=((20, 24, 20),) * 3)
     config, case = config_of(root, SMALL)
-    with pytest.raises(RequestError, match=r"does not run: .*missing\.nii\.gz"):
+    with pytest.raises(RequestError, match=r"failed: .*missing\.nii\.gz"):
         measure(config, {**case, "image": str(root / "missing.nii.gz")})
 
 

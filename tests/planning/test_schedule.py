@@ -33,7 +33,7 @@ def test_a_schedule_stays_within_its_budget_and_uses_it(
 
 
 def test_a_budget_without_room_for_one_epoch_is_refused_with_what_it_takes() -> None:
-    with pytest.raises(RequestError, match=r"budget of 60 s does not hold one epoch .* at least \d+ (min|s)"):
+    with pytest.raises(RequestError, match=r"60 s is not enough for one epoch .* at least \d+ (min|s)"):
         schedule_for(60.0, Throughput(1.0, 30.0, 5.0, 100))
 
 
