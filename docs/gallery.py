@@ -15,7 +15,8 @@ from pathlib import Path
 from PIL import Image
 
 import medseg
-from medseg.bundle.catalog import find_bundle
+from medseg.bundle.catalog import Bundle, find_bundle
+from medseg.files import load_json
 from medseg.reporting.overlay import write_overlay
 
 PICTURES = Path(__file__).parent / "assets" / "models"
@@ -41,10 +42,21 @@ def draw(name: str, data: Path, case: str, *, reference: bool) -> None:
         (record,) = manifest.cases.values()
         mask = Path(folder) / str(record.output)
         picture = Path(folder) / "overlay.png"
-        write_overlay(image, mask, picture, truth_path=label if reference else None, labels=bundle.label_names)
+        truth = _classes(label, bundle, Path(folder)) if reference else None
+        write_overlay(image, mask, picture, truth_path=truth, labels=bundle.label_names)
         drawn = Image.open(picture).convert("RGB")
         drawn.thumbnail((WIDTH, WIDTH))
         drawn.quantize(128).save(PICTURES / f"{name}.png", optimize=True)
+
+
+def _classes(label: Path, bundle: Bundle, folder: Path) -> Path:
+    """Return a reference that numbers objects as one of the bundle's classes; any other as it is."""
+    if "other" not in load_json(bundle.config_path("train")).get("label_mapping", {}):
+        return label
+    with Image.open(label) as numbered:
+        objects = numbered.point(lambda value: 1 if value else 0).convert("L")
+    objects.save(folder / "reference.png")
+    return folder / "reference.png"
 
 
 if __name__ == "__main__":
