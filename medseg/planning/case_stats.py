@@ -177,9 +177,9 @@ class Fingerprint:
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Fingerprint | None:
         """Return the fingerprint in the output of `to_json`; None for another version or malformed content."""
-        if content.get("version") != VERSION:
-            return None
         try:
+            if content["version"] != VERSION:
+                return None
             return cls(
                 dataset=str(content["dataset"]),
                 key=str(content["key"]),

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import nibabel
 import numpy as np
 import pytest
+from PIL import Image
 
 from medseg.errors import RequestError
+from medseg.io import find_dataset
 from medseg.planning.case_stats import Fingerprint
-from medseg.planning.fingerprint import take_fingerprint
+from medseg.planning.fingerprint import dataset_key, take_fingerprint
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 
@@ -152,6 +155,141 @@ def test_slices_of_volumes_are_not_planned(volumes: Any) -> None:
 def test_pictures_are_no_volumes(pictures: Any) -> None:
     with pytest.raises(RequestError, match="--dims 3"):
         take_fingerprint(pictures(), spatial_dims=3)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_an_image_that_is_not_finite_is_refused_with_the_number_of_its_voxels(
+    value: float, volumes: Any, save_volume: Any
+) -> None:
+    root = volumes(dtype=np.float32)
+    array = np.ones((36, 48, 35), np.float32)
+    array[3, 4, 5:7] = value
+    save_volume(root / "imagesTr" / "case_1.nii.gz", array)
+    with pytest.raises(RequestError, match="case_1") as error:
+        take_fingerprint(root)
+    assert " 2 " in str(error.value)
+    assert "case_0" not in str(error.value)
+
+
+def test_the_first_three_faults_are_told_and_the_others_counted(volumes: Any) -> None:
+    root = volumes(shapes=((12, 12, 12),) * 7)
+    for number in range(5):
+        (root / "imagesTr" / f"case_{number}.nii.gz").write_bytes(b"nothing")
+    with pytest.raises(RequestError, match="5 of 6") as error:
+        take_fingerprint(root)
+    text = str(error.value)
+    assert [f"case_{number}" in text for number in range(6)] == [True] * 3 + [False] * 3
+    assert "2 more" in text
+
+
+def test_volumes_and_images_together_are_refused_by_name(volumes: Any, pictures: Any) -> None:
+    root = volumes(shapes=((12, 12, 12),) * 3)
+    other = pictures()
+    listing = json.loads((root / "dataset.json").read_text())
+    pair = {"image": "imagesTr/p0.png", "label": "labelsTr/p0.png"}
+    for theirs, ours in (("images/p0.png", pair["image"]), ("labels/p0.png", pair["label"])):
+        (other / theirs).rename(root / ours)
+    (root / "dataset.json").write_text(json.dumps({**listing, "training": [*listing["training"], pair]}))
+    with pytest.raises(RequestError, match="p0") as error:
+        take_fingerprint(root)
+    assert "case_0" in str(error.value)
+
+
+def test_volumes_of_unlike_channels_are_refused_by_name(volumes: Any, save_volume: Any) -> None:
+    root = volumes(shapes=((12, 12, 12),) * 3)
+    save_volume(root / "imagesTr" / "case_1.nii.gz", np.ones((12, 12, 12, 2), np.int16))
+    with pytest.raises(RequestError, match="case_1") as error:
+        take_fingerprint(root)
+    assert "case_0" in str(error.value)
+    assert "2" in str(error.value).partition("case_1")[2]
+
+
+@pytest.mark.parametrize(
+    ("dpi", "microns"),
+    [(25_400.0, 1.0), (101_600.0, 0.25), (2_540.0, 10.0), (72.0, 0.0), (1e6, 0.0), (None, 0.0)],
+)
+def test_a_resolution_counts_if_a_microscope_has_it(dpi: float | None, microns: float, pictures: Any) -> None:
+    root = pictures()
+    file = root / "images" / "p0.png"
+    with Image.open(file) as opened:
+        opened.load()
+        opened.save(file, **({} if dpi is None else {"dpi": (dpi, dpi)}))
+    found = take_fingerprint(root)
+    assert found.cases[0].microns == pytest.approx(microns, rel=1e-3)
+    assert {case.microns for case in found.cases[1:]} == {0.0}
+
+
+def test_pieces_of_a_huge_label_are_counted_on_every_second_voxel(volumes: Any, monkeypatch: Any) -> None:
+    from medseg.planning import fingerprint
+
+    label = np.zeros((40, 40, 40), np.uint8)
+    label[2:12, 2:12, 2:12] = 1
+    label[20:36, 20:36, 20:36] = 2
+    exact = fingerprint._pieces(label)
+    monkeypatch.setattr(fingerprint, "_PIECES_LIMIT", 20_000)
+    thinned = fingerprint._pieces(label)
+    assert exact[:2] == thinned[:2] == (2, 2)
+    assert thinned[2] == pytest.approx(exact[2], rel=0.01)
+
+
+@pytest.mark.parametrize("count", [0, 1, 100, 10_000])
+def test_drawn_values_are_foreground_without_repeats_and_alike_however_they_are_cut(
+    count: int, monkeypatch: Any
+) -> None:
+    from medseg.planning import fingerprint
+
+    label = np.random.default_rng(0).integers(0, 2, (11, 13, 17))
+    image = np.stack([np.arange(label.size).reshape(label.shape), np.full(label.shape, 7)])
+    whole = fingerprint._draw(image, label, count, np.random.default_rng(3))
+    assert whole.shape == (2, min(count, int(label.sum())))
+    values = whole[0].astype(int)
+    assert (label.flat[values] == 1).all()
+    assert len(set(values)) == len(values)
+    monkeypatch.setattr(fingerprint, "_SLAB", 300)
+    parts = fingerprint._draw(image, label, count, np.random.default_rng(3))
+    assert parts.shape == whole.shape
+    assert (label.flat[parts[0].astype(int)] == 1).all()
+    if count >= label.sum():
+        assert set(parts[0]) == set(whole[0])
+
+
+def test_the_key_changes_with_files_and_names_of_labels_and_with_nothing_else(volumes: Any) -> None:
+    root = volumes(shapes=((12, 12, 12),) * 3)
+    cases = find_dataset(root, "train")
+    listing = json.loads((root / "dataset.json").read_text())
+    key = dataset_key(cases, listing)
+    assert dataset_key(cases, {**listing, "description": "other"}) == key
+    assert dataset_key(cases, {**listing, "labels": {"1": "liver"}}) != key
+    assert dataset_key(cases, {**listing, "modality": {"0": "CT"}}) != key
+    assert dataset_key(cases[:1], listing) != key
+    assert dataset_key([{**cases[0], "name": "other"}, *cases[1:]], listing) != key
+    file = Path(cases[0]["label"])
+    state = file.stat()
+    os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns + 1_000_000_000))
+    assert dataset_key(cases, listing) != key
+    os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert dataset_key(cases, listing) == key
+
+
+def test_a_listing_may_be_given_in_place_of_its_folder(volumes: Any) -> None:
+    root = volumes(shapes=((12, 12, 12),) * 3, name="livers")
+    assert take_fingerprint(root / "dataset.json") == take_fingerprint(root)
+    assert take_fingerprint(root).dataset == "livers"
+
+
+@pytest.mark.parametrize(
+    ("listing", "names"),
+    [
+        ({"modality": {"0": "T1"}}, ("T1",)),
+        ({"channel_names": {"0": "FLAIR"}, "modality": {"0": "T1"}}, ("FLAIR",)),
+        ({"modality": "MRI"}, ("MRI",)),
+        ({}, ()),
+    ],
+)
+def test_channel_names_of_both_kinds_of_listing_are_read(
+    listing: dict[str, Any], names: tuple[str, ...], volumes: Any
+) -> None:
+    assert take_fingerprint(volumes(shapes=((12, 12, 12),) * 3, listing=listing)).channel_names == names
 
 
 @pytest.mark.data

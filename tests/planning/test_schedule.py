@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from medseg.errors import RequestError
 from medseg.planning.schedule import (
     Throughput,
+    epoch_steps,
     fixed_schedule,
     needed_steps,
     schedule_for,
     schedule_without_limit,
     shown_time,
+    steps_within,
 )
 
 
@@ -58,3 +65,93 @@ def test_needed_steps_are_bounded() -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(0.25, "0.25 s"), (45, "45 s"), (1800, "30 min"), (7200 * 2, "4.0 h")])
 def test_times_for_people(seconds: float, text: str) -> None:
     assert shown_time(seconds) == text
+
+
+PACES = st.builds(
+    Throughput,
+    step=st.floats(0.001, 20.0),
+    validation=st.just(0.0) | st.floats(0.001, 600.0),
+    load=st.floats(0.0, 300.0),
+    steps=st.integers(1, 2000),
+)
+
+
+@given(st.floats(60.0, 1e6), PACES)
+def test_any_schedule_fits_its_budget_or_there_is_no_room_for_an_epoch(budget: float, pace: Throughput) -> None:
+    least = pace.epoch + pace.validation + pace.load + 20
+    try:
+        schedule = schedule_for(budget, pace)
+    except RequestError:
+        assert least > 0.92 * budget - 1e-6
+        return
+    assert least <= schedule.seconds + 1e-6
+    assert schedule.seconds <= budget
+    assert 1 <= schedule.interval <= schedule.epochs
+    assert 1 <= schedule.validations <= 10
+    work = schedule.epochs * pace.epoch + schedule.validations * pace.validation
+    assert schedule.seconds == pytest.approx(20 + pace.load + work)
+
+
+@given(st.floats(60.0, 1e5), st.floats(1.0, 10.0), PACES)
+def test_more_time_never_gives_fewer_epochs(budget: float, factor: float, pace: Throughput) -> None:
+    try:
+        fewer = schedule_for(budget, pace)
+    except RequestError:
+        return
+    more = schedule_for(budget * factor, pace)
+    # A longer budget may also validate more often; an epoch or so of each ten validations goes into that.
+    assert more.epochs * pace.epoch >= fewer.epochs * pace.epoch - 10 * pace.validation - pace.epoch
+
+
+@given(PACES, st.floats(0.01, 0.99))
+def test_the_budget_that_a_refusal_names_is_enough(pace: Throughput, share: float) -> None:
+    least = (pace.epoch + pace.validation + 20 + pace.load) / 0.92
+    with pytest.raises(RequestError):
+        schedule_for(share * least, pace)
+    assert schedule_for(60 * math.ceil(least / 60) + 1e-3, pace).epochs >= 1
+
+
+@given(st.floats(0.0, 1e6), PACES)
+def test_steps_within_a_budget_leave_a_tenth_for_validation(budget: float, pace: Throughput) -> None:
+    steps = steps_within(budget, pace)
+    assert steps >= 0
+    assert steps / pace.steps * pace.epoch <= 0.9 * max(0.92 * budget - 20 - pace.load, 0) + 1e-6
+    assert steps_within(2 * budget, pace) >= steps
+
+
+@pytest.mark.parametrize(("epochs", "interval"), [(1, 1), (9, 1), (10, 1), (11, 2), (95, 10), (1000, 100)])
+def test_there_are_at_most_ten_validations_and_one_of_the_last_epoch(epochs: int, interval: int) -> None:
+    schedule = fixed_schedule(epochs, None, None)
+    assert schedule.interval == interval
+    assert schedule.validations == math.ceil(epochs / interval) <= 10
+
+
+def test_a_given_interval_is_kept_and_its_validations_are_counted() -> None:
+    pace = Throughput(step=0.5, validation=7.0, load=3.0, steps=10)
+    schedule = fixed_schedule(9, 4, pace)
+    assert (schedule.epochs, schedule.interval, schedule.validations) == (9, 4, 3)
+    assert schedule.seconds == pytest.approx(20 + 3 + 9 * (10 * 0.5 + 0.2) + 3 * 7)
+
+
+def test_without_a_budget_the_time_is_forecast_where_it_was_measured() -> None:
+    pace = Throughput(step=0.1, validation=1.0, load=0.0, steps=100)
+    schedule = schedule_without_limit(100, pace)
+    assert schedule.epochs == 60
+    assert schedule.seconds == pytest.approx(20 + 60 * (10 + 0.2) + schedule.validations)
+
+
+@pytest.mark.parametrize(
+    ("cases", "batch", "own", "steps"),
+    [
+        (50, 2, None, 25),
+        (48, 2, None, 50),
+        (1, 2, None, 50),
+        (101, 4, None, 26),
+        (1000, 4, None, 250),
+        (1000, 4, 7, 7),
+        (1000, 4, 0, 250),
+        (1000, 4, "7", 250),
+    ],
+)
+def test_an_epoch_is_one_pass_unless_that_is_too_short(cases: int, batch: int, own: Any, steps: int) -> None:
+    assert epoch_steps(cases, batch, own) == steps
