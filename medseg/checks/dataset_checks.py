@@ -1,7 +1,7 @@
-"""What is wrong with a set as a whole: copies, patients on both sides of the split, cases unlike the others.
+"""Checks of a data set as a whole: duplicate or overlapping scans, patients in several parts of the split, outliers.
 
-Copies are told by their voxels, turned to RAS, so storing them otherwise does not hide them; parts of a volume by
-axial slices that are equal bit for bit; a patient by DICOM PatientID and by names (see `medseg.io.patients`).
+Duplicates are found by their voxels in RAS orientation, whatever their file format and orientation; overlapping volumes
+by identical axial slices; patients by DICOM PatientID and by case names (see `medseg.io.patients`).
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _MANY = 0.8
 
 @dataclass(frozen=True)
 class Examined:
-    """One case that was opened.
+    """A case with the properties of its files.
 
     Attributes:
-        subject: the case.
-        image: what its image holds; None where it could not be read.
-        label: what its label holds; None where there is none, or it could not be read.
+        subject: The case.
+        image: Properties of its image; None if it could not be read.
+        label: Properties of its label; None if there is none or it could not be read.
     """
 
     subject: Subject
@@ -42,12 +42,12 @@ class Examined:
 
     @property
     def name(self) -> str:
-        """Its name."""
+        """Name of the case."""
         return self.subject.name
 
     @property
     def part(self) -> str:
-        """Its part of the data set."""
+        """Part of the data set, such as "train"."""
         return self.subject.part
 
 
@@ -66,12 +66,12 @@ def _duplicates(cases: Sequence[Examined]) -> Iterator[Finding]:
         names = tuple(case.name for case in group)
         labels = {case.label.digest if case.label else case.subject.label for case in group}
         repair = "duplicate" if len(labels) == 1 else ""
-        but = "" if repair else "; their labels differ"
+        but = "" if repair else ", but their labels differ"
         if _crosses(group):
-            text = f"{_joined(group)} are one image on both sides of the split{but}: the score would be wrong."
+            text = f"{_joined(group)} are the same image in different parts of the split{but}: scores would be biased."
             yield Finding("error", "leak", text, names, repair)
         else:
-            yield Finding("warning", "duplicate", f"{_joined(group)} are one image{but}.", names, repair)
+            yield Finding("warning", "duplicate", f"{_joined(group)} are the same image{but}.", names, repair)
 
 
 def _equal_labels(cases: Sequence[Examined]) -> Iterator[Finding]:
@@ -80,8 +80,8 @@ def _equal_labels(cases: Sequence[Examined]) -> Iterator[Finding]:
 
     for group in _groups(cases, key):
         if len({case.image.digest for case in group if case.image}) > 1:
-            text = f"{_joined(group)} have other images but one label."
-            yield Finding("warning", "one label twice", text, tuple(case.name for case in group))
+            text = f"{_joined(group)} have different images but identical labels."
+            yield Finding("warning", "identical labels", text, tuple(case.name for case in group))
 
 
 def _shared_slices(cases: Sequence[Examined]) -> Iterator[Finding]:
@@ -103,21 +103,21 @@ def _shared_slices(cases: Sequence[Examined]) -> Iterator[Finding]:
 
 
 def _shared(one: Examined, other: Examined, pairs: Sequence[tuple[int, int]]) -> Finding | None:
-    """Describe what two volumes share, unless they are copies or share next to nothing."""
+    """Describe the overlap of two volumes; None if they are copies or share too few slices."""
     if one.image is None or other.image is None or one.image.digest == other.image.digest:
         return None
     if len(pairs) < min(_MIN_SLICES, len(one.image.slices), len(other.image.slices)):
         return None
     numbers = list(zip(*pairs, strict=True))
     spans = [f"{case.name} {min(run)}-{max(run)}" for case, run in zip((one, other), numbers, strict=True)]
-    text = f"{_joined([one, other])} share {len(pairs)} slices ({spans[0]}, {spans[1]}, from the feet, from 0)"
+    text = f"{_joined([one, other])} share {len(pairs)} slices ({spans[0]}, {spans[1]}, counted from the feet, from 0)"
     first = pairs[0]
     apart = float(np.linalg.norm(one.image.slice_position(first[0]) - other.image.slice_position(first[1])))
     if apart > min(one.image.spacing) / 2:
-        text += f", which their affines place {apart:.4g} mm apart: at least one affine is wrong"
+        text += f", which are {apart:.4g} mm apart by their affines: at least one affine is wrong"
     crosses = _crosses([one, other])
     if crosses:
-        text += ", and stand on both sides of the split"
+        text += ", and are in different parts of the split"
     return Finding(
         "error" if crosses else "warning", "leak" if crosses else "duplicate", f"{text}.", (one.name, other.name)
     )
@@ -127,16 +127,16 @@ def _patients(cases: Sequence[Examined]) -> Iterator[Finding]:
     known = _groups(cases, lambda case: case.image.patient if case.image else "")
     for group in known:
         if _crosses(group):
-            text = f"{_joined(group)} have one DICOM PatientID and stand on both sides of the split."
+            text = f"{_joined(group)} have the same DICOM PatientID but are in different parts of the split."
             yield Finding("error", "patient", text, tuple(case.name for case in group))
     for group in _groups(cases, lambda case: patient_of(case.name)):
         if _crosses(group):
-            text = f"{_joined(group)} are one patient by their names and stand on both sides of the split."
+            text = f"{_joined(group)} are the same patient by their names but are in different parts of the split."
             yield Finding("warning", "patient", text, tuple(case.name for case in group))
 
 
 def _outliers(cases: Sequence[Examined]) -> Iterator[Finding]:
-    """Volumes whose grid lies beyond five deviations, and beyond a factor, of the set's median."""
+    """Find volumes whose spacing or extent deviates from the median by 5 robust SDs and by a factor of 2 or 3."""
     volumes = [
         (case, case.image) for case in cases if case.image and len(case.image.shape) == 3 and case.image.has_geometry
     ]
@@ -150,14 +150,19 @@ def _outliers(cases: Sequence[Examined]) -> Iterator[Finding]:
         limit = np.maximum(_DEVIATIONS * deviation, np.log(factor))
         for (case, _), row in zip(volumes, values, strict=True):
             if (np.abs(row - middle) > limit).any():
+                an = "an" if what == "extent" else "a"
                 theirs, usual = (" x ".join(f"{value:.3g}" for value in np.exp(item)) for item in (row, middle))
-                text = f"{case.name} has the {what} {theirs} mm (sorted), the set {usual} mm."
+                text = (
+                    f"{case.name} has {an} {what} of {theirs} mm (sorted), while the median of the set is {usual} mm."
+                )
                 yield Finding("warning", f"unusual {what}", text, (case.name,))
     counts = Counter(facts.orientation for _, facts in volumes)
     usual, count = counts.most_common(1)[0]
     odd = tuple(case.name for case, facts in volumes if facts.orientation != usual)
     if odd and count >= _MANY * len(volumes):
-        yield Finding("note", "unusual orientation", f"{len(odd)} of {len(volumes)} are not {usual}.", odd)
+        yield Finding(
+            "note", "unusual orientation", f"{len(odd)} of {len(volumes)} volumes are not stored in {usual}.", odd
+        )
 
 
 def _unused_labels(cases: Sequence[Examined], collection: Collection) -> Iterator[Finding]:
@@ -167,11 +172,11 @@ def _unused_labels(cases: Sequence[Examined], collection: Collection) -> Iterato
     found = {value for label in labeled for value in label.labels}
     unused = [f"{value} ({name})" for value, name in collection.labels.items() if value not in found and value != 0]
     if unused:
-        yield Finding("note", "unused label", f"No case holds the label {', '.join(unused)}.")
+        yield Finding("note", "unused label", f"No case contains the label {', '.join(unused)}.")
 
 
 def _groups(cases: Sequence[Examined], key: Callable[[Examined], str]) -> list[list[Examined]]:
-    """Return the cases that share a key, an empty one apart, where there are several."""
+    """Return the groups of two or more cases with the same, non-empty key."""
     groups: dict[str, list[Examined]] = {}
     for case in cases:
         if key(case):

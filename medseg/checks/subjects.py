@@ -1,7 +1,7 @@
-"""What `medseg doctor` looks at: the cases of a folder or data set, listed even where the listing itself is faulty.
+"""The cases of a folder or data set for `medseg doctor`, listed even if the listing itself is faulty.
 
-Training refuses a data set at its first fault; here each fault becomes a finding, and the rest is looked at all the
-same. Nothing beyond the standard library is imported and no image is opened.
+Training refuses a data set at its first fault; here each fault becomes a finding, and all other cases are still
+checked. Nothing beyond the standard library is imported, and no image is opened.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = ["PARTS", "Collection", "Finding", "Subject", "find_subjects"]
 
 Severity: TypeAlias = Literal["error", "warning", "note"]
 
-# Sections of a dataset.json -> the part of the data set.
+# Part of the data set by section of a dataset.json.
 PARTS: Mapping[str, str] = {"training": "train", "validation": "val", "test": "test"}
 _LAYOUTS = (("imagesTr", "labelsTr"), ("images", "labels"))
 _SHOWN = 3
@@ -40,14 +40,15 @@ _NUMBER = re.compile(r"-?[0-9]{1,18}")
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong or worth a look.
+    """A fault or suspicious property of some cases.
 
     Attributes:
-        severity: "error" would be refused, or spoils results; "warning" is suspicious; "note" is for information.
-        kind: a short name that findings are grouped by, such as "empty mask".
-        message: what was found in these cases, and what to do.
-        cases: names of the cases.
-        repair: what `medseg doctor --fix` does about it; empty where that would be a guess.
+        severity: "error" for data that are refused or give wrong results, "warning" for suspicious data, "note" for
+            information.
+        kind: Short name by which findings are grouped, such as "empty mask".
+        message: What was found in these cases, and what to do.
+        cases: Names of the cases.
+        repair: Repair by `medseg doctor --fix`; empty if there is none.
     """
 
     severity: Severity
@@ -59,13 +60,13 @@ class Finding:
 
 @dataclass(frozen=True)
 class Subject:
-    """One case.
+    """A case of a data set.
 
     Attributes:
-        name: short and unique.
-        image: path, also of a DICOM folder or `folder::series`.
-        label: path of the label, if there is one.
-        part: "train", "val", "test", or empty where nothing says.
+        name: Short, unique name.
+        image: Path of the image, a DICOM folder, or `folder::series`.
+        label: Path of the label; None without one.
+        part: "train", "val" or "test"; empty if unknown.
     """
 
     name: str
@@ -76,17 +77,17 @@ class Subject:
 
 @dataclass(frozen=True)
 class Collection:
-    """All cases of a path, and what is known of them before a file is opened.
+    """The cases at a path, with the content of their `dataset.json`.
 
     Attributes:
-        root: the folder that file names are relative to.
-        subjects: the cases.
-        findings: what is wrong with the listing.
-        labels: value -> name, where `dataset.json` has them.
-        modality: such as "CT", where `dataset.json` says.
-        channels: values per voxel, where `dataset.json` says.
-        listings: the `dataset.json` and the file of the split (see `read_split`) that were read.
-        label_options: how labels that are DICOM objects are read (see `medseg.io.datasets.label_options`).
+        root: Folder that file names are relative to.
+        subjects: Cases.
+        findings: Faults of the listing.
+        labels: Class name of each label value in `dataset.json`.
+        modality: Modality in `dataset.json`, such as "CT"; empty if unknown.
+        channels: Number of channels in `dataset.json`; None if unknown.
+        listings: The `dataset.json` and the split file (see `read_split`), as far as they exist.
+        label_options: Options for reading DICOM labels (see `medseg.io.datasets.label_options`).
     """
 
     root: Path
@@ -104,7 +105,7 @@ class Collection:
         return text.removeprefix(start) if text.startswith(start) else Path(text).name
 
     def shortened(self, text: str) -> str:
-        """Return a message with the root taken off the paths in it."""
+        """Return a message with its paths relative to the root."""
         return shortened(text, self.root)
 
 
@@ -112,11 +113,11 @@ def find_subjects(path: StrPath) -> Collection:
     """List the cases at a path.
 
     Args:
-        path: a data set (Medical Segmentation Decathlon, nnU-Net raw, or `images/` with `labels/`), its `dataset.json`,
-            or whatever `medseg.io.list_cases` takes.
+        path: Data set (Medical Segmentation Decathlon, nnU-Net raw, or `images/` with `labels/`), its `dataset.json`,
+            or an image or folder of images as for `medseg.io.list_cases`.
 
     Raises:
-        RequestError: there is nothing, or nothing that can be an image.
+        RequestError: No images at `path`.
     """
     given = absolute(path)
     root = given.parent if given.name.endswith(".json") else given
@@ -130,25 +131,25 @@ def find_subjects(path: StrPath) -> Collection:
 
 
 def _plain(given: Path) -> Collection:
-    """Images without labels."""
+    """List images without labels."""
     found = list_cases(given)
     root = given if given.is_dir() else given.parent
     subjects = tuple(Subject(split_suffix(case.name)[0], case.image) for case in found.cases)
-    return Collection(root, subjects, tuple(_left_out(found.skipped)))
+    return Collection(root, subjects, tuple(_skipped(found.skipped)))
 
 
-def _left_out(items: Sequence[Skipped]) -> Iterator[Finding]:
+def _skipped(items: Sequence[Skipped]) -> Iterator[Finding]:
     reasons: dict[str, list[str]] = {}
     for item in items:
         reasons.setdefault(item.reason, []).append(Path(item.path).name)
     for reason, names in reasons.items():
         more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
         shown = ", ".join(names[:_SHOWN])
-        yield Finding("note", "left out", f"{len(names)} files are not read ({reason}): {shown}{more}.")
+        yield Finding("note", "skipped", f"{len(names)} files are skipped ({reason}): {shown}{more}.")
 
 
 def _listed(root: Path, listing: Path, content: Mapping[str, Any]) -> Collection:
-    """A data set by its `dataset.json`."""
+    """List a data set by its `dataset.json`."""
     findings: list[Finding] = []
     entries: list[tuple[str, Path, Path | None]] = []
     for section, part in PARTS.items():
@@ -157,11 +158,13 @@ def _listed(root: Path, listing: Path, content: Mapping[str, Any]) -> Collection
             if image is not None:
                 entries.append((part, image, label))
     if not entries:
-        raise RequestError(f"{listing} lists no image that exists: check its paths, which are relative to it.")
+        raise RequestError(
+            f"None of the images listed in {listing} exists. Check its paths, which are relative to its folder."
+        )
     base = common_folder(image for _, image, _ in entries)
     parts, listings = _parts_of(root, base, {image: part for part, image, _ in entries}, content, findings)
     findings += _refusals(listing)
-    # An image that is listed in two parts is in both.
+    # An image that is listed in two parts belongs to both.
     decided = [(parts[image] if listings else part, image, label) for part, image, label in entries]
     subjects = _named(decided, root)
     return _collection(root, subjects, findings, content, [listing, *listings])
@@ -171,13 +174,13 @@ def _section(content: Mapping[str, Any], section: str, listing: Path, findings: 
     entries = content.get(section) or []
     if isinstance(entries, list):
         return entries
-    text = f"{listing.name}: '{section}' is a {type(entries).__name__}: expected a list of cases."
+    text = f"{listing.name}: '{section}' is a {type(entries).__name__}; expected a list of cases."
     findings.append(Finding("error", "listing", text))
     return []
 
 
 def _paired(root: Path, listing: Path, content: Mapping[str, Any]) -> Collection:
-    """A data set by its folders."""
+    """List a data set by its folders."""
     try:
         dataset = read_dataset(root)
     except RequestError as error:
@@ -194,7 +197,12 @@ def _paired(root: Path, listing: Path, content: Mapping[str, Any]) -> Collection
     if lonely:
         shown = ", ".join(lonely[:_SHOWN])
         findings.append(
-            Finding("warning", "label without image", f"{len(lonely)} labels have no image: {shown}.", tuple(lonely))
+            Finding(
+                "warning",
+                "label without image",
+                f"{len(lonely)} labels have no image of the same name: {shown}.",
+                tuple(lonely),
+            )
         )
     findings += _refusals(root)
     return _collection(root, subjects, findings, content, [path for path in (listing, *listings) if path.is_file()])
@@ -206,7 +214,9 @@ def _collection(
     for subject in subjects:
         if subject.label is None and subject.part != "test":
             findings.append(
-                Finding("error" if subject.part else "warning", "no label", "The image has no label.", (subject.name,))
+                Finding(
+                    "error" if subject.part else "warning", "missing label", "The image has no label.", (subject.name,)
+                )
             )
     modality = content.get("modality") or content.get("channel_names") or {}
     kinds = list(modality.values()) if isinstance(modality, dict) else [modality]
@@ -225,24 +235,24 @@ def _collection(
 def _label_options(root: Path, content: Mapping[str, Any]) -> dict[str, Any]:
     try:
         return label_options(content, root / DATASET_FILE)
-    except RequestError:  # where there are labels that it matters for, `_refusals` tells it
+    except RequestError:  # `_refusals` reports it
         return {}
 
 
 def _entry_file(root: Path, entry: Any, key: str, listing: Path, findings: list[Finding]) -> Path | None:
-    """Return the file that an entry of a `dataset.json` names, if it is there."""
+    """Return the file of an entry of a `dataset.json`; None, with a finding, if there is none."""
     text = entry.get(key) if isinstance(entry, dict) else entry if key == "image" else None
     if text is None and key == "label":
         return None
     if not isinstance(text, str) or not text:
-        findings.append(Finding("error", "listing", f"{listing.name}: the entry {entry!r} names no {key}."))
+        findings.append(Finding("error", "listing", f"{listing.name}: the entry {entry!r} has no {key}."))
         return None
     path = absolute(root / text)
     if Path(text).is_absolute() or not path.is_relative_to(root):
-        findings.append(Finding("error", "listing", f"{listing.name}: {text!r} leads out of the data set's folder."))
+        findings.append(Finding("error", "listing", f"{listing.name}: {text!r} is outside the data set's folder."))
         return None
     if entry_source(path) is None:
-        findings.append(Finding("error", "missing file", f"{text} is listed in {listing.name} and is not there."))
+        findings.append(Finding("error", "missing file", f"{text} is listed in {listing.name} but does not exist."))
         return None
     return path
 
@@ -250,7 +260,7 @@ def _entry_file(root: Path, entry: Any, key: str, listing: Path, findings: list[
 def _parts_of(
     root: Path, base: Path, images: Mapping[Path, str], content: Mapping[str, Any], findings: list[Finding]
 ) -> tuple[dict[Path, str], list[Path]]:
-    """Return the part of each image: that of `dataset.json` if it has both, else of the file of the split."""
+    """Return the part of each image: from `dataset.json` if it lists validation cases, else from the split file."""
     if content.get("validation"):
         return dict(images), []
     try:
@@ -264,12 +274,12 @@ def _parts_of(
     listed = {part: split[part] for part in PARTS.values() if isinstance(split.get(part), list)}
     part_of = {str(stem): part for part, stems in listed.items() for stem in stems}
     stems = {image: split_suffix(image.relative_to(base).as_posix())[0] for image in images}
-    # nnU-Net's channel number is no part of a case's name.
+    # Case names of nnU-Net lack the channel number, such as "_0000".
     return {image: part_of.get(stem, part_of.get(stem[:-5], "")) for image, stem in stems.items()}, [path]
 
 
 def _refusals(source: Path) -> Iterator[Finding]:
-    """What training would refuse about the listing."""
+    """Find the faults for which training would refuse the listing."""
     try:
         split_stems(read_dataset(source))
     except RequestError as error:
@@ -279,11 +289,11 @@ def _refusals(source: Path) -> Iterator[Finding]:
 
 
 def _named(entries: list[tuple[str, Path, Path | None]], base: Path) -> list[Subject]:
-    """Name cases by their file, and where two share that by their path."""
+    """Name cases by their file names, or by their paths if file names repeat."""
     short = [split_suffix(image.name)[0] for _, image, _ in entries]
     long = [split_suffix(image.relative_to(base).as_posix())[0] for _, image, _ in entries]
     names = short if len(set(short)) == len(short) else long
-    # A file that is listed twice stays two cases.
+    # A file that is listed twice remains two cases.
     unique = [
         f"{name} ({names[:index].count(name) + 1})" if name in names[:index] else name
         for index, name in enumerate(names)
@@ -295,7 +305,7 @@ def _named(entries: list[tuple[str, Path, Path | None]], base: Path) -> list[Sub
 
 
 def _label_names(labels: Any) -> dict[int, str]:
-    """Return value -> name from a Decathlon's `labels`, or from nnU-Net's, which are the other way round."""
+    """Return the name of each value in the `labels` of the Decathlon, or of nnU-Net, which map names to values."""
     names: dict[int, str] = {}
     for key, value in labels.items() if isinstance(labels, dict) else ():
         if _NUMBER.fullmatch(str(key)):

@@ -1,3 +1,3 @@
-"""What is wrong with a data set before training, and repaired copies of it."""
+"""Checks of a data set before training or prediction, and repaired copies of it."""
 
 __all__: list[str] = []

@@ -29,24 +29,24 @@ def doctor(
     fix: str | Path | None = None,
     report: Progress | None = None,
 ) -> Findings:
-    """Open every image and label, and find what is wrong, suspicious or unsuitable for a bundle.
+    """Check every image and label for faults, suspicious content and incompatibility with a bundle.
 
     Args:
-        path: Image, folder, data set or its `dataset.json`.
-        bundle: Bundle whose needs the data are checked against: a folder, or the name of a shipped one.
+        path: Image, folder of images, data set, or `dataset.json`.
+        bundle: Bundle whose requirements the data are checked against: its folder, or the name of a shipped one.
         fix: New folder for a repaired copy and `changes.json`, which lists every change.
-        report: Called with the cases done, the number of cases, and a note.
+        report: Called with the number of cases checked, the number of all cases, and a note.
 
     Returns:
         Cases and findings; with `fix`, also the changes and the findings of the repaired copy.
 
     Raises:
-        RequestError: There is nothing to examine, or `fix` is not a new folder elsewhere.
-        BundleError: There is no such bundle, or it does not describe its input.
+        RequestError: No images at `path`, or `fix` is not a new folder outside the data.
+        BundleError: Unknown bundle, or one without a description of its input.
     """
     source = split_series(path)[0]
     if not source.exists():
-        raise RequestError(f"'{path}' does not exist: check the path.", path=source)
+        raise RequestError(f"No such file or folder: '{path}'. Check the path.", path=source)
     if fix is not None:
         _check_target(Path(fix), source)
     needs = None if bundle is None else needs_of(find_bundle(bundle))
@@ -57,7 +57,7 @@ def doctor(
 
 
 def _repaired(found: Findings, source: Path, target: Path, needs: Needs | None, report: Progress | None) -> Findings:
-    """Write the repaired copy with its record, and examine it."""
+    """Write the repaired copy with its `changes.json`, and check the copy."""
     from medseg.diagnosis.doctor import examine
     from medseg.diagnosis.repair import repair
 
@@ -74,12 +74,12 @@ def _repaired(found: Findings, source: Path, target: Path, needs: Needs | None, 
 
 
 def _check_target(target: Path, source: Path) -> None:
-    """Refuse a folder that holds something, and one within what is examined, or around it."""
+    """Refuse a folder that is not empty, or is inside the data or around them."""
     out, root = target.resolve(), source.resolve()
     root = root if root.is_dir() else root.parent
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise RequestError(f"'{target}' exists and is not empty: --fix writes into a new folder.", path=target)
+        raise RequestError(f"'{target}' exists and is not empty. Pass a new folder to --fix.", path=target)
     if out.is_relative_to(root) or root.is_relative_to(out):
         raise RequestError(
-            f"'{target}' lies within the data, or around it: --fix needs a folder elsewhere.", path=target
+            f"'{target}' is inside the data, or contains them. Pass a folder elsewhere to --fix.", path=target
         )

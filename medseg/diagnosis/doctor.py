@@ -1,4 +1,4 @@
-"""What a set of images and labels would be read as, and what is wrong with it, before anything is trained on it."""
+"""Check how images and labels are read, and what is wrong with them, before training or prediction."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Change", "Findings", "compare_grids", "examine"]
 
-# In voxels: below the first, headers are equal but for rounding in the last place; below the second, for rounding.
+# Distances in voxels: up to the first, two headers are equal; up to the second, they are equal but for rounding.
 _EQUAL = 1e-3
 _ROUNDED = 0.1
 _STRETCHED = 0.01
@@ -34,7 +34,7 @@ _UNEVEN = 20.0
 _PADDING = (-3024, -2048, -2000)
 _ON_MINIMUM = 0.5
 _SHOWN = 5
-# Warnings of reading that a finding below tells with a repair.
+# Warnings of the readers that a finding with a repair replaces.
 _REPAIRABLE = ("sform-qform-conflict",)
 
 
@@ -43,10 +43,10 @@ class Change:
     """One change of one file in a repaired copy.
 
     Attributes:
-        file: Name, relative to the data set.
-        what: What was done.
-        before: State before.
-        after: State now.
+        file: Path of the file, relative to the data set.
+        what: Description of the change.
+        before: State before the change.
+        after: State after the change.
     """
 
     file: str
@@ -57,14 +57,14 @@ class Change:
 
 @dataclass(frozen=True)
 class Findings:
-    """Result of an examination.
+    """Result of a check of images and labels.
 
     Attributes:
-        collection: What was examined.
-        cases: Content of each file; without an image or label where that could not be read.
-        findings: What is wrong or suspicious, errors first.
-        changes: How a repaired copy differs from the original; empty where none was made.
-        repaired: Findings of the repaired copy; None where none was made.
+        collection: Cases that were checked.
+        cases: Properties of each image and label; None for a file that could not be read.
+        findings: Faults and suspicious content, errors first.
+        changes: Changes in the repaired copy; empty without one.
+        repaired: Findings of the repaired copy; None without one.
     """
 
     collection: Collection
@@ -80,7 +80,7 @@ class Findings:
 
     @property
     def exit_code(self) -> int:
-        """What the command returns: 1 if errors remain, in the repaired copy where there is one."""
+        """Exit code of the command: 1 if there are errors, in the repaired copy if one was made; otherwise 0."""
         return 1 if (self.repaired or self).errors else 0
 
     def __str__(self) -> str:
@@ -90,7 +90,7 @@ class Findings:
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
-        """Return cases and findings as JSON values; no hash of a patient is among them."""
+        """Return cases and findings as JSON values, without hashes of patient IDs."""
         return {
             "cases": [
                 {
@@ -106,15 +106,15 @@ class Findings:
 
 
 def examine(path: StrPath, *, needs: Needs | None = None, report: Progress | None = None) -> Findings:
-    """Open every image and label at a path, and say what they hold and what is wrong.
+    """Open and check every image and label at a path.
 
     Args:
-        path: as for `find_subjects`.
-        needs: what a bundle asks for, to have that checked as well.
-        report: called with cases done, cases in all, and the name of the next.
+        path: Image, folder or data set, as for `find_subjects`.
+        needs: Requirements of a bundle to check the data against; None for general checks only.
+        report: Called with the number of cases checked, the number of all cases, and the name of the next case.
 
     Raises:
-        RequestError: there is nothing to examine.
+        RequestError: No images at `path`.
     """
     collection = find_subjects(path)
     cases, findings = [], list(collection.findings)
@@ -136,43 +136,46 @@ def examine(path: StrPath, *, needs: Needs | None = None, report: Progress | Non
 
 
 def compare_grids(label: Opened, image: FileFacts) -> tuple[str, str, str]:
-    """Say how a label's grid differs from its image's.
+    """Describe the difference between the geometries of a label and its image.
 
     Returns:
-        Kind of difference, description, and the repair that is no guess; all empty for equal grids. Where a label of
-        the image's shape lies elsewhere, either the place or the voxels may be wrong, and nothing is repaired. Where
-        the shapes differ, or both grids are the same points in another order, the headers can only be meant as they
-        are.
+        Kind of mismatch, description, and repair; all empty for equal geometries. A label of the image's shape but
+        another geometry is not repaired, because either its header or its voxels may be wrong. A label of another
+        shape, or with the same voxel centers in another order, can be resampled.
     """
     facts = label.facts
     if not (facts.has_geometry and image.has_geometry):
         if facts.shape == image.shape:
             return "", "", ""
-        return "other shape", f"the label has {_size(facts)}, the image {_size(image)}", ""
+        return "shape", f"the label has {_size(facts)}, the image {_size(image)}", ""
     step = min(image.grid.spacing)
     if facts.shape == image.shape:
         distance = corner_distance(facts.grid, image.grid)
         if distance <= _EQUAL * step:
             return "", "", ""
         if distance <= _ROUNDED * step:
-            return "rounded header", f"the label's header is rounded: {distance:.2g} mm off at a corner", "header"
+            return (
+                "rounded header",
+                f"the label's affine is rounded and deviates by {distance:.2g} mm at a corner",
+                "header",
+            )
     if _same_points(facts.grid, image.grid, step):
         axes = f"{facts.orientation} instead of {image.orientation}"
-        return "turned", f"the label's axes are stored in another order or direction ({axes})", "resample"
+        return "reoriented", f"the label's axes are stored in another order or direction ({axes})", "resample"
     if facts.shape == image.shape:
         return _moved(facts, image)
     if len(facts.shape) != 3 or len(image.shape) != 3:
-        return "other shape", f"the label has {_size(facts)}, the image {_size(image)}", ""
+        return "shape", f"the label has {_size(facts)}, the image {_size(image)}", ""
     inside = foreground_inside(label.array, facts.grid, image.grid)
     text = (
         f"the label has {facts.grid.describe()}, the image {image.grid.describe()}; {inside:.1%} of the label's "
-        "foreground lies within the image"
+        "foreground is inside the image"
     )
-    return "other shape", text, "resample" if inside >= 1 else ""
+    return "shape", text, "resample" if inside >= 1 else ""
 
 
 def _moved(label: FileFacts, image: FileFacts) -> tuple[str, str, str]:
-    """Describe a label of the image's shape that lies elsewhere."""
+    """Describe the mismatch of a label with the image's shape but another geometry."""
     ours, theirs = label.grid.affine, image.grid.affine
     step = min(image.grid.spacing)
     far = np.abs((ours - theirs)[:3, :3] * (np.array(image.shape) - 1)).max() if len(image.shape) == 3 else 0.0
@@ -181,29 +184,29 @@ def _moved(label: FileFacts, image: FileFacts) -> tuple[str, str, str]:
         voxels = np.linalg.solve(theirs[:3, :3], shift)
         return "shifted", f"the label is shifted by {_numbers(shift)} mm, {_numbers(voxels)} voxels", ""
     if label.orientation != image.orientation:
-        return "flipped", f"the label is flipped or turned: {label.orientation} instead of {image.orientation}", ""
+        return "flipped", f"the label is flipped or reoriented: {label.orientation} instead of {image.orientation}", ""
     apart = corner_distance(label.grid, image.grid)
     return (
-        "other place",
-        f"the grids differ in spacing or angle ({label.grid.describe()}; {image.grid.describe()}), by {apart:.3g} mm "
-        "at a corner",
+        "affine",
+        f"the affines differ in spacing or rotation (label {label.grid.describe()}; image {image.grid.describe()}), by "
+        f"{apart:.3g} mm at a corner",
         "",
     )
 
 
 def _same_points(a: Grid, b: Grid, step: float) -> bool:
-    """Tell whether two grids have the same voxel centers, in whatever order."""
+    """Return whether two grids have the same voxel centers, in any order of axes and directions."""
     if sorted(a.shape) != sorted(b.shape) or len(a.shape) != 3:
         return False
     move = np.linalg.solve(b.affine, a.affine)
-    turn = np.rint(move[:3, :3])
-    if not (np.abs(turn).sum(axis=0) == 1).all() or not (np.abs(turn).sum(axis=1) == 1).all():
+    rotation = np.rint(move[:3, :3])
+    if not (np.abs(rotation).sum(axis=0) == 1).all() or not (np.abs(rotation).sum(axis=1) == 1).all():
         return False
-    if not np.array_equal(np.abs(turn) @ np.array(a.shape), np.array(b.shape)):
+    if not np.array_equal(np.abs(rotation) @ np.array(a.shape), np.array(b.shape)):
         return False
-    offset = np.where(turn.sum(axis=1) < 0, np.array(b.shape) - 1, 0)
+    offset = np.where(rotation.sum(axis=1) < 0, np.array(b.shape) - 1, 0)
     exact = np.eye(4)
-    exact[:3, :3], exact[:3, 3] = turn, offset
+    exact[:3, :3], exact[:3, 3] = rotation, offset
     return corner_distance(Grid(a.shape, b.affine @ exact), a) <= _ROUNDED * step
 
 
@@ -241,22 +244,22 @@ def _open(name: str, collection: Collection, opener: Callable[[], Opened]) -> tu
     with collect(deferred=True) as warnings:
         try:
             opened, findings = opener(), []
-        except MedsegError as error:  # also a package that is not installed: the others may be read without it
-            opened, findings = None, [Finding("error", "not read", collection.shortened(str(error)), (name,))]
-    told = [warning for warning in warnings if warning.code not in _REPAIRABLE]
-    return opened, findings + [Finding("warning", warning.code, f"{warning}.", (name,)) for warning in told]
+        except MedsegError as error:  # even a missing package, which other files may not need
+            opened, findings = None, [Finding("error", "unreadable", collection.shortened(str(error)), (name,))]
+    others = [warning for warning in warnings if warning.code not in _REPAIRABLE]
+    return opened, findings + [Finding("warning", warning.code, f"{warning}.", (name,)) for warning in others]
 
 
 def _channel_findings(subject: Subject, facts: FileFacts, listed: int | None) -> Iterator[Finding]:
-    """Compare the values per voxel of a volume with what `dataset.json` says, or with one."""
+    """Compare the number of channels of a volume with that in `dataset.json`, or with one."""
     if not facts.has_geometry or facts.channels == (listed or 1):
         return
-    text = f"{facts.file} has {facts.channels} values per voxel"
+    text = f"{facts.file} has {facts.channels} channels"
     if listed is not None:
-        yield Finding("error", "channels", f"{text}, dataset.json names {listed}.", (subject.name,))
+        yield Finding("error", "channels", f"{text}, but dataset.json names {listed}.", (subject.name,))
     else:
-        text += "; only a bundle of as many channels reads it"
-        yield Finding("warning", "several channels", f"{text}.", (subject.name,))
+        text += "; it can only be used with a bundle of as many channels"
+        yield Finding("warning", "multiple channels", f"{text}.", (subject.name,))
 
 
 def _image_findings(subject: Subject, image: Opened, modality: str) -> Iterator[Finding]:
@@ -264,8 +267,9 @@ def _image_findings(subject: Subject, image: Opened, modality: str) -> Iterator[
     if facts.nonfinite:
         yield Finding(
             "error",
-            "no numbers",
-            f"{facts.nonfinite:,} values of {facts.file} are NaN or infinite; replace them by a background value.",
+            "non-finite values",
+            f"{facts.file} contains {facts.nonfinite:,} non-finite values (NaN or Inf); replace them with a background "
+            "value.",
             here,
             "nan" if facts.header is not None and facts.channels == 1 else "",
         )
@@ -286,8 +290,8 @@ def _header_findings(subject: Subject, facts: FileFacts) -> Iterator[Finding]:
         yield Finding(
             "warning",
             "sform and qform",
-            f"The sform and qform of {facts.file} lie up to {header.apart:.3g} mm apart; medseg takes the sform, other "
-            "programs may take the qform.",
+            f"The sform and qform of {facts.file} differ by up to {header.apart:.3g} mm; medseg uses the sform, other "
+            "programs may use the qform.",
             here,
             "qform",
         )
@@ -295,38 +299,43 @@ def _header_findings(subject: Subject, facts: FileFacts) -> Iterator[Finding]:
         yield Finding(
             "warning",
             "sform and pixdim",
-            f"The pixdim of {facts.file} differs from the voxel size of its sform by {header.stretch:.1%}; medseg "
-            "takes the sform, ITK and what is built on it take the pixdim.",
+            f"The pixdim of {facts.file} differs from the voxel size of its sform by {header.stretch:.1%}; medseg uses "
+            "the sform, ITK and programs based on it use the pixdim.",
             here,
             "pixdim",
         )
     if len(header.shape) > 3 and all(size == 1 for size in header.shape[3:]):
-        yield Finding("note", "extra axis", f"{facts.file} has axes of length 1: {header.shape}.", here, "squeeze")
+        text = f"{facts.file} has singleton dimensions: its shape is {header.shape}"
+        yield Finding("note", "singleton dimension", f"{text}.", here, "squeeze")
 
 
 def _spacing_findings(facts: FileFacts, here: tuple[str, ...], modality: str) -> Iterator[Finding]:
     low, high = min(facts.spacing), max(facts.spacing)
     shown = " x ".join(f"{step:.4g}" for step in facts.spacing)
     if low < _THIN or high > _THICK or high / low > _UNEVEN:
-        yield Finding("warning", "odd spacing", f"{facts.file} has voxels of {shown} mm; check the units.", here)
+        yield Finding(
+            "warning", "implausible spacing", f"{facts.file} has voxels of {shown} mm; check the units.", here
+        )
     linear = facts.grid.affine[:3, :3]
     if modality.upper() == "CT" and np.array_equal(np.abs(linear), np.eye(3)):
-        text = f"{facts.file} is CT with voxels of exactly 1 mm along the axes, which scanners do not make"
-        yield Finding("warning", "made-up header", f"{text}: resampled, or the spacing was lost.", here)
+        text = f"{facts.file} is a CT with an identity affine (voxels of exactly 1 mm), which scanners do not produce"
+        yield Finding("warning", "suspicious affine", f"{text}: it was resampled, or its geometry was lost.", here)
 
 
 def _ct_findings(image: Opened, here: tuple[str, ...]) -> Iterator[Finding]:
     facts = image.facts
     if facts.minimum in _PADDING:
         share = float(np.mean([(channel == facts.minimum).mean() for channel in image.array]))
-        yield Finding("note", "padding", f"{share:.1%} of {facts.file} is the padding value {facts.minimum:g}.", here)
+        yield Finding(
+            "note", "padding value", f"{share:.1%} of {facts.file} is the padding value {facts.minimum:g}.", here
+        )
     elif facts.minimum < -1500 or facts.maximum > 35000:
-        text = f"{facts.file} reaches from {facts.minimum:g} to {facts.maximum:g}, which are no Hounsfield units"
-        yield Finding("warning", "no Hounsfield units", f"{text}.", here)
+        text = f"{facts.file} has values from {facts.minimum:g} to {facts.maximum:g}, which are not Hounsfield units"
+        yield Finding("warning", "not Hounsfield units", f"{text}.", here)
     if facts.minimum >= 0 and facts.maximum > facts.minimum:
-        reason = "8-bit grey values" if facts.maximum <= 255 else "the offset of -1024 was perhaps not applied"
-        text = f"{facts.file} is CT without negative values ({facts.minimum:g} to {facts.maximum:g})"
-        yield Finding("warning", "no Hounsfield units", f"{text}: {reason}.", here)
+        reason = "8-bit gray values" if facts.maximum <= 255 else "the intercept of -1024 may not have been applied"
+        text = f"{facts.file} is a CT without negative values ({facts.minimum:g} to {facts.maximum:g})"
+        yield Finding("warning", "not Hounsfield units", f"{text}: {reason}.", here)
 
 
 def _label_findings(
@@ -334,14 +343,21 @@ def _label_findings(
 ) -> Iterator[Finding]:
     here, values = (subject.name,), facts.labels
     if set(values) == {0}:
-        yield Finding("warning", "empty mask", f"{facts.file} marks nothing.", here)
+        yield Finding("warning", "empty mask", f"{facts.file} has no foreground.", here)
     elif 0 not in values and len(values) == 1:
-        yield Finding("warning", "full mask", f"Every voxel of {facts.file} is {next(iter(values))}.", here)
+        yield Finding(
+            "warning", "full mask", f"Every voxel of {facts.file} is {next(iter(values))}; it has no background.", here
+        )
     if min(values, default=0) < 0:
-        yield Finding("error", "negative label", f"{facts.file} holds the label {min(values)}.", here)
+        yield Finding(
+            "error",
+            "negative label",
+            f"{facts.file} contains the label value {min(values)}; expected values from 0 up.",
+            here,
+        )
     if facts.header is not None and facts.header.dtype.startswith(("float", ">f", "<f")):
-        yield Finding("note", "label as float", f"{facts.file} stores labels as {facts.dtype}.", here, "integers")
-    # In an object of segments what no segment covers is background, whether a name is given for it or not.
+        yield Finding("note", "floating-point label", f"{facts.file} stores labels as {facts.dtype}.", here, "integers")
+    # In a DICOM segmentation, voxels outside all segments are background even where no name is given for 0.
     implied = {0} if facts.format == "dicom" else set()
     known = {"dataset.json": frozenset(collection.labels) | implied if collection.labels else None}
     if needs is not None:
@@ -349,7 +365,7 @@ def _label_findings(
     for source, names in known.items():
         unknown = [value for value in values if names is not None and value not in names]
         if unknown:
-            text = f"{facts.file} holds the label {_listed(unknown)}, which {source} does not name"
+            text = f"{facts.file} contains the label value {_listed(unknown)}, which is missing in {source}"
             yield Finding("error", "unknown label", f"{text}.", here)
     yield from _header_findings(subject, facts)
 
@@ -360,12 +376,14 @@ def _pair_findings(subject: Subject, image: Opened, label: Opened) -> Iterator[F
     if kind == "rounded header":
         yield Finding("note", kind, f"{subject.name}: {text}.", here, repair)
     elif kind:
-        yield Finding("error", f"grids: {kind}", f"{subject.name}: {text}.", here, repair)
+        yield Finding("error", f"geometry mismatch: {kind}", f"{subject.name}: {text}.", here, repair)
     if image.array.shape[1:] == label.array.shape and image.facts.minimum < image.facts.maximum:
         share = share_on_minimum(image.array, label.array)
         if share >= _ON_MINIMUM:
-            text = f"{share:.0%} of the label lies where the image is at its minimum, {image.facts.minimum:g}"
-            yield Finding("warning", "label on nothing", f"{subject.name}: {text}; it marks padding or air.", here)
+            text = (
+                f"{share:.0%} of the label's foreground is on voxels with the image's minimum, {image.facts.minimum:g}"
+            )
+            yield Finding("warning", "label on padding", f"{subject.name}: {text}: padding or air.", here)
 
 
 def _facts_json(facts: FileFacts | None) -> dict[str, Any] | None:

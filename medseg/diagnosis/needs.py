@@ -1,4 +1,4 @@
-"""What a bundle needs of its data, read from its configs."""
+"""The requirements of a bundle on its data, from its configs."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ if TYPE_CHECKING:
 
 __all__ = ["needs_of"]
 
-# A key of a label mapping, and the directions of three axes.
+# Keys of a label mapping, and axis codes.
 _VALUE: Final = re.compile(r"other|-?[0-9]{1,18}")
 _AXES: Final = re.compile(r"(?!.*[LR].*[LR])(?!.*[AP].*[AP])(?!.*[IS].*[IS])[LRAPIS]{3}")
 
 
 def needs_of(bundle: Bundle) -> Needs:
-    """Return what a bundle needs of images and labels; settings of another form are ignored.
+    """Return the requirements of a bundle on images and labels; settings in an unknown form are ignored.
 
     Raises:
-        BundleError: The metadata do not describe the input.
+        BundleError: Metadata without a description of the input.
     """
     spatial_dims, channels, modality = _input(bundle)
     train = merged(bundle.load_configs("train")) if bundle.config_path("train").is_file() else {}
@@ -46,26 +46,26 @@ def needs_of(bundle: Bundle) -> Needs:
 
 
 def _input(bundle: Bundle) -> tuple[int, int, str]:
-    """Return number of axes, channels and modality of the image that the metadata describe."""
+    """Return the spatial dimensions, channels and modality of the input image in the metadata."""
     try:
         image = bundle.metadata["network_data_format"]["inputs"]["image"]
         return len(image["spatial_shape"]), int(image["num_channels"]), str(image.get("modality") or "")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise BundleError(
-            f"bundle '{bundle.name}' does not describe its input: expected metadata.json to give spatial_shape and "
-            "num_channels of the image under network_data_format.",
+            f"Bundle '{bundle.name}' does not describe its input: metadata.json has no spatial_shape and num_channels "
+            "in network_data_format::inputs::image. Add them.",
             path=bundle.config_path("metadata"),
         ) from error
 
 
 def _numbers_by_name(value: Any) -> dict[str, int] | None:
-    """Return the value of a setting that is an object of whole numbers."""
+    """Return the value of a setting if it is an object of integers."""
     fits = isinstance(value, dict) and all(type(number) is int for number in value.values())
     return dict(value) if fits else None
 
 
 def _numbers(value: Any, count: int) -> tuple[float, ...] | None:
-    """Return the value of a setting that is so many numbers; the configs of others may hold anything there."""
+    """Return the value of a setting if it is a list of `count` numbers; configs of other tools may differ."""
     if isinstance(value, list) and len(value) == count and all(isinstance(item, int | float) for item in value):
         return tuple(float(item) for item in value)
     return None

@@ -1,18 +1,18 @@
-"""Repaired copies of a data set: only what its own files decide, never a guess, and never in place.
+"""Repaired copies of a data set: repairs that follow from the files themselves, without guesses and never in place.
 
-| what | repair |
+| finding | repair |
 |---|---|
-| label whose header is the image's but for rounding | gets the image's place |
-| label on another grid that covers the same space | resampled onto the image's grid, nearest neighbor |
-| label stored as floating point | whole numbers of the smallest type |
-| NaN and infinite values of an image | its lowest finite value |
-| sform and qform that disagree | the sform becomes the qform |
-| sform and pixdim that disagree, without a qform | the sform's voxel size becomes the pixdim |
-| axes of length 1 beyond space | taken off |
-| copies of one case with equal labels | one stays: that of validation or test before that of training |
+| label whose affine equals the image's up to rounding | gets the image's geometry |
+| label on another grid that covers the same space | resampled to the image's grid, nearest neighbor |
+| label stored as floating point | converted to the smallest integer type |
+| NaN and infinite values of an image | replaced by its lowest finite value |
+| sform and qform that disagree | the sform is copied to the qform |
+| sform and pixdim that disagree, without a qform | the voxel size of the sform is copied to the pixdim |
+| singleton dimensions beyond the spatial ones | removed |
+| copies of one case with equal labels | one is kept: that of validation or test before that of training |
 
-Everything else is copied byte by byte. A repair that does not hold what it should (a label value would be lost) is left
-out, and the file is copied as it is.
+All other files are copied byte by byte. A repair that would lose a label value is not made, and the file is copied
+unchanged.
 """
 
 from __future__ import annotations
@@ -59,23 +59,23 @@ _LABEL_REPAIRS = ("header", "resample", "integers")
 
 
 def repair(found: Findings, target: Path, *, report: Progress | None = None) -> list[Change]:
-    """Write a repaired copy of what was examined.
+    """Write a repaired copy of a data set.
 
     Args:
-        found: the result of `medseg.diagnosis.doctor.examine`.
-        target: a new or empty folder.
-        report: called with cases done, cases in all, and the name of the next.
+        found: Findings, as from `medseg.diagnosis.doctor.examine`.
+        target: New or empty folder for the copy.
+        report: Called with the number of cases copied, the number of all cases, and the name of the next case.
 
     Returns:
-        What differs from the original; files without an entry are equal byte by byte.
+        The changes; files without an entry are identical byte by byte.
 
     Raises:
-        RequestError: the folder holds something, or nothing was found to copy.
-        OutputError: it cannot be written to.
+        RequestError: A folder that is not empty.
+        OutputError: A folder without write access.
     """
     target = absolute(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise RequestError(f"'{target}' exists and is not empty: repaired copies go into a new folder.")
+        raise RequestError(f"'{target}' exists and is not empty. Choose a new folder for the repaired copy.")
     check_folder(target)
     dropped = _duplicates(found)
     job = _Job(found, target, [])
@@ -84,7 +84,7 @@ def repair(found: Findings, target: Path, *, report: Progress | None = None) -> 
             report(number, len(found.cases), case.name)
         if case.name in dropped:
             kept = dropped[case.name]
-            job.changes.append(Change(job.name(case.subject.image), "left out", f"a copy of {kept}", "not there"))
+            job.changes.append(Change(job.name(case.subject.image), "skipped", f"a copy of {kept}", "not in the copy"))
         else:
             job.copy_case(case)
     for listing in found.collection.listings:
@@ -93,19 +93,19 @@ def repair(found: Findings, target: Path, *, report: Progress | None = None) -> 
 
 
 def resample_nearest(label: NDArray[Any], grid: Grid, onto: Grid) -> NDArray[Any]:
-    """Return a label on another grid: each voxel takes the value of the nearest voxel center, 0 outside.
+    """Resample a label to another grid by nearest neighbor; voxels outside the label are 0.
 
     Args:
-        label: `(x, y, z)` on `grid`.
-        grid: where the label lies.
-        onto: the grid of the result.
+        label: Label array of shape (x, y, z).
+        grid: Shape and affine of the label.
+        onto: Shape and affine of the result.
     """
     move = np.linalg.inv(grid.affine) @ onto.affine
     result: NDArray[Any] = np.zeros(onto.shape, dtype=label.dtype)
     x, y = np.meshgrid(np.arange(onto.shape[0]), np.arange(onto.shape[1]), indexing="ij")
     for z in range(onto.shape[2]):
         points = [move[axis, 0] * x + move[axis, 1] * y + move[axis, 2] * z + move[axis, 3] for axis in range(3)]
-        # Half a voxel goes up everywhere; rint would go to even numbers and shift every other voxel.
+        # Halves are rounded up; rint rounds them to even numbers, which would shift every other voxel.
         nearest = [np.floor(point + 0.5 + 1e-6).astype(np.int64) for point in points]
         inside = np.logical_and.reduce(
             [(index >= 0) & (index < size) for index, size in zip(nearest, label.shape, strict=True)]
@@ -115,32 +115,32 @@ def resample_nearest(label: NDArray[Any], grid: Grid, onto: Grid) -> NDArray[Any
 
 
 def _duplicates(found: Findings) -> dict[str, str]:
-    """Return the cases to leave out, each with the one that stays."""
+    """Return the cases to skip, each with the copy that is kept."""
     parts = {case.name: case.part for case in found.cases}
     files = {case.name: case.subject.image for case in found.cases}
     dropped: dict[str, str] = {}
     for finding in found.findings:
         if finding.repair == "duplicate":
             kept = min(finding.cases, key=lambda name: _KEPT_FIRST.index(parts[name]))
-            # One file that is listed twice is a fault of the listing, of which it could not be said what was meant.
+            # A file that is listed twice is kept: which of the entries is wrong is unknown.
             dropped |= {name: kept for name in finding.cases if files[name] != files[kept]}
     return dropped
 
 
 @dataclass
 class _Job:
-    """One run: where things go, and what was changed."""
+    """The writing of one repaired copy, with a record of the changes."""
 
     found: Findings
     target: Path
     changes: list[Change]
 
     def name(self, path: str) -> str:
-        """Return the name of a file below the root; a series goes by its folder."""
+        """Return the path of a file relative to the root; a DICOM series is named by its folder."""
         return self.found.collection.relative(str(split_series(path)[0]))
 
     def copy_case(self, case: Examined) -> None:
-        """Copy image and label, repaired; what is no file any more, such as a broken link, is left out and noted."""
+        """Copy and repair image and label; a missing file, such as a broken link, is skipped and recorded."""
         repairs = {item.repair for item in self.found.findings if item.repair and case.name in item.cases}
         image, label = case.subject.image, case.subject.label
         with self.noting(image):
@@ -151,14 +151,14 @@ class _Job:
 
     @contextmanager
     def noting(self, path: str) -> Iterator[None]:
-        """Note a file that cannot be copied."""
+        """Record a file that fails to be copied."""
         try:
             yield
         except CaseError as error:
-            self.note(path, "not copied", str(error), "not there")
+            self.note(path, "not copied", str(error), "not in the copy")
 
     def copy_image(self, case: Examined, repairs: set[str]) -> None:
-        """Copy an image, repaired."""
+        """Copy and repair an image."""
         source = case.subject.image
         file = split_series(source)[0]
         target = self.target / self.name(source)
@@ -167,11 +167,11 @@ class _Job:
             return
         _copy(file, target)
         if "nan" in repairs and case.image is not None and case.image.nonfinite:
-            self.note(source, "values that are no numbers replaced", *_fill_nonfinite(target, case.image.minimum))
+            self.note(source, "non-finite values replaced", *_fill_nonfinite(target, case.image.minimum))
         self.fix_header(source, target)
 
     def copy_series(self, source: str) -> None:
-        """Copy the files of a DICOM series; a damaged one is copied with all that lies in its folder."""
+        """Copy the files of a DICOM series, or all files of its folder if the series is damaged."""
         from medseg.io.dicom import open_series
 
         folder, root = split_series(source)[0], self.found.collection.root
@@ -186,7 +186,7 @@ class _Job:
             _copy(file, self.target / file.relative_to(root))
 
     def copy_label(self, subject: Subject, image: Path, repairs: set[str]) -> None:
-        """Copy a label, rewritten if its voxels or its place change."""
+        """Copy a label; write it again if its voxels or its geometry change."""
         source = Path(str(subject.label))
         target = self.target / self.name(str(source))
         if source.is_dir():
@@ -198,7 +198,7 @@ class _Job:
             changes = _rewrite_label(source, target, image, wanted) if wanted else []
         except (CaseError, GeometryError) as error:
             changes = []
-            self.note(str(source), "not repaired", self.found.collection.shortened(str(error)), "copied as it is")
+            self.note(str(source), "not repaired", self.found.collection.shortened(str(error)), "copied unchanged")
         if not changes:
             _copy(source, target)
         for what, before, after in changes:
@@ -212,11 +212,11 @@ class _Job:
                 self.note(source, what, before, after)
 
     def note(self, source: str, what: str, before: str, after: str) -> None:
-        """Keep a record of a change."""
+        """Record a change."""
         self.changes.append(Change(self.name(source), what, before, after))
 
     def copy_listing(self, listing: Path, dropped: Sequence[Subject]) -> None:
-        """Copy a `dataset.json` or the file of the split without the cases that were left out."""
+        """Copy a `dataset.json` or split file without the skipped cases."""
         target = self.target / listing.name
         if not dropped:
             _copy(listing, target)
@@ -232,11 +232,11 @@ class _Job:
         if "numTraining" in folds[0] and isinstance(folds[0].get("training"), list):
             folds[0]["numTraining"] = len(folds[0]["training"])
         replace_text(target, json.dumps(content, indent=1) + "\n")
-        self.changes.append(Change(listing.name, "cases left out", before, _lengths(folds[0])))
+        self.changes.append(Change(listing.name, "cases removed", before, _lengths(folds[0])))
 
 
 def _names_one(entry: Any, root: Path, images: set[Path]) -> bool:
-    """Tell whether an entry of a listing, a path or a stem, names one of the images."""
+    """Return whether an entry of a listing, a path or a stem, names one of the images."""
     text = entry.get("image") if isinstance(entry, dict) else entry
     if not isinstance(text, str):
         return False
@@ -255,29 +255,29 @@ def _lengths(content: dict[str, Any]) -> str:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copy a file, and of a header (`.nhdr`, `.mhd`) the file of its voxels."""
+    """Copy a file, together with the data file of a detached header (`.nhdr`, `.mhd`)."""
     _copy_one(source, target)
     if source.suffix.lower() in (".nhdr", ".mhd"):
         with source.open("rb") as file:
             match = _DATA_FILE.search(file.read(_MAX_HEADER).decode("utf-8", "replace"))
-        with suppress(CaseError):  # that it names no such file was told when it was read
+        with suppress(CaseError):  # a missing data file is a finding already
             if match and match[1] not in _HERE:
                 _copy_one(detached_data_file(source, match[1]), target.parent / match[1])
 
 
 def _copy_one(source: Path, target: Path) -> None:
     if not source.is_file():
-        raise CaseError(f"{source.name} is no file: expected one that can be copied.")
+        raise CaseError(f"{source.name} is missing or not a regular file. Check for a broken link.")
     if not target.exists():
         with replacing(target) as temporary:
             shutil.copyfile(source, temporary)
 
 
 def _rewrite_label(source: Path, target: Path, image: Path, repairs: list[str]) -> list[tuple[str, str, str]]:
-    """Write a label anew; return what was done, before and after."""
+    """Write a repaired label; return the changes, each with the states before and after."""
     kind = file_kind(target)
     if kind is None or not target.name.lower().endswith(FORMATS[kind].written):
-        raise CaseError(f"{source.name} would have to be written anew, and its format is not written.")
+        raise CaseError(f"{source.name} needs a repair, but medseg does not write its format.")
     loaded = load(source, label=True)
     array: NDArray[Any] = loaded.as_tensor().numpy()[0]
     grid = Grid(array.shape, loaded.affine.numpy())
@@ -288,24 +288,26 @@ def _rewrite_label(source: Path, target: Path, image: Path, repairs: list[str]) 
             resampled = resample_nearest(array, grid, onto)
             lost = sorted(set(count_values(array)) - set(count_values(resampled)) - {0})
             if lost:
-                raise GeometryError(f"{source.name}: on the image's grid the label {lost[0]} would have no voxel.")
+                raise GeometryError(
+                    f"{source.name}: resampled to the image's grid, the label {lost[0]} would have no voxel."
+                )
             array = resampled
-        what = "resampled onto the image's grid" if "resample" in repairs else "given the image's place"
-        changes.append((what, _place(grid), _place(onto)))
+        what = "resampled to the image's grid" if "resample" in repairs else "given the image's geometry"
+        changes.append((what, _geometry(grid), _geometry(onto)))
     write_mask(array, target, like=like)
     if "integers" in repairs:
         dtypes = [str(cast("Any", nib.load(path)).get_data_dtype()) for path in (source, target)]
-        changes.append(("whole numbers", dtypes[0], dtypes[1]))
+        changes.append(("converted to integers", dtypes[0], dtypes[1]))
     return changes
 
 
-def _place(grid: Grid) -> str:
+def _geometry(grid: Grid) -> str:
     rows = "; ".join(" ".join(f"{value:.9g}" for value in row) for row in grid.affine[:3])
     return f"{grid.describe()}, affine [{rows}]"
 
 
 def _fill_nonfinite(path: Path, value: float) -> tuple[str, str]:
-    """Replace what is not finite in a copied NIfTI file."""
+    """Replace the non-finite values of a copied NIfTI file."""
     image = cast("Any", nib.load(path))
     array = np.array(np.asanyarray(image.dataobj))
     with np.errstate(over="ignore"):
@@ -315,20 +317,20 @@ def _fill_nonfinite(path: Path, value: float) -> tuple[str, str]:
     header.set_data_dtype(array.dtype)
     with replacing(path) as temporary:
         nib.save(type(image)(array, None, header), temporary)
-    return f"{int(wrong.sum()):,} of {array.size:,}", f"{value:g}, the lowest value"
+    return f"{int(wrong.sum()):,} of {array.size:,}", f"{value:g}, the lowest finite value"
 
 
 def _fix_nifti(path: Path) -> list[tuple[str, str, str]]:
-    """Repair the header of a NIfTI file; every byte after it stays."""
+    """Repair the header of a NIfTI file and keep every byte after it."""
     try:
         with opened(path) as stream:
             start = stream.read(4)
             kind = nib.Nifti2Header if start in (b"\x1c\x02\0\0", b"\0\0\x02\x1c") else nib.Nifti1Header
             header = kind(start + stream.read(kind.sizeof_hdr - 4), check=False)
             changes = [change for fix in (_squeeze, _copy_sform, _copy_zooms) for change in fix(header)]
-            while changes and stream.read(_PIECE):  # all of it can be unpacked
+            while changes and stream.read(_PIECE):  # check that the whole file can be decompressed
                 pass
-    except Exception:  # a damaged file raises many types; it is copied as it is, and its finding stays
+    except Exception:  # a damaged file raises many types; it stays unchanged, with its finding
         return []
     if changes:
         with replacing(path) as temporary, opened(path) as stream, temporary.open("wb") as file:
@@ -344,7 +346,7 @@ def _squeeze(header: Any) -> list[tuple[str, str, str]]:
     if len(shape) <= 3 or math.prod(shape[3:]) != 1:
         return []
     header["dim"][0] = 3
-    return [("axes of length 1 taken off", str(shape), str(shape[:3]))]
+    return [("singleton dimensions removed", str(shape), str(shape[:3]))]
 
 
 def _copy_sform(header: Any) -> list[tuple[str, str, str]]:

@@ -44,7 +44,7 @@ def test_a_part_of_a_volume_with_the_affine_of_the_whole_is_found(dataset: Path)
     write_nifti(label(dataset, 3), ball()[..., 4:9])
     finding = one(examine(dataset), "leak")
     assert "share 5 slices (case0 4-8, case3 0-4" in finding.message
-    assert "12 mm apart: at least one affine is wrong" in finding.message
+    assert "12 mm apart by their affines: at least one affine is wrong" in finding.message
 
 
 def test_a_part_of_a_volume_in_its_true_place_is_no_fault_of_the_affine(dataset: Path) -> None:
@@ -59,7 +59,7 @@ def test_a_part_of_a_volume_in_its_true_place_is_no_fault_of_the_affine(dataset:
 
 def test_one_label_for_two_images_is_suspicious(dataset: Path) -> None:
     shutil.copy(label(dataset, 0), label(dataset, 1))
-    assert one(examine(dataset), "one label twice").cases == ("case0", "case1")
+    assert one(examine(dataset), "identical labels").cases == ("case0", "case1")
 
 
 def test_a_grid_unlike_the_others_is_found(dataset: Path, nifti: Callable[..., Path]) -> None:

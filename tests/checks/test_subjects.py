@@ -19,7 +19,7 @@ needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data 
 def test_a_listed_file_that_is_missing_does_not_stop_the_rest(dataset: Path) -> None:
     image(dataset, 1).unlink()
     report = examine(dataset)
-    assert "imagesTr/case1.nii.gz is listed in dataset.json and is not there" in one(report, "missing file").message
+    assert "imagesTr/case1.nii.gz is listed in dataset.json but does not exist" in one(report, "missing file").message
     assert [case.name for case in report.cases] == ["case0", "case2", "case3"]
 
 
@@ -27,7 +27,7 @@ def test_paths_out_of_the_folder_are_not_followed(dataset: Path) -> None:
     (dataset.parent / "secret.nii.gz").write_bytes(image(dataset).read_bytes())
     edit_listing(dataset, lambda content: content["training"][0].update(image="../secret.nii.gz"))
     report = examine(dataset)
-    assert any("leads out of the data set's folder" in item.message for item in report.findings)
+    assert any("is outside the data set's folder" in item.message for item in report.findings)
     assert [case.name for case in report.cases] == ["case1", "case2", "case3"]
 
 
@@ -99,8 +99,8 @@ def _folders(tmp_path: Path, stems: list[str], labels: list[str]) -> Path:
 
 def test_folders_without_a_split_and_unpaired_files(tmp_path: Path) -> None:
     report = examine(_folders(tmp_path, ["a", "b"], ["a", "c"]))
-    assert kinds(report) == {"no split", "no label", "label without image"}
-    assert one(report, "no label").cases == ("b",)
+    assert kinds(report) == {"no split", "missing label", "label without image"}
+    assert one(report, "missing label").cases == ("b",)
     assert one(report, "label without image").cases == ("c",)
 
 

@@ -43,10 +43,10 @@ def test_a_set_that_suits_has_no_findings(dataset: Path) -> None:
 @pytest.mark.parametrize(
     ("spacing", "orientation", "says"),
     [
-        ((1.5, 1.5, 1.5), "RAS", "1.5 x 1.5 x 3 mm (RAS), balls works on 1.5 x 1.5 x 1.5 mm: detail that is not there"),
+        ((1.5, 1.5, 1.5), "RAS", "1.5 x 1.5 x 3 mm (RAS), but balls uses 1.5 x 1.5 x 1.5 mm: upsampling adds"),
         ((3.0, 1.5, 1.5), "SAR", ""),
-        ((3.0, 1.5, 1.5), "RAS", "1.5 x 1.5 x 3 mm (RAS), balls works on 3 x 1.5 x 1.5 mm"),
-        ((1.5, 4.5, 3.0), "LPS", "finer detail is dropped"),
+        ((3.0, 1.5, 1.5), "RAS", "1.5 x 1.5 x 3 mm (RAS), but balls uses 3 x 1.5 x 1.5 mm"),
+        ((1.5, 4.5, 3.0), "LPS", "finer detail is lost"),
         ((2.9, 2.9, 3.0), "RAS", ""),
     ],
 )
@@ -55,7 +55,7 @@ def test_spacing_is_compared_along_the_same_axes(
 ) -> None:
     findings = found(dataset, replace(NEEDS, spacing=spacing, orientation=orientation))
     assert {(severity, kind) for severity, kind, _ in findings} == (
-        {("warning", "far from the bundle's spacing")} if says else set()
+        {("warning", "spacing mismatch")} if says else set()
     )
     assert len(findings) == (4 if says else 0)
     assert all(says in message for _, _, message in findings)
@@ -82,10 +82,10 @@ def _rename(root: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "severity", "kind", "says"),
     [
-        (_swap_names, "error", "label order", "calls the label 1 'Core', but balls takes 1 for 'shell'"),
-        (_call_it_ct, "error", "other modality", "dataset.json says CT, balls is made for MRI"),
-        (_empty_the_cores, "warning", "missing class", "No training case holds the class 'core' of balls"),
-        (_rename, "note", "label names", "balls takes the label 1 ('rind') for 'shell'"),
+        (_swap_names, "error", "label order", "names the label 1 'Core', but balls uses 1 for 'shell'"),
+        (_call_it_ct, "error", "modality mismatch", "dataset.json states CT, but balls is made for MRI"),
+        (_empty_the_cores, "warning", "missing class", "No training case contains the class 'core' of balls"),
+        (_rename, "note", "label names", "balls uses the label 1 ('rind') as 'shell'"),
     ],
 )
 def test_each_way_not_to_suit_is_told(
@@ -99,7 +99,7 @@ def test_each_way_not_to_suit_is_told(
 
 @pytest.mark.parametrize(
     ("window", "says"),
-    [((-1000.0, 1000.0), ""), ((2000.0, 3000.0), "lie below 2000"), ((-3000.0, -2000.0), "lie above -2000")],
+    [((-1000.0, 1000.0), ""), ((2000.0, 3000.0), "are below 2000"), ((-3000.0, -2000.0), "are above -2000")],
 )
 def test_a_window_that_shows_nothing_is_told(dataset: Path, window: tuple[float, float], says: str) -> None:
     findings = found(dataset, replace(NEEDS, intensity_range=window))
@@ -114,7 +114,7 @@ def test_names_count_by_the_class_that_the_mapping_gives(dataset: Path) -> None:
     assert found(dataset, kidneys) == []
     wrong = found(dataset, replace(kidneys, mapping={"0": 0, "1": 0, "2": 2}))
     assert ("error", "label order") in {item[:2] for item in wrong}
-    assert "takes 1 for 'background'" in wrong[0][2]
+    assert "uses 1 for 'background'" in wrong[0][2]
 
 
 def test_a_mapping_that_takes_any_value_misses_none(dataset: Path) -> None:

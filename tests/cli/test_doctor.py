@@ -58,11 +58,11 @@ def test_errors_end_with_1_and_are_grouped(medseg: Run, data: Path, tmp_path: Pa
     record = tmp_path / "report.json"
     code, out, _ = medseg("doctor", data, "--json", record)
     assert code == 1
-    assert "grids: shifted (3)" in out
+    assert "geometry mismatch: shifted (3)" in out
     assert "(2, 0, 0) voxels" in out
     content = json.loads(record.read_text())
     assert [case["image"]["shape"] for case in content["cases"]] == [[10, 12, 8]] * 3
-    assert {item["kind"] for item in content["findings"]} == {"grids: shifted"}
+    assert {item["kind"] for item in content["findings"]} == {"geometry mismatch: shifted"}
 
 
 def test_many_findings_of_a_kind_do_not_flood(medseg: Run, data: Path) -> None:
@@ -84,12 +84,12 @@ def test_fix_writes_a_copy_and_a_record(medseg: Run, data: Path, tmp_path: Path)
     code, out, err = medseg("doctor", data, "--fix", tmp_path / "fixed")
     assert code == 1
     assert "1 changes; 2 errors remain" in out
-    assert "remains: grids: shifted" in err
+    assert "remains: geometry mismatch: shifted" in err
     record = json.loads((tmp_path / "fixed" / "changes.json").read_text())
     assert record["changes"] == [
-        {"file": "l/c0.nii.gz", "what": "whole numbers", "before": "float32", "after": "uint8"}
+        {"file": "l/c0.nii.gz", "what": "converted to integers", "before": "float32", "after": "uint8"}
     ]
-    assert {item["kind"] for item in record["remaining"]} == {"grids: shifted", "unknown label"}
+    assert {item["kind"] for item in record["remaining"]} == {"geometry mismatch: shifted", "unknown label"}
     assert (tmp_path / "fixed" / "i" / "c0.nii.gz").read_bytes() == (data / "i" / "c0.nii.gz").read_bytes()
 
 
@@ -106,7 +106,7 @@ def test_a_bundle_says_what_it_cannot_read(medseg: Run, data: Path) -> None:
     assert medseg("doctor", data, "--bundle", "hippocampus_mri_unet")[0] == 0
     code, out, _ = medseg("doctor", data, "--bundle", "gland_pathology_unet")
     assert code == 1
-    assert "not for this bundle (3)" in out
+    assert "incompatible image (3)" in out
 
 
 def _foreign(folder: Path, edit: Callable[[dict[str, Any], dict[str, Any]], Any]) -> Path:
@@ -163,9 +163,9 @@ def test_a_foreign_bundle_that_does_not_describe_its_input_is_refused(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["missing"], "does not exist"),
+        (["missing"], "No such file or folder"),
         (["set", "--bundle", "no_such"], "no shipped bundle"),
-        (["set", "--fix", "set/out"], "lies within the data"),
+        (["set", "--fix", "set/out"], "is inside the data"),
         (["set", "--fix", "."], "not empty"),
         (["set/l", "--fix", "set/i"], "not empty"),
         (["empty"], "Nothing to predict"),

@@ -82,11 +82,11 @@ def _round(root: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "kind", "says", "repair"),
     [
-        (_shift, "grids: shifted", "(0, 0, 6) mm, (0, 0, 2) voxels", ""),
-        (_flip, "grids: flipped", "LAS instead of RAS", ""),
-        (_turn, "grids: turned", "instead of RAS", "resample"),
-        (_stretch, "grids: other place", "differ in spacing", ""),
-        (_halve, "grids: other shape", "100.0% of the label's foreground", "resample"),
+        (_shift, "geometry mismatch: shifted", "(0, 0, 6) mm, (0, 0, 2) voxels", ""),
+        (_flip, "geometry mismatch: flipped", "LAS instead of RAS", ""),
+        (_turn, "geometry mismatch: reoriented", "instead of RAS", "resample"),
+        (_stretch, "geometry mismatch: affine", "differ in spacing", ""),
+        (_halve, "geometry mismatch: shape", "100.0% of the label's foreground", "resample"),
         (_round, "rounded header", "0.05 mm", "header"),
     ],
 )
@@ -171,24 +171,29 @@ SOFT = ball().astype(np.float32) * 0.5
 @pytest.mark.parametrize(
     ("spoil", "severity", "kind", "says"),
     [
-        (_with_label(np.zeros(SHAPE, np.uint8)), "warning", "empty mask", "labelsTr/case0.nii.gz marks nothing"),
+        (_with_label(np.zeros(SHAPE, np.uint8)), "warning", "empty mask", "labelsTr/case0.nii.gz has no foreground"),
         (_with_label(np.ones(SHAPE, np.uint8)), "warning", "full mask", "is 1"),
-        (_with_label(ball() + np.uint8(6) * (ball() > 1)), "error", "unknown label", "the label 8, which dataset.json"),
+        (
+            _with_label(ball() + np.uint8(6) * (ball() > 1)),
+            "error",
+            "unknown label",
+            "the label value 8, which is missing in",
+        ),
         (_with_label(-ball().astype(np.int16)), "error", "negative label", "-2"),
-        (_with_label(SOFT), "error", "not read", "holds 0.5: expected whole numbers"),
-        (_with_label(ball().astype(np.float32)), "note", "label as float", "float32"),
+        (_with_label(SOFT), "error", "unreadable", "holds 0.5: expected whole numbers"),
+        (_with_label(ball().astype(np.float32)), "note", "floating-point label", "float32"),
         (_with_image(np.full(SHAPE, 7, np.int16)), "warning", "constant image", "is 7"),
-        (_with_image(np.stack([noise(0)] * 3, axis=-1)), "error", "channels", "has 3 values per voxel, dataset.json"),
-        (_with_image(noise(0)[..., None]), "note", "extra axis", "(12, 14, 10, 1)"),
-        (_nan, "error", "no numbers", "2 values of imagesTr/case0.nii.gz are NaN or infinite"),
-        (_on_nothing, "warning", "label on nothing", "100% of the label"),
-        (_sform_qform, "warning", "sform and qform", "mm apart"),
+        (_with_image(np.stack([noise(0)] * 3, axis=-1)), "error", "channels", "has 3 channels, but dataset.json"),
+        (_with_image(noise(0)[..., None]), "note", "singleton dimension", "(12, 14, 10, 1)"),
+        (_nan, "error", "non-finite values", "imagesTr/case0.nii.gz contains 2 non-finite values"),
+        (_on_nothing, "warning", "label on padding", "100% of the label"),
+        (_sform_qform, "warning", "sform and qform", "differ by up to"),
         (_pixdim, "warning", "sform and pixdim", "ITK"),
-        (_cut_short, "error", "not read", "imagesTr/case0.nii.gz is damaged"),
-        (_ct_without_offset, "warning", "no Hounsfield units", "offset of -1024"),
-        (_ct_padded, "note", "padding", "8.3% of imagesTr/case0.nii.gz is the padding value -3024"),
-        (_ct_too_low, "warning", "no Hounsfield units", "no Hounsfield units"),
-        (_ct_of_one_millimeter, "warning", "made-up header", "exactly 1 mm"),
+        (_cut_short, "error", "unreadable", "imagesTr/case0.nii.gz is damaged"),
+        (_ct_without_offset, "warning", "not Hounsfield units", "intercept of -1024"),
+        (_ct_padded, "note", "padding value", "8.3% of imagesTr/case0.nii.gz is the padding value -3024"),
+        (_ct_too_low, "warning", "not Hounsfield units", "not Hounsfield units"),
+        (_ct_of_one_millimeter, "warning", "suspicious affine", "exactly 1 mm"),
     ],
     ids=lambda value: value if isinstance(value, str) and value else None,
 )
@@ -220,7 +225,7 @@ def test_one_file_and_a_folder_of_images(dataset: Path) -> None:
     (dataset / "imagesTr" / "notes.txt").write_text("x")
     report = examine(dataset / "imagesTr")
     assert len(report.cases) == 4
-    assert "notes.txt" in one(report, "left out").message
+    assert "notes.txt" in one(report, "skipped").message
 
 
 def test_nothing_to_examine_is_a_bad_request(tmp_path: Path) -> None:
@@ -244,10 +249,12 @@ def test_a_missing_package_is_a_finding_not_the_end(dataset: Path, monkeypatch: 
 def test_what_a_bundle_cannot_read_is_an_error(dataset: Path) -> None:
     needs = Needs("pictures", 2, 3, {"0": 0, "1": 1}, "RGB")
     report = examine(dataset, needs=needs)
-    assert "pictures cannot read it" in next(i.message for i in report.findings if i.kind == "not for this bundle")
+    assert "Incompatible with bundle pictures" in next(
+        i.message for i in report.findings if i.kind == "incompatible image"
+    )
     unknown = [item for item in report.findings if item.kind == "unknown label"]
     assert len(unknown) == 4
-    assert "the label 2, which the mapping of pictures does not name" in unknown[0].message
+    assert "the label value 2, which is missing in the mapping of pictures" in unknown[0].message
     assert examine(dataset, needs=Needs("good", 3, 1, {"0": 0, "1": 1, "2": 2}, "MRI")).findings == ()
 
 
@@ -259,7 +266,7 @@ def test_what_a_bundle_cannot_read_is_an_error(dataset: Path) -> None:
 def test_the_real_trap_is_found() -> None:
     finding = one(examine(DATA / "ct_abdomen_totalseg"), "leak")
     assert "ct_full 82-111, ct_small 0-29" in finding.message
-    assert "246 mm apart: at least one affine is wrong" in finding.message
+    assert "246 mm apart by their affines: at least one affine is wrong" in finding.message
 
 
 @pytest.mark.data

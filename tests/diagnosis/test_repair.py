@@ -36,7 +36,7 @@ def repaired(root: Path) -> tuple[Path, list[Change]]:
     assert hashes(root) == before
     after = hashes(out)
     named = {change.file for change in changes}
-    left_out = {change.file for change in changes if change.what == "left out"}
+    left_out = {change.file for change in changes if change.what == "skipped"}
     assert {file for file in after if after[file] != before[file]} == named - left_out
     assert not any(path.name.startswith(".partial") for path in out.rglob("*"))
     return out, changes
@@ -77,7 +77,7 @@ def test_a_rounded_header_becomes_that_of_the_image(dataset: Path) -> None:
     rounded[0, 3] += 0.05
     write_nifti(label(dataset), ball(), rounded)
     out, changes = repaired(dataset)
-    assert [change.what for change in changes] == ["given the image's place"]
+    assert [change.what for change in changes] == ["given the image's geometry"]
     np.testing.assert_array_equal(nib.load(label(out)).affine, nib.load(image(out)).affine)
     np.testing.assert_array_equal(np.asarray(nib.load(label(out)).dataobj), ball())
     np.testing.assert_array_equal(by_itk(label(out))[1], by_itk(image(out))[1])
@@ -88,7 +88,7 @@ def test_a_label_in_another_order_of_axes_keeps_every_voxel(dataset: Path) -> No
     turned = nib.Nifti1Image(ball(), AFFINE).as_reoriented(np.array([[1, -1], [0, 1], [2, 1]]))
     write_nifti(label(dataset), np.asarray(turned.dataobj), turned.affine)
     out, changes = repaired(dataset)
-    assert [change.what for change in changes] == ["resampled onto the image's grid"]
+    assert [change.what for change in changes] == ["resampled to the image's grid"]
     np.testing.assert_array_equal(np.asarray(nib.load(label(out)).dataobj), ball())
     np.testing.assert_array_equal(nib.load(label(out)).affine, nib.load(image(out)).affine)
     assert examine(out).findings == ()
@@ -146,7 +146,7 @@ def test_a_label_of_the_same_shape_elsewhere_is_not_guessed_at(dataset: Path, mo
 def test_float_labels_become_whole_numbers_in_the_same_place(dataset: Path, dtype: type) -> None:
     write_nifti(label(dataset), ball().astype(dtype))
     out, changes = repaired(dataset)
-    assert changes == [Change("labelsTr/case0.nii.gz", "whole numbers", np.dtype(dtype).name, "uint8")]
+    assert changes == [Change("labelsTr/case0.nii.gz", "converted to integers", np.dtype(dtype).name, "uint8")]
     loaded = nib.load(label(out))
     assert loaded.get_data_dtype() == np.uint8
     np.testing.assert_array_equal(np.asarray(loaded.dataobj), ball())
@@ -162,9 +162,9 @@ def test_values_that_are_no_numbers_become_the_lowest(dataset: Path) -> None:
     assert changes == [
         Change(
             "imagesTr/case0.nii.gz",
-            "values that are no numbers replaced",
+            "non-finite values replaced",
             "3 of 1,680",
-            f"{lowest}, the lowest value",
+            f"{lowest}, the lowest finite value",
         )
     ]
     expected = np.where(np.isfinite(array), array, lowest)
@@ -216,9 +216,9 @@ def test_axes_of_length_one_are_taken_off(dataset: Path) -> None:
     write_nifti(label(dataset), ball().astype(np.float32)[..., None, None])
     out, changes = repaired(dataset)
     assert sorted(change.what for change in changes) == [
-        "axes of length 1 taken off",
-        "axes of length 1 taken off",
-        "whole numbers",
+        "converted to integers",
+        "singleton dimensions removed",
+        "singleton dimensions removed",
     ]
     assert nib.load(image(out)).shape == nib.load(label(out)).shape == SHAPE
     np.testing.assert_array_equal(np.asarray(nib.load(image(out)).dataobj), noise(0))
@@ -231,8 +231,8 @@ def test_of_copies_across_the_split_the_training_case_goes(dataset: Path) -> Non
     shutil.copy(label(dataset, 0), label(dataset, 3))
     out, changes = repaired(dataset)
     assert [(change.file, change.what) for change in changes] == [
-        ("imagesTr/case0.nii.gz", "left out"),
-        ("dataset.json", "cases left out"),
+        ("imagesTr/case0.nii.gz", "skipped"),
+        ("dataset.json", "cases removed"),
     ]
     assert (changes[1].before, changes[1].after) == ("3 training, 1 validation", "2 training, 1 validation")
     assert not image(out, 0).exists()
@@ -362,7 +362,7 @@ def test_a_header_is_repaired_without_unpacking_the_file_into_memory(tmp_path: P
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert [change.what for change in changes] == ["axes of length 1 taken off"]
+    assert [change.what for change in changes] == ["singleton dimensions removed"]
     assert peak < 50 << 20
     assert nib.load(tmp_path / "out" / "a.nii.gz").shape == SHAPE
 
@@ -373,7 +373,7 @@ def test_values_beyond_what_images_are_read_as_are_replaced_too(tmp_path: Path) 
     write_nifti(tmp_path / "in" / "a.nii.gz", values)
     out, changes = repaired(tmp_path / "in")
     assert [(change.what, change.before) for change in changes] == [
-        ("values that are no numbers replaced", f"2 of {values.size:,}")
+        ("non-finite values replaced", f"2 of {values.size:,}")
     ]
     assert examine(out).errors == 0
 
