@@ -1,4 +1,4 @@
-"""Which of several scored bundles is the best, and how sure that is: paired differences with intervals."""
+"""Ranking of scored bundles by paired differences with confidence intervals."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ __all__ = ["Comparison", "Difference", "Standing", "compare"]
 _SAMPLES: Final = 10_000
 _SEED: Final = 0
 _INTERVAL: Final = (2.5, 97.5)
-# Of fewer patients all differences have the same sign by chance alone in over 5 %, and no draw could then hold zero.
+# With fewer patients, all differences have the same sign by chance in over 5%, and no interval would then contain 0.
 _FEWEST: Final = 6
 
 
 @dataclass(frozen=True)
 class Standing:
-    """One run in the table.
+    """The scores of one run.
 
     Attributes:
-        name: of its folder.
-        mean: of the cases' mean Dice.
-        sd: standard deviation of it over the cases; None for a single case.
-        labels: label -> mean Dice over the cases that have it.
+        name: Name of its folder.
+        mean: Mean over the cases of their mean Dice.
+        sd: Standard deviation over the cases of their mean Dice; None for a single case.
+        labels: Mean Dice of each label over the cases that contain it.
     """
 
     name: str
@@ -41,14 +41,14 @@ class Standing:
 
 @dataclass(frozen=True)
 class Difference:
-    """How much better the best run is than another one, on the same cases.
+    """Paired difference between the best run and another one.
 
     Attributes:
-        name: the other run.
-        mean: of the paired differences of the cases' mean Dice, best minus other.
-        low: lower end of the 95 % interval of this mean, a percentile bootstrap over patients.
-        high: its upper end.
-        better: share of the cases in which the best run is the better one; ties count half.
+        name: Name of the other run.
+        mean: Mean difference of the cases' mean Dice, best minus other.
+        low: Lower end of the 95% confidence interval of the mean difference, by percentile bootstrap over patients.
+        high: Upper end of that interval.
+        better: Fraction of the cases in which the best run has the higher Dice; ties count half.
     """
 
     name: str
@@ -59,20 +59,20 @@ class Difference:
 
     @property
     def is_clear(self) -> bool:
-        """Whether the interval leaves out zero."""
+        """Whether the interval excludes zero."""
         return self.low > 0 or self.high < 0
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs side by side, on the cases that all of them have scored.
+    """Comparison of runs on the cases that all of them have scored.
 
     Attributes:
-        cases: how many those are.
-        patients: of how many patients.
-        left_out: cases that not all runs have scored.
-        standings: best first.
-        differences: between the best run and each of the others, in the order of `standings`.
+        cases: Number of these cases.
+        patients: Number of their patients.
+        left_out: Names of the cases that not all runs have scored.
+        standings: Runs, best first.
+        differences: Difference between the best run and each of the others, in the order of `standings`.
     """
 
     cases: int
@@ -83,23 +83,23 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """One sentence: which run is the best, and whether that is clear."""
+        """Sentence that names the best run and states whether its lead is significant."""
         best = self.standings[0]
         if self.patients < _FEWEST:
             return (
-                f"best: {best.name} (mean Dice {best.mean:.4f}); whether that is clear cannot be told from cases of "
-                f"{self.patients} patients, since the intervals of fewer than {_FEWEST} are too narrow: score more"
+                f"best: {best.name} (mean Dice {best.mean:.4f}); {self.patients} patients are too few for a reliable "
+                f"interval: score at least {_FEWEST}"
             )
         unclear = [each.name for each in self.differences if not each.is_clear]
         if not unclear:
-            return f"best: {best.name} (mean Dice {best.mean:.4f}); the differences to all others are clear"
+            return f"best: {best.name} (mean Dice {best.mean:.4f}); the difference from every other run is significant"
         return (
-            f"best: {best.name} (mean Dice {best.mean:.4f}); that it is better than {', '.join(unclear)} is not clear, "
-            "since the interval of the difference holds zero: take the one that is smaller or faster"
+            f"best: {best.name} (mean Dice {best.mean:.4f}); the difference from {', '.join(unclear)} is not "
+            "significant (the interval contains 0): prefer the smaller or faster bundle"
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as JSON has it."""
+        """Return the comparison as JSON values, with the best run and the verdict."""
         return {**asdict(self), "best": self.standings[0].name, "verdict": self.verdict}
 
 
@@ -113,17 +113,18 @@ def compare(runs: Sequence[str | Path]) -> Comparison:
         The runs, best first, with the paired differences from the best and their confidence intervals.
 
     Raises:
-        RequestError: Fewer than two runs, one without scores, or no cases that all have scored.
+        RequestError: Fewer than two runs, a run without scores, or no case that all runs have scored.
     """
     if len(runs) < 2:
-        raise RequestError("give two runs or more to compare", found=len(runs), expected=2)
+        raise RequestError("Nothing to compare: expected two or more runs.", found=len(runs), expected=2)
     found = _named([read_scores(Path(place)) for place in runs], runs)
     tables = {name: _by_case(scores) for name, scores in found.items()}
     everything = sorted({case for table in tables.values() for case in table})
     shared = [case for case in everything if all(case in table for table in tables.values())]
     if not shared:
         raise RequestError(
-            f"{', '.join(found)} have no scored case in common: compare runs on the same data set and the same cases"
+            f"No common cases: {', '.join(found)} have scored different cases. Compare runs on the same data set and "
+            "split."
         )
     patients = _patients(found.values())
     standings = sorted((_standing(name, found[name], table, shared) for name, table in tables.items()), key=_rank)
@@ -138,11 +139,11 @@ def compare(runs: Sequence[str | Path]) -> Comparison:
 
 
 def _named(scores: Sequence[Scores], places: Sequence[str | Path]) -> dict[str, Scores]:
-    """Name runs by their folder, and where two share that by what was given."""
+    """Name runs by their folders, or by the given paths if folder names repeat."""
     short = [each.name for each in scores]
     names = short if len(set(short)) == len(short) else [str(place) for place in places]
     if len(set(names)) < len(names):
-        raise RequestError("a run is given twice: give each once")
+        raise RequestError("Duplicate run: the same folder is given twice. Pass each run once.")
     return dict(zip(names, scores, strict=True))
 
 
@@ -152,7 +153,7 @@ def _by_case(scores: Scores) -> dict[str, float]:
 
 
 def _patients(runs: Any) -> dict[str, str]:
-    """Patients of the cases, from the runs that know them."""
+    """Return the patient of each case, from the runs that record patients."""
     return {row["case"]: row["patient"] for scores in runs for row in scores.rows if row["patient"] != row["case"]}
 
 
@@ -169,7 +170,7 @@ def _rank(standing: Standing) -> tuple[float, str]:
 
 
 def _difference(name: str, values: Sequence[float], patients: Sequence[str]) -> Difference:
-    """Draw patients with all their cases, since the cases of one patient are no independent evidence."""
+    """Resample patients with all their cases, because the cases of a patient are not independent."""
     import numpy as np
 
     numbers = {patient: number for number, patient in enumerate(dict.fromkeys(patients))}

@@ -1,4 +1,4 @@
-"""Tables of scores per case: of a cross-validation, and read back for comparisons. No import of torch or MONAI."""
+"""Scores per case and their tables, from cross-validations and evaluations. Imports neither torch nor MONAI."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from medseg.manifest import Manifest
 __all__ = ["CROSS_VALIDATION", "MEAN", "Scores", "nanmean", "read_scores", "write_scores"]
 
 CROSS_VALIDATION: Final = "cross_validation.json"
-# The mean of a case over its labels.
+# Key of a case's mean over its labels.
 MEAN: Final = "mean"
 
 
 @dataclass(frozen=True)
 class Scores:
-    """The Dice of each label in each case.
+    """Dice of each label in each case.
 
     Attributes:
-        name: of what was scored.
-        folds: how many networks share the cases.
-        rows: for each case `case`, `patient`, `fold` and `metrics`: label -> value, None where the case lacks the
-            label, and their `mean`.
-        failed: cases that could not be scored.
+        name: Name of the bundle or run.
+        folds: Number of folds; 1 for a single network.
+        rows: A mapping per case with `case`, `patient`, `fold` and `metrics`: the Dice of each label, None where the
+            case lacks the label, and their `mean`.
+        failed: Names of the cases whose scoring failed.
     """
 
     name: str
@@ -40,21 +40,21 @@ class Scores:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The labels in their order, and last the mean over them."""
+        """Label names in their order, followed by the mean over them."""
         names = dict.fromkeys(name for row in self.rows for name in row["metrics"] if name != MEAN)
         return (*names, MEAN)
 
     def values(self, label: str, fold: int | None = None) -> list[float]:
-        """Return the known values of a label, of all folds or of one."""
+        """Return the finite values of a label, from one fold or all folds."""
         rows = (row for row in self.rows if fold is None or row["fold"] == fold)
         return [float(value) for row in rows if _is_known(value := row["metrics"].get(label))]
 
     def summary(self) -> dict[str, dict[str, Any]]:
-        """Return for each label mean and standard deviation over the cases, and the mean of each fold."""
+        """Return the mean and standard deviation of each label over the cases, and its mean in each fold."""
         return {label: self._of(label) for label in self.labels}
 
     def table(self) -> str:
-        """Return a table of the labels for people."""
+        """Return a text table of the labels."""
         folds = [f"fold {number}" for number in range(self.folds)] if self.folds > 1 else []
         rows = [
             [label, _shown(of["mean"]), _shown(of["sd"]), *map(_shown, of["folds"] if folds else ()), str(of["cases"])]
@@ -64,7 +64,7 @@ class Scores:
         return "\n".join([title, "", *_aligned([["label", "mean", "SD", *folds, "cases"], *rows])])
 
     def to_text(self) -> str:
-        """Return tables for people: labels, then cases, worst first."""
+        """Return text tables of the labels and of the cases, worst case first."""
         cases = sorted(self.rows, key=lambda row: (_sortable(row["metrics"].get(MEAN)), row["case"]))
         table = [
             [row["case"], str(row["fold"]), *(_shown(row["metrics"].get(label)) for label in self.labels)]
@@ -75,7 +75,7 @@ class Scores:
         return "\n".join(lines) + "\n"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as JSON has it: values that are not finite become null."""
+        """Return the scores as JSON values; non-finite values become null."""
         return {
             "bundle": self.name,
             "metric": "Dice",
@@ -100,13 +100,13 @@ class Scores:
 
 
 def nanmean(values: Sequence[float]) -> float:
-    """Return the mean of the values that are numbers; NaN where there is none."""
+    """Return the mean of the values that are not NaN; NaN if there are none."""
     known = [value for value in values if not math.isnan(value)]
     return sum(known) / len(known) if known else math.nan
 
 
 def write_scores(scores: Scores, path: Path) -> None:
-    """Write scores as JSON and, beside it, as text."""
+    """Write scores to a JSON file and, next to it, to a text file."""
     replace_text(path, json.dumps(scores.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     replace_text(path.with_suffix(".txt"), scores.to_text())
 
@@ -115,18 +115,18 @@ def read_scores(place: Path) -> Scores:
     """Read the scores of a run.
 
     Args:
-        place: folder of a cross-validation or of an evaluated bundle, a folder that `medseg evaluate` wrote to, or one
-            of the files in these: `cross_validation.json`, `manifest.json`.
+        place: Folder of a cross-validation, of an evaluated bundle or of the output of `medseg evaluate`, or the
+            `cross_validation.json` or `manifest.json` in one of these.
 
     Raises:
-        RequestError: there are none.
+        RequestError: No scores at `place`, or a malformed file.
     """
     candidates = (place / CROSS_VALIDATION, place / "runs" / "evaluate" / "manifest.json", place / "manifest.json")
     path = place if place.is_file() else next((file for file in candidates if file.is_file()), None)
     if path is None:
         raise RequestError(
-            f"'{place}' holds no scores: give the folder of a cross-validation (`medseg train --folds`), or of a "
-            "bundle or output of `medseg evaluate`"
+            f"No scores in '{place}'. Pass the folder of a cross-validation (`medseg train --folds`), of an evaluated "
+            "bundle, or of the output of `medseg evaluate`."
         )
     return _from_table(place, path) if path.name == CROSS_VALIDATION else _from_manifest(place, path)
 
@@ -138,7 +138,8 @@ def _from_table(place: Path, path: Path) -> Scores:
         return Scores(_title(place), int(content["folds"]), rows, tuple(content["failed"]))
     except (KeyError, TypeError, ValueError) as error:
         raise RequestError(
-            f"{path} is no table of a cross-validation ({error!r}); let `medseg train` write it"
+            f"Malformed scores: {path} is not a table of a cross-validation ({error!r}). Write it again with `medseg "
+            "train --folds`."
         ) from error
 
 
@@ -150,7 +151,7 @@ def _from_manifest(place: Path, path: Path) -> Scores:
         if record.status == "done" and record.metrics
     )
     if not rows:
-        raise RequestError(f"{path} holds no scored cases: `medseg evaluate` writes such a file")
+        raise RequestError(f"No scored cases in {path}. Pass the manifest of a `medseg evaluate` with labels.")
     failed = tuple(record.name for record in manifest.cases.values() if record.status == "failed")
     return Scores(_title(place), 1, rows, failed)
 

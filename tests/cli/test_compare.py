@@ -38,8 +38,8 @@ def test_requests_that_cannot_be_are_refused(medseg: Any, trained: Bundle, tiny_
     out = tmp_path / "out"
     train = ["train", trained.root, "--data", tiny_data]
     cases: list[tuple[list[object], str]] = [
-        (["compare", tmp_path], "two runs or more"),
-        (["compare", tmp_path, trained.root / "docs"], "holds no scores"),
+        (["compare", tmp_path], "two or more runs"),
+        (["compare", tmp_path, trained.root / "docs"], "No scores in"),
         ([*train, "--folds", "3"], "--folds needs --output"),
         ([*train, "--fold", "1"], "--folds needs --output"),
         ([*train, "--folds", "3", "-o", out, "--trust", "0" * 64], "--trust does not cover"),

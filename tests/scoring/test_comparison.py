@@ -83,14 +83,14 @@ def test_the_best_run_is_named_with_paired_intervals(tmp_path: Path) -> None:
     assert small.high == pytest.approx(values.mean() + half, abs=0.15 * half)
     assert small.better == (values > 0).mean()
     assert small.is_clear
-    assert "differences to all others are clear" in found.verdict
+    assert "difference from every other run is significant" in found.verdict
     assert compare(places).to_dict() == found.to_dict()
 
 
 def test_a_difference_that_may_be_chance_is_called_so(tmp_path: Path) -> None:
     found = compare([_run(tmp_path / "one", _cases(1, 0.0)), _run(tmp_path / "two", _cases(2, 0.0))])
     assert not found.differences[0].is_clear
-    assert "is not clear" in found.verdict
+    assert "is not significant" in found.verdict
 
 
 @pytest.mark.parametrize("cases", [1, 2, 5])
@@ -98,7 +98,7 @@ def test_a_handful_of_patients_makes_nothing_clear(tmp_path: Path, cases: int) -
     found = compare([_run(tmp_path / "one", _cases(1, 0.2, cases)), _run(tmp_path / "two", _cases(1, 0.0, cases))])
     assert found.differences[0].is_clear
     assert found.verdict.startswith("best: one (")
-    assert f"cannot be told from cases of {cases} patients" in found.verdict
+    assert f"{cases} patients are too few" in found.verdict
 
 
 def test_cases_of_one_patient_count_as_one_piece_of_evidence(tmp_path: Path) -> None:
@@ -141,12 +141,12 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
     torn.mkdir()
     (torn / "cross_validation.json").write_text('{"folds": 2}')
     for places, message in [
-        ([one], "two runs or more"),
-        ([one, other], "no scored case in common"),
+        ([one], "two or more runs"),
+        ([one, other], "No common cases"),
         ([one, one], "given twice"),
-        ([one, tmp_path / "empty"], "holds no scores"),
-        ([one, tmp_path / "nowhere"], "holds no scores"),
-        ([one, torn], "is no table of a cross-validation"),
+        ([one, tmp_path / "empty"], "No scores in"),
+        ([one, tmp_path / "nowhere"], "No scores in"),
+        ([one, torn], "is not a table of a cross-validation"),
     ]:
         with pytest.raises(RequestError, match=message):
             compare(places)
