@@ -14,7 +14,7 @@ from medseg.files import replacing
 from medseg.io.names import split_suffix
 from medseg.io.readers import load
 from medseg.notices import warn
-from medseg.reporting.overlay import draw_picture, draw_volume
+from medseg.reporting.overlay import draw_image, draw_volume
 from medseg.training.distributed import is_first_process
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def _drawn(batch: Any, output: Any, title: str) -> Image.Image:
     voxels = np.asarray(native)
     if dims == 2:
         shown = voxels.T.astype(np.uint8) if len(voxels) == 3 else voxels[0].T
-        return draw_picture(shown, mask.T, truth=truth.T, title=title)
+        return draw_image(shown, mask.T, truth=truth.T, title=title)
     return draw_volume(voxels[0], mask, native.affine.numpy(), truth=truth, title=title)
 
 

@@ -1,3 +1,3 @@
-"""Overlays and figures, drawn from files, manifests and arrays alone."""
+"""Overlays and figures, drawn from files, manifests and arrays."""
 
 __all__: list[str] = []

@@ -1,7 +1,7 @@
-"""Panels and pages for pictures of masks: contours, letters, scale bars, legends.
+"""Drawing of overlays: panels with contours, orientation letters and scale bars, and pages with titles and legends.
 
-Only drawing happens here: what is to be seen is chosen in `medseg.reporting.overlay`.
-Colors are those of Okabe and Ito (Color Universal Design, 2008), which people with any color vision can tell apart.
+The slices are chosen in `medseg.reporting.overlay`. Colors are those of Okabe and Ito (Color Universal Design, 2008),
+which are distinguishable with color vision deficiencies.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ PALETTE = np.array(
     dtype=np.float32,
 )
 BACKGROUND, TEXT, FAINT = (18, 18, 22), (235, 235, 235), (150, 150, 158)
-SLICE_HEIGHT, SLICE_LIMIT = 380, 640  # pixels, aimed at and at most, for one of three slices
-PICTURE_HEIGHT, PICTURE_LIMIT = 480, 960
+SLICE_HEIGHT, SLICE_LIMIT = 380, 640  # preferred height and maximum size of one of three slices, in pixels
+IMAGE_HEIGHT, IMAGE_LIMIT = 480, 960  # the same for a 2D image
 NARROWEST, MARGIN, GAP = 320, 18, 10
-FILL_GRAY, FILL_COLOR = 0.32, 0.22  # opacity of the fill; lower where the picture's own colors matter
+FILL_GRAY, FILL_COLOR = 0.32, 0.22  # opacity of the fill; lower on color images, whose colors must remain visible
 LEGEND_LIMIT = 12
-DASH = 4  # pixels of white, as many of black, as many open, so that a contour below shows through
+DASH = 4  # length in pixels of the white, the black and the open part, through which a contour below remains visible
 BAR_LENGTHS = (500, 200, 100, 50, 20, 10, 5, 2, 1)  # mm
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One slice or picture before it is drawn.
+    """One slice or 2D image before it is drawn.
 
     Attributes:
-        pixels: `(rows, columns)` gray or `(rows, columns, 3)` colors, uint8.
-        marks: mask and, if there is one, truth: labels on the same pixels.
-        size: height and width of a pixel in mm; None if unknown, then pixels are square.
-        letters: what lies at left, right, top and bottom; empty for none.
-        caption: text below.
+        pixels: Gray values (rows, columns) or colors (rows, columns, 3), uint8.
+        marks: Labels (rows, columns) of the mask and, if given, of the reference.
+        size: Height and width of a pixel in mm; None if unknown, for square pixels.
+        letters: Orientation letters at left, right, top and bottom; empty for none.
+        caption: Text below the panel.
     """
 
     pixels: NDArray[np.uint8]
@@ -53,7 +53,7 @@ class Panel:
 
 
 def draw_panel(panel: Panel) -> Image.Image:
-    """Enlarge the pixels, then draw fill, contours and letters at the final size."""
+    """Enlarge the pixels, then draw fill, contours, letters and scale bar at the final size."""
     height, width = _panel_size(panel)
     base = Image.fromarray(np.ascontiguousarray(panel.pixels)).convert("RGB")
     base = base.resize((width, height), Image.Resampling.LANCZOS)
@@ -68,12 +68,12 @@ def draw_panel(panel: Panel) -> Image.Image:
 
 
 def _panel_size(panel: Panel) -> tuple[int, int]:
-    """Height and width to draw: true proportions, and whole pixels per voxel where these are square and few."""
+    """Return height and width in pixels: true proportions, and an integer scale for small images of square pixels."""
     rows, columns = panel.pixels.shape[:2]
     down, across = panel.size or (1.0, 1.0)
     unit = min(down, across)
     tall, wide = rows * down / unit, columns * across / unit
-    aim, limit = (SLICE_HEIGHT, SLICE_LIMIT) if panel.size else (PICTURE_HEIGHT, PICTURE_LIMIT)
+    aim, limit = (SLICE_HEIGHT, SLICE_LIMIT) if panel.size else (IMAGE_HEIGHT, IMAGE_LIMIT)
     factor = aim / tall
     if abs(down - across) < 0.01 * unit and factor > 0.6:
         factor = max(1, round(factor))
@@ -82,25 +82,25 @@ def _panel_size(panel: Panel) -> tuple[int, int]:
 
 
 def _enlarge(mark: NDArray[np.uint16], height: int, width: int) -> NDArray[np.uint16]:
-    """Nearest-neighbor resize."""
+    """Resize by nearest neighbor."""
     rows = ((np.arange(height) + 0.5) * mark.shape[0] / height).astype(int)
     columns = ((np.arange(width) + 0.5) * mark.shape[1] / width).astype(int)
     return np.asarray(mark[rows[:, None], columns], dtype=np.uint16)
 
 
 def _paint_mask(canvas: NDArray[np.float32], mark: NDArray[np.uint16], opacity: float) -> None:
-    """Blend in each label's color; its outermost two pixels get the full color."""
+    """Blend each label with its color; its outermost two pixels are opaque."""
     colors = PALETTE[(mark.astype(int) - 1) % len(PALETTE)]
     inside = mark > 0
     canvas[inside] = (1 - opacity) * canvas[inside] + opacity * colors[inside]
-    edge = inside & _differs(mark, reach=2)
+    edge = inside & _is_border(mark, distance=2)
     canvas[edge] = colors[edge]
 
 
-def _differs(mark: NDArray[np.uint16], reach: int) -> NDArray[np.bool_]:
-    """Pixels with another label within `reach` pixels up, down, left or right."""
+def _is_border(mark: NDArray[np.uint16], distance: int) -> NDArray[np.bool_]:
+    """Find the pixels with another label within `distance` pixels up, down, left or right."""
     found = np.zeros(mark.shape, dtype=bool)
-    for step in range(1, reach + 1):
+    for step in range(1, distance + 1):
         down = mark[step:] != mark[:-step]
         across = mark[:, step:] != mark[:, :-step]
         found[step:] |= down
@@ -111,7 +111,7 @@ def _differs(mark: NDArray[np.uint16], reach: int) -> NDArray[np.bool_]:
 
 
 def _paint_dashes(canvas: NDArray[np.float32], mark: NDArray[np.uint16]) -> None:
-    """Draw the borders between labels as white and black dashes, which stand out on any ground."""
+    """Draw the borders between labels as white and black dashes, which are visible on any background."""
     rows, columns = np.nonzero(mark[1:] != mark[:-1])
     _dash(canvas, rows, columns, along=columns)
     _dash(canvas, rows + 1, columns, along=columns)
@@ -123,14 +123,14 @@ def _paint_dashes(canvas: NDArray[np.float32], mark: NDArray[np.uint16]) -> None
 def _dash(
     canvas: NDArray[np.float32], rows: NDArray[np.intp], columns: NDArray[np.intp], *, along: NDArray[np.intp]
 ) -> None:
-    """Color the given pixels by their place along the line: white, black, left as they are, and so on."""
-    for turn, level in enumerate((255, 0)):
-        pick = along // DASH % 3 == turn
+    """Color pixels by their position along the line: white, black, unchanged, and so on."""
+    for part, level in enumerate((255, 0)):
+        pick = along // DASH % 3 == part
         canvas[rows[pick], columns[pick]] = level
 
 
 def _annotate(drawn: Image.Image, panel: Panel, height: int, width: int) -> None:
-    """Direction letters at the sides, and a scale bar where sizes are known."""
+    """Draw orientation letters at the sides, and a scale bar if pixel sizes are known."""
     pen = ImageDraw.Draw(drawn)
     if panel.letters:
         spots = (
@@ -147,7 +147,7 @@ def _annotate(drawn: Image.Image, panel: Panel, height: int, width: int) -> None
 
 
 def _draw_bar(pen: ImageDraw.ImageDraw, pixels_per_mm: float, height: int, width: int) -> None:
-    """A scale bar of a round length, at most a third of the width, in the lower right corner."""
+    """Draw a scale bar of a round length, at most a third of the width, in the lower right corner."""
     length = next((mm for mm in BAR_LENGTHS if mm * pixels_per_mm <= width / 3), None)
     if length is None:
         return
@@ -165,7 +165,7 @@ def _font(size: int) -> Any:
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the legend; without a color it stands for the truth's dashes or, as plain text, for nothing."""
+    """An entry of the legend: text with a colored swatch, with the dashes of the reference, or alone."""
 
     text: str
     color: tuple[int, int, int] | None = None
@@ -175,7 +175,7 @@ class Entry:
 def legend_entries(
     voxels: list[NDArray[np.int64]], labels: Mapping[int, str] | None, measure: Callable[[int], str]
 ) -> list[Entry]:
-    """Name, color and size of each label; many unnamed labels are counted as objects."""
+    """Return an entry with name, color and size of each label, or one entry for many unnamed objects."""
     mask, truth = voxels[0], voxels[1] if len(voxels) > 1 else None
     present = [int(value) for value in np.flatnonzero(mask) if value]
     end = [Entry("reference", dashed=True)] if truth is not None else []
@@ -200,7 +200,7 @@ def legend_entries(
 
 
 def _reference(truth: NDArray[np.int64] | None, value: int | None, measure: Callable[[int], str]) -> str:
-    """The reference's size of one label, or of all, in brackets."""
+    """Return the size of one label, or of all, in the reference, in parentheses."""
     if truth is None:
         return ""
     count = int(truth[1:].sum()) if value is None else int(truth[value]) if value < len(truth) else 0
@@ -213,14 +213,14 @@ def _color(value: int) -> tuple[int, int, int]:
 
 
 def volume_text(cubic_mm: float) -> str:
-    """A volume in mL from 1 mL, else in cubic millimeters; three digits are all it is good for."""
+    """Format a volume in mL from 1 mL up, otherwise in cubic millimeters, with about three digits."""
     value, unit = (cubic_mm / 1000, "mL") if cubic_mm >= 1000 else (cubic_mm, "mm³")
     digits = 0 if value >= 100 else 1 if value >= 10 else 2
     return f"{value:,.{digits}f} {unit}"
 
 
 def compose(title: str, panels: list[Panel], legend: list[Entry], note: str) -> Image.Image:
-    """Put title, panels side by side with their captions, legend and note on one page."""
+    """Compose a page of a title, panels side by side with their captions, a legend and a note."""
     drawn = [draw_panel(panel) for panel in panels]
     inner = max(sum(panel.width for panel in drawn) + GAP * (len(drawn) - 1), NARROWEST)
     rows = _wrap(legend, inner)
@@ -231,10 +231,10 @@ def compose(title: str, panels: list[Panel], legend: list[Entry], note: str) -> 
     pen = ImageDraw.Draw(page)
     _write(pen, (MARGIN, MARGIN + 10), _shorten(title, inner, 19), 19, TEXT)
     x = MARGIN
-    for panel, picture in zip(panels, drawn, strict=True):
-        page.paste(picture, (x, (top + bottom - picture.height) // 2))
+    for panel, image in zip(panels, drawn, strict=True):
+        page.paste(image, (x, (top + bottom - image.height) // 2))
         _write(pen, (x, bottom + 13), panel.caption, 13, FAINT)
-        x += picture.width + GAP
+        x += image.width + GAP
     for line, row in enumerate(rows):
         _draw_legend_row(pen, row, bottom + 47 + 26 * line)
     if note:
@@ -243,7 +243,7 @@ def compose(title: str, panels: list[Panel], legend: list[Entry], note: str) -> 
 
 
 def _wrap(legend: list[Entry], width: int) -> list[list[Entry]]:
-    """Legend entries in rows no wider than the page, each row with at least one."""
+    """Split legend entries into rows no wider than the page, with at least one entry each."""
     rows: list[list[Entry]] = []
     used = 0
     for entry in legend:
@@ -262,7 +262,7 @@ def _entry_width(entry: Entry) -> int:
 
 
 def _draw_legend_row(pen: ImageDraw.ImageDraw, row: list[Entry], y: int) -> None:
-    """Swatch and text of each entry, side by side."""
+    """Draw the swatches and texts of a row of entries, side by side."""
     x = MARGIN
     for entry in row:
         start = x
@@ -281,7 +281,7 @@ def _draw_legend_row(pen: ImageDraw.ImageDraw, row: list[Entry], y: int) -> None
 def _write(
     pen: ImageDraw.ImageDraw, place: tuple[float, float], text: str, size: int, color: tuple[int, int, int]
 ) -> None:
-    """Text centered on the line `y`; Pillow's font has no raised 3, so it is drawn as a small 3 set higher."""
+    """Write text centered on the line `y`; Pillow's font lacks "³", which is drawn as a small, raised 3."""
     x, y = place
     for index, part in enumerate(text.split("³")):
         if index:
@@ -293,7 +293,7 @@ def _write(
 
 
 def _shorten(text: str, width: int, size: int) -> str:
-    """Cut a long text in its middle, so that the end of a file name stays readable."""
+    """Shorten a long text in its middle, so that the end of a file name remains readable."""
     font = _font(size)
     keep = len(text)
     shown = text

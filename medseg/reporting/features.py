@@ -1,7 +1,7 @@
-"""Pictures of features: where each block of a network looks, and how alike its channels and its blocks are.
+"""Figures of features: attention maps, and similarities between the channels and between the blocks of a network.
 
-The pictures are those of SelfReg (Zhu et al., MICCAI 2024, arXiv 2406.14896, figure 1): one row per network, one column
-per tap. Several networks, or one before and after a change, stand below each other on the same scale of colors.
+The figures follow SelfReg (Zhu et al., MICCAI 2024, arXiv 2406.14896, figure 1): one row per network, one column per
+tap (feature map of a block). Several networks, or one before and after a change, are drawn on the same color scale.
 """
 
 from __future__ import annotations
@@ -28,26 +28,27 @@ __all__ = ["plot_attention_grid", "plot_channel_similarity", "plot_tap_similarit
 CELL, GAP, MARGIN, LINE = 160, 8, 16, 20  # pixels
 BACKGROUND, TEXT = (255, 255, 255), (20, 20, 24)
 SHOWN_CHANNELS = 32
-# From dark blue over green to yellow, brighter with each step: for numbers.
+# Color map of similarities, from dark blue over green to yellow, with increasing brightness.
 NUMBERS = np.array([(38, 20, 92), (49, 72, 140), (33, 121, 142), (53, 173, 120), (163, 213, 60), (250, 232, 60)])
-# From blue over green and yellow to red: for maps over a gray image.
+# Color map of attention over a gray image, from blue over green and yellow to red.
 HEAT = np.array([(0, 0, 140), (0, 60, 255), (0, 220, 220), (130, 255, 110), (255, 220, 0), (255, 50, 0), (140, 0, 0)])
 
 
 def plot_attention_grid(
     image: Tensor, attention: Mapping[str, Mapping[str, Tensor]], label: Tensor | None = None
 ) -> Image.Image:
-    """Draw attention maps half transparent over one gray image.
+    """Draw attention maps at half opacity over a gray image.
 
-    Of a volume, the slice along the first axis with the largest labeled area is shown; without a label the middle one.
+    For a volume, the slice along the first axis with the largest foreground is shown; without a label the middle one.
 
     Args:
-        image: `(*spatial)`, 2D or 3D; shown from its lowest to its highest value.
-        attention: network -> tap -> `(*spatial)`, 0 to 1, e.g. from `medseg.metrics.features.attention_maps`.
-        label: `(*spatial)`; not 0 where something is labeled.
+        image: Image of shape (H, W) or (D, H, W), drawn from its lowest to its highest value.
+        attention: Attention maps by network and tap, of the image's shape with values in [0, 1], for example from
+            `medseg.metrics.features.attention_maps`.
+        label: Label of the image's shape, whose foreground is not 0.
 
     Raises:
-        SizeError: a map has another size than the image.
+        SizeError: A map whose shape differs from the image's, or an image that is neither 2D nor 3D.
     """
     index = _slice_index(image, label)
     gray = _unit(_array(image)[index])
@@ -56,21 +57,21 @@ def plot_attention_grid(
         for tap, found in maps.items():
             if found.shape != image.shape:
                 raise SizeError(
-                    f"attention map '{tap}' of '{network}' is {tuple(found.shape)} and the image "
-                    f"{tuple(image.shape)}; give maps at the size of the image."
+                    f"Shape mismatch: attention map '{tap}' of '{network}' is {tuple(found.shape)} and the image "
+                    f"{tuple(image.shape)}. Resize the map to the image."
                 )
         rows[network] = [(tap, _overlay(gray, _array(found)[index])) for tap, found in maps.items()]
     return _page(rows)
 
 
 def plot_channel_similarity(features: Mapping[str, Mapping[str, Tensor]], *, seed: int = 0) -> Image.Image:
-    """Draw the similarity of the channels of each tap, dark for 0 and below to bright for 1.
+    """Draw the similarity matrix of the channels of each tap, from dark for 0 and below to bright for 1.
 
-    Of more than 32 channels a random choice of 32 is drawn; the number beside the tap, its redundancy, is of all.
+    Of more than 32 channels, 32 are drawn at random; the redundancy next to the tap's name is that of all channels.
 
     Args:
-        features: network -> tap -> `(B, C, *spatial)`.
-        seed: of the choice of channels.
+        features: Feature maps of shape (B, C, *spatial), by network and tap.
+        seed: Seed of the random choice of channels.
     """
     rows = {
         network: [(f"{tap}  {redundancy(found):.2f}", _matrix(_some(found, seed))) for tap, found in taps.items()]
@@ -80,10 +81,10 @@ def plot_channel_similarity(features: Mapping[str, Mapping[str, Tensor]], *, see
 
 
 def plot_tap_similarity(features: Mapping[str, Mapping[str, Tensor]]) -> Image.Image:
-    """Draw, per network, the similarity (linear CKA) of each two taps, dark for 0 to bright for 1.
+    """Draw the similarity matrix (linear CKA) of the taps of each network, from dark for 0 to bright for 1.
 
     Args:
-        features: network -> tap -> `(B, C, *spatial)`.
+        features: Feature maps of shape (B, C, *spatial), by network and tap.
     """
     rows = {
         network: [(" ".join(taps), _colored(_array(tap_similarity(taps)), NUMBERS))]
@@ -93,11 +94,13 @@ def plot_tap_similarity(features: Mapping[str, Mapping[str, Tensor]]) -> Image.I
 
 
 def _slice_index(image: Tensor, label: Tensor | None) -> int | slice:
-    """Return the index along the first axis of a volume; of a picture, everything."""
+    """Return the index of the slice along the first axis of a volume; the whole image in 2D."""
     if image.dim() == 2:
         return slice(None)
     if image.dim() != 3:
-        raise SizeError(f"the image is {tuple(image.shape)}; expected a picture or a volume without channels.")
+        raise SizeError(
+            f"Invalid shape: the image is {tuple(image.shape)}. Expected (H, W) or (D, H, W), without channels."
+        )
     if label is None or not label.any():
         return len(image) // 2
     return int((label != 0).flatten(1).sum(1).argmax())
@@ -125,7 +128,7 @@ def _unit(values: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _colored(values: NDArray[np.float32], colors: NDArray[np.int_]) -> NDArray[np.uint8]:
-    """Map 0..1 to colors; values beyond get those of the ends."""
+    """Map values in [0, 1] to colors; values outside are clipped."""
     steps = np.linspace(0, 1, len(colors))
     return np.stack([np.interp(values, steps, channel) for channel in colors.T], axis=-1).round().astype(np.uint8)
 
@@ -136,7 +139,7 @@ def _overlay(gray: NDArray[np.float32], attention: NDArray[np.float32]) -> NDArr
 
 
 def _page(rows: Mapping[str, list[Cell]]) -> Image.Image:
-    """Put pictures in rows, each with its caption above it, each row with its name."""
+    """Compose a page of one row of captioned figures per network, headed by its name."""
     columns = max((len(cells) for cells in rows.values()), default=0)
     height = CELL + 2 * LINE + GAP
     page = Image.new("RGB", (2 * MARGIN + max(columns, 1) * (CELL + GAP), 2 * MARGIN + len(rows) * height), BACKGROUND)
@@ -152,7 +155,7 @@ def _page(rows: Mapping[str, list[Cell]]) -> Image.Image:
 
 
 def _fitted(pixels: NDArray[np.uint8]) -> Image.Image:
-    """Scale to the size of a cell in true proportions, without smoothing."""
+    """Scale to the size of a cell in true proportions, by nearest neighbor."""
     rows, columns = pixels.shape[:2]
     factor = CELL / max(rows, columns)
     size = (max(1, round(columns * factor)), max(1, round(rows * factor)))
