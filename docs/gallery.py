@@ -12,6 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 import medseg
@@ -54,8 +55,7 @@ def _classes(label: Path, bundle: Bundle, folder: Path) -> Path:
     if "other" not in load_json(bundle.config_path("train")).get("label_mapping", {}):
         return label
     with Image.open(label) as numbered:
-        objects = numbered.point(lambda value: 1 if value else 0).convert("L")
-    objects.save(folder / "reference.png")
+        Image.fromarray((np.asarray(numbered) > 0).astype(np.uint8)).save(folder / "reference.png")
     return folder / "reference.png"
 
 
