@@ -1,6 +1,6 @@
-"""Images and labels in files: finding, reading and writing them with their place in space.
+"""Images and labels: listing, reading and writing files with their geometry.
 
-The functions that only look at names load nothing heavy; the others bring numpy, torch and MONAI on first use.
+Functions that work on file names alone import nothing heavy; the others import numpy, torch and MONAI on first use.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What there is to predict: a file, a list of files, a folder or a data set becomes a list of cases.
+"""Listing the cases to predict in a file, a list of files, a folder or a data set.
 
-This runs before arguments are checked, so nothing beyond the standard library is imported and no image is opened. Only
-where files are DICOM by their first bytes, their headers are read, to tell which of them form a series.
+This runs before arguments are checked, so only the standard library is imported and no image is opened. Only the
+headers of files that are DICOM by their first bytes are read, to group them into series.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class CaseList:
     """The cases of a request.
 
     Attributes:
-        cases: What to predict, sorted by name.
-        skipped: What was found and is not predicted.
+        cases: Cases to predict, sorted by name.
+        skipped: Files and folders that are not predicted.
     """
 
     cases: tuple[Case, ...]
@@ -55,9 +55,9 @@ class _Image:
     """One image to predict.
 
     Attributes:
-        image: its path, or that of a folder or archive, perhaps with the series in it.
-        label: what it is named by, as if it were one file: below the folder that names are relative to.
-        slide: whether it is a DICOM slide, of which the result is polygons.
+        image: Path of a file, folder or archive, optionally with `::series`.
+        label: Path that the case is named after, as if it were one file, below the folder that names are relative to.
+        slide: Whether it is a whole-slide image, whose result is polygons.
     """
 
     image: str
@@ -68,7 +68,7 @@ class _Image:
 def find_cases(
     path: StrPath | Sequence[StrPath], *, pattern: str | None = None, output_format: str = ""
 ) -> list[dict[str, Any]]:
-    """List the images to predict as MONAI's dictionary transforms take them; see `list_cases`.
+    """List the images to predict as data dictionaries of MONAI; see `list_cases`.
 
     Returns:
         One `{"image": ..., "name": ...}` per case, sorted by name.
@@ -86,30 +86,30 @@ def list_cases(
     output_format: str = "",
     tiff_slides: bool = False,
 ) -> CaseList:
-    """List the images to predict, and what was found and is skipped.
+    """List the images to predict, and the files that are skipped.
 
     Args:
-        path: An image, a list of images, a folder (searched with its subfolders, without hidden files and without
-            following links to folders) or a `dataset.json`, of which the "test" list counts, else "validation". A
-            folder that is a data set, with `dataset.json` or `split.json`, is taken as that data set; for all its
-            images name the folder `images/` itself. DICOM files count by their content: each series of a folder, of a
-            DICOMDIR or of a zip archive is one case, and `folder::series` names one (see `open_series`). The files of a
-            DICOM slide in a folder are one case as well, without those of its label, an overview or a thumbnail.
-        pattern: Take only files whose name matches, such as `"*_t1.nii.gz"`; with a `/` in it, files whose path below
-            the folder matches.
-        output_format: Format of all masks, a key of `medseg.io.names.OUTPUT_FORMATS`; by default each the one of its
-            image as far as that holds masks. Slides become polygons all the same.
+        path: Image, list of images, folder (searched recursively, without hidden files and links to folders) or
+            `dataset.json`, of which the "test" list is predicted, else "validation". A folder with `dataset.json` or
+            `split.json` is read as that data set; to predict all its images, give its folder `images/`. DICOM files are
+            recognized by their content: each series in a folder, DICOMDIR or zip archive is one case, and
+            `folder::series` selects one (see `open_series`). The files of a DICOM slide in a folder are one case,
+            without its label, overview and thumbnail images.
+        pattern: Glob pattern of file names, such as `"*_t1.nii.gz"`; a pattern with `/` matches paths relative to the
+            folder.
+        output_format: Format of all masks, a key of `medseg.io.names.OUTPUT_FORMATS`; by default that of each image, if
+            it can store masks. Results of slides are always polygons.
         tiff_slides: Whether TIFF files are whole-slide images.
 
     Returns:
-        The cases. The mask of a 2D image is a PNG. The mask of a DICOM series is named like its folder, or where that
-        holds several, in the folder by the number of the series and the ending of its UID, such as
-        `sub/3_12345678.nii.gz`. Of a DICOM slide the path is that of one of its files, and the result is named like its
-        folder, or where that holds several, like the file.
+        The cases. The mask of a 2D image is a PNG. The mask of a DICOM series is named after its folder, or, if that
+        holds several series, after the series number and the end of its UID, such as `sub/3_12345678.nii.gz`. The path
+        of a DICOM slide is that of one of its files, and its result is named after the folder, or, if that holds
+        several slides, after the file.
 
     Raises:
-        RequestError: Nothing was found, something does not exist, two images would share one mask, or there is no such
-            format.
+        RequestError: Nothing was found, a path does not exist, two images have the same mask name, or the format is
+            unknown.
     """
     listing = _list_cases(path, pattern, tiff_slides)
     cases = [replace(case, output=_output(case, output_format)) for case in listing.cases]
@@ -130,7 +130,7 @@ def _list_cases(path: StrPath | Sequence[StrPath], pattern: str | None, tiff_sli
 
 
 def _found(path: StrPath | Sequence[StrPath]) -> tuple[list[_Image], list[Skipped], str, Path | None]:
-    """Return images, skipped files, the request's name for messages, and the folder that names are relative to."""
+    """Return images, skipped files, the name of the input for messages, and the folder that names are relative to."""
     if not isinstance(path, str | os.PathLike):
         files = [_existing_file(absolute(item)) for item in path]
         _refuse_slices(files)
@@ -168,7 +168,7 @@ def _existing_file(path: Path) -> Path:
 
 
 def _file_image(path: Path) -> _Image:
-    """Name a file by itself; DICOM, which may be called anything, as if it ended in `.dcm`."""
+    """Name a case after its file; DICOM, whose suffix is arbitrary, as if it ended in `.dcm`."""
     part = _slide_part(path)
     if part:
         raise RequestError(f"{path} is {part}: give a file of the slide itself, or its folder.")
@@ -176,7 +176,7 @@ def _file_image(path: Path) -> _Image:
 
 
 def _slide_part(path: Path) -> str | None:
-    """Say what a file of a DICOM slide shows (see `slide_part`); None for any other file."""
+    """Return the content of a file of a DICOM slide (see `slide_part`); None for any other file."""
     if file_kind(path) not in (None, "dicom") or not is_dicom(path):
         return None
     from medseg.io.dicom.headers import read_headers
@@ -187,7 +187,7 @@ def _slide_part(path: Path) -> str | None:
 
 
 def _refuse_slices(files: Sequence[Path]) -> None:
-    """Refuse a list of files that are slices of one volume, or parts of one slide: each of them would become a case."""
+    """Refuse a list with several slices of one volume or several files of one slide: each would become a case."""
     slices = [path for path in files if file_kind(path) in (None, "dicom") and is_dicom(path)]
     if len(slices) < 2:
         return
@@ -206,7 +206,7 @@ def _refuse_slices(files: Sequence[Path]) -> None:
             first = min(str(header.source) for header in group.headers)
             raise RequestError(
                 f"{len(group.headers)} of the files, such as {first}, are slices of the DICOM series {group.name}: "
-                "give their folder instead, to have them read as one volume."
+                "give their folder instead, to read them as one volume."
             )
 
 
@@ -215,9 +215,9 @@ def _expected() -> str:
 
 
 def _refusal(path: Path) -> str:
-    """Say why a file is no image that medseg reads; empty if it is one."""
+    """Return the reason why a file is not a readable image; empty if it is one."""
     if path.exists() and not path.is_file():
-        return "a pipe or device, no regular file"
+        return "a pipe or device, not a regular file"
     kind = file_kind(path)
     if kind not in (None, "dicom"):
         return ""
@@ -227,12 +227,12 @@ def _refusal(path: Path) -> str:
     except OSError as error:
         return f"cannot be read ({error.strerror})"
     if kind is not None:
-        return "called like a DICOM file, but has neither the mark 'DICM' nor a SOP class"
+        return "named .dcm, but has neither the prefix 'DICM' nor a SOP class"
     if path.suffix.lower() in (".hdr", ".img"):
-        return "a header and voxels in two files (.hdr, .img) are not read; convert it to .nii.gz"
+        return "a two-file format (.hdr, .img), which is not supported; convert it to .nii.gz"
     if path.suffix.lower() == ".zip":
-        return "an archive; if it holds DICOM files, give it alone"
-    return "not an image format that medseg reads"
+        return "an archive; give it on its own if it holds DICOM files"
+    return "not a supported image format"
 
 
 def _is_dataset(folder: Path) -> bool:
@@ -240,7 +240,7 @@ def _is_dataset(folder: Path) -> bool:
 
 
 def _folder_images(folder: Path) -> tuple[list[_Image], list[Skipped]]:
-    """Return the images of a folder, or of the data set that the folder is, and what was left out."""
+    """Return the images of a folder or data set, and the files that are skipped."""
     if not _is_dataset(folder):
         found = list(_walk(folder))
         skipped = [Skipped(str(path), reason) for path, reason in found if reason]
@@ -257,7 +257,7 @@ def _folder_images(folder: Path) -> tuple[list[_Image], list[Skipped]]:
 
 
 def _dataset_images(folder: Path) -> list[Path]:
-    """Return the images of a data set to predict; its `dataset.json` may also hold nothing but the names of labels."""
+    """Return the images of a data set to predict; its `dataset.json` may list no cases, only label names."""
     listing, split = folder / DATASET_FILE, folder / SPLIT_FILE
     sections = ("training", "validation", "test")
     if listing.is_file() and (not split.is_file() or any(name in read_json(listing) for name in sections)):
@@ -267,7 +267,7 @@ def _dataset_images(folder: Path) -> list[Path]:
 
 
 def _series_images(files: Sequence[Path], base: Path) -> tuple[list[_Image], list[Skipped]]:
-    """Return the series that DICOM files below a folder form, and the files that are no images to predict."""
+    """Group DICOM files below a folder into series; return their images, and the files that are skipped."""
     if not files:
         return [], []
     from medseg.io.dicom.series import group_files
@@ -290,7 +290,7 @@ def _series_images(files: Sequence[Path], base: Path) -> tuple[list[_Image], lis
 def _skipped_file(header: Header) -> Skipped:
     from medseg.io.slides.dicom import slide_part
 
-    part = "a slide, which is read from its folder alone" if _is_slide(header) else slide_part(header)
+    part = "part of a slide, which is read from its folder only" if _is_slide(header) else slide_part(header)
     return Skipped(str(header.source), part or header.other)
 
 
@@ -301,7 +301,7 @@ def _is_slide(header: Header) -> bool:
 
 
 def _slides(headers: Sequence[Header]) -> dict[tuple[Path, str], list[Header]]:
-    """Return the files of each DICOM slide, by folder and series: a slide does not reach beyond its folder."""
+    """Return the files of each DICOM slide, by folder and series: a slide is stored in a single folder."""
     slides: dict[tuple[Path, str], list[Header]] = {}
     for header in headers:
         if _is_slide(header):
@@ -310,7 +310,7 @@ def _slides(headers: Sequence[Header]) -> dict[tuple[Path, str], list[Header]]:
 
 
 def _slide_images(headers: Sequence[Header], base: Path) -> list[_Image]:
-    """Name slides by the folder that holds them, and by a file if the folder holds others."""
+    """Name slides after their folder, or after a file if the folder holds several."""
     slides = _slides(headers)
     counts = Counter(folder for folder, _ in slides)
     images = []
@@ -323,7 +323,7 @@ def _slide_images(headers: Sequence[Header], base: Path) -> list[_Image]:
 
 
 def _folder_image(group: Group, groups: Sequence[Group], base: Path) -> _Image:
-    """Name a series by the folder that holds it, and by itself if the folder holds others."""
+    """Name a series after its folder, or after the series if the folder holds several."""
     folder = common_folder([header.source.path for header in group.headers])
     if any(other is not group and any(where.is_relative_to(folder) for where in other.folders) for other in groups):
         return _Image(f"{folder}::{group.name}", folder / f"{group.name}.dcm")
@@ -331,7 +331,7 @@ def _folder_image(group: Group, groups: Sequence[Group], base: Path) -> _Image:
 
 
 def _packed_images(path: Path) -> tuple[list[_Image], list[Skipped]]:
-    """Return the series of an archive or a DICOMDIR, and its files that are no images."""
+    """Return the series of an archive or DICOMDIR, and its files that are skipped."""
     from medseg.io.dicom.series import find_groups
 
     try:
@@ -346,7 +346,7 @@ def _packed_images(path: Path) -> tuple[list[_Image], list[Skipped]]:
 
 
 def _walk(folder: Path) -> Iterator[tuple[Path, str]]:
-    """Yield every file below a folder in sorted order, with the reason to leave it out or an empty text."""
+    """Yield every file below a folder in sorted order, with the reason for skipping it or an empty text."""
     for where, subfolders, names in os.walk(folder, onerror=_refuse_unreadable):
         subfolders.sort()
         for name in [name for name in subfolders if name.startswith(".") or name == "__MACOSX"]:
@@ -365,14 +365,14 @@ def _refuse_unreadable(error: OSError) -> NoReturn:
 def _listing(
     images: list[_Image], skipped: list[Skipped], pattern: str | None, source: str, base: Path | None = None
 ) -> CaseList:
-    """Name the cases and check that there are any; `base` is the folder that names are relative to."""
+    """Name the cases, relative to the folder `base`, and check that there are any."""
     base = base or (common_folder([image.label for image in images]) if images else None)
     chosen = [image for image in images if base and _matches(image.label.relative_to(base), pattern)]
     taken = set(chosen)
     unmatched = [Skipped(image.image, f"does not match {pattern!r}") for image in images if image not in taken]
     if not chosen or base is None:
         looked_for = f"files ending in {_expected()}, or DICOM," + (f" that match {pattern!r}" if pattern else "")
-        raise RequestError(f"Nothing to predict in {source}: looked for {looked_for}; {_seen(skipped + unmatched)}.")
+        raise RequestError(f"Nothing to predict in {source}: expected {looked_for}; {_seen(skipped + unmatched)}.")
     cases = sorted((_case(image, base) for image in chosen), key=lambda case: case.name)
     return CaseList(tuple(cases), (*skipped, *unmatched))
 
@@ -384,11 +384,11 @@ def _matches(relative: Path, pattern: str | None) -> bool:
 
 
 def _seen(skipped: Sequence[Skipped]) -> str:
-    """Say what was there instead, counted by suffix."""
+    """Describe the files found instead, counted by suffix."""
     if not skipped:
-        return "saw no files at all"
+        return "found no files at all"
     kinds = Counter("".join(Path(item.path).suffixes[-2:]) or Path(item.path).name for item in skipped)
-    return "saw " + ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common(5))
+    return "found " + ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common(5))
 
 
 def _case(image: _Image, base: Path) -> Case:
@@ -402,5 +402,5 @@ def _refuse_shared(outputs: Iterable[tuple[str, str]]) -> None:
     taken: dict[str, str] = {}
     for output, image in outputs:
         if output in taken:
-            raise RequestError(f"{taken[output]} and {image} would share the mask name {output}: rename one of them.")
+            raise RequestError(f"{taken[output]} and {image} have the same mask name {output}: rename one of them.")
         taken[output] = image

@@ -1,17 +1,18 @@
 """Training and validation cases of a labeled data set on disk.
 
-Three layouts are understood:
+Three layouts are supported:
 
 * a Medical Segmentation Decathlon folder: `dataset.json` with "training" and "validation" lists;
 * an nnU-Net raw folder: `imagesTr/case_0000.nii.gz`, `labelsTr/case.nii.gz`;
-* `images/` and `labels/` with equal stems, of any suffix that medseg reads.
+* `images/` and `labels/` with equal stems and any suffix that medseg reads.
 
 An image may be a folder of DICOM files, `images/case1/`, and a label a DICOM SEG or RT-STRUCT: `labels/case1.dcm`, or a
-folder that holds one. What their segments or regions are called, `dataset.json` says under "labels" (`label_options`).
+folder that holds one. `dataset.json` maps the names of their segments or ROIs to label values under "labels"
+(`label_options`).
 
-Where the split is not in `dataset.json`, a file `split.json` beside it holds `{"train": [...], "val": [...]}` with the
-stems of the cases; without one, the first fold of nnU-Net's `splits_final.json` counts. Nothing beyond the standard
-library is imported, and no image is opened.
+If `dataset.json` has no split, a file `split.json` beside it holds `{"train": [...], "val": [...]}` with the stems of
+the cases; without one, the first fold of nnU-Net's `splits_final.json` is used. Only the standard library is imported,
+and no image is opened.
 """
 
 from __future__ import annotations
@@ -58,12 +59,12 @@ class Dataset:
     """One data set on disk.
 
     Attributes:
-        root: the folder that holds it.
-        base: the folder that case names are relative to.
-        images: stem of every labeled case, and its image.
-        labels: stem and label file, for those cases that have one.
-        sections: the stems that `dataset.json` lists for "train" and "val"; empty where it lists none.
-        label_options: how those labels are read that are DICOM objects (see `label_options`).
+        root: Folder of the data set.
+        base: Folder that case names are relative to.
+        images: Stem -> image of every labeled case.
+        labels: Stem -> label file of the cases that have one.
+        sections: Part ("train", "val") -> stems listed in `dataset.json`; empty if it lists none.
+        label_options: Options for reading labels that are DICOM objects (see `label_options`).
     """
 
     root: Path
@@ -79,7 +80,7 @@ class Dataset:
         if stem not in self.labels:
             raise RequestError(
                 f"{image} has no label: expected a file '{stem}' with an image suffix beside the other labels of "
-                f"{self.root}. Add it, or take the case out of the split."
+                f"{self.root}. Add it, or remove the case from the split."
             )
         label = self.labels[stem]
         name = mask_name(named_file(image).relative_to(self.base).as_posix())
@@ -90,11 +91,11 @@ class Dataset:
 def find_dataset(
     path: StrPath, split: str, *, labels: str = "labels", split_file: StrPath | None = None
 ) -> list[dict[str, Any]]:
-    """List the cases of one part of a labeled data set as MONAI's dictionary transforms take them; see `list_dataset`.
+    """List the cases of one part of a labeled data set as data dictionaries of MONAI; see `list_dataset`.
 
     Returns:
-        One `{"image": ..., "label": ..., "name": ...}` per case: two absolute paths and the name of a result. With a
-        DICOM label "label_options" as well, for `medseg.components.LoadCased`.
+        One `{"image": ..., "label": ..., "name": ...}` per case: two absolute paths and the name of the result. A DICOM
+        label adds "label_options" for `medseg.components.LoadCased`.
     """
     return [case.entry() for case in list_dataset(path, split, labels=labels, split_file=split_file)]
 
@@ -105,17 +106,17 @@ def list_dataset(
     """List the cases of one part of a labeled data set, in the order of the split.
 
     Args:
-        path: the data set's folder, or its `dataset.json`.
-        split: `"train"`, `"val"`, or `"test"` where the set lists test cases with labels.
-        labels: the folder of labels beside `images/`, for sets with several observers.
-        split_file: a JSON file with the stems of each part, relative to the folder. By default the lists in
-            `dataset.json` count, and where it lacks one of them, `split.json`.
+        path: Folder of the data set, or its `dataset.json`.
+        split: Part of the data set: "train", "val", or "test" if it lists test cases with labels.
+        labels: Name of the folder of labels beside `images/`, for data sets with several observers.
+        split_file: JSON file with the stems of each part, relative to the folder. By default the lists in
+            `dataset.json`, or `split.json` if one of them is missing.
 
     Raises:
-        RequestError: the set, a file of it or the split is missing, incomplete or contradictory.
+        RequestError: The data set, one of its files or the split is missing, incomplete or inconsistent.
     """
     if split not in (*_SECTIONS, "test"):
-        raise RequestError(f"There is no split {split!r}: use 'train', 'val' or 'test'.")
+        raise RequestError(f"Unknown split {split!r}: expected 'train', 'val' or 'test'.")
     dataset = read_dataset(path, labels=labels, sections={"test": "test"} if split == "test" else _SECTIONS)
     stems = split_stems(dataset, split_file, parts=("test",) if split == "test" else tuple(_SECTIONS))[split]
     if not stems:
@@ -124,10 +125,10 @@ def list_dataset(
 
 
 def read_dataset(path: StrPath, *, labels: str = "labels", sections: Mapping[str, str] = _SECTIONS) -> Dataset:
-    """Recognize the layout of a data set and list its files; `sections` of a `dataset.json` are read."""
+    """Detect the layout of a data set and list its files; of a `dataset.json`, the given `sections` are read."""
     given = absolute(path)
     if not given.exists():
-        raise RequestError(f"There is no data set at {given}: check the path.")
+        raise RequestError(f"No data set at {given}: check the path.")
     root = given if given.is_dir() else given.parent
     listing = given if given.is_file() else root / DATASET_FILE
     content = read_json(listing) if listing.is_file() else {}
@@ -141,17 +142,17 @@ def read_dataset(path: StrPath, *, labels: str = "labels", sections: Mapping[str
 
 
 def label_options(content: Mapping[str, Any], listing: Path) -> dict[str, Any]:
-    """Return what a `dataset.json` says of labels that are DICOM objects, as arguments of `load_label`.
+    """Return the options of a `dataset.json` for labels that are DICOM objects, as arguments of `load_label`.
 
     Args:
-        content: of the file: "labels" gives values and names, as Decathlon writes them (`{"1": "liver"}`, or of several
-            names that one thing goes by `{"1": ["liver", "Leber"]}`) or nnU-Net (`{"liver": 1}`). "optional_labels"
-            lists the names that a file may lack, and "on_overlap" may be "later", to let of two segments that overlap
-            the one count that comes later in "labels".
-        listing: the file, for messages.
+        content: Content of the file. "labels" maps values to names as in the Decathlon (`{"1": "liver"}`, with synonyms
+            `{"1": ["liver", "Leber"]}`) or names to values as in nnU-Net (`{"liver": 1}`). "optional_labels" lists the
+            names that may be missing from a file. "on_overlap" may be "later": of two overlapping segments, the later
+            one in "labels" wins.
+        listing: Path of the file, for messages.
 
     Raises:
-        RequestError: one of them is wrongly written.
+        RequestError: One of these entries is malformed.
     """
     options: dict[str, Any] = {}
     if content.get("labels"):
@@ -168,7 +169,7 @@ def label_options(content: Mapping[str, Any], listing: Path) -> dict[str, Any]:
 def split_stems(
     dataset: Dataset, split_file: StrPath | None = None, *, parts: Sequence[str] = tuple(_SECTIONS)
 ) -> dict[str, list[str]]:
-    """Return the stems of each part, checked: known, listed once, and in one part only."""
+    """Return the stems of each part, each of them known, listed once, and in one part only."""
     path = absolute(dataset.root / (split_file or SPLIT_FILE))
     if split_file is None and set(parts) <= set(dataset.sections):
         path, listed = dataset.root / DATASET_FILE, {part: list(stems) for part, stems in dataset.sections.items()}
@@ -181,28 +182,28 @@ def split_stems(
 
 
 def prediction_entries(listing: Path) -> list[Path]:
-    """Return the images that a `dataset.json` offers for prediction: its "test" list, else "validation"."""
+    """Return the images that a `dataset.json` lists for prediction: its "test" list, else "validation"."""
     content = read_json(listing)
     for section in ("test", "validation"):
         if content.get(section):
             return [_entry_path(listing, section, entry, "image") for entry in _entries(listing, content, section)]
     raise RequestError(
-        f"{listing} lists no 'test' and no 'validation' cases to predict: name the folder of the images itself."
+        f"{listing} has no cases to predict: expected a 'test' or 'validation' list. Give the folder of the images."
     )
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file whose outermost value is an object."""
+    """Read a JSON file whose top-level value is an object."""
     content = _json(path)
     if not isinstance(content, dict):
-        raise RequestError(f"{path} holds a {type(content).__name__}: expected a JSON object {{...}}.")
+        raise RequestError(f"{path} has a {type(content).__name__} at its top level: expected a JSON object {{...}}.")
     return content
 
 
 def read_split(root: Path) -> tuple[Path, dict[str, Any]] | None:
-    """Return the file beside a data set that splits it and what it holds, unchecked; None where there is none.
+    """Return the split file of a data set and its unchecked content; None if it has none.
 
-    That is `split.json`, or without one nnU-Net's `splits_final.json`, of which the first fold counts.
+    The split file is `split.json`, or else the first fold of nnU-Net's `splits_final.json`.
     """
     path, folds = root / SPLIT_FILE, root / _NNUNET_FOLDS
     if path.is_file():
@@ -211,16 +212,16 @@ def read_split(root: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def entry_source(path: Path) -> Path | None:
-    """Return the file or folder that an entry of a listing means, without the series in it; None if it is not there."""
+    """Return the file or folder of an entry of a listing, without `::series`; None if it does not exist."""
     try:
         source = split_series(path)[0]
         return source if source.exists() else None
-    except OSError:  # a name that no file has, such as one of thousands of letters
+    except OSError:  # an impossible file name, such as one of thousands of characters
         return None
 
 
 def common_folder(paths: Iterable[Path]) -> Path:
-    """Return the deepest folder that holds all `paths`."""
+    """Return the deepest common folder of `paths`."""
     folders = [path.parent for path in paths]
     return next(c for c in (folders[0], *folders[0].parents) if all(f.is_relative_to(c) for f in folders))
 
@@ -255,49 +256,51 @@ def _pair(listing: Path, section: str, entry: Any) -> dict[str, Path]:
 
 
 def _entry_path(listing: Path, section: str, entry: Any, key: str) -> Path:
-    """Return what an entry names, which is a path or an object of paths, all relative to the listing.
+    """Return the path of an entry, which is a path or an object of paths, relative to the listing.
 
     It may be a file, a folder of DICOM files, or `folder::series`.
     """
     text = entry.get(key) if isinstance(entry, dict) else entry
     if not isinstance(text, str) or not text:
-        raise RequestError(f"{listing}: entry {entry!r} of '{section}' names no {key}: expected one path as text.")
+        raise RequestError(f"{listing}: entry {entry!r} of '{section}' has no {key}: expected one path as a string.")
     root = listing.parent
     path = absolute(root / text)
     if Path(text).is_absolute() or not path.is_relative_to(root):
-        raise RequestError(f"{listing}: {text!r} in '{section}' leads out of {root}: use paths below that folder.")
+        raise RequestError(
+            f"{listing}: {text!r} in '{section}' is outside {root}: use relative paths below that folder."
+        )
     source = entry_source(path)
     if source is None:
-        raise RequestError(f"{listing}: {text!r} in '{section}' does not exist: {path} is no file.")
+        raise RequestError(f"{listing}: {text!r} in '{section}' does not exist: {path} is missing.")
     if source.is_dir() and not any(is_dicom(where / name) for where, _, names in _walk(source) for name in names):
-        raise RequestError(f"{listing}: {text!r} in '{section}' is a folder without DICOM files: name a file.")
+        raise RequestError(f"{listing}: {text!r} in '{section}' is a folder without DICOM files: give a file.")
     return path
 
 
 def _named_values(labels: Any, listing: Path) -> dict[str, int]:
-    """Return name -> value of the labels that a `dataset.json` lists, without the background."""
+    """Return name -> value of the labels in a `dataset.json`, without the background."""
     if not isinstance(labels, dict):
-        raise RequestError(f"{listing}: 'labels' is {labels!r}: expected values and names.")
+        raise RequestError(f"{listing}: 'labels' is {labels!r}: expected an object of values and names.")
     values: dict[str, int] = {}
     known: set[str] = set()
     for key, item in labels.items():
-        turned = _NUMBER.fullmatch(key) and not isinstance(item, int)
-        value, names = (int(key), item if isinstance(item, list) else [item]) if turned else (item, [key])
+        value_first = _NUMBER.fullmatch(key) and not isinstance(item, int)
+        value, names = (int(key), item if isinstance(item, list) else [item]) if value_first else (item, [key])
         if type(value) is not int or not all(isinstance(name, str) for name in names):
             raise RequestError(
-                f"{listing}: 'labels' has {key!r}: {item!r}, and the labels are DICOM objects: expected a value and "
-                'its name, such as "1": "liver".'
+                f"{listing}: 'labels' has {key!r}: {item!r}. Labels that are DICOM objects need a value and a name, "
+                'such as "1": "liver".'
             )
         for name in names if value else ():
             if name.strip().casefold() in known:
-                raise RequestError(f"{listing}: 'labels' has the name {name!r} twice, in whatever case.")
+                raise RequestError(f"{listing}: 'labels' has the name {name!r} twice (names are case-insensitive).")
             known.add(name.strip().casefold())
             values[name] = value
     return values
 
 
 def _may_be_object(label: Path) -> bool:
-    """Tell whether a label is DICOM, and so perhaps an object of named segments or regions."""
+    """Return whether a label is DICOM, so that it may be a SEG or RT-STRUCT."""
     return label.is_dir() or (file_kind(label) in (None, "dicom") and is_dicom(label))
 
 
@@ -306,7 +309,7 @@ def _find_folders(root: Path, labels: str) -> tuple[str, str]:
         if (root / image_folder).is_dir():
             return image_folder, label_folder
     raise RequestError(
-        f"{root} is no data set that medseg knows: expected a {DATASET_FILE} with a 'training' list, or folders "
+        f"{root} is not a data set in a supported layout: expected a {DATASET_FILE} with a 'training' list, or folders "
         f"images/ and {labels}/, or imagesTr/ and labelsTr/."
     )
 
@@ -314,19 +317,19 @@ def _find_folders(root: Path, labels: str) -> tuple[str, str]:
 def _folder_dataset(root: Path, image_folder: str, label_folder: str) -> Dataset:
     base, label_base = root / image_folder, root / label_folder
     if not label_base.is_dir():
-        raise RequestError(f"{root} holds {image_folder}/ but no folder {label_folder}/ with the labels.")
+        raise RequestError(f"{root} has {image_folder}/ but no folder {label_folder}/ with the labels.")
     images = _by_stem(base, _file_stems(label_base))
     if image_folder == "imagesTr":
         images = _single_channel(images, base)
     if not images:
-        raise RequestError(f"{base} holds no images: expected files ending in {', '.join(IMAGE_SUFFIXES)}.")
+        raise RequestError(f"{base} has no images: expected files ending in {', '.join(IMAGE_SUFFIXES)}.")
     return Dataset(root, base, images, _by_stem(label_base, _file_stems(base)), {})
 
 
 def _by_stem(folder: Path, partners: set[str]) -> dict[str, Path]:
-    """Return the images below a folder by their stems.
+    """Return the images below a folder by stem.
 
-    A folder of DICOM files is one image, unless there are `partners` of its files, which makes these images themselves.
+    A folder of DICOM files is one image, unless its files have `partners`, which makes each of them an image.
     """
     found: dict[str, Path] = {}
     for where, subfolders, names in _walk(folder):
@@ -344,13 +347,13 @@ def _by_stem(folder: Path, partners: set[str]) -> dict[str, Path]:
 
 
 def _are_dicom(where: Path, names: Sequence[str]) -> bool:
-    """Tell whether some files of a folder are DICOM, and none is another image."""
+    """Return whether a folder has DICOM files and no other images."""
     kinds = set(map(file_kind, names))
     return kinds <= {None, "dicom"} and ("dicom" in kinds or any(is_dicom(where / name) for name in names))
 
 
 def _stems(where: Path, names: Sequence[str], base: Path) -> dict[str, str]:
-    """Return the stem of each file in a folder whose name is that of an image; series have thousands of files."""
+    """Return the stem of each file in a folder that has an image suffix; no file is opened."""
     start = "" if where == base else f"{where.relative_to(base).as_posix()}/"
     return {name: f"{start}{split_suffix(name)[0]}" for name in names if file_kind(name) is not None}
 
@@ -360,21 +363,21 @@ def _file_stems(folder: Path) -> set[str]:
 
 
 def _walk(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
-    """Yield each folder with the names of its subfolders, which may be cut, and its files, without what is hidden."""
+    """Yield each folder with its subfolders, which the caller may prune, and its files, without hidden ones."""
     for where, subfolders, names in os.walk(folder):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         yield Path(where), subfolders, sorted(name for name in names if not name.startswith("."))
 
 
 def _single_channel(images: Mapping[str, Path], base: Path) -> dict[str, Path]:
-    """Take nnU-Net's channel number off the stems, where all of them carry it."""
+    """Remove nnU-Net's channel number from the stems, if all of them have one."""
     if not all(stem[-5:-4] == "_" and stem[-4:].isdigit() for stem in images):
         return dict(images)
     found = {stem[:-5]: path for stem, path in images.items()}
     if len(found) < len(images):
         raise RequestError(
-            f"{base} keeps the channels of a case in several files (_0000, _0001, ...): medseg reads one file per "
-            "case. Stack the channels along a fourth axis first."
+            f"{base} stores the channels of a case in several files (_0000, _0001, ...): expected one file per case. "
+            "Stack the channels along a fourth axis first."
         )
     return found
 
@@ -392,7 +395,7 @@ def _read_split(path: Path, dataset: Dataset, wanted: Sequence[str]) -> dict[str
     else:
         example = next(iter(sorted(dataset.images)))
         raise RequestError(
-            f"{dataset.root} does not say which cases are for training and which for validation: expected {path} with "
+            f"{dataset.root} has no split into training and validation cases: expected {path} with "
             f'{{"train": [...], "val": [...]}} and the names of the cases, such as "{example}".',
             code="no-split",
             path=path,
@@ -408,7 +411,7 @@ def _first_fold(path: Path) -> dict[str, Any]:
     """Return the first of nnU-Net's folds, an object with "train" and "val"."""
     folds = _json(path)
     if not isinstance(folds, list) or not folds or not isinstance(folds[0], dict):
-        raise RequestError(f'{path} is no list of folds: expected [{{"train": [...], "val": [...]}}, ...].')
+        raise RequestError(f'{path} is not a list of folds: expected [{{"train": [...], "val": [...]}}, ...].')
     return folds[0]
 
 
@@ -418,7 +421,7 @@ def _json(path: Path) -> Any:
     except (OSError, ValueError) as error:
         raise RequestError(f"{path} cannot be read as JSON: {error}.") from error
     except RecursionError as error:
-        raise RequestError(f"{path} cannot be read as JSON: its values lie too deep within each other.") from error
+        raise RequestError(f"{path} cannot be read as JSON: it is nested too deeply.") from error
 
 
 def _refuse_unknown(stems: Iterable[str], dataset: Dataset, source: Path) -> None:
@@ -426,13 +429,13 @@ def _refuse_unknown(stems: Iterable[str], dataset: Dataset, source: Path) -> Non
         if stem not in dataset.images:
             near = difflib.get_close_matches(stem, dataset.images, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise RequestError(f"{source} names the case {stem!r}, which has no image in {dataset.base}.{hint}")
+            raise RequestError(f"{source} lists the case {stem!r}, which has no image in {dataset.base}.{hint}")
 
 
 def _refuse_repeated(stems: Sequence[str], source: Path) -> None:
     repeated = sorted({stem for stem in stems if stems.count(stem) > 1}) if len(set(stems)) < len(stems) else []
     if repeated:
         raise RequestError(
-            f"{source} lists {', '.join(repeated[:5])} more than once: a case belongs to one part, once, or the "
-            "validation would be on training cases."
+            f"{source} lists {', '.join(repeated[:5])} more than once: expected each case once and in one part, so "
+            "that no training case is used for validation."
         )

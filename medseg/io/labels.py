@@ -1,8 +1,8 @@
-"""Labels in files: label maps as they are stored, DICOM SEG and RT-STRUCT laid on the grid of the image they belong to.
+"""Reading labels: label maps as stored, DICOM SEG and RT-STRUCT on the voxel grid of their image.
 
-A SEG may lie on any image whose voxels its frames meet exactly, be that the series, a part of it stored in another
-order, or its conversion to NIfTI; nothing is ever interpolated. Contours of an RT-STRUCT are drawn in slices of a DICOM
-series, and are filled in that series alone.
+A SEG can be read on the grid of any image whose voxels coincide with those of its frames: the series, a part of it in
+another order, or its conversion to NIfTI. Labels are never interpolated. Contours of an RT-STRUCT are drawn on slices
+of a DICOM series, and are only filled on the grid of that series.
 """
 
 from __future__ import annotations
@@ -46,24 +46,26 @@ def load_label(
     """Read a label.
 
     Args:
-        path: a label map in a format of `medseg.io.load`; or DICOM SEG or RT-STRUCT, a file or a folder with one.
-        like: the image that the label belongs to, or its grid; a SEG or RT-STRUCT is laid on it. Without it, a SEG
-            comes on the smallest grid that its frames span. An RT-STRUCT needs the path of a DICOM series.
-        names: name (in any case) or number of a segment or region -> value, in the order of painting. Others are left
-            out; of several names of one value, one must be there. By default each becomes its number.
-        optional: those of `names` that may be missing.
-        on_overlap: "refuse" segments that overlap, or let the one "later" in `names` win.
-        spatial_dims: 2 or 3 to refuse everything else; by default what the file is.
-        max_voxels: the largest number of values that a header may claim.
+        path: Label map in a format of `medseg.io.load`; or DICOM SEG or RT-STRUCT, as a file or a folder with one.
+        like: Image that the label belongs to, or its grid, for SEG and RT-STRUCT. Without it, a SEG is read on the
+            smallest grid that contains its frames. An RT-STRUCT needs the path of its DICOM series.
+        names: Name (case-insensitive) or number of a segment or ROI -> label value, in the order of painting. Others
+            are ignored; of several names with one value, one must be present. By default the label values are the
+            numbers.
+        optional: Names in `names` that may be missing.
+        on_overlap: Rule for overlapping segments: "refuse" them, or the "later" one in `names` wins.
+        spatial_dims: Required number of spatial dimensions, 2 or 3; by default that of the file.
+        max_voxels: Largest number of values that a header may claim.
 
     Returns:
-        `(1, x, y[, z])`, int32, with metadata as of `medseg.io.load`. `names`, `optional` and `on_overlap` leave label
-        maps as they are.
+        Label map `(1, x, y[, z])`, int32, with the metadata of `medseg.io.load`. `names`, `optional` and `on_overlap`
+        do not change label maps.
 
     Raises:
-        CaseError: the label cannot be used; a segment of `names` is not in it; or segments overlap.
-        GeometryError: it has no defined place, lies in another frame of reference, or does not meet the image's voxels.
-        RequestError: an RT-STRUCT without its series, or wrong values.
+        CaseError: The label cannot be read; a segment of `names` is missing; or segments overlap.
+        GeometryError: The label has no valid geometry, another frame of reference, or a geometry mismatch with the
+            image.
+        RequestError: An RT-STRUCT without its series, or an invalid label value.
     """
     found = find_object(path) if isinstance(path, str | os.PathLike) else None
     if found is None:
@@ -73,23 +75,23 @@ def load_label(
         series = _series(like, file)
         array, grid = read_rtstruct(file, like=series, labels=names, optional=optional, on_overlap=on_overlap)
         return placed_tensor(*_with_axes(array, grid, spatial_dims, file), file)
-    place = _place(like, file)
-    if isinstance(place, Grid) and len(place.shape) == 2:
-        place, spatial_dims = Grid((*place.shape, 1), place.affine), 2
+    target = _target(like, file)
+    if isinstance(target, Grid) and len(target.shape) == 2:
+        target, spatial_dims = Grid((*target.shape, 1), target.affine), 2
     array, grid = read_seg(
-        file, like=place, labels=names, optional=optional, on_overlap=on_overlap, max_voxels=max_voxels
+        file, like=target, labels=names, optional=optional, on_overlap=on_overlap, max_voxels=max_voxels
     )
     return placed_tensor(*_with_axes(array, grid, spatial_dims, file), file)
 
 
 def find_object(path: StrPath) -> tuple[Path, str] | None:
-    """Return the DICOM SEG or RT-STRUCT at a path, and its SOP class; None for any other label.
+    """Return the DICOM SEG or RT-STRUCT at a path, and its SOP class UID; None for any other label.
 
     Args:
-        path: a file, or a folder that is searched with its subfolders.
+        path: File, or folder that is searched recursively.
 
     Raises:
-        CaseError: a folder holds several, or something cannot be read.
+        CaseError: The folder holds several, or cannot be read.
     """
     source, series = split_series(path)
     try:
@@ -102,13 +104,13 @@ def find_object(path: StrPath) -> tuple[Path, str] | None:
     if len(objects) > 1:
         shown = ", ".join(str(header.source) for header in objects[:_SHOWN])
         raise CaseError(
-            f"{source} holds {len(objects)} segmentations or structure sets: expected one. Name one of {shown}."
+            f"{source} has {len(objects)} segmentations or structure sets: expected one. Give one of {shown}."
         )
     return (objects[0].source.path, objects[0].sop_class) if objects else None
 
 
-def _place(like: StrPath | Grid | None, file: Path) -> Path | Grid | None:
-    """Return what a SEG is laid on: a series, or the grid of another image."""
+def _target(like: StrPath | Grid | None, file: Path) -> Path | Grid | None:
+    """Return the target of a SEG: a DICOM series, or the grid of another image."""
     if like is None or isinstance(like, Grid):
         return like
     image = absolute(like)
@@ -117,27 +119,29 @@ def _place(like: StrPath | Grid | None, file: Path) -> Path | Grid | None:
         return image
     if kind is not None and FORMATS[kind].kind == "image":
         raise GeometryError(
-            f"{file} lies in space, and its image {image} does not say where it lies: give the DICOM image."
+            f"Geometry mismatch: {file} has a geometry, but its image {image} has none. Give the DICOM image."
         )
     return read_grid(image)
 
 
 def _series(like: StrPath | Grid | None, file: Path) -> Path:
     if like is None or isinstance(like, Grid):
-        raise RequestError(f"{file} is an RT-STRUCT, which is read for a DICOM series: give the path of its images.")
+        raise RequestError(
+            f"{file} is an RT-STRUCT, which cannot be read without its DICOM series: give the path of its images."
+        )
     image = absolute(like)
     if image_kind(image) != "dicom":
         raise CaseError(
-            f"{file} is an RT-STRUCT, whose contours lie in slices of a DICOM series, and its image {image} is none: "
-            "give the series as the image, or a label map or DICOM SEG as the label."
+            f"{file} is an RT-STRUCT, which needs its DICOM series, but its image {image} is not DICOM: give the "
+            "series as the image, or a label map or DICOM SEG as the label."
         )
     return image
 
 
 def _with_axes(array: NDArray[np.int32], grid: Grid, spatial_dims: int | None, file: Path) -> tuple[NDArray[Any], Grid]:
-    """Return voxels with a channel, with the asked number of axes, and their grid."""
+    """Return voxels with a channel axis and the requested number of spatial axes, and their grid."""
     if spatial_dims != 2:
         return array[None], grid
     if grid.shape[2] != 1:
-        raise CaseError(f"{file} is a volume {grid.shape}: expected one slice.")
+        raise CaseError(f"{file} is a volume {grid.shape}: expected a single slice.")
     return array[None, ..., 0], Grid(grid.shape[:2], grid.affine)

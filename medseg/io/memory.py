@@ -1,15 +1,15 @@
-"""Images in memory: read as files are, and results given back as the same kind with the same geometry.
+"""Images in memory: read like files, with results returned as the same type in the same geometry.
 
-| in | channels | back |
+| input | channels | result |
 |---|---|---|
 | NumPy array `(x, y, z)` with `affine`, or a 2D image `(x, y)` without | last axis | NumPy array |
-| nibabel image | fourth axis | image of the same class, placed by the same header fields |
+| nibabel image | fourth axis | image of the same class with the same geometry fields |
 | SimpleITK or ITK image, 2D or 3D | components of a pixel | image with the same origin, spacing and direction |
 | MONAI `MetaTensor` | first axis | `MetaTensor` with the same metadata, on the same device |
 | pydicom dataset, or the datasets of one series | samples per pixel | `ArrayImage`: array `(x, y, z)` and affine |
 
-Axes of arrays are voxel axes, as in nibabel: x (columns) first. Affines map voxels to RAS+ mm. A kind is told by the
-package of its class, so no package is imported that the caller does not use.
+Axes of arrays are voxel axes, as in nibabel: x (columns) first. Affines map voxels to RAS+ mm. The type is recognized
+by the package of its class, so that no package is imported that the caller does not use.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = ["ArrayImage", "MemoryImage", "memory_image", "native_array"]
 
 _LPS: Final = np.diag([-1.0, -1.0, 1.0, 1.0])
 _KINDS: Final = "a NumPy array, a nibabel, SimpleITK or ITK image, a MONAI MetaTensor, or pydicom datasets"
-# A last axis up to this long holds the channels of a 2D image.
+# A last axis of at most this size holds the channels of a 2D image.
 _MAX_CHANNELS: Final = 4
 
 
@@ -45,7 +45,7 @@ class ArrayImage(NamedTuple):
     """An array with its geometry.
 
     Attributes:
-        array: Voxels `(x, y, z)`, or with channels last.
+        array: Voxels `(x, y, z)` or `(x, y, z, channels)`.
         affine: 4 x 4 matrix from voxels to RAS+ mm.
     """
 
@@ -55,49 +55,49 @@ class ArrayImage(NamedTuple):
 
 @runtime_checkable
 class MemoryImage(Protocol):
-    """An image in memory, which `medseg.load` reads like a file."""
+    """An image in memory that `medseg.load` reads like a file."""
 
     @property
     def name(self) -> str:
-        """What messages call the image."""
+        """Name of the image in messages."""
 
     def read(self, path: Path, options: ReadOptions) -> tuple[NDArray[Any], Grid]:
-        """Return the voxels `(C, *spatial)` and their grid, as a reader of files does."""
+        """Return the voxels `(C, *spatial)` and their grid, like the reader of a file format."""
 
     def restore(self, values: NDArray[Any], affine: NDArray[np.float64]) -> Any:
-        """Return results `(C, *spatial)` in the image's geometry as the kind that the image is."""
+        """Return results `(C, *spatial)` in the geometry and as the type of the image."""
 
 
 @dataclass(frozen=True)
 class _Voxels:
-    """Voxels of any kind.
+    """Voxels of an image in memory.
 
     Attributes:
-        name: What messages call the image.
+        name: Name of the image in messages.
         planes: Stored values `(C, *spatial)`.
         affine: 4 x 4 matrix from voxels to RAS+ mm.
-        give: Makes the kind of the image from results `(C, *spatial)`.
-        picture: Whether channels are adapted as those of a 2D image file are.
-        slope: Factor from stored values to values.
-        inter: Offset after the factor.
+        give: Converts results `(C, *spatial)` to the type of the image.
+        is_2d: Whether channels are converted as for 2D image files.
+        slope: Scale factor of the stored values.
+        inter: Offset added after scaling.
     """
 
     name: str
     planes: NDArray[Any]
     affine: NDArray[np.float64]
     give: Callable[[NDArray[Any]], Any]
-    picture: bool = False
+    is_2d: bool = False
     slope: float = 1.0
     inter: float = 0.0
 
     def read(self, path: Path, options: ReadOptions) -> tuple[NDArray[Any], Grid]:
-        """Return the voxels, in new memory, and their grid."""
+        """Return a copy of the voxels, and their grid."""
         spatial, planes = self.planes.shape[1:], self.planes
         if planes.dtype.kind not in "biuf":
-            raise CaseError(f"{self.name} holds values of type {planes.dtype}: expected real numbers.")
+            raise CaseError(f"{self.name} has the unsupported type {planes.dtype}: expected real numbers.")
         spatial_axes(spatial, options.spatial_dims, self.name)
         grid = spatial_grid(spatial, self.affine, options.spatial_dims, self.name, options.max_voxels)
-        if self.picture:
+        if self.is_2d:
             planes = raster.to_channels(planes, options.channels, path)
         else:
             planes = planes[list(choose_channels((len(planes),), options.channels, options.index, self.name))]
@@ -112,19 +112,19 @@ class _Voxels:
         return array, grid
 
     def restore(self, values: NDArray[Any], affine: NDArray[np.float64]) -> Any:
-        """Return the results as the kind of the image."""
+        """Return the results as the type of the image."""
         return self.give(np.ascontiguousarray(values.reshape(len(values), *self.planes.shape[1:])))
 
 
 @dataclass(frozen=True)
 class _Series:
-    """The datasets of one DICOM series. They are read through files in a private folder, deleted afterward."""
+    """The datasets of one DICOM series, read through files in a temporary folder."""
 
     datasets: Sequence[Any]
     name: str = "the DICOM series in memory"
 
     def read(self, path: Path, options: ReadOptions) -> tuple[NDArray[Any], Grid]:
-        """Return the voxels and their grid, with all checks that a folder of DICOM files gets."""
+        """Return the voxels and their grid, with the same checks as for a folder of DICOM files."""
         from medseg.io.dicom import reader
 
         with tempfile.TemporaryDirectory() as folder:
@@ -143,38 +143,38 @@ class _Series:
 
 
 def memory_image(image: Any, affine: ArrayLike | None = None) -> MemoryImage:
-    """Return an image in memory as `medseg.load` takes it.
+    """Wrap an image in memory for `medseg.load`.
 
     Args:
-        image: One of the kinds in the text of this module.
-        affine: 4 x 4 matrix from voxels to RAS+ mm of a NumPy array.
+        image: Image of a type listed in the module docstring.
+        affine: 4 x 4 matrix from voxels to RAS+ mm; for NumPy arrays only.
 
     Raises:
-        RequestError: An unknown kind, an array of a volume without an affine, or an affine beside another kind.
+        RequestError: Unsupported type, a 3D array without an affine, or an affine for another type.
         GeometryError: The image has no valid geometry.
     """
     wrap = next((_WRAPPERS[name] for name in _packages(image) if name in _WRAPPERS), None)
     if wrap is None:
-        raise RequestError(f"There is no image in a {type(image).__name__}: give a path, {_KINDS}.")
+        raise RequestError(f"Unsupported image type {type(image).__name__}: expected a path, {_KINDS}.")
     if isinstance(image, np.ndarray):
         return _of_array(image, affine)
     if affine is not None:
-        raise RequestError(f"A {type(image).__name__} has an affine of its own: leave affine out.")
+        raise RequestError(f"Invalid argument affine: a {type(image).__name__} has its own affine. Omit the argument.")
     return wrap(image)
 
 
 def native_array(result: MetaTensor, *, labels: bool) -> NDArray[Any]:
-    """Return results `(C, *spatial)` that lie in the geometry of the image, labels in the smallest type.
+    """Return results `(C, *spatial)` in the geometry of the image, labels in the smallest type.
 
     Raises:
-        GeometryError: They have another shape than the image that was read.
+        GeometryError: The results and the image have different shapes.
     """
     values: NDArray[Any] = result.as_tensor().cpu().numpy()
     expected = tuple(int(size) for size in result.meta.get("spatial_shape", values.shape[1:]))
     if values.shape[1:] != expected:
         raise GeometryError(
-            f"The mask has the shape {values.shape[1:]}, the image {expected}: the bundle has to invert its "
-            "preprocessing (Invertd).",
+            f"Geometry mismatch: the mask has shape {values.shape[1:]}, the image {expected}. The bundle has to invert "
+            "its preprocessing (Invertd).",
             found=list(values.shape[1:]),
             expected=list(expected),
         )
@@ -182,37 +182,35 @@ def native_array(result: MetaTensor, *, labels: bool) -> NDArray[Any]:
 
 
 def _packages(image: Any) -> list[str]:
-    """Return the packages of an image's classes, its own first; of a list those of the first entry."""
+    """Return the packages of an image's classes, most derived first; for a list those of its first entry."""
     if isinstance(image, list | tuple):
         return _packages(image[0]) if image and "pydicom" in _packages(image[0]) else []
     return [kind.__module__.partition(".")[0] for kind in type(image).__mro__]
 
 
 def _of_array(array: NDArray[Any], affine: ArrayLike | None) -> MemoryImage:
-    """A volume with its affine, or a 2D image with or without one."""
+    """Wrap a volume with its affine, or a 2D image with or without one."""
     if affine is None:
         if array.ndim == 2 or (array.ndim == 3 and array.shape[2] <= _MAX_CHANNELS):
-            return _Voxels("the array", _channels_first(array, 2), np.eye(4), _channels_last, picture=True)
+            return _Voxels("the array", _channels_first(array, 2), np.eye(4), _channels_last, is_2d=True)
         raise RequestError(
-            f"An array of shape {array.shape} needs its affine, voxels to RAS+ mm; without one it is a 2D image (x, y) "
-            "or (x, y, channels).",
+            f"An array of shape {array.shape} needs its affine (voxels to RAS+ mm): without one, expected a 2D image "
+            "(x, y) or (x, y, channels).",
             found=list(array.shape),
         )
     if array.ndim not in (2, 3, 4):
-        raise RequestError(
-            f"An array with an affine has 2 to 4 axes, (x, y[, z[, channels]]): got the shape {array.shape}."
-        )
+        raise RequestError(f"Invalid array of shape {array.shape}: expected 2 to 4 axes, (x, y[, z[, channels]]).")
     given = to_affine4(affine)
     if given.shape != (4, 4):
-        raise GeometryError(f"An affine has the shape {given.shape}: expected (4, 4).")
+        raise GeometryError(f"Invalid affine of shape {given.shape}: expected (4, 4).")
     return _Voxels("the array", _channels_first(array, min(array.ndim, 3)), given, _channels_last)
 
 
 def _of_nibabel(image: Any) -> MemoryImage:
     if not isinstance(image, nib.Nifti1Image | nib.MGHImage):
-        raise RequestError(f"A nibabel {type(image).__name__} is not read: convert it to NIfTI.")
+        raise RequestError(f"Unsupported nibabel type {type(image).__name__}: convert it to NIfTI.")
     data, slope, inter = image.dataobj, 1.0, 0.0
-    if hasattr(data, "get_unscaled"):  # a file that is not read yet
+    if hasattr(data, "get_unscaled"):  # a file whose data are not loaded yet
         slope, inter = float(data.slope), float(data.inter)
         data = data.get_unscaled()
     array = np.asarray(data)
@@ -227,7 +225,7 @@ def _of_nibabel(image: Any) -> MemoryImage:
 
 
 def _nibabel_like(image: Any, values: NDArray[Any]) -> Any:
-    # MGH has no 16 bits without a sign
+    # MGH has no uint16
     stored = values.astype(np.int32) if values.dtype == np.uint16 else values
     return type(image)(_channels_last(stored), image.affine)
 
@@ -271,11 +269,11 @@ def _of_itk_array(
     if dims not in (2, 3):
         raise RequestError(f"{name.capitalize()} has {dims} dimensions: expected 2 or 3.", found=dims)
     planes = array.T if array.ndim > dims else array.T[None]
-    return _Voxels(name, planes, affine, give, picture=dims == 2)
+    return _Voxels(name, planes, affine, give, is_2d=dims == 2)
 
 
 def _ras(direction: ArrayLike, spacing: Sequence[float], origin: Sequence[float]) -> NDArray[np.float64]:
-    """Return the RAS+ affine of an ITK geometry, which is LPS+."""
+    """Return the RAS+ affine of an ITK geometry (LPS+)."""
     dims = len(spacing)
     affine: NDArray[np.float64] = np.eye(4)
     affine[:dims, :dims] = np.asarray(direction) * np.asarray(spacing)
@@ -290,7 +288,7 @@ def _of_tensor(image: Any) -> MemoryImage:
 
     meta_tensor = type(image)
     if image.ndim not in (3, 4):
-        raise RequestError(f"A MetaTensor has the shape (C, x, y[, z]): got {tuple(image.shape)}.")
+        raise RequestError(f"Invalid MetaTensor of shape {tuple(image.shape)}: expected (C, x, y[, z]).")
     affine = to_affine4(image.affine.cpu().numpy())
     lps = str(getattr(image.meta.get("space"), "value", image.meta.get("space"))) == "LPS"
 
@@ -299,7 +297,7 @@ def _of_tensor(image: Any) -> MemoryImage:
         return made.to(image.device)
 
     planes = image.detach().as_tensor().cpu().numpy()
-    return _Voxels("the MetaTensor", planes, _LPS @ affine if lps else affine, give, picture=image.ndim == 3)
+    return _Voxels("the MetaTensor", planes, _LPS @ affine if lps else affine, give, is_2d=image.ndim == 3)
 
 
 def _of_datasets(image: Any) -> MemoryImage:
@@ -307,8 +305,8 @@ def _of_datasets(image: Any) -> MemoryImage:
     for dataset in datasets:
         if "TransferSyntaxUID" not in (getattr(dataset, "file_meta", None) or ()):
             raise RequestError(
-                "A pydicom dataset has no file_meta with a TransferSyntaxUID, which says how its pixels are coded: "
-                "read it with pydicom.dcmread, or set it."
+                "A pydicom dataset has no TransferSyntaxUID in its file_meta, so its pixels cannot be decoded: read it "
+                "with pydicom.dcmread, or set it."
             )
     return _Series(datasets)
 
@@ -321,17 +319,17 @@ def _save(dataset: Any, path: Path) -> None:
 
 
 def _channels_first(array: NDArray[Any], dims: int) -> NDArray[Any]:
-    """Return `(C, *spatial)` from `(*spatial[, ..., channels])`, a view where that is possible."""
+    """Return `(C, *spatial)` from `(*spatial[, ..., channels])`, as a view if possible."""
     if array.ndim == dims:
         return array[None]
     rest = [size for size in array.shape[dims:] if size > 1]
     if len(rest) > 1:
-        raise CaseError(f"An image of shape {array.shape} has {len(rest)} axes beyond space: expected one at most.")
+        raise CaseError(f"An image of shape {array.shape} has {len(rest)} non-spatial axes: expected at most one.")
     return np.moveaxis(array.reshape(*array.shape[:dims], -1), -1, 0)
 
 
 def _channels_last(values: NDArray[Any]) -> NDArray[Any]:
-    """Return `(*spatial)` of one channel, else `(*spatial, C)`."""
+    """Return `(*spatial)` for one channel, else `(*spatial, C)`."""
     return values[0] if len(values) == 1 else np.ascontiguousarray(np.moveaxis(values, 0, -1))
 
 

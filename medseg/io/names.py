@@ -1,6 +1,6 @@
-"""Which files are images, and what their cases and masks are called.
+"""File formats by suffix, and the names of cases and masks.
 
-Only file names are looked at here, never file contents; nothing beyond the standard library is imported.
+Only file names are inspected, never file contents, and only the standard library is imported.
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ StrPath: TypeAlias = str | os.PathLike[str]
 
 IMAGE_SUFFIXES: Final = tuple(suffix for entry in FORMATS.values() for suffix in entry.images)
 
-# What a user may ask masks to be, and how their names end then.
+# Output format of masks -> suffix of their files.
 OUTPUT_FORMATS: Final[Mapping[str, str]] = MappingProxyType(
     {name: ending for entry in FORMATS.values() for name, ending in entry.outputs.items()}
 )
 
 
 def file_kind(path: StrPath) -> str | None:
-    """Return the format, a key of `medseg.io.formats.FORMATS`, that a file name ends like, or None if none is read."""
+    """Return the format of a file name by its suffix, a key of `medseg.io.formats.FORMATS`; None if unsupported."""
     name = os.fspath(path).lower()
     return next((entry.name for entry in FORMATS.values() if name.endswith(entry.images)), None)
 
 
 def case_kind(path: StrPath) -> CaseKind:
-    """Return what an image is by its name: "image" (2D, without geometry), "slide", or else "volume"."""
+    """Return the kind of an image by its name: "image" (2D, without geometry), "slide", or else "volume"."""
     kind = file_kind(path)
     return "volume" if kind is None else FORMATS[kind].kind
 
 
 def split_suffix(name: str) -> tuple[str, str]:
-    """Split `name` before its image suffix; the suffix is empty when `name` has none that medseg knows."""
+    """Split `name` before its image suffix; the suffix is empty if `name` has no supported one."""
     for suffix in IMAGE_SUFFIXES:
         if name.lower().endswith(suffix):
             return name[: -len(suffix)], name[-len(suffix) :]
@@ -60,24 +60,24 @@ def split_suffix(name: str) -> tuple[str, str]:
 
 
 def case_stem(name: StrPath) -> str:
-    """Return the last part of a path without its image suffix: `sub/case1.nii.gz` gives `case1`.
+    """Return the last part of a path without its image suffix: `case1` for `sub/case1.nii.gz`.
 
-    Dots that are not part of a known image suffix stay: `scan.2024.nii` gives `scan.2024`.
+    Other dots are kept: `scan.2024` for `scan.2024.nii`.
     """
     return split_suffix(Path(name).name)[0]
 
 
 def mask_name(name: str, output_format: str = "") -> str:
-    """Return the mask's name for an image's name.
+    """Return the name of the mask of an image.
 
     Args:
-        name: a file name, or a relative path with `/` between folders.
-        output_format: a key of `OUTPUT_FORMATS`; by default the mask has the format of its image, as far as that holds
-            masks: a volume keeps its name, and the mask of a picture is a PNG, because JPEG would change labels. A name
-            that ends as the format asks for stays.
+        name: File name, or relative path with `/` between folders.
+        output_format: Key of `OUTPUT_FORMATS`. By default the mask has the format of its image if that can store masks:
+            a volume keeps its name, and the mask of a 2D image is a PNG, because JPEG would change labels. A name that
+            already has the suffix of the format is kept.
 
     Raises:
-        RequestError: there is no such format.
+        RequestError: Unknown format.
     """
     stem, suffix = split_suffix(name)
     if output_format:
@@ -89,26 +89,26 @@ def mask_name(name: str, output_format: str = "") -> str:
 
 def _output_suffix(output_format: str) -> str:
     if output_format not in OUTPUT_FORMATS:
-        raise RequestError(f"There is no output format {output_format!r}: use one of {', '.join(OUTPUT_FORMATS)}.")
+        raise RequestError(f"Unknown output format {output_format!r}: use one of {', '.join(OUTPUT_FORMATS)}.")
     return OUTPUT_FORMATS[output_format]
 
 
 def absolute(path: StrPath) -> Path:
-    """Return `path` absolute and without `..`; links stay links, so that names and suffixes are the user's."""
+    """Return `path` absolute and without `..`; links are not resolved, so that names and suffixes are the user's."""
     return Path(os.path.abspath(Path(path).expanduser()))  # noqa: PTH100  (resolve() would follow links)
 
 
 def output_path(name: str, output_dir: StrPath) -> Path:
-    """Return where the result called `name` goes below `output_dir`.
+    """Return the path of the result `name` below `output_dir`.
 
     Args:
-        name: a relative path with `/` between folders, such as a case's `"name"`.
-        output_dir: the folder of all results; nothing is created.
+        name: Relative path with `/` between folders, such as the `"name"` of a case.
+        output_dir: Folder of all results; nothing is created.
 
     Raises:
-        OutputError: `name` is empty, absolute, or climbs out of `output_dir`.
+        OutputError: `name` is empty, absolute, or outside `output_dir`.
     """
     parts = PurePosixPath(name).parts
     if not parts or PurePosixPath(name).is_absolute() or Path(name).is_absolute() or ".." in parts or "\0" in name:
-        raise OutputError(f"Result name {name!r} does not lie below {output_dir}: use a relative name without '..'.")
+        raise OutputError(f"Invalid result name {name!r}: expected a relative path below {output_dir}, without '..'.")
     return Path(output_dir, *parts)

@@ -1,17 +1,17 @@
-"""Which cases of a data set are of one patient.
+"""Grouping of the cases of a data set by patient.
 
-A patient is told, in this order, by
+The patient of a case is identified, in this order, by
 
 1. the data set: an entry `"patient"` of a case in `dataset.json`, or `"patients": {case: patient}` in `split.json`;
 2. the PatientID of a DICOM image;
-3. the case's name, carefully:
+3. patterns in the case's name:
 
    * `sub-XX` of BIDS, `TCGA-XX-XXXX`, `LIDC-IDRI-XXXX`;
    * `patient` or `subject` followed by a number;
-   * what stands before `_slice`, `_frame`, `_visit`, `_scan`, `_crop`, `_patch`, `_tile`, `_part` and a final number;
-   * what stands before `L`, `R`, `_left` or `_right` at the end of a number (two eyes, two knees).
+   * the part before `_slice`, `_frame`, `_visit`, `_scan`, `_crop`, `_patch`, `_tile`, `_part` and a final number;
+   * the part before `L`, `R`, `_left` or `_right` after a number (two eyes, two knees).
 
-Else the case is taken for a patient of its own.
+Otherwise the case is assumed to be the only one of its patient.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _PATTERNS: Final = (
 
 
 def patient_of(name: str) -> str:
-    """Return the patient that a case's name tells, in lower case; empty where it tells none."""
+    """Return the patient in a case's name, in lower case; empty if the name matches no pattern."""
     for pattern in _PATTERNS:
         match = re.search(pattern, name)
         if match:
@@ -49,16 +49,16 @@ def patient_of(name: str) -> str:
 
 
 def find_patients(path: StrPath) -> dict[str, str]:
-    """Return for each labeled case of a data set its patient: the name of the first of the patient's cases.
+    """Return the patient of each labeled case of a data set, identified by the name of the patient's first case.
 
-    The name of a case stands for the patient so that nothing of a DICOM header is told.
+    Case names identify patients so that no DICOM header value is disclosed.
 
     Args:
-        path: data set as `medseg.components.find_dataset` takes it.
+        path: Data set, as for `medseg.components.find_dataset`.
 
     Raises:
-        RequestError: there is no data set, or an entry about patients cannot be understood.
-        CaseError: a DICOM image cannot be read.
+        RequestError: There is no data set, or an entry about patients is malformed.
+        CaseError: A DICOM image cannot be read.
     """
     dataset = read_dataset(path)
     listed = dict(_listed(absolute(path), dataset))
@@ -74,12 +74,12 @@ def _key(stem: str, image: Path, listed: Mapping[str, str]) -> tuple[str, str]:
     number = _patient_id(image)
     if number:
         return "dicom", number
-    told = patient_of(stem)
-    return ("name", told) if told else ("case", stem)
+    named = patient_of(stem)
+    return ("name", named) if named else ("case", stem)
 
 
 def _listed(given: Path, dataset: Dataset) -> Iterator[tuple[str, str]]:
-    """Yield case and patient as the data set's own files say."""
+    """Yield case and patient from the files of the data set."""
     stems = {image: stem for stem, image in dataset.images.items()}
     listing = given if given.is_file() else dataset.root / DATASET_FILE
     content = read_json(listing) if listing.is_file() else {}
@@ -90,18 +90,18 @@ def _listed(given: Path, dataset: Dataset) -> Iterator[tuple[str, str]]:
                 if image in stems:
                     yield stems[image], _text(entry["patient"], listing)
     split = dataset.root / SPLIT_FILE
-    told = read_json(split).get("patients", {}) if split.is_file() else {}
-    if not isinstance(told, Mapping):
-        raise RequestError(f"{split}: 'patients' is {told!r}: expected an object of case names and their patients.")
-    for stem, patient in told.items():
+    named = read_json(split).get("patients", {}) if split.is_file() else {}
+    if not isinstance(named, Mapping):
+        raise RequestError(f"{split}: 'patients' is {named!r}: expected an object that maps case names to patients.")
+    for stem, patient in named.items():
         if stem not in dataset.images:
-            raise RequestError(f"{split}: 'patients' names the case {stem!r}, which has no image in {dataset.base}.")
+            raise RequestError(f"{split}: 'patients' lists the case {stem!r}, which has no image in {dataset.base}.")
         yield stem, _text(patient, split)
 
 
 def _text(patient: Any, source: Path) -> str:
     if isinstance(patient, bool) or not isinstance(patient, str | int) or patient == "":
-        raise RequestError(f"{source}: the patient {patient!r} is neither text nor a whole number.")
+        raise RequestError(f"{source}: invalid patient {patient!r}: expected a string or an integer.")
     return str(patient)
 
 

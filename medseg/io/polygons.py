@@ -1,11 +1,11 @@
-"""Masks of one plane as polygons, and polygons as masks.
+"""Conversion of 2D masks to polygons and of polygons to masks.
 
-A pixel is a unit square around its center; pixel (0, 0) reaches from -0.5 to 0.5 along both axes. Its corners are
-where rings turn, so the area inside rings is the area of the pixels, and no pixel's center is nearer to a ring than
-half a pixel: rounding of coordinates and other programs' rules about borders cannot change the mask.
+A pixel is a unit square around its center; pixel (0, 0) extends from -0.5 to 0.5 along both axes. The vertices of
+rings are pixel corners, so the enclosed area equals that of the pixels, and every pixel center is at least half a pixel
+away from a ring: neither rounded coordinates nor another program's border rule can change the mask.
 
-Holes are rings of their own. Filling counts crossings (even-odd), so a ring inside another one cuts it out, in
-whatever order and direction they come.
+Holes are separate rings. Filling uses the even-odd rule, so a ring inside another one cuts a hole, whatever their order
+and direction.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 __all__ = ["fill_rings", "trace_rings"]
 
 Points = NDArray[np.float64]
-# Crossings of edges with pixel rows that are worked on at a time: 64 MiB.
+# Crossings of edges with pixel rows processed at a time: 64 MiB.
 _CHUNK = 1 << 20
 
 
@@ -26,13 +26,12 @@ def trace_rings(mask: NDArray[np.bool_]) -> list[Points]:
     """Return the rings around the pixels of a mask.
 
     Args:
-        mask: `(x, y)`.
+        mask: Binary mask `(x, y)`.
 
     Returns:
-        One `(N, 2)` array of x and y in pixels per ring: corners only, the first not repeated at the end. Seen with x
-        to the right and y up, rings around pixels run counter-clockwise (their area is positive) and rings around
-        holes clockwise. No ring crosses or touches itself; two rings may touch at a corner. The order is by y, then x,
-        of the lowest corner.
+        One `(N, 2)` array of x and y in pixels per ring: vertices only, the first not repeated at the end. With x to
+        the right and y up, outer rings are counter-clockwise (positive area) and holes clockwise. No ring crosses or
+        touches itself; two rings may touch at a corner. Rings are sorted by y, then x, of their lowest vertex.
     """
     used = [np.nonzero(mask.any(axis=1 - axis))[0] for axis in (0, 1)]
     if not len(used[0]):
@@ -40,7 +39,7 @@ def trace_rings(mask: NDArray[np.bool_]) -> list[Points]:
     low = np.array([places[0] for places in used])
     mask = mask[low[0] : used[0][-1] + 1, low[1] : used[1][-1] + 1]
     corners, along, across = _corners(mask)
-    # Every corner starts one ring-wise step: `along` x to its partner, then `across` y to the next corner.
+    # From every corner a ring continues `along` x to its partner, then `across` y to the next corner.
     following = across[along]
     rings = []
     for start in range(len(corners)):
@@ -52,26 +51,26 @@ def trace_rings(mask: NDArray[np.bool_]) -> list[Points]:
             steps += [at, int(along[at])]
             here, at = at, int(following[at])
             following[here] = -1
-        # Both ends of an x-step lie on the ring: the way back is not another ring.
+        # Both ends of an x-step are on the ring: the opposite direction is not another ring.
         following[along[steps[::2]]] = -1
-        rings += [_directed(ring, mask) + low for ring in _parted(corners[steps])]
+        rings += [_directed(ring, mask) + low for ring in _split_ring(corners[steps])]
     return sorted(rings, key=lambda ring: (ring[0, 1], ring[0, 0]))
 
 
 def fill_rings(rings: Iterable[Points], shape: tuple[int, int]) -> NDArray[np.bool_]:
-    """Return the mask of the pixels whose centers lie inside an odd number of rings.
+    """Return the mask of the pixels whose centers are inside an odd number of rings.
 
     Args:
-        rings: `(N, 2)` arrays of finite x and y in pixels, closed without repeating the first point. What lies outside
-            the plane is cut off.
-        shape: pixels along x and y of the mask.
+        rings: Arrays `(N, 2)` of finite x and y in pixels, closed without repeating the first point. Parts outside the
+            mask are clipped.
+        shape: Number of pixels of the mask along x and y.
 
     Returns:
-        `(x, y)`. A center on a ring counts as inside where the inside lies to its right or above it (larger x or y),
-        so of two polygons with a common border exactly one takes it.
+        Mask `(x, y)`. A center on a ring counts as inside if the interior is to its right or above it (larger x or y),
+        so that exactly one of two adjacent polygons contains it.
     """
     width, height = shape
-    # The last column takes the crossings beyond the right end.
+    # The last column collects the crossings beyond the right border.
     crossed = np.zeros((width + 1) * height, dtype=np.bool_)
     for x, y in _crossings(rings, height):
         column = np.clip(np.ceil(x), 0, width).astype(np.int64)
@@ -84,8 +83,8 @@ def fill_rings(rings: Iterable[Points], shape: tuple[int, int]) -> NDArray[np.bo
 def _corners(mask: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Return the corners `(N, 2)` of all rings, and each corner's partner along x and along y.
 
-    Between two neighbors in a sorted line of corners runs a border, then none, then a border again; so sorting finds
-    all partners. Where two pixels touch at a corner there are two corners in one place, one for each pixel.
+    Along a sorted line of corners, every second interval is a border, so sorting pairs the partners. Where two pixels
+    touch diagonally, the corner occurs twice, once for each pixel.
     """
     full = np.pad(mask.astype(np.int8), 1)
     lower_left, lower_right = full[:-1, :-1], full[1:, :-1]
@@ -95,7 +94,7 @@ def _corners(mask: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int
     x, y = np.nonzero(turning | touching)
     double = touching[x, y]
     rising = double & (lower_left[x, y] == 1)
-    # A corner of two pixels comes twice: first the left pixel's, then the right one's.
+    # A shared corner occurs twice: first for the left pixel, then for the right one.
     x, y = np.concatenate([x, x[double]]), np.concatenate([y, y[double]])
     right = np.concatenate([np.zeros(len(double), bool), np.ones(int(double.sum()), bool)])
     rising = np.concatenate([rising, rising[double]])
@@ -113,8 +112,8 @@ def _partners(order: NDArray[np.int64]) -> NDArray[np.int64]:
     return partner
 
 
-def _parted(ring: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-    """Part a ring where it touches itself."""
+def _split_ring(ring: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """Split a ring where it touches itself."""
     parts: list[NDArray[np.int64]] = []
     path: list[tuple[int, ...]] = []
     seen: dict[tuple[int, ...], int] = {}
@@ -131,11 +130,11 @@ def _parted(ring: NDArray[np.int64]) -> list[NDArray[np.int64]]:
 
 
 def _directed(corners: NDArray[np.int64], mask: NDArray[np.bool_]) -> Points:
-    """Turn a ring so that the mask lies to its left, and start it at its lowest, then leftmost, corner."""
+    """Orient a ring so that the mask is to its left, and start it at its lowest, then leftmost, corner."""
     first = int(np.lexsort((corners[:, 0], corners[:, 1]))[0])
     ring = np.roll(corners, -first, axis=0)
     (x, y), following = ring[0], ring[1]
-    # The ring's inside lies above and to the right of this corner, in pixel (x + 1, y + 1): a hole, if not in the mask.
+    # The interior is above and to the right of this corner, in pixel (x + 1, y + 1): a hole, if not in the mask.
     around = bool(mask[x + 1, y + 1])
     counterclockwise = following[1] == y
     if around != counterclockwise:
@@ -144,12 +143,12 @@ def _directed(corners: NDArray[np.int64], mask: NDArray[np.bool_]) -> Points:
 
 
 def _crossings(rings: Iterable[Points], height: int) -> Iterator[tuple[Points, NDArray[np.int64]]]:
-    """Give, in bounded portions, where edges cross the lines through pixel centers: x, and the row y."""
+    """Yield, in bounded chunks, the crossings of edges with the rows of pixel centers: x, and the row y."""
     closed = [(ring, np.roll(ring, -1, axis=0)) for ring in rings if len(ring)]
     if not closed:
         return
     start, end = (np.concatenate(points) for points in zip(*closed, strict=True))
-    # Half-open, [lower, upper): a center level with a point meets one of the two edges there.
+    # Half-open, [lower, upper): a vertex on a row counts for one of its two edges.
     low = np.clip(np.ceil(np.minimum(start[:, 1], end[:, 1])), 0, height).astype(np.int64)
     high = np.clip(np.ceil(np.maximum(start[:, 1], end[:, 1])), 0, height).astype(np.int64)
     cut = np.nonzero(high > low)[0]
@@ -164,7 +163,7 @@ def _cross(
     rows = high - low
     edge = np.repeat(np.arange(len(rows)), rows)
     y = np.arange(len(edge)) - np.repeat(np.cumsum(rows) - rows, rows) + low[edge]
-    # From the lower end up, so that an edge gives the same x in both directions.
+    # Computed from the lower end, so that x is the same for both directions of an edge.
     swap = (start[:, 1] > end[:, 1])[:, None]
     bottom, top = np.where(swap, end, start), np.where(swap, start, end)
     slope = (top[:, 0] - bottom[:, 0]) / (top[:, 1] - bottom[:, 1])

@@ -1,6 +1,6 @@
-"""Reading: any image or label file becomes a channel-first MetaTensor with its place in space.
+"""Reading image and label files as channel-first MetaTensors with their geometry.
 
-A format is a module with `read` and `read_grid`, imported with the first file, and an entry in
+A format is a module with `read` and `read_grid`, imported with its first file, and an entry in
 `medseg.io.formats.FORMATS`.
 """
 
@@ -35,21 +35,21 @@ logger = logging.getLogger(__name__)
 
 
 class Reader(Protocol):
-    """What a module that reads a format offers."""
+    """Interface of a module that reads a format."""
 
     def read(self, path: Path, options: ReadOptions) -> tuple[NDArray[Any], Grid]:
         """Return the voxels `(C, *spatial)` and their grid.
 
-        The options are those of `load`. The voxels are float32, or of a label int32, or with `stored` the file's own
-        uint8, int16 or int32 where `medseg.io.voxels.image_type` says so.
+        The options are those of `load`. The voxels are float32, for a label int32, or with `stored` uint8, int16 or
+        int32 as determined by `medseg.io.voxels.image_type`.
         """
 
     def read_grid(self, path: Path, *, spatial_dims: int | None = None, max_voxels: int = ...) -> Grid:
-        """Return the grid without reading voxels."""
+        """Return the grid from the header, without reading voxels."""
 
 
 def find_reader(kind: str) -> Reader:
-    """Import and return the module that reads a format, a key of `FORMATS`."""
+    """Return the reader module of a format, a key of `FORMATS`."""
     return cast("Reader", importlib.import_module(FORMATS[kind].module))
 
 
@@ -63,35 +63,34 @@ def load(
     dtype: Literal["float32", "stored"] = "float32",
     max_voxels: int | None = None,
 ) -> MetaTensor:
-    """Read one file.
+    """Read one image or label.
 
     Args:
-        path: a volume (NIfTI, NRRD, MetaImage, MGH) or a picture (PNG, JPEG, TIFF, BMP), told by its name; or DICOM,
-            told by its content: a folder, one file, a DICOMDIR or a zip archive, of several series one as
-            `folder::series` (see `medseg.io.dicom.open_series`). Or an image in memory (see `medseg.io.memory`).
-        spatial_dims: 2 or 3 to refuse everything else; by default what the file is.
-        channels: how many values per voxel are due. A fourth axis counts as channels only if asked for here; by
-            default volumes have one channel, and pictures one or three.
-        index: which volume of a series to take, from 0: the place on the one axis beyond space that has several
-            entries. By default such a file is refused.
-        label: read whole numbers instead of intensities; a label has one channel. DICOM SEG and RT-STRUCT are read by
+        path: Volume (NIfTI, NRRD, MetaImage, MGH) or 2D image (PNG, JPEG, TIFF, BMP), recognized by its suffix; or
+            DICOM, recognized by its content: a folder, file, DICOMDIR or zip archive, with `folder::series` to select
+            one of several series (see `medseg.io.dicom.open_series`). Or an image in memory (see `medseg.io.memory`).
+        spatial_dims: Required number of spatial dimensions, 2 or 3; by default that of the file.
+        channels: Expected number of channels. A fourth axis is read as channels only if requested here; by default
+            volumes have one channel, and 2D images one or three.
+        index: Index from 0 of the volume to read from a time series or other stack of volumes, along the only
+            non-spatial axis longer than 1. By default such a file is refused.
+        label: Read integer labels instead of intensities; a label has one channel. DICOM SEG and RT-STRUCT are read by
             `load_label`.
-        dtype: "stored" keeps the whole numbers of a file as uint8, int16 or int32 where that loses nothing, which
-            needs half the memory for a CT; other files become float32 all the same.
+        dtype: "stored" keeps integers as uint8, int16 or int32 if that is lossless, which halves the memory of a CT;
+            all other images become float32.
         max_voxels: Largest number of values that a header may claim; 2^31 by default.
 
     Returns:
-        `(C, x, y[, z])`; float32, with the file's scale factors applied, or int32 for a label, or as `dtype` says. The
-        affine is 4 x 4 float64, from voxels to RAS+ mm. The metadata are those that MONAI's transforms need:
+        Image `(C, x, y[, z])`: float32 with scale factors applied, int32 for a label, or the type chosen by `dtype`.
+        The affine is 4 x 4 float64, from voxels to RAS+ mm. The metadata are those that MONAI's transforms need:
         `filename_or_obj`, `original_affine`, `spatial_shape`, `space`, `original_channel_dim`.
 
     Raises:
-        CaseError: the file is missing, unreadable, damaged, of another kind than asked for, or has values that are no
-            numbers.
-        GeometryError: its place in space is undefined (see `Grid.check`).
+        CaseError: The file is missing, unreadable, damaged, not of the requested kind, or has non-finite values.
+        GeometryError: The image has no valid geometry (see `Grid.check`).
     """
     if dtype not in ("float32", "stored"):
-        raise RequestError(f"An image is read as 'float32' or as 'stored', got {dtype!r}.")
+        raise RequestError(f"Invalid dtype {dtype!r}: expected 'float32' or 'stored'.")
     file, read = _source(path)
     import numpy as np
 
@@ -117,7 +116,7 @@ def load(
 
 
 def placed_tensor(array: NDArray[Any], grid: Grid, file: Path) -> MetaTensor:
-    """Return voxels `(C, *spatial)` with their place in space and the metadata that `load` promises."""
+    """Return voxels `(C, *spatial)` as a MetaTensor with the affine and metadata described in `load`."""
     import numpy as np
     import torch
     from monai.data import MetaTensor
@@ -133,7 +132,7 @@ def placed_tensor(array: NDArray[Any], grid: Grid, file: Path) -> MetaTensor:
 
 
 def read_grid(path: StrPath, *, spatial_dims: int | None = None, max_voxels: int | None = None) -> Grid:
-    """Return where a file lies in space, from its header alone; checks and errors as in `load`."""
+    """Return the grid of a file from its header alone; checks and errors as in `load`."""
     file, reader = _resolve(path)
     limit = {} if max_voxels is None else {"max_voxels": max_voxels}
     with _decoding(file):
@@ -141,7 +140,7 @@ def read_grid(path: StrPath, *, spatial_dims: int | None = None, max_voxels: int
 
 
 def _source(image: StrPath | MemoryImage) -> tuple[Path, Callable[[Path, ReadOptions], tuple[NDArray[Any], Grid]]]:
-    """Return the file, or the name of an image in memory, and what reads it."""
+    """Return the file, or the name of an image in memory, and its read function."""
     if isinstance(image, str | os.PathLike):
         file, reader = _resolve(image)
         return file, reader.read
@@ -153,24 +152,24 @@ def _source(image: StrPath | MemoryImage) -> tuple[Path, Callable[[Path, ReadOpt
 
 def _resolve(path: StrPath) -> tuple[Path, Reader]:
     if not isinstance(path, str | os.PathLike):
-        raise RequestError(f"A header is read from a path: expected text, got {type(path).__name__}.")
+        raise RequestError(f"Invalid path: expected a string or path, got {type(path).__name__}.")
     file = absolute(path)
     source, _ = split_series(file)
     if not source.exists():
         raise CaseError(f"{source} does not exist: check the path.", code="missing", path=source)
     if not (source.is_file() or source.is_dir()):  # opening it might never end
-        text = f"{source} is a pipe or device: expected a regular file. Copy what it gives to one."
+        text = f"{source} is a pipe or device: expected a regular file. Copy its content to one."
         raise CaseError(text, code="format", path=source)
     kind = image_kind(file)
     if kind is None:
-        text = f"{file} is in no format that medseg reads: expected {', '.join(IMAGE_SUFFIXES)}, or DICOM."
+        text = f"{file} has an unsupported format: expected {', '.join(IMAGE_SUFFIXES)}, or DICOM."
         raise CaseError(text, code="format", path=file)
     if source.is_file() and source.stat().st_size == 0:
         raise CaseError(f"{file} is empty (0 bytes): copy it again.", code="damaged", path=file)
     if not FORMATS[kind].module:
         raise CaseError(
-            f"{file} is a whole-slide image, too large to be read as one picture: `medseg predict` takes it with a "
-            "bundle for color pictures, and medseg.io.slides.open_slide reads it in pieces.",
+            f"{file} is a whole-slide image, too large to be read as a whole: use `medseg predict` with a bundle for "
+            "2D color images, or read regions with medseg.io.slides.open_slide.",
             code="format",
             path=file,
         )
@@ -182,9 +181,11 @@ def _decoding(file: Path) -> Iterator[None]:
     try:
         yield
     except (EOFError, zlib.error) as error:
-        text = f"{file} is damaged or cut short ({error}): copy it again."
+        text = f"{file} is damaged or truncated ({error}): copy it again."
         raise CaseError(text, code="damaged", path=file) from error
     except OSError as error:
         raise CaseError(f"{file} cannot be read ({error.strerror or error}).", path=file) from error
     except MemoryError as error:
-        raise CaseError(f"{file} does not fit into memory.", code="memory", path=file) from error
+        raise CaseError(
+            f"{file} does not fit into memory: free memory, or use a machine with more.", code="memory", path=file
+        ) from error

@@ -1,7 +1,7 @@
-"""Voxels in streams: packed or plain, cut to slabs, never more memory than the image and a few slices.
+"""Voxel streams, compressed or raw, read slab by slab: no more memory than the image and a few slices.
 
-The volume formats share this: a header, then the voxels of one real type with the first axis fastest. How a stream is
-packed is told by its first bytes, not by its name. ISA-L inflates and deflates about three times as fast as zlib.
+The volume formats share this layout: a header, then the voxels of one real type with the first axis fastest. The
+compression is detected by the first bytes, not by the file name. ISA-L is about three times as fast as zlib.
 """
 
 from __future__ import annotations
@@ -40,31 +40,31 @@ __all__ = [
 
 Coding: TypeAlias = Literal["raw", "gzip", "zlib", "bzip2"]
 
-# Deflate cannot pack tighter than this, so a header that asks for more lies. bzip2 has no such bound worth checking.
+# Maximum compression ratio of deflate; a header that claims more is wrong. The bound of bzip2 is too high to be useful.
 _MAX_PACKING = {"raw": 1, "gzip": 1032, "zlib": 1032}
 _SLAB_BYTES = 24 << 20
-# Keeps equal pixels of neighboring slices out of one cache set, which makes turning the axes twice as fast.
+# Keeps equal pixels of neighboring slices out of one cache set, which makes transposing twice as fast.
 _PADDING_BYTES = 192
 _PADDED_FROM = 1 << 12
-# How many rows are turned at a time when writing, so that what is read once is used up while it is in a cache.
+# Rows transposed at a time when writing, so that what is read once is used while it is in the cache.
 _BLOCK = 16
-# Of ISA-L's levels 0 to 3; label maps become as small as with zlib's level 4, in a fraction of the time.
+# ISA-L has levels 0 to 3; label maps become as small as with zlib's level 4, in a fraction of the time.
 _LEVEL = 2
 _ISAL_ERROR = cast("type[Exception]", isal_zlib.error)
-_ANY_DEFLATE = 47  # zlib or gzip, told by the first bytes
+_ANY_DEFLATE = 47  # zlib or gzip, detected by the first bytes
 
 
 @dataclass(frozen=True)
 class Voxels:
-    """How the voxels of a file are stored, the first axis fastest.
+    """Storage layout of the voxels of a file, the first axis fastest.
 
     Attributes:
-        shape: voxels along each axis in space.
-        dtype: type of the stored values, with its byte order.
-        series: lengths of the axes after those of space.
-        vector: values that each voxel has side by side.
-        slope: factor from stored values to values.
-        inter: what is added after the factor.
+        shape: Number of voxels along each spatial axis.
+        dtype: Type of the stored values, with byte order.
+        series: Sizes of the axes after the spatial ones.
+        vector: Number of interleaved values per voxel.
+        slope: Scale factor of the stored values.
+        inter: Offset added after scaling.
     """
 
     shape: tuple[int, ...]
@@ -76,28 +76,28 @@ class Voxels:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all voxels, unpacked."""
+        """Uncompressed size of all voxels in bytes."""
         return math.prod((*self.shape, *self.series)) * self.vector * self.dtype.itemsize
 
 
 def coding_of(path: Path) -> Coding:
-    """Tell whether a whole file is gzipped."""
+    """Return "gzip" if the file is gzipped as a whole, else "raw"."""
     with path.open("rb") as file:
         return "gzip" if file.read(2) == b"\x1f\x8b" else "raw"
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
-    """Open a file, through gzip if its content is gzipped."""
+    """Open a file, decompressing it if its content is gzipped."""
     with path.open("rb") as file, unpacked(file, coding_of(path)) as stream:
         yield stream
 
 
 @contextmanager
 def unpacked(file: BinaryIO, coding: Coding) -> Iterator[BinaryIO]:
-    """Read what follows in `file` through its coding; `file` stays open.
+    """Decompress the rest of `file`; `file` stays open.
 
-    Damaged content raises EOFError, OSError or zlib.error, which `medseg.io.readers.load` translates.
+    Damaged content raises EOFError, OSError or zlib.error, which `medseg.io.readers.load` converts.
     """
     try:
         if coding == "raw":
@@ -137,44 +137,44 @@ class _Inflated(io.RawIOBase):
                 buffer[: len(data)] = data
                 return len(data)
             if not packed:
-                raise EOFError("its packed data end too early")
+                raise EOFError("its compressed data end too early")
         return 0
 
 
 def check_capacity(path: Path, coding: Coding, needed: int, *, skipped: int = 0) -> None:
-    """Refuse a file that is too short for its header, before memory is taken.
+    """Refuse a file that is too short for its header, before memory is allocated.
 
     Args:
-        path: the file that holds the voxels.
-        coding: how they are packed.
-        needed: bytes that the header asks for after unpacking.
-        skipped: bytes of the file before the packed part.
+        path: File of the voxels.
+        coding: Compression of the voxels.
+        needed: Uncompressed size in bytes according to the header.
+        skipped: Number of bytes in the file before the voxels.
 
     Raises:
-        CaseError: the file cannot hold as much.
+        CaseError: The file is too short.
     """
     size = path.stat().st_size - skipped
     if coding in _MAX_PACKING and needed > size * _MAX_PACKING[coding]:
         raise CaseError(
-            f"{path} is cut short or has a wrong header: its voxels need {needed:,} bytes, and the file has "
-            f"{max(size, 0):,}{'' if coding == 'raw' else ' (packed)'} for them. Copy it again."
+            f"{path} is truncated or has a wrong header: its voxels need {needed:,} bytes, but the file has "
+            f"{max(size, 0):,}{'' if coding == 'raw' else ' (compressed)'}. Copy it again."
         )
 
 
 def detached_data_file(header: Path, name: str) -> Path:
-    """Return the file of voxels that a header names.
+    """Return the detached data file that a header names.
 
     Raises:
-        CaseError: it is not in the folder of the header or below, does not exist, or is the header itself.
+        CaseError: The file is outside the folder of the header, does not exist, or is the header itself.
     """
     folder = header.parent.resolve()
     if not name or "\0" in name or not (folder / name).resolve().is_relative_to(folder):
-        raise CaseError(f"{header} names {name!r} as the file of its voxels: expected a file beside it or below.")
+        raise CaseError(f"{header} has an invalid data file {name!r}: expected a file in its own folder or below.")
     path = header.parent / name
     if not path.is_file():
-        raise CaseError(f"{header} names {name!r} as the file of its voxels, which is missing: copy it there too.")
+        raise CaseError(f"{header} has no data file: {name!r} is missing. Copy it beside the header.")
     if path.samefile(header):
-        raise CaseError(f"{header} names itself as the file of its voxels: it is damaged.")
+        raise CaseError(f"{header} is damaged: it names itself as its data file.")
     return path
 
 
@@ -184,7 +184,7 @@ def read_voxels(
     source: Path,
     options: ReadOptions,
 ) -> NDArray[Any]:
-    """Return the voxels `(C, *spatial)` that follow in a stream; the options are those of `medseg.io.load`."""
+    """Read the voxels `(C, *spatial)` from a stream; the options are those of `medseg.io.load`."""
     chosen = choose_channels((voxels.vector, *voxels.series), options.channels, options.index, source)
     dtype = image_type(voxels.dtype, slope=voxels.slope, inter=voxels.inter, stored=options.stored)
     array = np.empty((len(chosen), *voxels.shape), dtype=np.int32 if options.label else dtype)
@@ -192,13 +192,13 @@ def read_voxels(
     if not interleaved:
         _skip(stream, chosen.start * math.prod(voxels.shape) * voxels.dtype.itemsize)
     parts = _vector_slabs if interleaved else _planar_slabs
-    with closing(_ahead(parts(stream, voxels, array, chosen, source))) as slabs:
+    with closing(_prefetched(parts(stream, voxels, array, chosen, source))) as slabs:
         for out, raw in slabs:
             if options.label:
                 fill_labels(out, raw, voxels.slope, voxels.inter, source)
             else:
                 fill_image(out, raw, voxels.slope, voxels.inter, source)
-    stream.read(1 << 20)  # a checksum is verified at the end of the stream only
+    stream.read(1 << 20)  # the checksum is verified only at the end of the stream
     return array
 
 
@@ -206,7 +206,7 @@ _Slabs: TypeAlias = Generator[tuple[NDArray[Any], NDArray[Any]], None, None]
 
 
 def _planar_slabs(stream: BinaryIO, voxels: Voxels, array: NDArray[Any], chosen: range, source: Path) -> _Slabs:
-    """Yield a part of `array` and the stored values for it, in the order of the file."""
+    """Yield views of `array` with the stored values for them, in the order of the file."""
     for channel in array:
         for start, stop in _steps(channel.shape, voxels.dtype.itemsize):
             out = channel[..., start:stop]
@@ -221,7 +221,7 @@ def _vector_slabs(stream: BinaryIO, voxels: Voxels, array: NDArray[Any], chosen:
 
 
 def _steps(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[int, int]]:
-    """Cut the last axis of a shape so that parts have a handy number of bytes."""
+    """Split the last axis of a shape into slabs of about `_SLAB_BYTES`."""
     step = max(1, _SLAB_BYTES // (math.prod(shape[:-1]) * itemsize))
     for start in range(0, shape[-1], step):
         yield start, min(start + step, shape[-1])
@@ -236,7 +236,7 @@ def _stored(stream: BinaryIO, dtype: np.dtype[Any], shape: tuple[int, ...], sour
 
 
 def _slices(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Return room for an array with its first axis fastest: one row for each slice of the last axis."""
+    """Allocate an array with its first axis fastest: one row for each slice of the last axis."""
     size = math.prod(shape[:-1])
     padding = _PADDING_BYTES // dtype.itemsize if size * dtype.itemsize >= _PADDED_FROM else 0
     return np.empty((shape[-1], size + padding), dtype=dtype)[:, :size]
@@ -247,12 +247,12 @@ def _fill(stream: BinaryIO, part: memoryview, source: Path) -> None:
     while filled < len(part):
         count = cast("Any", stream).readinto(part[filled:])
         if not count:
-            raise CaseError(f"{source} is cut short: its voxels end before the header says. Copy it again.")
+            raise CaseError(f"{source} is truncated: its voxels end earlier than its header says. Copy it again.")
         filled += count
 
 
 def _skip(stream: BinaryIO, count: int) -> None:
-    """Pass over bytes that unpack to as many, without keeping them."""
+    """Skip `count` uncompressed bytes."""
     while count > 0:
         passed = len(stream.read(min(count, 1 << 20)))
         if not passed:
@@ -260,8 +260,8 @@ def _skip(stream: BinaryIO, count: int) -> None:
         count -= passed
 
 
-def _ahead(parts: _Slabs) -> _Slabs:
-    """Yield what `parts` yields, while a thread unpacks the next one."""
+def _prefetched(parts: _Slabs) -> _Slabs:
+    """Yield the slabs of `parts` while a thread prefetches the next one."""
     with ThreadPoolExecutor(1) as worker:
         upcoming = worker.submit(next, parts, None)
         while (part := upcoming.result()) is not None:
@@ -271,25 +271,25 @@ def _ahead(parts: _Slabs) -> _Slabs:
 
 @contextmanager
 def gzip_writer(stream: BinaryIO) -> Iterator[BinaryIO]:
-    """Pack what is written into `stream`; the same content gives the same bytes, without time or name."""
+    """Compress into `stream` with gzip; without time stamp and name, so that equal content gives equal bytes."""
     with _gzip_file(filename="", mode="wb", compresslevel=_LEVEL, fileobj=stream, mtime=0) as packed:
         yield packed
 
 
 class Sink(Protocol):
-    """What bytes can be written into."""
+    """A target that bytes are written to."""
 
     def write(self, data: memoryview, /) -> Any:
-        """Take some bytes."""
+        """Write some bytes."""
 
 
 def write_voxels(stream: Sink, array: NDArray[Any], dtype: np.dtype[Any]) -> None:
-    """Write an array with its first axis fastest, in values of `dtype`."""
+    """Write an array with its first axis fastest, converted to `dtype`."""
     for start, stop in _steps(array.shape, dtype.itemsize):
         part = array[..., start:stop]
         raw = _slices(part.shape, dtype)
-        turned = raw.reshape(part.shape[::-1])
+        transposed = raw.reshape(part.shape[::-1])
         for block in range(0, len(part), _BLOCK):
-            turned[..., block : block + _BLOCK] = part[block : block + _BLOCK].T
+            transposed[..., block : block + _BLOCK] = part[block : block + _BLOCK].T
         for row in [raw.reshape(-1)] if raw.flags.c_contiguous else raw:
             stream.write(row.view(np.uint8).data)

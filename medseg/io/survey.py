@@ -1,8 +1,8 @@
-"""What a file holds, gathered without judging: grid, intensities, label values, and marks that tell copies apart.
+"""Facts about files for data set checks: grid, intensities, label values, and hashes that find duplicates.
 
-One image and one label are in memory at a time, in the narrowest type that holds them; statistics go slab by slab.
-Nothing that names a patient leaves this module: a DICOM PatientID is kept as a keyed hash whose key ends with the
-process.
+One image and one label are in memory at a time, in the smallest type that holds them; statistics are computed slab by
+slab. Nothing that identifies a patient leaves this module: a DICOM PatientID is kept as a keyed hash whose key is lost
+with the process.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ _KEY = os.urandom(16)
 
 @dataclass(frozen=True)
 class Header:
-    """What a NIfTI header says beyond what reading needs.
+    """Facts from a NIfTI header that reading does not need.
 
     Attributes:
-        dtype: type of the stored values.
-        shape: all axes, those of length 1 included.
-        apart: mm between the corners of sform and qform where both are set; 0 where they agree.
-        step: smallest distance of voxels, mm.
-        stretch: by which part pixdim differs from the voxel sizes of the sform, if that counts alone.
+        dtype: Type of the stored values.
+        shape: Size of every axis, singleton dimensions included.
+        apart: Largest distance in mm between the grid corners of sform and qform, if both are set; 0 if they agree.
+        step: Smallest voxel spacing in mm.
+        stretch: Relative difference between pixdim and the voxel sizes of the sform, if only the sform is set.
     """
 
     dtype: str
@@ -68,27 +68,27 @@ class Header:
 
 @dataclass(frozen=True)
 class FileFacts:
-    """What one file holds.
+    """Facts about one file.
 
     Attributes:
-        file: its name, relative to what was examined.
-        format: family of formats, a key of `medseg.io.formats.FORMATS`.
-        shape: voxels along each axis in space.
-        channels: values per voxel.
-        spacing: mm between voxel centers.
-        orientation: such as "LPS"; empty for a picture, which has no place in space.
-        dtype: type of the stored values.
-        minimum: lowest value, of a label too.
-        percentiles: the 1st, 50th and 99th of a sample of a million values; empty for a label.
-        maximum: highest value.
-        nonfinite: values that are NaN or infinite.
-        labels: label value -> voxels, ascending; empty for an image.
-        digest: hash of shape and values in RAS order; equal for copies, however they are stored.
-        modality: of a DICOM image, such as "CT".
-        grid: the grid itself.
-        slices: hash of each axial slice, of which constant ones have none.
-        header: of a NIfTI file.
-        patient: keyed hash of PatientID.
+        file: File name, relative to the folder examined.
+        format: File format, a key of `medseg.io.formats.FORMATS`.
+        shape: Number of voxels along each spatial axis.
+        channels: Number of channels.
+        spacing: Distance between voxel centers in mm.
+        orientation: Axis codes such as "LPS"; empty for a 2D image without geometry.
+        dtype: Type of the stored values.
+        minimum: Minimum intensity or label.
+        percentiles: 1st, 50th and 99th percentile of a sample of a million values; empty for a label.
+        maximum: Maximum intensity or label.
+        nonfinite: Number of non-finite values (NaN or Inf).
+        labels: Label value -> number of voxels, ascending; empty for an image.
+        digest: Hash of shape and values in RAS orientation; equal for copies, whatever their format and orientation.
+        modality: Modality of a DICOM image, such as "CT".
+        grid: Voxel grid.
+        slices: Hash of each axial slice; None for a constant slice.
+        header: Facts from the header of a NIfTI file.
+        patient: Keyed hash of the PatientID of a DICOM image.
     """
 
     file: str
@@ -112,13 +112,13 @@ class FileFacts:
 
     @property
     def has_geometry(self) -> bool:
-        """Whether it says where it lies."""
+        """Whether the file has a geometry."""
         return bool(self.orientation)
 
     def slice_position(self, number: int) -> NDArray[np.float64]:
-        """Return where the first voxel of an axial slice of `slices` lies, RAS+ mm."""
-        turn = io_orientation(self.grid.affine)
-        affine = self.grid.affine @ inv_ornt_aff(turn, self.shape)
+        """Return the position of the first voxel of an axial slice of `slices`, in RAS+ mm."""
+        orientation = io_orientation(self.grid.affine)
+        affine = self.grid.affine @ inv_ornt_aff(orientation, self.shape)
         position: NDArray[np.float64] = (affine @ [0, 0, number, 1])[:3]
         return position
 
@@ -128,8 +128,8 @@ class Opened:
     """A file that was read.
 
     Attributes:
-        facts: what it holds.
-        array: its values, channel first; of a label without channels.
+        facts: Facts about the file.
+        array: Values, channel first; for a label without a channel axis.
     """
 
     facts: FileFacts
@@ -140,13 +140,13 @@ def open_image(path: StrPath, file: str, *, spatial_dims: int | None = None, cha
     """Read an image and gather its facts.
 
     Args:
-        path: as for `medseg.io.load`.
-        file: what it is to be called.
-        spatial_dims: as for `medseg.io.load`.
-        channels: values per voxel that are due; where that is None, any number up to 16 is taken.
+        path: Image, as for `medseg.io.load`.
+        file: Name of the file in the facts.
+        spatial_dims: Required number of spatial dimensions, as for `medseg.io.load`.
+        channels: Expected number of channels; None accepts any number up to 16.
 
     Raises:
-        CaseError: it cannot be read, for another reason than values that are no numbers.
+        CaseError: The image cannot be read. Non-finite values are no reason: they are counted in the facts.
     """
     array, grid, nonfinite = _read_image(path, spatial_dims, channels)
     return Opened(_facts(path, file, array, grid, nonfinite=nonfinite), array)
@@ -160,17 +160,17 @@ def open_label(
     like: StrPath | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Opened:
-    """Read a label and gather its facts; the array has no channels and is of whole numbers.
+    """Read a label and gather its facts; the array is of an integer type and has no channel axis.
 
     Args:
-        path: as for `medseg.io.load_label`.
-        file: what it is to be called.
-        spatial_dims: as for `medseg.io.load_label`.
-        like: the image that it belongs to.
-        options: how DICOM SEG and RT-STRUCT are read, as more arguments of `medseg.io.load_label`.
+        path: Label, as for `medseg.io.load_label`.
+        file: Name of the file in the facts.
+        spatial_dims: Required number of spatial dimensions, as for `medseg.io.load_label`.
+        like: Image that the label belongs to.
+        options: Options for DICOM SEG and RT-STRUCT, as further arguments of `medseg.io.load_label`.
 
     Raises:
-        CaseError: it cannot be read, or holds other values than whole numbers.
+        CaseError: The label cannot be read, or has values that are not integers.
     """
     loaded = load_label(path, spatial_dims=spatial_dims, like=like, **(options or {}))
     array: NDArray[Any] = loaded.as_tensor().numpy()
@@ -179,7 +179,7 @@ def open_label(
 
 
 def nifti_header(path: StrPath) -> Header | None:
-    """Return what a NIfTI header says; None for other formats, and where it cannot be parsed."""
+    """Return facts from a NIfTI header; None for other formats, or if it cannot be parsed."""
     if image_kind(path) != "nifti":
         return None
     try:
@@ -194,12 +194,12 @@ def nifti_header(path: StrPath) -> Header | None:
         if header["sform_code"] and not header["qform_code"]:
             stretch = float(np.abs(zooms / np.linalg.norm(header.get_sform()[:3, : len(zooms)], axis=0) - 1).max())
         return Header(str(header.get_data_dtype()), shape, apart, float(zooms.min()), stretch)
-    except Exception:  # a damaged header raises many types; what is wrong with it is told by reading the file
+    except Exception:  # a damaged header raises many types; reading the file reports the fault
         return None
 
 
 def count_values(array: NDArray[Any]) -> dict[int, int]:
-    """Return how often each whole number occurs, ascending."""
+    """Return the number of occurrences of each integer, ascending."""
     if array.size == 0:
         return {}
     low, high = int(array.min()), int(array.max())
@@ -215,11 +215,11 @@ def count_values(array: NDArray[Any]) -> dict[int, int]:
 
 
 def share_on_minimum(image: NDArray[Any], label: NDArray[Any]) -> float:
-    """Return which part of a label's foreground lies on voxels of the image's lowest value; 0 without foreground.
+    """Return the fraction of a label's foreground on voxels with the image's minimum; 0 without foreground.
 
     Args:
-        image: `(C, *spatial)`.
-        label: `(*spatial)`.
+        image: Image `(C, *spatial)`.
+        label: Label map `(*spatial)`.
     """
     lowest = image[0].min()
     marked = on_lowest = 0
@@ -231,12 +231,12 @@ def share_on_minimum(image: NDArray[Any], label: NDArray[Any]) -> float:
 
 
 def foreground_inside(label: NDArray[Any], grid: Grid, image: Grid) -> float:
-    """Return which part of a label's foreground has its voxel centers within the box of the image's grid.
+    """Return the fraction of a label's foreground whose voxel centers are inside the extent of the image.
 
     Args:
-        label: `(x, y, z)` on `grid`.
-        grid: the label's grid.
-        image: the image's grid.
+        label: Label map `(x, y, z)` on `grid`.
+        grid: Grid of the label.
+        image: Grid of the image.
     """
     to_image = np.linalg.inv(image.affine) @ grid.affine
     limits = np.array(image.shape) - 0.5
@@ -267,7 +267,7 @@ def _read_image(path: StrPath, spatial_dims: int | None, channels: int | None) -
 
 
 def _read_nonfinite(path: StrPath, spatial_dims: int | None, channels: int | None) -> tuple[NDArray[Any], Grid, int]:
-    """Read a file that `load` refuses for its values alone."""
+    """Read a file that `load` refuses only for its non-finite values."""
     file = absolute(path)
     reader = find_reader(str(image_kind(file)))
     array, grid = reader.read(file, ReadOptions(spatial_dims=spatial_dims, channels=channels, stored=True))
@@ -308,7 +308,7 @@ def _facts(
 
 
 def _statistics(array: NDArray[Any], *, sampled: bool) -> tuple[float, float, tuple[float, ...]]:
-    """Return lowest and highest finite value, and percentiles of a sample."""
+    """Return the minimum and maximum of the finite values, and percentiles of a sample."""
     lows, highs = [], []
     for slab in _slabs(array):
         values = slab[np.isfinite(slab)] if slab.dtype.kind == "f" and not np.isfinite(slab.sum()) else slab
@@ -327,15 +327,15 @@ def _statistics(array: NDArray[Any], *, sampled: bool) -> tuple[float, float, tu
 
 
 def _digests(array: NDArray[Any], grid: Grid | None) -> tuple[str, tuple[bytes | None, ...]]:
-    """Return a hash of all values, and one of each axial slice; both after turning a volume to RAS."""
+    """Return a hash of all values and one of each axial slice, both after reorienting a volume to RAS."""
     views = list(array)
     if grid is not None:
-        turn = io_orientation(grid.affine)
-        views = [apply_orientation(channel, turn) for channel in array]
+        orientation = io_orientation(grid.affine)
+        views = [apply_orientation(channel, orientation) for channel in array]
     whole = hashlib.blake2b(repr((len(views), *views[0].shape)).encode(), digest_size=16)
     slices: list[bytes | None] = []
     for number in range(views[0].shape[-1]):
-        # Adding 0 makes -0 and 0 one value; as float32 an image is the same in whatever type it is stored.
+        # Adding 0 turns -0 into 0; as float32 an image has the same bytes whatever its stored type.
         stack = np.stack([view[..., number] for view in views])
         plane = np.ascontiguousarray(stack, dtype="<f4") + np.float32(0)
         content = hashlib.blake2b(plane.data, digest_size=16).digest()
@@ -345,7 +345,7 @@ def _digests(array: NDArray[Any], grid: Grid | None) -> tuple[str, tuple[bytes |
 
 
 def _dicom_facts(path: StrPath) -> tuple[str, str]:
-    """Return the modality and a keyed hash of the patient's number."""
+    """Return the modality and a keyed hash of the PatientID."""
     from medseg.io.dicom import open_series
 
     series = open_series(path)
@@ -355,7 +355,7 @@ def _dicom_facts(path: StrPath) -> tuple[str, str]:
 
 
 def _slabs(array: NDArray[Any], *, like: NDArray[Any] | None = None) -> Iterator[NDArray[Any]]:
-    """Cut along the last axis into views of a few million values; `like` sets the cuts."""
+    """Split along the last axis into views of a few million values, in the same places as `like` if given."""
     size = (array if like is None else like).size
     parts = max(1, min(array.shape[-1], -(-size // _SLAB_VALUES)))
     yield from np.array_split(array, parts, axis=-1)

@@ -1,6 +1,6 @@
-"""Values of voxels: image intensities as float32, labels as whole numbers, and nothing in between.
+"""Voxel values: intensities as float32 and labels as integers.
 
-Arrays are converted slab by slab, so that no second copy of a large volume is made in a wider type.
+Arrays are converted slab by slab, so that a large volume is never copied as a whole to a wider type.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# Labels stored through a float32 slope come back within a few units of the last place.
+# Labels stored with a float32 slope are recovered within a few units in the last place.
 _LABEL_TOLERANCE = 1e-4
 _SLAB_VALUES = 1 << 22
-# Up to here float32 holds every whole number.
+# Up to here float32 represents every integer exactly.
 _EXACT = 1 << 24
 
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """What `medseg.io.load` asks of the module of a format.
+    """Options that `medseg.io.load` passes to the reader of a format.
 
     Attributes:
-        spatial_dims: 2 or 3 to refuse everything else; None for what the file is.
-        channels: values per voxel that are due; None for the usual number.
-        index: which volume of a series; None to refuse a series.
-        label: whether whole numbers are read instead of intensities.
-        stored: whether an image may keep the file's own whole numbers.
-        max_voxels: the largest number of voxels that a header may claim.
+        spatial_dims: Required number of spatial dimensions, 2 or 3; None for that of the file.
+        channels: Expected number of channels; None for the default.
+        index: Index of the volume to read from a series of volumes; None to refuse a series.
+        label: Whether integer labels are read instead of intensities.
+        stored: Whether an image may keep the integer type of the file.
+        max_voxels: Largest number of voxels that a header may claim.
     """
 
     spatial_dims: int | None = None
@@ -60,29 +60,29 @@ class ReadOptions:
 
 
 def choose_channels(rest: tuple[int, ...], channels: int | None, index: int | None, source: object) -> range:
-    """Return which entries to read of the only axis beyond space that has more than one.
+    """Return the entries to read along the only non-spatial axis longer than 1.
 
     Args:
-        rest: lengths of the axes beyond space.
-        channels: how many values per voxel are due, by default one.
-        index: which entry to take of a series, by default none, so that a series is refused.
-        source: the file, for messages.
+        rest: Sizes of the non-spatial axes.
+        channels: Expected number of channels, by default one.
+        index: Index of the volume to read from a series; None refuses a series.
+        source: File, for messages.
 
     Raises:
-        CaseError: there are more axes or entries than asked for, or there is no such entry.
+        CaseError: The number of axes or entries is not the expected one, or the index is out of range.
     """
     sizes = [size for size in rest if size > 1]
     beyond = " x ".join(str(size) for size in sizes)
-    held = f"{beyond} values per voxel (channels, or points in time)" if sizes else "one value per voxel"
+    held = f"{beyond} values per voxel (channels or time points)" if sizes else "one value per voxel"
     found = math.prod(sizes)
     if index is not None and channels in (None, 1) and len(sizes) <= 1:
         if not 0 <= index < found:
-            raise CaseError(f"{source} has {held}: there is no volume {index}, the last is {found - 1}.")
+            raise CaseError(f"{source} has {held}: index {index} is out of range, the last volume is {found - 1}.")
         return range(index, index + 1)
     if index is not None or len(sizes) > 1 or found != (channels or 1):
         raise CaseError(
-            f"{source} has {held}: expected {channels or 1}. Take one volume (index=0 is the first), or stack what the "
-            "model was made for.",
+            f"{source} has {held}: expected {channels or 1}. Select one volume (index=0 is the first), or stack the "
+            "channels that the model was trained on.",
             code="channels",
             path=_path(source),
             found=found,
@@ -92,13 +92,13 @@ def choose_channels(rest: tuple[int, ...], channels: int | None, index: int | No
 
 
 def image_type(dtype: np.dtype[Any], *, slope: float = 1.0, inter: float = 0.0, stored: bool = False) -> np.dtype[Any]:
-    """Return the type that an image is read as: float32, or with `stored` the first of uint8, int16 and int32 for it.
+    """Return the type an image is read as: float32, or with `stored` the smallest of uint8, int16 and int32 that fits.
 
     Args:
-        dtype: type of the values in the file.
-        slope: factor from the file's values to the image's.
-        inter: what is added after the factor.
-        stored: keep whole numbers, if none of the three types is too narrow and there is nothing to scale.
+        dtype: Type of the stored values.
+        slope: Scale factor of the stored values.
+        inter: Offset added after scaling.
+        stored: Whether to keep integers, if they are not scaled and fit one of the three types.
     """
     if stored and slope == 1 and inter == 0 and dtype.kind in "iu":
         for whole in (np.uint8, np.int16, np.int32):
@@ -108,10 +108,10 @@ def image_type(dtype: np.dtype[Any], *, slope: float = 1.0, inter: float = 0.0, 
 
 
 def fill_image(out: NDArray[Any], raw: NDArray[Any], slope: float, inter: float, source: object) -> None:
-    """Write `raw * slope + inter` into `out`, of the type that `image_type` gives.
+    """Write `raw * slope + inter` to `out`, which has the type returned by `image_type`.
 
-    What float32 cannot hold becomes infinite. Whole numbers that it rounds are warned of in either type, since
-    networks compute in float32.
+    Values beyond float32 become infinite. Integers that float32 rounds cause a warning for every type, since networks
+    compute in float32.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         values = _scaled(raw, slope, inter)
@@ -119,15 +119,15 @@ def fill_image(out: NDArray[Any], raw: NDArray[Any], slope: float, inter: float,
     if values.dtype.kind in "iu" and values.dtype.itemsize >= 4 and values.size:
         largest = max(int(values.max()), -int(values.min()))
         if largest > _EXACT:
-            text = f"whole numbers up to {largest:,} are rounded: float32 is exact up to {_EXACT:,}"
+            text = f"integers up to {largest:,} are rounded: float32 is exact up to {_EXACT:,}"
             warn(logger, "values-rounded", text, source)
 
 
 def fill_labels(out: NDArray[Any], raw: NDArray[Any], slope: float, inter: float, source: object) -> None:
-    """Write `raw * slope + inter` into the int32 array `out`.
+    """Write `raw * slope + inter` to the int32 array `out`.
 
     Raises:
-        CaseError: a value is not finite, not a whole number (within 1e-4) or beyond int32.
+        CaseError: A value is non-finite, not an integer (within 1e-4) or outside int32.
     """
     values = _scaled(raw, slope, inter)
     if values.dtype.kind == "f":
@@ -135,16 +135,16 @@ def fill_labels(out: NDArray[Any], raw: NDArray[Any], slope: float, inter: float
     limits = np.iinfo(np.int32)
     for extreme in (values.min(), values.max()):
         if not limits.min <= extreme <= limits.max:
-            raise CaseError(f"{source} holds the label {extreme:.0f}: the largest that is read is {limits.max}.")
+            raise CaseError(f"{source} has the invalid label {extreme:.0f}: expected {limits.min} to {limits.max}.")
     out[...] = values
 
 
 def refuse_nonfinite(values: NDArray[Any], source: object) -> None:
-    """Raise CaseError if an image holds NaN or infinite values, with their number."""
+    """Raise a CaseError if an image has non-finite values (NaN or Inf), with their number."""
     nan = bad = 0
     for part in _slabs(values):
         with np.errstate(over="ignore", invalid="ignore"):
-            if np.isfinite(part.sum()):  # the common case, told fast; a sum that overflows is looked at closely
+            if np.isfinite(part.sum()):  # fast test of the common case; an overflowing sum is checked in detail
                 continue
         finite = np.isfinite(part)
         if not finite.all():
@@ -152,8 +152,8 @@ def refuse_nonfinite(values: NDArray[Any], source: object) -> None:
             nan += int(np.isnan(part).sum())
     if bad:
         raise CaseError(
-            f"{source} holds values that are no numbers: {nan:,} NaN and {bad - nan:,} infinite (or beyond float32) of "
-            f"{values.size:,} voxels. Replace them, for instance by the background value, and run again.",
+            f"{source} has non-finite values: {nan:,} NaN and {bad - nan:,} Inf (or beyond float32) of "
+            f"{values.size:,} voxels. Replace them, for instance with the background value.",
             code="nonfinite",
             path=_path(source),
             nan=nan,
@@ -162,7 +162,7 @@ def refuse_nonfinite(values: NDArray[Any], source: object) -> None:
 
 
 def label_values(mask: NDArray[Any], source: object) -> list[int]:
-    """Return the labels that a mask holds, in order; errors as in `smallest_label_type`."""
+    """Return the labels in a mask, ascending; errors as in `smallest_label_type`."""
     smallest_label_type(mask, source)
     found: set[int] = set()
     for part in _slabs(mask):
@@ -171,25 +171,25 @@ def label_values(mask: NDArray[Any], source: object) -> list[int]:
 
 
 def smallest_label_type(mask: NDArray[Any], source: object) -> np.dtype[Any]:
-    """Return uint8, uint16 or int32, the first that holds every label of `mask`.
+    """Return the smallest of uint8, uint16 and int32 that holds every label of `mask`.
 
     Raises:
-        CaseError: a label is negative, not a whole number, or beyond int32.
+        CaseError: A label is negative, not an integer, or outside int32.
     """
     if mask.dtype.kind not in "biuf":
-        raise CaseError(f"{source}: a mask of type {mask.dtype} cannot be written: expected whole numbers.")
+        raise CaseError(f"{source}: a mask of type {mask.dtype} cannot be written: expected integers.")
     largest = 0
     for part in _slabs(mask):
         if part.dtype.kind == "f" and not (np.isfinite(part) & (part == np.floor(part))).all():
             wrong = part[~(np.isfinite(part) & (part == np.floor(part)))][0]
-            raise CaseError(f"{source}: the mask holds {wrong:g}: expected whole numbers, so take the argmax first.")
+            raise CaseError(f"{source}: the mask has the value {wrong:g}: expected integer labels. Apply argmax first.")
         if part.min() < 0:
-            raise CaseError(f"{source}: the mask holds the label {part.min():g}: expected 0 or more.")
+            raise CaseError(f"{source}: the mask has the negative label {part.min():g}: expected 0 or more.")
         largest = max(largest, int(part.max()))
     for dtype in (np.uint8, np.uint16, np.int32):
         if largest <= np.iinfo(dtype).max:
             return np.dtype(dtype)
-    raise CaseError(f"{source}: the mask holds the label {largest}: the largest that can be written is {2**31 - 1}.")
+    raise CaseError(f"{source}: the mask has the label {largest}: expected at most {2**31 - 1}.")
 
 
 def _scaled(raw: NDArray[Any], slope: float, inter: float) -> NDArray[Any]:
@@ -205,14 +205,14 @@ def _scaled(raw: NDArray[Any], slope: float, inter: float) -> NDArray[Any]:
 def _whole(values: NDArray[Any], source: object) -> NDArray[Any]:
     if not np.isfinite(values).all():
         raise CaseError(
-            f"{source} is a label with NaN or infinite values: expected whole numbers.",
+            f"{source} is a label with non-finite values (NaN or Inf): expected integers.",
             code="nonfinite",
             path=_path(source),
         )
     rounded: NDArray[Any] = np.rint(values)
     far = np.abs(values - rounded) > _LABEL_TOLERANCE
     if far.any():
-        raise CaseError(f"{source} is a label but holds {values[far][0]:g}: expected whole numbers.")
+        raise CaseError(f"{source} is a label with the non-integer value {values[far][0]:g}: expected integers.")
     return rounded
 
 
@@ -221,7 +221,7 @@ def _path(source: object) -> Path | None:
 
 
 def _slabs(values: NDArray[Any]) -> list[NDArray[Any]]:
-    """Cut along the longest axis into views of a few million values."""
+    """Split along the longest axis into views of a few million values."""
     if values.size == 0:
         return []
     axis = int(np.argmax(values.shape))

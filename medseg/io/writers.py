@@ -1,4 +1,4 @@
-"""Writing: labels and probabilities go onto exactly the grid of their image, completely or not at all."""
+"""Writing labels and probabilities in the geometry of their image, atomically."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ logger = logging.getLogger(__name__)
 
 
 class Writer(Protocol):
-    """What a module that writes a format offers."""
+    """Interface of a module that writes a format."""
 
     def write(self, stream: BinaryIO, array: NDArray[Any], path: Path, *, grid: Grid, like: Path | None) -> None:
-        """Write labels `(*spatial)`, or channels `(C, *spatial)`, into a stream.
+        """Write labels `(*spatial)`, or channels `(C, *spatial)`, to a stream.
 
         Args:
-            stream: a seekable binary stream at its beginning.
-            array: checked labels of type uint8, uint16 or int32 and the grid's shape, or channels of type uint8 or
+            stream: Seekable binary stream at its beginning.
+            array: Checked labels of type uint8, uint16 or int32 in the shape of the grid, or channels of type uint8 or
                 float32.
-            path: the file's name, for its suffix and for messages.
-            grid: where the voxels lie.
-            like: a file of the same format whose position fields are to be taken over bit for bit, if there is one.
+            path: File name, for its suffix and for messages.
+            grid: Geometry of the voxels.
+            like: File of the same format whose geometry fields are copied bit for bit; None to write `grid`.
         """
 
 
@@ -57,27 +57,27 @@ _SHOWN = 5
 
 
 def write_mask(mask: torch.Tensor | NDArray[Any], path: StrPath, *, like: StrPath) -> None:
-    """Write a label map on the grid of its source image.
+    """Write a label map in the geometry of its source image.
 
-    The ending of `path` chooses the format. Where it is the source's own, the fields that place the voxels are the
-    source's bit for bit; NIfTI keeps its version and byte order, too. Another format is written from the grid, as exact
-    as it can hold it. Texts, scale factors, display ranges and extensions, which may name the patient, are never taken
-    over. The mask of a file of several channels or times is 3D. The mask of a picture is a grey PNG or TIFF of 8 or 16
-    bits, also for a JPEG, whose compression would change labels.
+    The suffix of `path` selects the format. In the format of the source, the geometry fields are copied bit for bit, in
+    NIfTI also version and byte order; other formats store the grid as precisely as they can. Texts, scale factors,
+    display ranges and extensions, which may identify the patient, are never copied. The mask of an image with several
+    channels or time points is 3D. The mask of a 2D image is an 8 or 16 bit grayscale PNG or TIFF, also for a JPEG,
+    whose compression would change labels.
 
-    The type is uint8, uint16 or int32, the first that holds the largest label (MGH has no uint16). The file appears
-    under its name when it is complete; an older one is replaced. Equal masks give equal bytes.
+    The type is the smallest of uint8, uint16 and int32 that holds the largest label (MGH has no uint16). The file is
+    written atomically and replaces an existing one. Equal masks give equal bytes.
 
     Args:
-        mask: whole numbers of 0 or more, of any type, shape `(x, y)` or `(x, y, z)`.
-        path: where to write, with one of the `written` endings of `medseg.io.formats.FORMATS`. Its folder is made if
-            missing.
-        like: the image file that the mask belongs to.
+        mask: Label map `(x, y)` or `(x, y, z)` of non-negative integers, of any type.
+        path: File to write, with one of the `written` suffixes of `medseg.io.formats.FORMATS`. Its folder is created
+            if missing.
+        like: Path of the image that the mask belongs to.
 
     Raises:
-        GeometryError: the mask has another shape than the image.
-        CaseError: the mask holds something else than labels, or the image cannot be read any more.
-        OutputError: the file cannot be written there, or would replace the image itself.
+        GeometryError: The shapes of mask and image differ.
+        CaseError: The mask has values that are not labels, or the image can no longer be read.
+        OutputError: The file cannot be written, or is the image itself.
     """
     target, source = absolute(path), absolute(like)
     grid = read_grid(source, max_voxels=sys.maxsize)
@@ -89,22 +89,23 @@ def write_mask(mask: torch.Tensor | NDArray[Any], path: StrPath, *, like: StrPat
 def write_label_files(
     mask: torch.Tensor | NDArray[Any], path: StrPath, *, like: StrPath, labels: Mapping[int, str] | None = None
 ) -> dict[int, Path]:
-    """Write one mask of 0 and 1 for each label, such as `case1_liver.nii.gz` and `case1_spleen.nii.gz`.
+    """Write one binary mask for each label, such as `case1_liver.nii.gz` and `case1_spleen.nii.gz`.
 
     Args:
-        mask: as for `write_mask`.
-        path: folder and stem of the files, such as `out/case1`, with an ending as for `write_mask` if it shall not be
-            that of the image's own masks.
-        like: the image file that the mask belongs to.
-        labels: value to name; every one gets a file, also if the mask has none of it. What is no letter, digit, dot or
-            hyphen becomes `_`. A value that has no name is called by its number; 0 is background and has no file.
+        mask: As for `write_mask`.
+        path: Folder and stem of the files, such as `out/case1`. A suffix as for `write_mask` selects another format
+            than that of the image.
+        like: Path of the image that the mask belongs to.
+        labels: Label value -> name. Every label has a file, also if its mask is empty. Characters other than letters,
+            digits, dots and hyphens become `_`. A label without a name is named by its value. The background, 0, has no
+            file.
 
     Returns:
-        Value to file.
+        Label value -> path of its file.
 
     Raises:
-        RequestError: two labels would share one file, or a value is below 1.
-        GeometryError, CaseError, OutputError: as for `write_mask`.
+        RequestError: Two labels have the same file name, or a value is below 1.
+        GeometryError, CaseError, OutputError: As for `write_mask`.
     """
     array = to_numpy(mask)
     stem, suffix = split_suffix(absolute(path).name)
@@ -121,27 +122,27 @@ def write_label_files(
 
 
 def write_probabilities(probabilities: torch.Tensor | NDArray[Any], path: StrPath, *, like: StrPath) -> None:
-    """Write a map of several channels on the grid of its source image.
+    """Write a multi-channel map in the geometry of its source image.
 
-    NIfTI holds the channels along the fourth axis, NRRD and MetaImage side by side at each voxel. Values are written as
-    they are; float16, which no format has, becomes float32.
+    NIfTI stores the channels along the fourth axis, NRRD and MetaImage interleaved at each voxel. Values are not
+    changed; float16, which no format supports, becomes float32.
 
     Args:
-        probabilities: `(C, *spatial)` of type uint8, float16 or float32.
-        path: where to write: NIfTI, NRRD or MetaImage (`.mha`).
-        like: the image file that the map belongs to.
+        probabilities: Channels `(C, *spatial)` of type uint8, float16 or float32.
+        path: NIfTI, NRRD or MetaImage (`.mha`) file to write.
+        like: Path of the image that the map belongs to.
 
     Raises:
-        GeometryError: the map has another shape than the image.
-        CaseError: it has another type, or the image cannot be read any more.
-        OutputError: the file cannot be written there, or would replace the image itself.
+        GeometryError: The shapes of map and image differ.
+        CaseError: The map has another type or rank, or the image can no longer be read.
+        OutputError: The file cannot be written, or is the image itself.
     """
     target, source = absolute(path), absolute(like)
     array = to_numpy(probabilities)
     if array.dtype.name not in _PROBABILITY_TYPES or array.ndim < 3:
         raise CaseError(
-            f"{target}: a map of type {array.dtype} and shape {array.shape} cannot be written: expected (C, *spatial) "
-            f"of {', '.join(_PROBABILITY_TYPES)}."
+            f"{target}: a probability map of type {array.dtype} and shape {array.shape} cannot be written: expected "
+            f"(C, *spatial) of {', '.join(_PROBABILITY_TYPES)}."
         )
     grid = read_grid(source, max_voxels=sys.maxsize)
     channels = np.stack([_on_grid(channel, grid, source) for channel in array])
@@ -150,7 +151,7 @@ def write_probabilities(probabilities: torch.Tensor | NDArray[Any], path: StrPat
 
 
 def to_numpy(array: torch.Tensor | NDArray[Any]) -> NDArray[Any]:
-    """Return a plain array; bfloat16, which numpy lacks, becomes float32."""
+    """Return a NumPy array; bfloat16, which NumPy lacks, becomes float32."""
     if not isinstance(array, torch.Tensor):
         return np.asarray(array)
     plain = array.detach().as_subclass(torch.Tensor).cpu()
@@ -158,24 +159,25 @@ def to_numpy(array: torch.Tensor | NDArray[Any]) -> NDArray[Any]:
 
 
 def warn_of_unnamed(values: Sequence[int], source: object) -> None:
-    """Warn of labels that are written under their number, since nothing names them."""
+    """Warn of labels without a name, which are named by their value."""
     if values:
         shown = ", ".join(map(str, values[:_SHOWN])) + (f" and {len(values) - _SHOWN} more" if values[_SHOWN:] else "")
-        warn(logger, "label-unnamed", f"labels without a name are called by their number: {shown}", source)
+        warn(logger, "label-unnamed", f"labels without a name are named by their value: {shown}", source)
 
 
 def _on_grid(array: NDArray[Any], grid: Grid, source: Path) -> NDArray[Any]:
-    """Return the array in the shape of the grid; one slice may lack its third axis."""
+    """Return the array in the shape of the grid; a single slice may lack the third axis."""
     if grid.shape not in (array.shape, (*array.shape, 1)):
         raise GeometryError(
-            f"The mask for {source} has the shape {array.shape}: expected {grid.shape}. Invert the preprocessing first."
+            f"Geometry mismatch: the mask for {source} has shape {array.shape}, expected {grid.shape}. Invert the "
+            "preprocessing first."
         )
     return array.reshape(grid.shape)
 
 
 def _refuse_target(target: Path, source: Path, grid: Grid, formats: Sequence[Format]) -> None:
-    """Refuse names of no format, of one that cannot hold the mask or its place, and the source itself."""
-    if case_kind(source) == "image":  # without geometry, which a volume format would have to make up
+    """Refuse unsupported suffixes, formats that cannot store the mask or its geometry, and the source itself."""
+    if case_kind(source) == "image":  # without geometry, which a volume format would have to invent
         formats = [entry for entry in formats if entry.kind == "image"]
     elif grid.shape[2:] not in ((), (1,)):
         formats = [entry for entry in formats if entry.kind != "image"]
@@ -184,7 +186,7 @@ def _refuse_target(target: Path, source: Path, grid: Grid, formats: Sequence[For
         raise OutputError(
             f"{target} cannot hold the mask of {source}: expected a name in {' or '.join(endings) or 'no format'}."
         )
-    if target.exists() and source.exists() and target.samefile(source):  # `folder::series` names no file
+    if target.exists() and source.exists() and target.samefile(source):  # `folder::series` is not a file
         raise OutputError(f"{target} is the image itself: choose another folder for the masks.")
 
 
@@ -199,10 +201,10 @@ def _label_names(values: list[int], labels: Mapping[int, str]) -> dict[int, str]
     names: dict[int, str] = {}
     for value in values:
         if value < 1:
-            raise RequestError(f"A label file is due for the value {value}: expected values of 1 or more.")
+            raise RequestError(f"Invalid label value {value}: expected values of 1 or more.")
         name = re.sub(r"[^\w.-]+", "_", labels.get(value, ""))[:_MAX_NAME].strip("._") or f"label_{value}"
         twin = next((other for other, known in names.items() if known.lower() == name.lower()), None)
         if twin is not None:
-            raise RequestError(f"The labels {twin} and {value} would share one file, named {name!r}: rename one.")
+            raise RequestError(f"The labels {twin} and {value} have the same file name {name!r}: rename one of them.")
         names[value] = name
     return names

@@ -70,8 +70,8 @@ def write_phantoms(
 ) -> Path:
     """Write a data set in the layout of the Medical Segmentation Decathlon.
 
-    The folder then holds `imagesTr`, `labelsTr` (training and validation cases), `imagesTs`, `labelsTs` (test
-    cases) and `dataset.json`. Equal arguments write equal bytes; a case does not depend on the number of cases.
+    It consists of `imagesTr`, `labelsTr` (training and validation cases), `imagesTs`, `labelsTs` (test cases) and
+    `dataset.json`. Equal arguments write equal bytes; a case does not depend on the number of cases.
 
     Args:
         folder: Folder of the data set, created if missing.

@@ -163,7 +163,7 @@ def test_a_picture_for_a_volume_bundle_is_refused(medseg: Any, trained: Bundle, 
     Image.new("L", (32, 32)).save(tmp_path / "picture.png")
     code, _, err = medseg("predict", trained.root, tmp_path / "picture.png", "-o", tmp_path / "out")
     assert code == 1
-    assert "a picture with two axes: expected a volume" in err
+    assert "a 2D image: expected a volume" in err
 
 
 def test_requests_that_cannot_be_are_refused_before_anything_is_written(
@@ -185,7 +185,7 @@ def test_requests_that_cannot_be_are_refused_before_anything_is_written(
         (["predict", trained.root, scan, "-o", tmp_path / "file" / "out"], "cannot write"),
         (["predict", trained.root, scan, "-o", out, "--trust", "0" * 64], "--trust"),
         (["evaluate", trained.root, "--data", tmp_path / "nowhere"], "no data set"),
-        (["evaluate", trained.root, "--data", tmp_path / "in"], "no data set that medseg knows"),
+        (["evaluate", trained.root, "--data", tmp_path / "in"], "is not a data set in a supported layout"),
         (["train", trained.root, "--data", tmp_path / "nowhere"], "no data set"),
         (["bundle", "build"], "no bundles given"),
         (["bundle", "build", "x", "--all"], "use one of them"),

@@ -180,7 +180,7 @@ SOFT = ball().astype(np.float32) * 0.5
             "the label value 8, which is missing in",
         ),
         (_with_label(-ball().astype(np.int16)), "error", "negative label", "-2"),
-        (_with_label(SOFT), "error", "unreadable", "holds 0.5: expected whole numbers"),
+        (_with_label(SOFT), "error", "unreadable", "non-integer value 0.5: expected integers"),
         (_with_label(ball().astype(np.float32)), "note", "floating-point label", "float32"),
         (_with_image(np.full(SHAPE, 7, np.int16)), "warning", "constant image", "is 7"),
         (_with_image(np.stack([noise(0)] * 3, axis=-1)), "error", "channels", "has 3 channels, but dataset.json"),

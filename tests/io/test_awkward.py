@@ -43,8 +43,8 @@ SERIES = {
     "nifti/pcasl.nii.gz": ((52, 68, 20, 10), "RAS", (3, 3, 6)),
 }
 REFUSED = {
-    "nifti/resampled_anat_moved.nii": "153 NaN and 0 infinite",
-    "nifti/test.mgz": "sheared voxel axes, two of them meet at 38.21 degrees",
+    "nifti/resampled_anat_moved.nii": "153 NaN and 0 Inf",
+    "nifti/test.mgz": "sheared affine: two voxel axes meet at 38.21 degrees",
 }
 
 

@@ -35,7 +35,7 @@ def test_a_folder_is_searched_deeply_and_sorted(tmp_path):
         ".cache": "hidden folder",
         "__MACOSX": "hidden folder",
         ".hidden.nii": "hidden file",
-        "notes.txt": "not an image format that medseg reads",
+        "notes.txt": "not a supported image format",
     }
 
 
@@ -197,7 +197,7 @@ def test_masks_are_named_by_the_format_that_is_asked_for(tmp_path, output_format
 def test_a_format_that_makes_two_masks_share_a_name_is_refused(tmp_path):
     touch(tmp_path, "a.nii.gz", "a.nrrd")
     assert names(find_cases(tmp_path)) == ["a.nii.gz", "a.nrrd"]
-    with pytest.raises(RequestError, match=r"would share the mask name a\.mha"):
+    with pytest.raises(RequestError, match=r"have the same mask name a\.mha"):
         find_cases(tmp_path, output_format="mha")
 
 

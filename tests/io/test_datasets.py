@@ -146,7 +146,7 @@ def test_only_train_and_val_exist(pictures):
         ({"train": ["a"]}, "'val' is None"),
         ({"train": ["a"], "val": "c.1"}, "'val' is 'c.1'"),
         ({"train": ["a"], "val": [1]}, "'val' is [1]"),
-        (["a"], "holds a list"),
+        (["a"], "has a list at its top level"),
     ],
 )
 def test_wrong_splits_are_refused(pictures, content, part):
@@ -175,7 +175,7 @@ def test_one_stem_twice_is_refused(pictures):
     [
         ({"image": "../x.nii", "label": "labelsTr/a.nii.gz"}, "'../x.nii'"),
         ({"image": "/x.nii", "label": "labelsTr/a.nii.gz"}, "'/x.nii'"),
-        ({"image": "imagesTr/a.nii.gz", "label": "labelsTr/../../x.nii"}, "leads out of"),
+        ({"image": "imagesTr/a.nii.gz", "label": "labelsTr/../../x.nii"}, "is outside"),
         ({"image": "imagesTr/missing.nii.gz", "label": "labelsTr/a.nii.gz"}, "missing.nii.gz"),
         ({"image": "a" * 5000, "label": "labelsTr/a.nii.gz"}, "does not exist"),
         ({"image": "imagesTr/a.nii.gz", "label": "labelsTr/missing.nii.gz"}, "labelsTr/missing.nii.gz"),
@@ -206,7 +206,7 @@ def test_an_empty_or_misshapen_training_list_is_refused(decathlon, content):
 
 
 def test_folders_that_are_no_data_set_are_refused(tmp_path):
-    with pytest.raises(RequestError, match="no data set at"):
+    with pytest.raises(RequestError, match="No data set at"):
         find_dataset(tmp_path / "missing", "train")
     with pytest.raises(RequestError, match=r"expected a dataset\.json"):
         find_dataset(tmp_path, "train")
@@ -214,7 +214,7 @@ def test_folders_that_are_no_data_set_are_refused(tmp_path):
     with pytest.raises(RequestError, match="no folder labels/"):
         find_dataset(tmp_path, "train")
     touch(tmp_path, "labels/a.png")
-    with pytest.raises(RequestError, match="holds no images"):
+    with pytest.raises(RequestError, match="has no images"):
         find_dataset(tmp_path, "train")
 
 

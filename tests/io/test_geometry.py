@@ -86,7 +86,7 @@ def test_shear_is_tolerated_up_to_a_thousandth(shear, passes):
 
 @pytest.mark.parametrize("shape", [(), (0, 3, 4), (3, -1, 4)])
 def test_shapes_without_voxels_are_refused(shape):
-    with pytest.raises(GeometryError, match=r"a\.nii has the shape"):
+    with pytest.raises(GeometryError, match=r"a\.nii has the invalid shape"):
         Grid(shape, np.eye(4)).check("a.nii")
 
 

@@ -14,7 +14,7 @@ from medseg.io import load, read_grid
     [
         ("missing.nii.gz", "does not exist"),
         ("folder.nii", "is a folder"),
-        ("text.txt", "is in no format that medseg reads"),
+        ("text.txt", "has an unsupported format"),
         ("empty.nii", "is empty"),
         ("empty.png", "is empty"),
     ],
@@ -40,7 +40,7 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path, read):
 def test_an_array_without_a_geometry_and_other_objects_are_refused():
     with pytest.raises(RequestError, match="needs its affine"):
         load(np.zeros(3))
-    with pytest.raises(RequestError, match="no image in a dict"):
+    with pytest.raises(RequestError, match="Unsupported image type dict"):
         load({"image": "a.nii.gz"})
 
 

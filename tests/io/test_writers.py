@@ -248,7 +248,7 @@ def test_label_files_of_what_has_no_ending_are_nifti(tmp_path, mask, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("labels", "part"), [({1: "a b", 2: "A_B"}, "would share one file"), ({-1: "x"}, "the value -1")]
+    ("labels", "part"), [({1: "a b", 2: "A_B"}, "have the same file name"), ({-1: "x"}, "label value -1")]
 )
 def test_labels_that_cannot_have_a_file_are_refused_and_leave_nothing(tmp_path, mask, labels, part):
     like = source(tmp_path / "a.nii.gz")
@@ -326,11 +326,11 @@ def folder(tmp_path):
         (lambda mask: mask[0], GeometryError, "(6, 7)"),
         (lambda mask: mask[None], GeometryError, "(1, 5, 6, 7)"),
         (lambda mask: mask.transpose(2, 1, 0), GeometryError, "(7, 6, 5)"),
-        (lambda mask: mask - 1.0, CaseError, "the label -1"),
-        (lambda mask: mask + 0.5, CaseError, ".5: expected whole numbers"),
+        (lambda mask: mask - 1.0, CaseError, "the negative label -1"),
+        (lambda mask: mask + 0.5, CaseError, ".5: expected integer labels"),
         (lambda mask: mask * np.nan, CaseError, "nan"),
         (lambda mask: mask * np.inf + 1, CaseError, "inf"),
-        (lambda mask: mask.astype(np.int64) * 2**31, CaseError, "the largest that can be written is 2147483647"),
+        (lambda mask: mask.astype(np.int64) * 2**31, CaseError, "expected at most 2147483647"),
         (lambda mask: mask.astype(complex), CaseError, "complex128"),
     ],
 )

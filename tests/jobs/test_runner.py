@@ -252,7 +252,7 @@ def test_masks_never_replace_images_of_other_cases(trained: Bundle, tmp_path: Pa
 def test_masks_that_an_output_format_gives_one_name_are_refused(trained: Bundle, tmp_path: Path) -> None:
     _oblique(tmp_path / "in", "a.nii.gz", False)
     _oblique(tmp_path / "in", "a.nii", True)
-    with pytest.raises(RequestError, match=r"share the mask name a\.nrrd"):
+    with pytest.raises(RequestError, match=r"have the same mask name a\.nrrd"):
         _predict(trained, tmp_path / "in", tmp_path / "out", output_format="nrrd")
 
 
@@ -262,7 +262,7 @@ def test_plain_monai_refuses_them_too(trained: Bundle, tmp_path: Path) -> None:
     paths = {"dataset_dir": str(tmp_path / "in"), "output_dir": str(tmp_path / "out")}
     with pytest.raises(RuntimeError) as caught:
         _monai_run_here(trained, "inference", **paths, output_format="nrrd")
-    assert "would share the mask name a.nrrd" in str(own_error(caught.value))
+    assert "have the same mask name a.nrrd" in str(own_error(caught.value))
     assert not (tmp_path / "out").exists()
 
 

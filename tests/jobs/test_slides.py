@@ -217,7 +217,7 @@ def test_a_slide_without_resolution_needs_to_be_told_it(rgb_bundle: Bundle, tmp_
 def test_a_slide_that_is_too_coarse_fails_alone(rgb_bundle: Bundle, tmp_path: Path) -> None:
     slide = write_slide(tmp_path / "a.svs", picture(), mpp=9.0)
     manifest = medseg.predict(rgb_bundle.root, slide, tmp_path / "out")
-    assert "times finer" in str(manifest.cases["a.geojson"].error)
+    assert "the limit of upsampling" in str(manifest.cases["a.geojson"].error)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_results_never_replace_a_slide_nor_each_other(rgb_bundle: Bundle, tmp_pa
     with pytest.raises(RequestError, match="choose another folder"):
         medseg.predict(rgb_bundle.root, slide, tmp_path, settings=settings)
     write_slide(tmp_path / "a.svs", picture())
-    with pytest.raises(RequestError, match="share the mask name"):
+    with pytest.raises(RequestError, match="have the same mask name"):
         medseg.predict(rgb_bundle.root, tmp_path, tmp_path / "out", settings=settings)
 
 
@@ -283,7 +283,7 @@ def test_a_bundle_for_volumes_says_what_takes_slides(trained: Bundle, tmp_path: 
     slide = write_slide(tmp_path / "a.svs", picture())
     manifest = medseg.predict(trained.root, slide, tmp_path / "out")
     (record,) = manifest.cases.values()
-    assert "bundle for color pictures" in str(record.error)
+    assert "bundle for 2D color images" in str(record.error)
     write_dicom_slide(tmp_path / "dicom" / "a.dcm", picture())
     manifest = medseg.predict(trained.root, tmp_path / "dicom", tmp_path / "out")
     assert "only bundles for color pictures take" in str(manifest.cases["dicom.geojson"].error)

@@ -72,8 +72,8 @@ def test_missing_keys_are_allowed_only_if_asked_for(case):
     ("shape", "affine", "part"),
     [
         ((4, 5, 7), None, "(4, 5, 6) and (4, 5, 7)"),
-        ((4, 5, 6), np.diag([-1, 2, 3, 1]), "corners lie up to"),
-        ((4, 5, 6), np.diag([1, 2, 3.1, 1]), "corners lie up to 0.5 mm apart"),
+        ((4, 5, 6), np.diag([-1, 2, 3, 1]), "corners are up to"),
+        ((4, 5, 6), np.diag([1, 2, 3.1, 1]), "corners are up to 0.5 mm apart"),
     ],
 )
 def test_image_and_label_must_lie_on_one_grid(case, tmp_path, shape, affine, part):

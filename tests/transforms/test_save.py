@@ -119,7 +119,7 @@ def one_hot(mask):
         (lambda mask: mask[None], CaseError, "expected (1, 6, 6, 6), channel first"),
         (lambda mask: mask[:, 1:].as_tensor(), GeometryError, "(5, 6, 6)"),
         (lambda mask: mask[:, 1:], GeometryError, "(5, 6, 6)"),
-        (lambda mask: mask + 0.5, CaseError, ".5: expected whole numbers"),
+        (lambda mask: mask + 0.5, CaseError, ".5: expected integer labels"),
     ],
 )
 def test_what_is_no_label_map_is_refused_and_leaves_no_file(loaded, out, change, error, part):
@@ -133,7 +133,7 @@ def test_what_is_no_label_map_is_refused_and_leaves_no_file(loaded, out, change,
 
 def test_names_that_climb_out_are_refused(loaded, out):
     loaded["name"] = "../scan.nii.gz"
-    with pytest.raises(OutputError, match="does not lie below"):
+    with pytest.raises(OutputError, match="Invalid result name"):
         SaveMaskd("pred", out)(loaded)
     assert not out.exists()
 

@@ -1,4 +1,7 @@
-"""The file formats, one entry each in `FORMATS`; the modules beside read and write them. Standard library only."""
+"""The file formats: one entry each in `FORMATS`, read and written by the modules of this package.
+
+This module imports the standard library only.
+"""
 
 from __future__ import annotations
 
@@ -15,22 +18,22 @@ __all__ = ["FORMATS", "Format"]
 
 @dataclass(frozen=True)
 class Format:
-    """What medseg knows about a file format before NumPy is imported.
+    """Description of a file format that needs no imports.
 
     Attributes:
         name: Name of the format in reports.
-        module: Module with `read` and `read_grid` (`medseg.io.readers.Reader`) if there are `images`, and with `write`
-            (`medseg.io.writers.Writer`) if there are `written` endings. Imported with the first file; empty for slides,
-            which are never read as a whole.
-        images: Endings of images, in lower case; of two that fit one name, the longer first.
-        written: Endings of the masks that `write` takes, in lower case.
-        masks: Endings that the mask of such an image may have, where these are not `written`. A mask keeps the ending
-            of its image if that is among them, and otherwise gets the first.
-        outputs: What users may choose as the format of all masks, with the ending of their names.
-        channels: Whether `write` also takes maps of several channels.
+        module: Module with `read` and `read_grid` (`medseg.io.readers.Reader`) if the format has `images`, and with
+            `write` (`medseg.io.writers.Writer`) if it has `written` suffixes. Imported with its first file; empty for
+            slides, which are never read as a whole.
+        images: Suffixes of images, in lower case; of two that match one name, the longer first.
+        written: Suffixes of the masks that `write` supports, in lower case.
+        masks: Suffixes for the masks of such images, if they differ from `written`. A mask keeps the suffix of its
+            image if it is listed, and otherwise has the first one.
+        outputs: Output format for all masks, as chosen by the user -> suffix.
+        channels: Whether `write` also supports multi-channel maps.
         kind: "image" for 2D images without geometry, "slide" for whole-slide images, otherwise "volume".
-        object_writer: Function of `module` that writes a mask together with the names of its labels into one DICOM
-            object; empty for label maps.
+        object_writer: Function of `module` that writes a mask and the names of its labels to one DICOM object; empty
+            for label maps.
     """
 
     name: str
@@ -45,7 +48,7 @@ class Format:
 
     @property
     def mask_endings(self) -> tuple[str, ...]:
-        """Endings that the mask of such an image may have, the default first."""
+        """Suffixes for the masks of such images, the default first."""
         return self.masks or self.written
 
 
@@ -91,7 +94,7 @@ _ENTRIES: Final = (
         outputs={"png": ".png", "tiff": ".tif"},
         kind="image",
     ),
-    # Read in pieces by medseg.io.slides.slide.
+    # Read region by region by medseg.io.slides.slide.
     Format("slide", "", images=(".svs", ".ndpi", ".scn", ".mrxs", ".bif", ".vms"), masks=(".geojson",), kind="slide"),
     Format("dicom-seg", "medseg.io.dicom.seg", outputs={"dicom-seg": ".seg.dcm"}, object_writer="write_seg"),
     Format(

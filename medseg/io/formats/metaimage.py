@@ -1,10 +1,11 @@
-"""MetaImage in one file (`.mha`) or with its voxels in another (`.mhd`).
+"""MetaImage in one file (`.mha`) or with a detached data file (`.mhd`).
 
 The header is text, one `Key = value` per line, and ends with `ElementDataFile`. World coordinates are LPS millimeters,
-as ITK and everything built on it takes them; `AnatomicalOrientation` repeats what `TransformMatrix` says and is not
-used. See https://itk.org/Wiki/MetaIO/Documentation. It is parsed here for the reasons given in `nrrd`.
+as in ITK; `AnatomicalOrientation` is redundant to `TransformMatrix` and is not used. See
+https://itk.org/Wiki/MetaIO/Documentation. It is parsed here for the reasons given in `nrrd`.
 
-Three axes lie in space; a fourth one holds a series, and values side by side (`ElementNumberOfChannels`) are channels.
+Three axes are spatial; a fourth one holds a series of volumes, and interleaved values (`ElementNumberOfChannels`) are
+channels.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ logger = logging.getLogger(__name__)
 
 _MAX_HEADER = 1 << 20
 _LAST = "ElementDataFile"
-_PACKED_SIZE = "CompressedDataSize"  # ITK does not unpack without it
-# MET_LONG is left out: it has four or eight bytes, depending on the machine that wrote it.
+_PACKED_SIZE = "CompressedDataSize"  # required by ITK for decompression
+# MET_LONG is not supported: it has four or eight bytes, depending on the machine that wrote it.
 _TYPES: Final[Mapping[str, str]] = MappingProxyType(
     {
         **{"MET_CHAR": "i1", "MET_UCHAR": "u1", "MET_SHORT": "i2", "MET_USHORT": "u2", "MET_INT": "i4"},
@@ -44,7 +45,7 @@ _TYPES: Final[Mapping[str, str]] = MappingProxyType(
     }
 )
 _NAMES = {"uint8": "MET_UCHAR", "uint16": "MET_USHORT", "int32": "MET_INT", "float32": "MET_FLOAT"}
-# Names that mean the same; of several in one header ITK takes the one that comes first here.
+# Synonyms; of several in one header ITK uses the one listed first here.
 _MATRIX = ("TransformMatrix", "Rotation", "Orientation")
 _OFFSET = ("Origin", "Offset", "Position")
 _SPACING = ("ElementSpacing", "ElementSize")
@@ -55,15 +56,15 @@ _TO_RAS = np.array([-1.0, -1.0, 1.0])
 
 @dataclass(frozen=True)
 class _Header:
-    """What a header says.
+    """A parsed header.
 
     Attributes:
-        fields: its fields as text.
-        affine: voxels to RAS+ mm.
-        voxels: how they are stored.
-        data: the file that they are in.
-        offset: where they start there; -1 if they are its last bytes.
-        coding: how they are packed.
+        fields: Header fields as text.
+        affine: 4 x 4 matrix from voxels to RAS+ mm.
+        voxels: Storage layout of the voxels.
+        data: File of the voxels.
+        offset: Offset of the voxels in that file, in bytes; -1 if they are its last bytes.
+        coding: Compression of the voxels.
     """
 
     fields: Mapping[str, str]
@@ -91,16 +92,16 @@ def read(path: Path, options: ReadOptions) -> tuple[NDArray[Any], Grid]:
 
 
 def write(stream: BinaryIO, array: NDArray[Any], path: Path, *, grid: Grid, like: Path | None) -> None:
-    """Write labels `(*spatial)` or channels `(C, *spatial)` into a stream, packed.
+    """Write labels `(*spatial)` or channels `(C, *spatial)` to a stream, compressed.
 
     Args:
-        stream: where to write.
-        array: labels, or channels, which lie side by side.
-        path: not used; `.mha` is always packed inside.
-        grid: the place in space, written where `like` is None.
-        like: a MetaImage whose matrix, offset and spacing are taken over as they are written there.
+        stream: Stream to write to.
+        array: Labels, or channels, which are stored interleaved.
+        path: Not used; `.mha` is always compressed internally.
+        grid: Geometry, written if `like` is None.
+        like: MetaImage whose matrix, offset and spacing are copied verbatim.
     """
-    place = _new_place(grid) if like is None else _like_place(_read_header(like, sys.maxsize).fields)
+    geometry = _new_geometry(grid) if like is None else _copied_geometry(_read_header(like, sys.maxsize).fields)
     sizes = (*grid.shape, *(1,) * (3 - len(grid.shape)))
     fields = {
         "ObjectType": "Image",
@@ -109,7 +110,7 @@ def write(stream: BinaryIO, array: NDArray[Any], path: Path, *, grid: Grid, like
         "BinaryDataByteOrderMSB": "False",
         "CompressedData": "True",
         _PACKED_SIZE: " " * 20,
-        **place,
+        **geometry,
         "DimSize": " ".join(str(size) for size in sizes),
         **({"ElementNumberOfChannels": str(len(array))} if array.ndim > len(grid.shape) else {}),
         "ElementType": _NAMES[array.dtype.name],
@@ -117,28 +118,28 @@ def write(stream: BinaryIO, array: NDArray[Any], path: Path, *, grid: Grid, like
     }
     text = "".join(f"{name} = {value}\n" for name, value in fields.items())
     stream.write(text.encode())
-    packer = _Packer(stream)
-    write_voxels(packer, array, array.dtype.newbyteorder("<"))
-    packer.finish()
+    compressor = _Compressor(stream)
+    write_voxels(compressor, array, array.dtype.newbyteorder("<"))
+    compressor.finish()
     size = str(stream.tell() - len(text))
     stream.seek(text.index(_PACKED_SIZE) + len(f"{_PACKED_SIZE} = "))
     stream.write(size.encode())
 
 
-class _Packer:
-    """Packs what is written into a zlib stream."""
+class _Compressor:
+    """Compresses to a zlib stream."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
         self._deflater = isal_zlib.compressobj(_LEVEL)
 
     def write(self, data: memoryview) -> int:
-        """Pack some bytes; return their number."""
+        """Compress some bytes; return their number."""
         self._stream.write(self._deflater.compress(data))
         return len(data)
 
     def finish(self) -> None:
-        """Write the end of the stream."""
+        """Flush the end of the stream."""
         self._stream.write(self._deflater.flush())
 
 
@@ -148,9 +149,11 @@ def _read_header(path: Path, max_voxels: int) -> _Header:
         offset = file.tell()
     dims = _whole_number(fields, "NDims", path)
     if fields.get("ObjectType", "Image") != "Image" or dims not in (3, 4):
-        raise CaseError(f"{path} is a MetaIO {fields.get('ObjectType', 'Image')} of {dims} axes: expected 3 or 4.")
+        raise CaseError(
+            f"{path} is a MetaIO {fields.get('ObjectType', 'Image')} with {dims} axes: expected an Image with 3 or 4."
+        )
     if not _true(fields.get("BinaryData", "True")):
-        raise CaseError(f"{path} holds its voxels as text (BinaryData = False): convert it.")
+        raise CaseError(f"{path} has text voxels (BinaryData = False), which are not supported: convert it.")
     sizes = tuple(int(size) for size in _numbers(fields, ("DimSize",), dims, path))
     vector = _whole_number({"ElementNumberOfChannels": "1", **fields}, "ElementNumberOfChannels", path)
     check_size((*sizes, vector), path, max_voxels)
@@ -166,7 +169,7 @@ def _read_header(path: Path, max_voxels: int) -> _Header:
 
 
 def _fields(file: BinaryIO, path: Path) -> dict[str, str]:
-    """Read the header up to the line that names the file of voxels."""
+    """Read the header up to the line that names the data file."""
     fields: dict[str, str] = {}
     while _LAST not in fields:
         line = file.readline(_MAX_HEADER)
@@ -174,8 +177,8 @@ def _fields(file: BinaryIO, path: Path) -> dict[str, str]:
         name, equals, value = (part.strip() for part in text.partition("="))
         if not line or (text and not equals) or name in fields or file.tell() > _MAX_HEADER:
             raise CaseError(
-                f"{path} is no MetaImage, or its header is damaged: expected lines 'Key = value' up to {_LAST}, found "
-                f"{text[:40] if line else 'its end'!r}."
+                f"{path} is not a MetaImage, or its header is damaged: expected lines 'Key = value' up to {_LAST}, "
+                f"found {text[:40] if line else 'end of file'!r}."
             )
         if text:
             fields[name] = value
@@ -192,10 +195,10 @@ def _text(fields: Mapping[str, str], names: tuple[str, ...], path: Path) -> str:
             return fields[name]
     if names in (_MATRIX, _SPACING):
         raise GeometryError(
-            f"{path} does not say how it lies in space: its header has no {names[0]}, and programs disagree on what "
-            "that means. Add it; the matrix of an image along the axes is 1 0 0 0 1 0 0 0 1."
+            f"{path} has no valid geometry: its header has no {names[0]}, which readers interpret differently. Add it; "
+            "the matrix of an axis-aligned image is 1 0 0 0 1 0 0 0 1."
         )
-    raise CaseError(f"{path} has a MetaImage header without {names[0]}: it is damaged.")
+    raise CaseError(f"{path} is damaged: its MetaImage header has no {names[0]}.")
 
 
 def _whole_number(fields: Mapping[str, str], name: str, path: Path) -> int:
@@ -221,11 +224,13 @@ def _numbers(fields: Mapping[str, str], names: tuple[str, ...], count: int, path
 def _affine(fields: Mapping[str, str], dims: int, path: Path) -> NDArray[np.float64]:
     units = fields.get("DistanceUnits", "mm")
     if units not in ("mm", "?", ""):
-        raise GeometryError(f"{path} has the DistanceUnits {units!r}: expected mm. Convert it.")
+        raise GeometryError(f"{path} has the unsupported DistanceUnits {units!r}: expected mm. Convert it.")
     # Each row is the direction of one voxel axis.
     rows = _numbers(fields, _MATRIX, dims * dims, path).reshape(dims, dims)
     if dims == 4 and (rows[3, :3].any() or rows[:3, 3].any()):
-        raise GeometryError(f"{path} mixes its fourth axis with those in space: {rows.tolist()}. Split it.")
+        raise GeometryError(
+            f"{path} has a fourth axis that is not independent of the spatial axes: {rows.tolist()}. Split it."
+        )
     spacing = _numbers(fields, _SPACING, dims, path)
     given = any(name in fields for name in _OFFSET)
     if not given:
@@ -242,40 +247,42 @@ def _affine(fields: Mapping[str, str], dims: int, path: Path) -> NDArray[np.floa
 def _dtype(fields: Mapping[str, str], path: Path) -> np.dtype[Any]:
     kind = _text(fields, ("ElementType",), path)
     if kind not in _TYPES:
-        raise CaseError(f"{path} holds values of type {kind!r}: expected {', '.join(_TYPES)}.")
+        raise CaseError(f"{path} has the unsupported ElementType {kind!r}: expected {', '.join(_TYPES)}.")
     if "ElementToIntensityFunctionSlope" in fields or "ElementToIntensityFunctionOffset" in fields:
-        raise CaseError(f"{path} asks for its values to be scaled, which programs do or do not: convert it.")
+        raise CaseError(f"{path} has an ElementToIntensityFunction, which readers treat differently: convert it.")
     big = any(_true(fields.get(name, "False")) for name in _BIG_ENDIAN)
     return np.dtype(_TYPES[kind]).newbyteorder(">" if big else "<")
 
 
 @contextmanager
 def _data(header: _Header, path: Path) -> Iterator[BinaryIO]:
-    """Open the voxels, at their first byte."""
+    """Open the data file at the first voxel."""
     size, needed = header.data.stat().st_size, header.voxels.nbytes
     offset = size - needed if header.offset == -1 and header.coding == "raw" else header.offset
     check_capacity(header.data, header.coding, needed, skipped=max(offset, 0))
     if offset < 0:
-        raise CaseError(f"{path} has the HeaderSize {header.offset}: it is damaged, or another file was meant.")
+        raise CaseError(
+            f"{path} has the invalid HeaderSize {header.offset}: it is damaged, or its data file is the wrong one."
+        )
     with header.data.open("rb") as file:
         file.seek(offset)
         with unpacked(file, header.coding) as stream:
             yield stream
 
 
-def _new_place(grid: Grid) -> dict[str, str]:
+def _new_geometry(grid: Grid) -> dict[str, str]:
     affine = grid.affine[:3] * _TO_RAS[:, None] + 0.0
     spacing = np.sqrt((affine[:, :3] ** 2).sum(axis=0))
     numbers = {_MATRIX[0]: (affine[:, :3] / spacing).T.ravel(), "Offset": affine[:, 3], _SPACING[0]: spacing}
     return {name: " ".join(repr(float(value)) for value in values) for name, values in numbers.items()}
 
 
-def _like_place(fields: Mapping[str, str]) -> dict[str, str]:
-    """Return the text of the fields that place the voxels; of four axes the first three."""
+def _copied_geometry(fields: Mapping[str, str]) -> dict[str, str]:
+    """Return the geometry fields verbatim; for four axes, their spatial part."""
     dims = int(fields["NDims"])
-    place: dict[str, str] = {}
+    geometry: dict[str, str] = {}
     for written, names in ((_MATRIX[0], _MATRIX), ("Offset", _OFFSET), (_SPACING[0], _SPACING)):
         words = next((fields[name] for name in names if fields.get(name)), "0 " * dims).split()
         rows = [words[start : start + 3] for start in range(0, len(words), dims)][:3]
-        place[written] = " ".join(word for row in rows for word in row)
-    return place
+        geometry[written] = " ".join(word for row in rows for word in row)
+    return geometry

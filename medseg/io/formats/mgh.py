@@ -1,7 +1,7 @@
 """FreeSurfer's MGH, plain (`.mgh`) or gzipped (`.mgz`).
 
-Headers go through nibabel, voxels through `medseg.io.streams`. The format is big endian and has one fourth axis, of
-frames. What follows the voxels (times of the sequence, the history of commands) is neither read nor taken over.
+Headers are parsed by nibabel, voxels are read by `medseg.io.streams`. The format is big-endian; its fourth axis holds
+frames. The footer (acquisition parameters, command history) is neither read nor copied.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ _TYPES: dict[int, np.dtype[Any]] = {
     4: np.dtype(">i2"),
     10: np.dtype(">u2"),
 }
-_PLACE = ("goodRASFlag", "delta", "Mdc", "Pxyz_c")
+_GEOMETRY_FIELDS = ("goodRASFlag", "delta", "Mdc", "Pxyz_c")
 
 
 @dataclass(frozen=True)
 class _Header:
-    """A header as it stands in the file, and what it means.
+    """A header as stored in the file, and its interpretation.
 
     Attributes:
-        raw: the fields, bit for bit.
-        affine: voxels to RAS+ mm.
-        voxels: how they are stored.
+        raw: Header fields, bit for bit.
+        affine: 4 x 4 matrix from voxels to RAS+ mm.
+        voxels: Storage layout of the voxels.
     """
 
     raw: Any
@@ -68,22 +68,22 @@ def read(path: Path, options: ReadOptions) -> tuple[NDArray[Any], Grid]:
 
 
 def write(stream: BinaryIO, array: NDArray[Any], path: Path, *, grid: Grid, like: Path | None) -> None:
-    """Write labels `(*spatial)` into a stream; uint16, which FreeSurfer lacks, becomes int32.
+    """Write labels `(*spatial)` to a stream; uint16, which FreeSurfer lacks, becomes int32.
 
     Args:
-        stream: where to write.
-        array: the labels.
-        path: its name decides whether it is gzipped.
-        grid: the place in space, written in float32 where `like` is None.
-        like: an MGH file whose place fields are taken over bit for bit.
+        stream: Stream to write to.
+        array: Label map.
+        path: File name, which determines whether the file is gzipped.
+        grid: Geometry, written in float32 if `like` is None.
+        like: MGH file whose geometry fields are copied bit for bit.
     """
     header = mghformat.MGHHeader()
     if like is None:
-        _place(header, grid)
+        _set_geometry(header, grid)
     else:
         with opened(like) as source:
             raw = _read_header(source, like, sys.maxsize).raw
-        for field in _PLACE:
+        for field in _GEOMETRY_FIELDS:
             header[field] = raw[field]
     dtype = np.dtype("u1") if array.dtype == np.uint8 else np.dtype(">i4")
     header["dims"] = (*grid.shape, *(1,) * (4 - len(grid.shape)))
@@ -99,23 +99,23 @@ def write(stream: BinaryIO, array: NDArray[Any], path: Path, *, grid: Grid, like
 def _read_header(stream: BinaryIO, path: Path, max_voxels: int) -> _Header:
     block = stream.read(_OFFSET)
     if len(block) < _OFFSET or block[:4] != b"\0\0\0\1":
-        raise CaseError(f"{path} is no MGH file: it does not start with an MGH header of version 1.")
-    good_place = block[28:30] != b"\0\0"
+        raise CaseError(f"{path} is not an MGH file: it does not start with an MGH header of version 1.")
+    has_orientation = block[28:30] != b"\0\0"
     raw = mghformat.MGHHeader(block, check=False)
     sizes = tuple(int(size) for size in raw["dims"])
     check_size(sizes, path, max_voxels)
     if int(raw["type"]) not in _TYPES:
-        raise CaseError(f"{path} holds values of the MGH type {int(raw['type'])}: expected one of {list(_TYPES)}.")
-    if not good_place:
+        raise CaseError(f"{path} has the unsupported MGH type {int(raw['type'])}: expected one of {list(_TYPES)}.")
+    if not has_orientation:
         raise GeometryError(
-            f"{path} does not say how it lies in space: its goodRASFlag is 0, and programs disagree on what that "
-            "means, left and right included. Set it, with mri_convert for instance."
+            f"{path} has no valid orientation: its goodRASFlag is 0, which readers interpret differently, left and "
+            "right included. Set it, with mri_convert for instance."
         )
     return _Header(raw, _affine(raw), Voxels(sizes[:3], _TYPES[int(raw["type"])], series=sizes[3:]))
 
 
 def _affine(raw: Any) -> NDArray[np.float64]:
-    """Return the affine of a header, which holds directions, spacings and the center of the volume."""
+    """Return the affine from the directions, spacings and center of the volume in a header."""
     affine: NDArray[np.float64] = np.eye(4)
     with np.errstate(invalid="ignore", over="ignore"):
         affine[:3, :3] = raw["Mdc"].astype(np.float64).T * raw["delta"].astype(np.float64)
@@ -123,7 +123,7 @@ def _affine(raw: Any) -> NDArray[np.float64]:
     return affine
 
 
-def _place(header: Any, grid: Grid) -> None:
+def _set_geometry(header: Any, grid: Grid) -> None:
     axes, sizes = grid.affine[:3, :3], np.array([*grid.shape, *(1,) * (3 - len(grid.shape))])
     spacing = np.sqrt((axes**2).sum(axis=0))
     header["goodRASFlag"] = 1

@@ -1,6 +1,6 @@
-"""NIfTI-1 and NIfTI-2 in one file, plain or gzipped.
+"""Single-file NIfTI-1 and NIfTI-2, plain or gzipped.
 
-Headers go through nibabel, voxels through `medseg.io.streams`.
+Headers are parsed by nibabel, voxels are read by `medseg.io.streams`.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from medseg.notices import warn
 __all__ = ["affine_of", "image_like", "read", "read_grid", "write"]
 
 logger = logging.getLogger(__name__)
-# nibabel reports what it corrects in a header to a logger; what matters here is decided by this module.
+# nibabel logs its corrections of headers; this module decides which of them to report.
 _quiet = logging.Logger("nibabel header", level=logging.CRITICAL + 1)
 
-# The first four bytes are the header's size, which tells the version and the byte order.
+# The first four bytes are the header's size, which determines the version and the byte order.
 _KINDS = {
     struct.pack(f"{order}i", kind.sizeof_hdr): (kind, order)
     for kind in (nib.Nifti1Header, nib.Nifti2Header)
@@ -38,8 +38,8 @@ _KINDS = {
 _MILLIMETERS = {0: 1.0, 1: 1e3, 2: 1.0, 3: 1e-3}
 _INTENT_LABEL = 1002
 _SCANNER = 1
-# Everything that says where the voxels lie; nothing else of a header goes into a mask (it may name the patient).
-_PLACE = (
+# The geometry fields; nothing else of a header is copied to a mask, since it may identify the patient.
+_GEOMETRY_FIELDS = (
     *("dim", "pixdim", "xyzt_units", "dim_info", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d"),
     *("qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z"),
 )
@@ -47,16 +47,16 @@ _PLACE = (
 
 @dataclass(frozen=True)
 class _Header:
-    """A header as it stands in the file, and what it means.
+    """A header as stored in the file, and its interpretation.
 
     Attributes:
-        raw: the fields, bit for bit.
-        shape: all axes, `(x, y[, z[, t[, ...]]])`.
-        affine: voxels to RAS+ mm.
-        dtype: type of the stored values.
-        offset: where the voxels start, in bytes.
-        slope: factor from stored values to values.
-        inter: what is added after the factor.
+        raw: Header fields, bit for bit.
+        shape: Size of every axis, `(x, y[, z[, t[, ...]]])`.
+        affine: 4 x 4 matrix from voxels to RAS+ mm.
+        dtype: Type of the stored values.
+        offset: Offset of the voxels in the file, in bytes.
+        slope: Scale factor of the stored values.
+        inter: Offset added after scaling.
     """
 
     raw: Any
@@ -78,8 +78,8 @@ def read_grid(path: Path, *, spatial_dims: int | None = None, max_voxels: int = 
 def read(path: Path, options: ReadOptions) -> tuple[NDArray[Any], Grid]:
     """Return the voxels `(C, x, y[, z])` and their grid; the options are those of `medseg.io.load`.
 
-    A fourth axis, or the fifth axis of a NIfTI vector image, counts as channels only if `channels` asks for as many,
-    and as a series only if `index` picks a volume of it.
+    A fourth axis, or the fifth axis of a NIfTI vector image, is read as channels only if `channels` is its size, and as
+    a series of volumes only if `index` selects one of them.
     """
     with opened(path) as stream:
         header = _read_header(stream, path, options.max_voxels)
@@ -94,14 +94,14 @@ def read(path: Path, options: ReadOptions) -> tuple[NDArray[Any], Grid]:
 
 
 def write(stream: BinaryIO, array: NDArray[Any], path: Path, *, grid: Grid, like: Path | None) -> None:
-    """Write labels `(*spatial)` or channels `(C, *spatial)` into a stream.
+    """Write labels `(*spatial)` or channels `(C, *spatial)` to a stream.
 
     Args:
-        stream: where to write.
-        array: labels or channels of a type that NIfTI has.
-        path: its name decides whether it is gzipped.
-        grid: the place in space; written as sform and qform, in the float32 of NIfTI-1, where `like` is None.
-        like: a NIfTI file whose version, byte order and place fields are taken over bit for bit.
+        stream: Stream to write to.
+        array: Labels or channels of a type that NIfTI supports.
+        path: File name, which determines whether the file is gzipped.
+        grid: Geometry; written as sform and qform, in float32 for NIfTI-1, if `like` is None.
+        like: NIfTI file whose version, byte order and geometry fields are copied bit for bit.
     """
     if like is None:
         header = _new_header(grid)
@@ -117,7 +117,7 @@ def write(stream: BinaryIO, array: NDArray[Any], path: Path, *, grid: Grid, like
 
 
 def affine_of(header: Any, shape: tuple[int, ...], path: Path) -> NDArray[np.float64]:
-    """Return the affine of a nibabel NIfTI header, voxels to RAS+ mm, with the checks that a file gets.
+    """Return the affine of a nibabel NIfTI header, voxels to RAS+ mm, with the same checks as for files.
 
     Raises:
         GeometryError: Neither sform nor qform is set, or the qform is invalid.
@@ -126,10 +126,10 @@ def affine_of(header: Any, shape: tuple[int, ...], path: Path) -> NDArray[np.flo
 
 
 def image_like(image: Any, values: NDArray[Any]) -> Any:
-    """Return results `(C, *spatial)` as a nibabel image with the geometry fields of another, and nothing else of it."""
+    """Return results `(C, *spatial)` as a nibabel image with the geometry fields of `image`, and no other fields."""
     source = image.header
     header = type(source)(endianness=source.endianness)
-    for field in _PLACE:
+    for field in _GEOMETRY_FIELDS:
         header[field] = source[field]
     array = values[0] if len(values) == 1 else np.moveaxis(values, 0, -1).reshape(*_three(values.shape[1:]), -1)
     header.set_data_shape(array.shape)
@@ -153,17 +153,17 @@ def _read_header(stream: BinaryIO, path: Path, max_voxels: int) -> _Header:
         raise CaseError(f"{path} has a corrupt NIfTI header: {error}.") from error
     if offset < raw.sizeof_hdr + 4:
         raise CaseError(
-            f"{path} has a NIfTI header whose voxels start at byte {offset}, within it, where programs read different "
-            f"ones: expected vox_offset to be {raw.sizeof_hdr + 4} or more. Repair its header."
+            f"{path} has an invalid vox_offset of {offset}, within the NIfTI header, which readers interpret "
+            f"differently: expected {raw.sizeof_hdr + 4} or more. Repair its header."
         )
     count = int(raw["dim"][0])
     if not 2 <= count <= 7:
-        raise CaseError(f"{path} has a NIfTI header with {count} axes: expected 2 to 7.")
+        raise CaseError(f"{path} has a corrupt NIfTI header: dim[0] is {count}, expected 2 to 7 axes.")
     shape = tuple(int(size) for size in raw["dim"][1 : count + 1])
     check_size(shape, path, max_voxels)
     if dtype.kind not in "iuf":
         kind = "color (RGB)" if dtype.names else "complex"
-        raise CaseError(f"{path} holds {kind} values: expected real numbers. Convert it, one number per voxel.")
+        raise CaseError(f"{path} has {kind} values: expected real numbers. Convert it to one number per voxel.")
     _warn_of_codes(raw, fixed, path)
     affine = _affine(raw, fixed, shape, path)
     return _Header(raw, shape, affine, dtype, offset, 1.0 if slope is None else slope, 0.0 if inter is None else inter)
@@ -174,25 +174,27 @@ def _raw_header(stream: BinaryIO, path: Path) -> Any:
     kind, order = _KINDS.get(start, (nib.Nifti1Header, "="))
     block = start + stream.read(kind.sizeof_hdr - 4)
     if start not in _KINDS or len(block) < kind.sizeof_hdr:
-        raise CaseError(f"{path} is no NIfTI file: it does not start with a NIfTI header.")
+        raise CaseError(f"{path} is not a NIfTI file: it does not start with a NIfTI header.")
     raw = kind(block, endianness=order, check=False)
     magic = bytes(raw["magic"].item())
     if magic[:2] == b"ni":
         raise CaseError(f"{path} is the header of a NIfTI pair (.hdr, .img): convert it to one .nii.gz file.")
     if magic[:2] != b"n+":
-        raise CaseError(f"{path} has no NIfTI mark (found {magic!r}; Analyze files have no orientation): convert it.")
+        raise CaseError(
+            f"{path} is not a NIfTI file: its magic is {magic!r} (Analyze files have no orientation). Convert it."
+        )
     return raw
 
 
 def _warn_of_codes(raw: Any, fixed: Any, path: Path) -> None:
-    """Report sform and qform codes that NIfTI does not define, which nibabel takes for 0."""
+    """Warn of sform and qform codes that NIfTI does not define, which nibabel treats as 0."""
     for name in ("sform_code", "qform_code"):
         if raw[name] != fixed[name]:
             warn(logger, "header-repaired", f"{name} {int(raw[name])} is undefined; 0 is assumed", path)
 
 
 def _warn_of_pixdim(raw: Any, path: Path) -> None:
-    """Report voxel sizes and a handedness that nibabel replaces in the qform."""
+    """Warn of voxel sizes and a qfac that nibabel replaces in the qform."""
     factor, *sizes = (float(value) for value in raw["pixdim"][: min(4, int(raw["dim"][0]) + 1)])
     if factor not in (-1, 0, 1):
         warn(logger, "header-repaired", f"pixdim[0] (qfac) is {factor:g}; 1 is assumed", path)
@@ -201,15 +203,15 @@ def _warn_of_pixdim(raw: Any, path: Path) -> None:
         warn(logger, "spacing-assumed", f"pixdim (voxel size) is 0 along axis {zero}; 1 mm is assumed", path)
     if min(sizes) < 0:
         shown = ", ".join(f"{size:g}" for size in sizes)
-        warn(logger, "header-repaired", f"pixdim (voxel size) is {shown}; its absolute value is taken", path)
+        warn(logger, "header-repaired", f"pixdim (voxel size) is {shown}; its absolute value is used", path)
 
 
 def _affine(raw: Any, header: Any, shape: tuple[int, ...], path: Path) -> NDArray[np.float64]:
-    """Return the sform, or without one the qform, in millimeters."""
+    """Return the sform, or without one the qform, in mm."""
     if not header["sform_code"] and not header["qform_code"]:
         raise GeometryError(
-            f"{path} does not say how it lies in space: sform_code and qform_code are 0, and programs disagree on what "
-            "that means, left and right included. Set an sform with a code of 1 or more."
+            f"{path} has no valid orientation: sform_code and qform_code are 0, which readers interpret differently, "
+            "left and right included. Set an sform with a code of 1 or more."
         )
     sform = header.get_sform() if header["sform_code"] else None
     qform = _qform(header, path, needed=sform is None) if header["qform_code"] else None
@@ -231,7 +233,7 @@ def _qform(header: Any, path: Path, *, needed: bool) -> NDArray[np.float64] | No
         return cast("NDArray[np.float64]", header.get_qform())
     except (HeaderDataError, ValueError, np.linalg.LinAlgError) as error:
         if needed:
-            raise GeometryError(f"{path} has a qform that cannot be used: {error}. Repair its header.") from error
+            raise GeometryError(f"{path} has an invalid qform: {error}. Repair its header.") from error
     return None
 
 
@@ -247,10 +249,10 @@ def _new_header(grid: Grid) -> Any:
 
 
 def _like_header(source: _Header, dims: int) -> Any:
-    """Return a header with the place of `source`, and its axes beyond space if they have one entry each."""
+    """Return a header with the geometry of `source`, and its non-spatial axes if they are singleton dimensions."""
     raw = source.raw
     header = type(raw)(endianness=raw.endianness)
-    for field in _PLACE:
+    for field in _GEOMETRY_FIELDS:
         header[field] = raw[field]
     if any(size > 1 for size in source.shape[dims:]):
         header["dim"][0] = dims
@@ -259,7 +261,7 @@ def _like_header(source: _Header, dims: int) -> Any:
 
 
 def _describe_values(header: Any, array: NDArray[Any], grid: Grid) -> None:
-    """Say what follows: labels, or channels along the fourth axis."""
+    """Set the fields about the values: labels, or channels along the fourth axis."""
     if array.ndim == len(grid.shape):
         header["intent_code"] = _INTENT_LABEL
     else:

@@ -1,11 +1,11 @@
-"""NRRD in one file (`.nrrd`) or with its voxels in another (`.nhdr`).
+"""NRRD in one file (`.nrrd`) or with a detached data file (`.nhdr`).
 
 The header is text: magic, `field: value` lines, `key:=value` lines, an empty line. See the NRRD definition at
-https://teem.sourceforge.net/nrrd/format.html. It is parsed here, since sizes, offsets and file names of a header are
-to be checked before anything is opened or allocated for them.
+https://teem.sourceforge.net/nrrd/format.html. It is parsed here because sizes, offsets and file names of a header must
+be checked before anything is opened or allocated for them.
 
-Three axes lie in space; one more, anywhere before or after them, holds channels or a series. Segmentations of 3D Slicer
-(`.seg.nrrd`) are label maps, or with overlapping segments a series of them.
+Three axes are spatial; one more, before or after them, holds channels or a series of volumes. Segmentations of 3D
+Slicer (`.seg.nrrd`) are label maps, or a series of them if segments overlap.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ __all__ = ["read", "read_grid", "write"]
 logger = logging.getLogger(__name__)
 
 _MAX_HEADER = 1 << 22
-# Sign of each axis of a space against RAS+.
+# Sign of each axis of a space relative to RAS+.
 _SPACES: Final[Mapping[str, tuple[int, int, int]]] = MappingProxyType(
     {
         "left-posterior-superior": (-1, -1, 1),
@@ -84,16 +84,16 @@ _VECTOR = re.compile(r"none|\([^()]*\)")
 
 @dataclass(frozen=True)
 class _Header:
-    """What a header says.
+    """A parsed header.
 
     Attributes:
-        fields: its fields as text, under their lower-case names.
-        shape: voxels along the three axes of space.
-        affine: voxels to RAS+ mm.
-        voxels: how they are stored.
-        data: the file that they are in.
-        offset: where the header ends if they follow it, else 0.
-        coding: how they are packed.
+        fields: Header fields as text, by lower-case name.
+        shape: Number of voxels along the three spatial axes.
+        affine: 4 x 4 matrix from voxels to RAS+ mm.
+        voxels: Storage layout of the voxels.
+        data: File of the voxels.
+        offset: Size of the header if the voxels follow it, else 0.
+        coding: Compression of the voxels.
     """
 
     fields: Mapping[str, str]
@@ -122,29 +122,29 @@ def read(path: Path, options: ReadOptions) -> tuple[NDArray[Any], Grid]:
 
 
 def write(stream: BinaryIO, array: NDArray[Any], path: Path, *, grid: Grid, like: Path | None) -> None:
-    """Write labels `(*spatial)` or channels `(C, *spatial)` into a stream, gzipped.
+    """Write labels `(*spatial)` or channels `(C, *spatial)` to a stream, with gzip encoding.
 
     Args:
-        stream: where to write.
-        array: labels, or channels, which lie side by side.
-        path: not used; `.nrrd` is always packed inside.
-        grid: the place in space; written in LPS where `like` is None.
-        like: an NRRD file whose space, directions, origin and units are taken over as they are written there.
+        stream: Stream to write to.
+        array: Labels, or channels, which are stored interleaved.
+        path: Not used; `.nrrd` is always compressed internally.
+        grid: Geometry; written in LPS if `like` is None.
+        like: NRRD file whose space, directions, origin and units are copied verbatim.
     """
-    place = _new_place(grid) if like is None else _like_place(_read_header(like, sys.maxsize).fields)
+    geometry = _new_geometry(grid) if like is None else _copied_geometry(_read_header(like, sys.maxsize).fields)
     sizes = (*grid.shape, *(1,) * (3 - len(grid.shape)))
     vector = array.ndim > len(grid.shape)
     fields: dict[str, str] = {
         "type": _NAMES[array.dtype.name],
         "dimension": str(3 + vector),
-        "space": place["space"],
+        "space": geometry["space"],
         "sizes": " ".join(str(size) for size in ((len(array), *sizes) if vector else sizes)),
-        "space directions": ("none " if vector else "") + place["space directions"],
+        "space directions": ("none " if vector else "") + geometry["space directions"],
         "kinds": ("vector " if vector else "") + "domain domain domain",
         "endian": "little",
         "encoding": "gzip",
     }
-    fields |= {name: place[name] for name in ("space origin", "space units") if name in place}
+    fields |= {name: geometry[name] for name in ("space origin", "space units") if name in geometry}
     text = "".join(f"{name}: {value}\n" for name, value in fields.items())
     stream.write(f"NRRD0004\n{text}\n".encode())
     with gzip_writer(stream) as packed:
@@ -159,12 +159,14 @@ def _read_header(path: Path, max_voxels: int) -> _Header:
     check_size(sizes, path, max_voxels)
     vectors = _VECTOR.findall(_needed(fields, "space directions", path).lower())
     if len(sizes) != _whole_numbers(fields, "dimension", path)[0] or len(vectors) != len(sizes):
-        raise CaseError(f"{path} has an NRRD header whose dimension, sizes and space directions do not agree.")
-    places = [axis for axis, vector in enumerate(vectors) if vector != "none"]
-    if len(places) != 3 or places[2] - places[0] != 2:
-        raise CaseError(f"{path} has {len(places)} axes in space, {places}: expected three that follow each other.")
-    before, shape, after = sizes[: places[0]], sizes[places[0] : places[2] + 1], sizes[places[2] + 1 :]
-    affine = _affine(fields, [vectors[axis] for axis in places], path)
+        raise CaseError(
+            f"{path} has an inconsistent NRRD header: its dimension, sizes and space directions do not match."
+        )
+    spatial = [axis for axis, vector in enumerate(vectors) if vector != "none"]
+    if len(spatial) != 3 or spatial[2] - spatial[0] != 2:
+        raise CaseError(f"{path} has {len(spatial)} spatial axes, {spatial}: expected three consecutive ones.")
+    before, shape, after = sizes[: spatial[0]], sizes[spatial[0] : spatial[2] + 1], sizes[spatial[2] + 1 :]
+    affine = _affine(fields, [vectors[axis] for axis in spatial], path)
     voxels = Voxels(shape, _dtype(fields, path), series=after, vector=math.prod(before))
     data = path
     if "data file" in fields:
@@ -173,28 +175,28 @@ def _read_header(path: Path, max_voxels: int) -> _Header:
 
 
 def _fields(file: BinaryIO, path: Path) -> dict[str, str]:
-    """Read the header up to its empty line."""
+    """Read the header up to the empty line."""
     if not re.fullmatch(rb"NRRD000[1-5]\r?\n", file.readline(16)):
-        raise CaseError(f"{path} is no NRRD file: it does not start with NRRD0001 to NRRD0005.")
+        raise CaseError(f"{path} is not an NRRD file: it does not start with NRRD0001 to NRRD0005.")
     fields: dict[str, str] = {}
     while line := file.readline(_MAX_HEADER):
         text = line.decode("utf-8", "replace").strip()
         if not text:
             break
         if file.tell() > _MAX_HEADER:
-            raise CaseError(f"{path} has an NRRD header of more than {_MAX_HEADER:,} bytes: it is damaged.")
+            raise CaseError(f"{path} is damaged: its NRRD header has more than {_MAX_HEADER:,} bytes.")
         if text.startswith("#") or _is_key(text):
             continue
         name, colon, value = text.partition(":")
         name = _ALIASES.get(name.strip().lower(), name.strip().lower())
         if not colon or name in fields:
-            raise CaseError(f"{path} has a corrupt NRRD header: {'twice ' if colon else ''}{text[:80]!r}.")
+            raise CaseError(f"{path} has a corrupt NRRD header: {'duplicate field ' if colon else ''}{text[:80]!r}.")
         fields[name] = value.strip()
     return fields
 
 
 def _is_key(text: str) -> bool:
-    """Tell whether a line is a key of the writer's own, which may hold colons, such as `dicom:0010,0010:=A`."""
+    """Return whether a line is a key/value pair, whose key may contain colons, such as `dicom:0010,0010:=A`."""
     return ":=" in text.partition(": ")[0]
 
 
@@ -203,10 +205,10 @@ def _needed(fields: Mapping[str, str], name: str, path: Path) -> str:
         return fields[name]
     if name in ("space", "space directions"):
         raise GeometryError(
-            f"{path} does not say how it lies in space: its NRRD header has no '{name}', and programs disagree on what "
-            "that means, left and right included. Write it again with a space and its directions."
+            f"{path} has no valid orientation: its NRRD header has no '{name}', which readers interpret differently, "
+            "left and right included. Write it again with a space and its directions."
         )
-    raise CaseError(f"{path} has an NRRD header without '{name}': it is damaged.")
+    raise CaseError(f"{path} is damaged: its NRRD header has no '{name}'.")
 
 
 def _whole_numbers(fields: Mapping[str, str], name: str, path: Path) -> tuple[int, ...]:
@@ -219,13 +221,10 @@ def _whole_numbers(fields: Mapping[str, str], name: str, path: Path) -> tuple[in
 def _affine(fields: Mapping[str, str], vectors: list[str], path: Path) -> NDArray[np.float64]:
     space = _needed(fields, "space", path)
     if space.lower() not in _SPACES:
-        raise GeometryError(
-            f"{path} lies in the space {space!r}, which does not say where left and right are: expected "
-            f"{', '.join(_SPACES)}."
-        )
+        raise GeometryError(f"{path} has no valid orientation: its space is {space!r}, expected {', '.join(_SPACES)}.")
     units = re.findall(r'"([^"]*)"', fields.get("space units", ""))
     if any(unit.strip().lower() not in _MILLIMETERS for unit in units):
-        raise GeometryError(f"{path} has the space units {units}: expected mm. Convert it.")
+        raise GeometryError(f"{path} has the unsupported space units {units}: expected mm. Convert it.")
     if "space origin" not in fields:
         warn(logger, "origin-assumed", "no 'space origin' in the header; (0,0,0) is assumed", path)
     affine: NDArray[np.float64] = np.eye(4)
@@ -242,40 +241,42 @@ def _numbers(vector: str, path: Path) -> list[float]:
     except ValueError:
         numbers = []
     if len(numbers) != 3:
-        raise GeometryError(f"{path} has the vector {vector[:80]!r} in its NRRD header: expected three numbers.")
+        raise GeometryError(
+            f"{path} has the invalid vector {vector[:80]!r} in its NRRD header: expected three numbers."
+        )
     return numbers
 
 
 def _dtype(fields: Mapping[str, str], path: Path) -> np.dtype[Any]:
     kind = _needed(fields, "type", path).lower()
     if kind not in _TYPES:
-        raise CaseError(f"{path} holds values of type {kind!r}: expected numbers, such as short or float.")
+        raise CaseError(f"{path} has the unsupported type {kind!r}: expected numbers, such as short or float.")
     dtype = np.dtype(_TYPES[kind])
     if dtype.itemsize == 1:
         return dtype
     endian = _needed(fields, "endian", path).lower()
     if endian not in _ENDIAN:
-        raise CaseError(f"{path} has the byte order {endian!r}: expected little or big.")
+        raise CaseError(f"{path} has the invalid byte order {endian!r}: expected little or big.")
     return dtype.newbyteorder(_ENDIAN[endian])
 
 
 def _coding(fields: Mapping[str, str], path: Path) -> Coding:
     encoding = _needed(fields, "encoding", path).lower()
     if encoding not in _CODINGS:
-        raise CaseError(f"{path} has the encoding {encoding!r}: expected raw, gzip or bzip2. Convert it.")
+        raise CaseError(f"{path} has the unsupported encoding {encoding!r}: expected raw, gzip or bzip2. Convert it.")
     if fields.get("line skip", "0") != "0":
-        raise CaseError(f"{path} asks to skip {fields['line skip']} lines before its voxels, which is not done.")
+        raise CaseError(f"{path} has an unsupported 'line skip' of {fields['line skip']}: expected 0. Convert it.")
     return _CODINGS[encoding]
 
 
 @contextmanager
 def _data(header: _Header, path: Path) -> Iterator[BinaryIO]:
-    """Open the voxels, at their first byte."""
+    """Open the data file at the first voxel."""
     skip = _whole_numbers({"byte skip": "0", **header.fields}, "byte skip", path)[0]
     needed = header.voxels.nbytes + max(skip, 0)
     check_capacity(header.data, header.coding, needed, skipped=header.offset)
     if skip < -1 or (header.coding != "raw" and not 0 <= skip <= _MAX_HEADER):
-        raise CaseError(f"{path} asks to skip {skip} bytes before its voxels: it is damaged.")
+        raise CaseError(f"{path} is damaged: its 'byte skip' is {skip}.")
     with header.data.open("rb") as file:
         file.seek(header.data.stat().st_size - header.voxels.nbytes if skip < 0 else header.offset)
         with unpacked(file, header.coding) as stream:
@@ -283,7 +284,7 @@ def _data(header: _Header, path: Path) -> Iterator[BinaryIO]:
             yield stream
 
 
-def _new_place(grid: Grid) -> dict[str, str]:
+def _new_geometry(grid: Grid) -> dict[str, str]:
     columns = (grid.affine[:3] * np.array(_SPACES["lps"])[:, None] + 0.0).T
     vectors = [f"({','.join(repr(float(number)) for number in column)})" for column in columns]
     return {
@@ -294,7 +295,7 @@ def _new_place(grid: Grid) -> dict[str, str]:
     }
 
 
-def _like_place(fields: Mapping[str, str]) -> dict[str, str]:
-    place = {name: fields[name] for name in ("space", "space origin", "space units") if name in fields}
+def _copied_geometry(fields: Mapping[str, str]) -> dict[str, str]:
+    geometry = {name: fields[name] for name in ("space", "space origin", "space units") if name in fields}
     vectors = re.sub(r"\bnone\b", "", fields["space directions"], flags=re.IGNORECASE)
-    return place | {"space directions": " ".join(vectors.split())}
+    return geometry | {"space directions": " ".join(vectors.split())}

@@ -1,4 +1,4 @@
-"""Whole-slide images: reading on demand, tissue, objects as polygons, label pyramids."""
+"""Whole-slide images: region reading, tissue detection, GeoJSON polygons of objects, label pyramids."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Connected objects of a label map that arrives in strips, so that it never has to be in memory whole.
+"""Streaming connected components of a label map that arrives in strips and is never in memory as a whole.
 
-A strip is a band of rows over the full width, given from top to bottom. An object is handed out as soon as no later
-strip can add to it. Only the runs (rows of equal pixels) of objects that reach the last row seen are kept, so memory
-grows with the outline of what is open, not with the image. The objects are the same however the map is cut.
+A strip is a band of rows over the full width; strips arrive from top to bottom. An object is returned as soon as no
+later strip can extend it. Only the runs (rows of equal pixels) of objects that reach the last row are kept, so memory
+grows with the outline of the open objects, not with the image. The objects do not depend on the height of the strips.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class PixelObject:
     """The pixels of one object.
 
     Attributes:
-        value: its label.
-        instance: its number in the map of instances; 0 where there was none.
-        runs: `(n, 3)`, row, first column and the column after the last, sorted by row and column.
+        value: Label value.
+        instance: Number in the instance map; 0 without one.
+        runs: Array `(n, 3)` of row, first column and column after the last, sorted by row and column.
     """
 
     value: int
@@ -38,7 +38,7 @@ class PixelObject:
 
     @property
     def area(self) -> int:
-        """How many pixels it has."""
+        """Number of pixels."""
         return int((self.runs[:, 2] - self.runs[:, 1]).sum())
 
     @property
@@ -52,7 +52,7 @@ class PixelObject:
         )
 
     def mask(self) -> NDArray[np.bool_]:
-        """Return its pixels within `bounds`, `(x, y)`."""
+        """Return the binary mask `(x, y)` within `bounds`."""
         x0, x1, y0, y1 = self.bounds
         rows: NDArray[np.bool_] = np.zeros((y1 - y0, x1 - x0), dtype=np.bool_)
         for row, start, stop in self.runs - (y0, x0, x0):
@@ -61,42 +61,42 @@ class PixelObject:
 
 
 class ObjectMerger:
-    """Finds the objects of a label map whose strips come one after the other.
+    """Finds the connected components of a label map that arrives in strips.
 
-    An object is a largest set of pixels that have one label, and one instance number where these are given, and hang
-    together. Zero is background.
+    An object is a connected component of pixels with the same label and, if given, the same instance number. Zero is
+    background.
 
     Args:
-        width: pixels along x of every strip.
-        connectivity: 4 if pixels hang together by edges, 8 if also by corners.
+        width: Number of pixels along x of every strip.
+        connectivity: 4 (edges) or 8 (edges and corners).
 
     Raises:
-        RequestError: another connectivity, or no width.
+        RequestError: Invalid connectivity or width.
     """
 
     def __init__(self, width: int, *, connectivity: Literal[4, 8] = 4) -> None:
         if connectivity not in (4, 8):
-            raise RequestError(f"Pixels hang together by 4 or by 8 neighbors, got {connectivity}.")
+            raise RequestError(f"Invalid connectivity {connectivity}: expected 4 or 8.")
         if width < 1:
-            raise RequestError(f"Strips of {width} pixels along x: expected at least 1.")
+            raise RequestError(f"Invalid width {width} of strips: expected at least 1 pixel.")
         self._width = width
         self._reach = connectivity == 8
         self._rows = 0
         self._open: dict[int, tuple[int, int, list[Runs]]] = {}
-        # Runs of the last row seen: row, start, stop, value, instance; and the open object that each belongs to.
+        # Runs of the last row: row, start, stop, value, instance; and the open object that each belongs to.
         self._tail: Runs = np.empty((0, 5), np.int64)
         self._owners: NDArray[np.int64] = np.empty(0, np.int64)
 
     def add(self, labels: NDArray[Any], instances: NDArray[Any] | None = None) -> list[PixelObject]:
-        """Take the next rows and return the objects that are complete now, by their first pixels.
+        """Add the next rows and return the objects that are now complete, sorted by their first pixel.
 
         Args:
-            labels: `(width, rows)`, whole numbers.
-            instances: the same shape; numbers that tell touching objects of one label apart. One object has one number
-                in all strips.
+            labels: Integer label map `(width, rows)`.
+            instances: Instance map of the same shape, which separates touching objects with the same label. An object
+                has the same number in all strips.
 
         Raises:
-            RequestError: a shape or type that does not fit.
+            RequestError: Invalid shape or type.
         """
         for array in (labels,) if instances is None else (labels, instances):
             self._check(array, labels.shape)
@@ -105,7 +105,7 @@ class ObjectMerger:
         return self._merge(new) if labels.shape[1] else []
 
     def finish(self) -> list[PixelObject]:
-        """Return the objects that reach the last row; the merger is as new afterwards."""
+        """Return the objects that reach the last row, and reset the merger."""
         done = [_object(*parts) for parts in self._open.values()]
         self._open, self._rows = {}, 0
         self._tail, self._owners = self._tail[:0], self._owners[:0]
@@ -113,9 +113,12 @@ class ObjectMerger:
 
     def _check(self, array: NDArray[Any], shape: tuple[int, ...]) -> None:
         if array.ndim != 2 or array.shape[0] != self._width or array.shape != shape:
-            raise RequestError(f"A strip has the shape {array.shape}: expected ({self._width}, rows) for all parts.")
+            raise RequestError(
+                f"Invalid strip of shape {array.shape}: expected ({self._width}, rows), the same for labels and "
+                "instances."
+            )
         if array.dtype.kind not in "bui":
-            raise RequestError(f"A strip has values of type {array.dtype}: expected whole numbers.")
+            raise RequestError(f"Invalid strip of type {array.dtype}: expected integers.")
 
     def _runs(self, labels: NDArray[Any], instances: NDArray[Any] | None) -> Runs:
         height = max(1, _BAND_PIXELS // self._width)
@@ -130,7 +133,7 @@ class ObjectMerger:
         nodes = np.concatenate([self._tail, new])
         begun = len(self._tail)
         pairs = _touching(nodes, self._reach)
-        # What an open object has in the last row belongs together, if only by way of rows that are gone.
+        # Runs of an open object in the last row belong together, even if connected only through earlier rows.
         order = np.argsort(self._owners, kind="stable")
         same = self._owners[order][1:] == self._owners[order][:-1]
         known = np.stack([order[:-1][same], order[1:][same]])
@@ -144,7 +147,7 @@ class ObjectMerger:
     def _sort_out(
         self, nodes: Runs, groups: NDArray[np.int64], begun: int, earlier: defaultdict[int, list[Runs]]
     ) -> list[PixelObject]:
-        """Divide the runs among their objects; keep the open ones and return the others."""
+        """Assign the runs to their objects; keep the open ones and return the others."""
         last = nodes[:, 0] == self._rows - 1
         count = int(groups.max()) + 1 if len(groups) else 0
         still_open = np.zeros(count, dtype=np.bool_)
@@ -168,15 +171,15 @@ class ObjectMerger:
 def find_objects(
     labels: NDArray[Any], instances: NDArray[Any] | None = None, *, connectivity: Literal[4, 8] = 4
 ) -> list[PixelObject]:
-    """Return the objects of a whole label map `(x, y)`; see `ObjectMerger`."""
+    """Return the connected components of a complete label map `(x, y)`; see `ObjectMerger`."""
     if labels.ndim != 2:
-        raise RequestError(f"A label map has the shape {labels.shape}: expected (x, y).")
+        raise RequestError(f"Invalid label map of shape {labels.shape}: expected (x, y).")
     merger = ObjectMerger(labels.shape[0], connectivity=connectivity)
     return merger.add(labels, instances) + merger.finish()
 
 
 def split_runs(runs: Runs) -> NDArray[np.int64]:
-    """Number the parts of an object that hang together by edges: from 0, one number per run `(row, start, stop)`."""
+    """Number the 4-connected parts of an object from 0, one number per run `(row, start, stop)`."""
     parts: NDArray[np.int64]
     _, parts = np.unique(_roots(len(runs), _touching(np.pad(runs, ((0, 0), (0, 2))), False)), return_inverse=True)
     return parts
@@ -188,7 +191,7 @@ def _object(value: int, instance: int, chunks: list[Runs]) -> PixelObject:
 
 
 def _row_runs(labels: NDArray[Any], instances: NDArray[Any] | None, first_row: int) -> Runs:
-    """Return row, start, stop, value and instance of each run of `(rows, columns)` that is not background."""
+    """Return row, start, stop, value and instance of each foreground run of `(rows, columns)`."""
     width = labels.shape[1]
     starts = np.ones(labels.shape, dtype=np.bool_)
     np.not_equal(labels[:, 1:], labels[:, :-1], out=starts[:, 1:])
@@ -205,11 +208,11 @@ def _row_runs(labels: NDArray[Any], instances: NDArray[Any] | None, first_row: i
 
 
 def _touching(runs: Runs, reach: bool) -> NDArray[np.int64]:
-    """Return `(2, n)`, the pairs of runs of one kind in neighboring rows that touch; with `reach` also by corners."""
+    """Return the pairs `(2, n)` of equal runs in neighboring rows that touch; with `reach` also by corners."""
     if not len(runs):
         return np.empty((2, 0), np.int64)
     row, start, stop = runs[:, 0] - runs[0, 0], runs[:, 1], runs[:, 2]
-    # Places in one long line, with room between the rows so that nothing touches around the edge.
+    # Positions along one line, with gaps between the rows so that row ends do not touch.
     pitch = int(stop.max()) + 2
     begin, end = row * pitch + start, row * pitch + stop
     low = np.searchsorted(end, begin + pitch - reach, side="right")
@@ -223,7 +226,7 @@ def _touching(runs: Runs, reach: bool) -> NDArray[np.int64]:
 
 
 def _roots(count: int, pairs: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return for each of `count` nodes the smallest node that it is connected to."""
+    """Return for each of `count` nodes the smallest node connected to it."""
     root = np.arange(count)
     while True:
         a, b = root[pairs[0]], root[pairs[1]]

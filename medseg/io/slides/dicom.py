@@ -1,7 +1,7 @@
-"""DICOM slides: which files one consists of, and whether their frames are where their tables say.
+"""DICOM slides: finding their files, and checking their offset tables.
 
-OpenSlide reads them, through a library that believes the tables of frames: a wrong one ends the process. So the tables
-are compared with the frames before OpenSlide sees a file.
+OpenSlide reads them through a library that trusts the offset tables: a wrong one crashes the process. Therefore the
+tables are compared with the frames before OpenSlide opens a file.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from medseg.io.dicom.sources import file_source
 __all__ = ["check_dicom_slide", "find_dicom_slide", "is_dicom_slide", "slide_part"]
 
 _SLIDE_CLASS: Final = "1.2.840.10008.5.1.4.1.1.77.1.6"
-# What files of a slide show beside the slide itself, by the third value of their ImageType.
+# Content of the files of a slide, by the third value of their ImageType; empty for the slide itself.
 _PARTS: Final[Mapping[str, str]] = {
     "VOLUME": "",
-    "LABEL": "the label of a slide",
-    "OVERVIEW": "an overview of a slide",
-    "LOCALIZER": "an overview of a slide",
-    "THUMBNAIL": "a thumbnail of a slide",
+    "LABEL": "the label image of a slide",
+    "OVERVIEW": "the overview image of a slide",
+    "LOCALIZER": "the overview image of a slide",
+    "THUMBNAIL": "the thumbnail of a slide",
 }
 _PIXEL_DATA: Final = (0x7FE0, 0x0010)
 _ITEM: Final = (0xFFFE, 0xE000)
@@ -39,10 +39,10 @@ _UNDEFINED: Final = 0xFFFFFFFF
 
 
 def find_dicom_slide(folder: Path) -> Path:
-    """Return one file of the one slide in a folder; OpenSlide finds the others of its series itself.
+    """Return a file of the only slide in a folder; OpenSlide finds the other files of its series.
 
     Raises:
-        CaseError: there is no slide, or more than one.
+        CaseError: The folder has no slide, or more than one.
     """
     slides = defaultdict(list)
     for header in _headers(path for path in sorted(folder.iterdir()) if is_dicom(path)):
@@ -50,22 +50,22 @@ def find_dicom_slide(folder: Path) -> Path:
             slides[header.series_uid].append(header.source.path)
     if len(slides) != 1:
         found = f"{len(slides)} DICOM slides" if slides else "no DICOM slide"
-        raise CaseError(f"{folder} holds {found}: expected one. Give a file of the slide instead of the folder.")
+        raise CaseError(f"{folder} has {found}: expected one. Give a file of the slide instead of the folder.")
     return next(iter(slides.values()))[0]
 
 
 def check_dicom_slide(file: Path) -> None:
-    """Check the files of the slide that `file` belongs to, which are those of its series in its folder.
+    """Check the files of the slide that `file` belongs to: those of its series in its folder.
 
     Raises:
-        CaseError: the file is none of a slide, or shows its label, an overview or a thumbnail; or the frames of a file
-            of its series are not where it says, or not all there.
+        CaseError: The file is not part of a slide, or is its label, overview or thumbnail image; or frames of a file of
+            its series are missing or not where the offset table says.
     """
     (own,) = _headers([file])
     part = slide_part(own)
     if part is None:
         kind = UID(own.sop_class).name if own.sop_class else "unknown"
-        raise CaseError(f"{file} is DICOM of the class {kind}: expected VL Whole Slide Microscopy Image Storage.")
+        raise CaseError(f"{file} has the SOP class {kind}: expected VL Whole Slide Microscopy Image Storage.")
     if part:
         raise CaseError(f"{file} is {part}: give a file of the slide itself, or its folder.")
     for header in _headers(path for path in sorted(file.parent.iterdir()) if is_dicom(path)):
@@ -74,16 +74,16 @@ def check_dicom_slide(file: Path) -> None:
 
 
 def is_dicom_slide(file: Path) -> bool:
-    """Tell whether a file is DICOM and a slide itself, not its label, an overview or a thumbnail."""
+    """Return whether a file is a DICOM slide itself, not its label, overview or thumbnail image."""
     return is_dicom(file) and slide_part(_headers([file])[0]) == ""
 
 
 def slide_part(header: Header) -> str | None:
-    """Say what a file shows: empty for a slide itself, else half a sentence; None if it does not belong to a slide."""
+    """Describe the content of a file: empty for a slide itself, else a phrase; None if it is not part of a slide."""
     if header.sop_class != _SLIDE_CLASS:
         return None
     flavor = header.image_type[2] if len(header.image_type) > 2 else "VOLUME"
-    return _PARTS.get(flavor, f"a part of a slide of the kind {flavor[:16]!r}")
+    return _PARTS.get(flavor, f"a part of a slide with the image flavor {flavor[:16]!r}")
 
 
 def _headers(files: Iterable[Path]) -> list[Header]:
@@ -101,19 +101,21 @@ def _check_frames(path: Path) -> None:
             if min(length, there) < due:
                 raise CaseError(f"{path} has {min(length, there):,} bytes of pixels: expected {due:,}. Copy it again.")
             return
-        table = _short_table(stream, path) or _long_table(header, path)
-        items = _items(stream, path)
+        table = _basic_offset_table(stream, path) or _extended_offset_table(header, path)
+        items = _fragment_offsets(stream, path)
     if not table and len(items) != count:
-        raise CaseError(f"{path} has {count} frames in {len(items)} parts without a table: they cannot be told apart.")
+        raise CaseError(
+            f"{path} has no offset table for {count} frames in {len(items)} fragments: the frames cannot be separated."
+        )
     if table and (len(table) != count or table != sorted(items & set(table))):
-        raise CaseError(f"{path} has a table of frames that does not fit its {count} frames: it is damaged.")
+        raise CaseError(f"{path} is damaged: its offset table does not match its {count} frames.")
 
 
 def _open_pixel_data(stream: BinaryIO, header: Dataset, path: Path) -> int:
-    """Go to the value of the pixel data and return the length it claims."""
+    """Seek to the value of the pixel data and return its length."""
     syntax = header.file_meta.TransferSyntaxUID
     if not syntax.is_little_endian or syntax.is_deflated:
-        raise CaseError(f"{path} is coded as {syntax.name}, in which slides are not read: convert it.")
+        raise CaseError(f"{path} has the transfer syntax {syntax.name}, which is not supported for slides: convert it.")
     wide = not syntax.is_implicit_VR
     group, element, length = struct.unpack("<HH4xI" if wide else "<HHI", stream.read(12 if wide else 8))
     if (group, element) != _PIXEL_DATA:
@@ -121,36 +123,38 @@ def _open_pixel_data(stream: BinaryIO, header: Dataset, path: Path) -> int:
     return int(length)
 
 
-def _short_table(stream: BinaryIO, path: Path) -> list[int]:
-    """Read the first item, which holds the place of every frame or nothing."""
+def _basic_offset_table(stream: BinaryIO, path: Path) -> list[int]:
+    """Read the basic offset table, which may be empty."""
     group, element, length = struct.unpack("<HHI", stream.read(8))
     if (group, element) != _ITEM or length % 4:
-        raise CaseError(f"{path} has compressed pixel data without a table of frames: it is damaged.")
+        raise CaseError(f"{path} is damaged: its compressed pixel data has no basic offset table.")
     return list(struct.unpack(f"<{length // 4}I", stream.read(length)))
 
 
-def _long_table(header: Dataset, path: Path) -> list[int]:
-    """Return the places of an extended offset table, if there is one."""
-    places, lengths = (header.get(name, b"") for name in ("ExtendedOffsetTable", "ExtendedOffsetTableLengths"))
-    if len(places) % 8 or len(lengths) != len(places):
-        raise CaseError(f"{path} has an extended table of frames of {len(places)} and {len(lengths)} bytes.")
-    return list(struct.unpack(f"<{len(places) // 8}Q", places))
+def _extended_offset_table(header: Dataset, path: Path) -> list[int]:
+    """Return the extended offset table, or an empty list without one."""
+    offsets, lengths = (header.get(name, b"") for name in ("ExtendedOffsetTable", "ExtendedOffsetTableLengths"))
+    if len(offsets) % 8 or len(lengths) != len(offsets):
+        raise CaseError(
+            f"{path} is damaged: its extended offset table has {len(offsets)} bytes, its lengths {len(lengths)}."
+        )
+    return list(struct.unpack(f"<{len(offsets) // 8}Q", offsets))
 
 
-def _items(stream: BinaryIO, path: Path) -> set[int]:
-    """Walk through the parts of compressed pixel data and return where they begin, from the first one on."""
+def _fragment_offsets(stream: BinaryIO, path: Path) -> set[int]:
+    """Return the offsets of the fragments of compressed pixel data, relative to the first one."""
     begin = stream.tell()
-    places: set[int] = set()
+    offsets: set[int] = set()
     size = path.stat().st_size
     while True:
         place = stream.tell()
         head = stream.read(8)
         if len(head) < 8:
-            raise CaseError(f"{path} ends in the middle of its frames: copy it again.")
+            raise CaseError(f"{path} is truncated: it ends within its frames. Copy it again.")
         group, element, length = struct.unpack("<HHI", head)
         if (group, element) == _END:
-            return places
+            return offsets
         if (group, element) != _ITEM or place + 8 + length > size:
-            raise CaseError(f"{path} has a damaged frame at byte {place:,}: copy it again.")
-        places.add(place - begin)
+            raise CaseError(f"{path} is damaged: invalid fragment at byte {place:,}. Copy it again.")
+        offsets.add(place - begin)
         stream.seek(length, 1)

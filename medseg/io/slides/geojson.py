@@ -1,11 +1,11 @@
-"""Objects of a slide as GeoJSON polygons, such as QuPath opens, and annotations of that form as label maps.
+"""Writing objects of a slide as GeoJSON polygons for QuPath, and reading such annotations as label maps.
 
 Coordinates are pixels of the slide's finest level: x to the right, y down, (0, 0) at the corner of the first pixel.
-Polygons run along the edges of the mask's pixels, so filling them gives back exactly the mask; simplified ones are
-smaller and only nearly do. Rings are closed; the outer one's area is positive and holes' are negative (RFC 7946).
+Polygons follow the edges of the mask's pixels, so filling them restores the mask exactly; simplified polygons are
+smaller files and approximate it. Rings are closed; outer rings have a positive area, holes a negative one (RFC 7946).
 
-QuPath's `objectType`, `classification` and `color` are written. It counts from the corner of what it shows, so a
-slide that it crops to its scanned part (MIRAX) lies elsewhere there.
+QuPath's `objectType`, `classification` and `color` are written. QuPath's origin is the corner of the displayed region,
+so polygons are shifted on slides that it crops to the scanned region (MIRAX).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = ["GeoJSONStyle", "GeoJSONWriter", "read_geojson", "write_geojson"]
 
 _BAND_PIXELS: Final = 1 << 24
 _FILL_PIXELS: Final = 1 << 22
-# Read whole, as several times as many bytes of Python objects.
+# The file is read as a whole, into Python objects several times as large.
 _MAX_BYTES: Final = 1 << 29
 # Thousandths of a pixel of the finest level: enough to round-trip any scale.
 _DECIMALS: Final = 3
@@ -44,18 +44,19 @@ _FARTHEST: Final = 1e9
 
 @dataclass(frozen=True)
 class GeoJSONStyle:
-    """How objects are written.
+    """Options for writing objects.
 
     Attributes:
-        labels: the name of each label, as its class; one without a name becomes "Label 3".
-        scale: pixels of the finest level per pixel of the mask, along x and y; `Slide.scale`.
-        origin: where the corner of the mask's first pixel lies, in pixels of the finest level.
-        min_area: objects with fewer pixels are left out.
-        tolerance: how far, in pixels of the mask, a simplified outline may be off; 0 leaves outlines exact.
+        labels: Label value -> class name; a label without a name becomes, for example, "Label 3".
+        scale: Pixels of the finest level per pixel of the mask, along x and y (`Slide.scale`).
+        origin: Position of the corner of the mask's first pixel, in pixels of the finest level.
+        min_area: Minimum area in pixels; smaller objects are skipped.
+        tolerance: Maximum distance, in pixels of the mask, of a simplified outline from the exact one; 0 writes exact
+            outlines.
         kind: "annotation" for regions, "detection" for many small objects such as nuclei, which QuPath handles faster.
 
     Raises:
-        RequestError: a value that cannot be.
+        RequestError: Invalid value.
     """
 
     labels: Mapping[int, str] = field(default_factory=dict)
@@ -66,17 +67,17 @@ class GeoJSONStyle:
     kind: Literal["annotation", "detection"] = "annotation"
 
     def __post_init__(self) -> None:
-        _check_place(self.scale, self.origin)
+        _check_scale_and_origin(self.scale, self.origin)
         if not (math.isfinite(self.tolerance) and self.tolerance >= 0 and self.min_area >= 0):
             raise RequestError(
-                f"min_area is {self.min_area} and tolerance {self.tolerance}: expected pixels, 0 or more."
+                f"Invalid min_area {self.min_area} or tolerance {self.tolerance}: expected 0 or more pixels."
             )
         if self.kind not in ("annotation", "detection"):
-            raise RequestError(f"Objects are written as {self.kind!r}: expected 'annotation' or 'detection'.")
+            raise RequestError(f"Invalid kind of objects {self.kind!r}: expected 'annotation' or 'detection'.")
 
 
 class GeoJSONWriter:
-    """Writes objects as they are found; the file is there, whole, when the block ends well, and not otherwise.
+    """Writes objects as they are found; the file is created atomically when the block ends without an error.
 
     ::
 
@@ -86,10 +87,10 @@ class GeoJSONWriter:
             writer.add(merger.finish())
 
     Attributes:
-        count: how many objects were written.
+        count: Number of objects written.
 
     Raises:
-        OutputError: the file cannot be written.
+        OutputError: The file cannot be written.
     """
 
     def __init__(self, path: StrPath, style: GeoJSONStyle) -> None:
@@ -119,7 +120,7 @@ class GeoJSONWriter:
         self._exits.__exit__(kind, error, trace)
 
     def add(self, items: Sequence[PixelObject]) -> None:
-        """Write objects, as `ObjectMerger` gives them."""
+        """Write the objects returned by `ObjectMerger`."""
         large = [item for item in items if item.area >= self._style.min_area]
         for item, shapes in zip(large, self._simplified(polygons(large)), strict=True):
             self._write(("," if self.count else "") + "\n" + json.dumps(self._feature(item, shapes)))
@@ -157,7 +158,7 @@ class GeoJSONWriter:
 
     def _write(self, text: str) -> None:
         if self._stream is None:
-            raise RequestError("A GeoJSONWriter is used in a `with` block.")
+            raise RequestError("A GeoJSONWriter can only write in a `with` block.")
         try:
             self._stream.write(text)
         except OSError as error:
@@ -172,22 +173,22 @@ def write_geojson(
     instances: NDArray[Any] | None = None,
     connectivity: Literal[4, 8] = 4,
 ) -> int:
-    """Write the objects of a label map; return how many.
+    """Write the objects of a label map; return their number.
 
     Args:
-        labels: `(x, y)`, whole numbers, 0 for background.
-        path: the file; it appears when it is complete.
-        style: names, place and form.
-        instances: `(x, y)`, numbers that tell touching objects of one label apart.
-        connectivity: 4 if pixels hang together by edges, 8 if also by corners.
+        labels: Integer label map `(x, y)`, 0 for background.
+        path: File to write, created atomically.
+        style: Class names, geometry and simplification.
+        instances: Instance map `(x, y)`, which separates touching objects with the same label.
+        connectivity: 4 (edges) or 8 (edges and corners).
 
     Raises:
-        RequestError: a shape or type that does not fit.
-        OutputError: the file cannot be written.
+        RequestError: Invalid shape or type.
+        OutputError: The file cannot be written.
     """
     if labels.ndim != 2 or (instances is not None and instances.shape != labels.shape):
         shapes = labels.shape if instances is None else (labels.shape, instances.shape)
-        raise RequestError(f"Label maps have the shape {shapes}: expected (x, y), the same for both.")
+        raise RequestError(f"Invalid label maps of shape {shapes}: expected (x, y), the same for both.")
     merger = ObjectMerger(labels.shape[0], connectivity=connectivity)
     rows = max(1, _BAND_PIXELS // labels.shape[0])
     with GeoJSONWriter(path, style) as writer:
@@ -208,32 +209,32 @@ def read_geojson(
     instances: bool = False,
     others: Literal["refuse", "skip"] = "refuse",
 ) -> NDArray[np.int32]:
-    """Return polygons as a label map: a pixel belongs to the polygons that its center lies in.
+    """Read polygons as a label map: a pixel belongs to the polygons that contain its center.
 
-    Where polygons overlap, the later one in the file is on top.
+    Of overlapping polygons, the later one in the file wins.
 
     Args:
-        path: a FeatureCollection, a list of features or one feature, with Polygon and MultiPolygon geometries.
-        shape: pixels along x and y of the map.
-        labels: the class name of each label.
-        scale: pixels of the finest level per pixel of the map, along x and y; `Slide.scale`.
-        origin: where the corner of the map's first pixel lies, in pixels of the finest level.
-        instances: give each feature its number in the file, from 1, instead of its label.
-        others: what becomes of features of other classes, and of points and lines: refuse the file, or skip them.
+        path: GeoJSON file with a FeatureCollection, a list of features or one feature, of type Polygon or MultiPolygon.
+        shape: Number of pixels of the map along x and y.
+        labels: Label value -> class name.
+        scale: Pixels of the finest level per pixel of the map, along x and y (`Slide.scale`).
+        origin: Position of the corner of the map's first pixel, in pixels of the finest level.
+        instances: Whether each feature is labeled with its number in the file, from 1, instead of its class.
+        others: Treatment of features with other classes, and of points and lines: "refuse" the file, or "skip" them.
 
     Returns:
-        `(x, y)`, 0 where there is no polygon.
+        Label map `(x, y)`, 0 outside of polygons.
 
     Raises:
-        CaseError: the file is missing, damaged or holds something else; or a polygon lies wholly outside the map.
-        RequestError: a scale or origin that cannot be.
+        CaseError: The file is missing, damaged or has other content; or a polygon is completely outside the map.
+        RequestError: Invalid scale or origin.
     """
-    _check_place(scale, origin)
+    _check_scale_and_origin(scale, origin)
     file = absolute(path)
     check_size(shape, f"The label map of {file}")
     values = {name: value for value, name in labels.items()}
     out = np.zeros(shape, dtype=np.int32)
-    with _understanding(file):
+    with _parsing_errors(file):
         for number, feature in enumerate(_features(json.loads(_text(file))), start=1):
             found = _outlines(feature, number, values, others, file)
             for rings in found[1]:
@@ -243,8 +244,8 @@ def read_geojson(
 
 
 @contextmanager
-def _understanding(file: Path) -> Iterator[None]:
-    """Turn what goes wrong while walking through unknown JSON into a CaseError."""
+def _parsing_errors(file: Path) -> Iterator[None]:
+    """Convert exceptions from traversing unknown JSON to CaseErrors."""
     try:
         yield
     except OSError as error:
@@ -256,7 +257,7 @@ def _understanding(file: Path) -> Iterator[None]:
 def _text(file: Path) -> str:
     size = file.stat().st_size
     if size > _MAX_BYTES:
-        raise CaseError(f"{file} has {size:,} bytes: at most {_MAX_BYTES:,} are read. Split it.")
+        raise CaseError(f"{file} is too large: {size:,} bytes, the limit is {_MAX_BYTES:,}. Split it.")
     return file.read_text(encoding="utf-8-sig")
 
 
@@ -271,7 +272,7 @@ def _features(content: Any) -> list[Any]:
 def _outlines(
     feature: Any, number: int, values: Mapping[str, int], others: str, file: Path
 ) -> tuple[int, list[Polygon]]:
-    """Return the label and the polygons of a feature; none if it is to be skipped."""
+    """Return the label and the polygons of a feature; no polygons if it is skipped."""
     name = _class_name(feature.get("properties") or {})
     form, coordinates = feature["geometry"]["type"], feature["geometry"]["coordinates"]
     known = form in ("Polygon", "MultiPolygon")
@@ -281,14 +282,15 @@ def _outlines(
         found = f"the class {name!r}" if name else "no class"
         expected = f"one of {', '.join(repr(name) for name in values)}" if known else "a Polygon or MultiPolygon"
         raise CaseError(
-            f"Feature {number} of {file} is a {form} of {found}: expected {expected}. Name it so, or skip others."
+            f"Feature {number} of {file} is a {form} with {found}: expected {expected}. Rename its class, or "
+            "skip others."
         )
     parts = [coordinates] if form == "Polygon" else coordinates
     return values[name], [[_ring(ring, number, file) for ring in part] for part in parts]
 
 
 def _class_name(properties: Mapping[str, Any]) -> str:
-    """Return the class that QuPath gave, of any version: a name, or the parts of one."""
+    """Return the class name written by any version of QuPath: a name, or its parts."""
     given = properties.get("classification") or ""
     if isinstance(given, Mapping):
         return str(given["name"]) if "name" in given else ": ".join(given.get("names", []))
@@ -299,19 +301,19 @@ def _ring(positions: Any, number: int, file: Path) -> Points:
     points: Points = np.array(positions, dtype=np.float64)
     if points.ndim != 2 or points.shape[0] < 3 or points.shape[1] < 2 or not (np.abs(points) <= _FARTHEST).all():
         raise CaseError(
-            f"Feature {number} of {file} has a ring that is none: expected three or more places x, y in pixels."
+            f"Feature {number} of {file} has an invalid ring: expected three or more points x, y in pixels."
         )
     return points[:, :2]
 
 
 def _fill(out: NDArray[np.int32], rings: Polygon, value: int, source: str) -> None:
-    """Write a value where pixel centers lie inside rings, band by band."""
+    """Fill the pixels whose centers are inside the rings, band by band."""
     points = np.concatenate(rings)
     low, high = np.floor(points.min(axis=0)), np.ceil(points.max(axis=0)) + 1
     if (high <= 0).any() or (low >= out.shape).any():
         raise CaseError(
-            f"{source} lies outside the image of {out.shape[0]} x {out.shape[1]} pixels: it belongs to another one, "
-            "or the scale is wrong."
+            f"{source} is outside the image of {out.shape[0]} x {out.shape[1]} pixels: it belongs to another image, or "
+            "the scale is wrong."
         )
     (x0, y0), (x1, y1) = (np.clip(corner, 0, out.shape).astype(int).tolist() for corner in (low, high))
     rows = max(1, _FILL_PIXELS // (x1 - x0))
@@ -321,7 +323,9 @@ def _fill(out: NDArray[np.int32], rings: Polygon, value: int, source: str) -> No
         out[x0:x1, top:bottom][inside] = value
 
 
-def _check_place(scale: tuple[float, float], origin: tuple[float, float]) -> None:
+def _check_scale_and_origin(scale: tuple[float, float], origin: tuple[float, float]) -> None:
     numbers = (*scale, *origin)
     if len(numbers) != 4 or not all(map(math.isfinite, numbers)) or min(scale) <= 0:
-        raise RequestError(f"The scale is {scale} and the origin {origin}: expected two numbers each, scales above 0.")
+        raise RequestError(
+            f"Invalid scale {scale} or origin {origin}: expected two numbers each, with a scale above 0."
+        )

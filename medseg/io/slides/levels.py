@@ -1,8 +1,8 @@
-"""The stored levels of a whole-slide image, through OpenSlide, tiffslide or, for plain pictures, Pillow.
+"""The stored levels of a whole-slide image, read by OpenSlide, tiffslide or, for single-level images, Pillow.
 
-OpenSlide comes first: it reads most vendors' formats and DICOM. An OME-TIFF goes to tiffslide where that is installed,
-because its smaller levels hang below the first page, where OpenSlide does not look. What both refuse may still be a
-picture of one level, which is then held in memory whole.
+OpenSlide is tried first: it reads most vendor formats and DICOM. An OME-TIFF is read by tiffslide if installed, because
+OpenSlide ignores the SubIFDs with its smaller levels. A file that both refuse may still be an ordinary 2D image, which
+is then held in memory as a whole.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ __all__ = ["Levels", "open_levels"]
 logger = logging.getLogger(__name__)
 
 _EXTRA: Final = f"Slides need OpenSlide or tiffslide: {advice('openslide')}"
-# A microscope resolves 0.2 micrometers; 20 is a scanned page at 1270 dpi. Values outside come from picture programs
-# (72 dpi is 353 micrometers) or from a wrong unit.
+# A microscope resolves 0.2 µm; 20 µm is a scanned page at 1270 dpi. Values outside come from image editors (72 dpi is
+# 353 µm) or from a wrong unit.
 _MPP_RANGE: Final = (0.01, 20.0)
 _WHITE: Final = (255, 255, 255)
 _HEAD_BYTES: Final = 1 << 20
@@ -50,13 +50,13 @@ _MAX_TILE: Final = 1 << 26
 
 
 class Levels(Protocol):
-    """The resolutions at which a file stores one slide, the finest first.
+    """The stored levels of a slide, the finest first.
 
     Attributes:
-        backend: the library that reads it.
-        sizes: `(width, height)` of each level in pixels.
-        mpp: micrometers per pixel of the finest level along x and y, or None where the file does not say.
-        note: why `mpp` is None, as half a sentence.
+        backend: Name of the library that reads the file.
+        sizes: Size `(width, height)` of each level in pixels.
+        mpp: Resolution of the finest level in µm/px along x and y; None if the file has none.
+        note: Reason why `mpp` is None, as a phrase.
     """
 
     backend: str
@@ -65,17 +65,17 @@ class Levels(Protocol):
     note: str
 
     def read(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
-        """Return `(height, width, 3)` from pixel (x, y) of a level on; the window lies inside the level."""
+        """Return the region `(height, width, 3)` of a level that starts at pixel (x, y) and is inside the level."""
 
     def close(self) -> None:
         """Close the file."""
 
 
 def open_levels(path: Path) -> Levels:
-    """Open a slide with the first library that can.
+    """Open a slide with the first library that can read it.
 
     Raises:
-        CaseError: the file is missing, damaged, not in color of 8 bits, or nothing installed can read it.
+        CaseError: The file is missing, damaged, not in 8 bit color, or no installed library can read it.
     """
     if not path.exists():
         raise CaseError(f"{path} does not exist: check the path.")
@@ -90,7 +90,7 @@ def open_levels(path: Path) -> Levels:
                 return opener(file)
         except CaseError as error:
             if error.__cause__ is None and name != "Pillow":
-                raise  # the library reads it, and what is in it cannot be used
+                raise  # the library reads it, but its content is unsupported
             reasons.append(str(error) if name == "Pillow" else f"{name}: {error.__cause__ or error}")
     raise CaseError(f"{file} cannot be read as a slide. {' '.join(_sentence(reason) for reason in reasons)}")
 
@@ -99,11 +99,11 @@ def _openers(file: Path) -> list[tuple[str, Callable[[Path], Levels]]]:
     openers: list[tuple[str, Callable[[Path], Levels]]] = []
     if _installed("openslide"):
         openers.append(("OpenSlide", _OpenSlideLevels))
-    # tiffslide parses damaged files for minutes, so it gets only what OpenSlide does not read right
+    # tiffslide parses damaged files for minutes, so it only opens what OpenSlide does not read correctly
     if _installed("tiffslide") and (_is_ome(file) or not openers):
         openers.insert(0, ("tiffslide", _TiffSlideLevels))
     if file_kind(file) not in (None, "slide", "dicom"):
-        openers.append(("Pillow", _PictureLevels))
+        openers.append(("Pillow", _ImageLevels))
     return openers
 
 
@@ -135,7 +135,7 @@ def _sentence(reason: str) -> str:
 
 @contextmanager
 def _reading(file: Path) -> Iterator[None]:
-    """Turn whatever a library finds wrong with a file into a CaseError, and keep its warnings to itself."""
+    """Convert all errors of a library to CaseErrors, and suppress its warnings."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -147,36 +147,36 @@ def _reading(file: Path) -> Iterator[None]:
 
 
 def _checked_sizes(sizes: Any, file: Path) -> tuple[tuple[int, int], ...]:
-    """Return level sizes as plain numbers; drop levels that are larger than the one before."""
+    """Return level sizes as integers; drop levels that are larger than their predecessor."""
     checked: list[tuple[int, int]] = []
     for width, height in sizes:
         if width < 1 or height < 1:
-            raise CaseError(f"{file} has a level of {width} x {height} pixels: its header is wrong.")
+            raise CaseError(f"{file} has an invalid level of {width} x {height} pixels: its header is wrong.")
         if not checked or (width <= checked[-1][0] and height <= checked[-1][1]):
             checked.append((int(width), int(height)))
         else:
-            text = f"level {len(checked)} is larger than the one before; it and those after it are not used"
+            text = f"level {len(checked)} is larger than the previous one; it and all later levels are not used"
             warn(logger, "levels-skipped", text, file)
             break
     return tuple(checked)
 
 
 def _checked_mpp(x: Any, y: Any) -> tuple[tuple[float, float] | None, str]:
-    """Return the micrometers per pixel, or None and the reason."""
+    """Return the resolution in µm/px, or None and the reason."""
     if x is None or y is None:
-        return None, "says nothing about the size of its pixels"
+        return None, "has no pixel size (resolution)"
     try:
         mpp = float(x), float(y)
     except (TypeError, ValueError):
-        return None, f"gives {x!r} x {y!r} as the size of its pixels, which is no number"
+        return None, f"has an invalid pixel size {x!r} x {y!r}"
     low, high = _MPP_RANGE
     if all(math.isfinite(value) and low <= value <= high for value in mpp):
         return mpp, ""
-    return None, f"claims pixels of {mpp[0]:.4g} x {mpp[1]:.4g} micrometers, outside {low:g} to {high:g}"
+    return None, f"has an implausible pixel size of {mpp[0]:.4g} x {mpp[1]:.4g} µm, outside {low:g} to {high:g}"
 
 
 def _ome_mpp(description: str) -> tuple[float, float] | None:
-    """Return the pixel size that OME-XML gives for its first image; tiffslide looks at TIFF tags alone."""
+    """Return the pixel size of the first image in OME-XML; tiffslide reads only TIFF tags."""
     pixels = re.search(r"<(?:\w+:)?Pixels\b[^>]*>", description[:_HEAD_BYTES])
     if pixels is None:
         return None
@@ -198,19 +198,21 @@ class _OpenSlideLevels:
         properties: Mapping[str, str] = self._slide.properties
         if properties.get("openslide.vendor") == "generic-tiff" and _sample_bits(file) > 8:
             self._slide.close()
-            raise CaseError(f"{file} has more than 8 bits per color, which OpenSlide would cut: convert it yourself.")
+            raise CaseError(
+                f"{file} has more than 8 bits per channel, which OpenSlide would truncate: convert it to 8 bits."
+            )
         self.sizes = _checked_sizes(self._slide.level_dimensions, file)
         self._check_tiles(properties)
         self.mpp, self.note = _checked_mpp(properties.get("openslide.mpp-x"), properties.get("openslide.mpp-y"))
         self._background = _color(properties.get("openslide.background-color"))
 
     def _check_tiles(self, properties: Mapping[str, str]) -> None:
-        """Refuse tiles that OpenSlide would end the process over when it has no memory for one."""
+        """Refuse tiles so large that OpenSlide would abort the process when it cannot allocate one."""
         for level in range(len(self.sizes)):
             sides = [int(properties.get(f"openslide.level[{level}].tile-{side}", 0)) for side in ("width", "height")]
             if sides[0] * sides[1] > _MAX_TILE:
                 self._slide.close()
-                raise CaseError(f"{self._file} claims tiles of {sides[0]:,} x {sides[1]:,} pixels: it is damaged.")
+                raise CaseError(f"{self._file} is damaged: it has tiles of {sides[0]:,} x {sides[1]:,} pixels.")
 
     def read(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
         factor = self._slide.level_downsamples[level]
@@ -218,8 +220,8 @@ class _OpenSlideLevels:
             image = self._slide.read_region((round(x * factor), round(y * factor)), level, (width, height))
         pixels = np.asarray(image)
         colors = pixels[..., :3].copy()
-        # Only what was never scanned is wholly transparent; at the border of tiles of a level whose factor is not
-        # whole, OpenSlide makes pixels a little so, and their color is right.
+        # Only unscanned regions are fully transparent. At tile borders of levels with a non-integer downsampling
+        # factor, OpenSlide returns slightly transparent pixels with the right color.
         colors[pixels[..., 3] == 0] = self._background
         return colors
 
@@ -255,10 +257,10 @@ class _TiffSlideLevels:
         self._slide.close()
 
 
-class _PictureLevels:
+class _ImageLevels:
     backend = "pillow"
     mpp: tuple[float, float] | None = None
-    note = "is a plain picture, which says nothing of micrometers"
+    note = "is an ordinary 2D image without a pixel size"
 
     def __init__(self, file: Path) -> None:
         pixels, _ = raster.read(file, ReadOptions(spatial_dims=2, stored=True))
@@ -273,31 +275,31 @@ class _PictureLevels:
 
 
 def _location(index: int, factor: float) -> int:
-    """Return a place at level 0 that tiffslide, which divides by `factor` and cuts, takes to `index` of a level."""
+    """Return the position at level 0 that tiffslide, which divides by `factor` and truncates, maps to `index`."""
     place = math.ceil(index * factor)
     return place if int(place / factor) == index else place + 1
 
 
 def _as_rgb(pixels: NDArray[Any], file: Path) -> NDArray[np.uint8]:
-    """Return `(h, w, 3)` from grey, color or opaque color with alpha, of 8 bits."""
+    """Convert 8 bit grayscale, RGB or opaque RGBA to `(h, w, 3)`."""
     if pixels.dtype != np.uint8:
-        raise CaseError(f"{file} has values of type {pixels.dtype}: expected color of 8 bits. Convert it.")
+        raise CaseError(f"{file} has the unsupported type {pixels.dtype}: expected 8 bit color. Convert it.")
     if pixels.shape[-1] == 1:
         return np.repeat(pixels, 3, axis=-1)
     if pixels.shape[-1] == 4 and (pixels[..., 3] == 255).all():
         return pixels[..., :3]
     if pixels.shape[-1] != 3:
-        raise CaseError(f"{file} has {pixels.shape[-1]} values per pixel: expected color. Choose or combine channels.")
+        raise CaseError(f"{file} has {pixels.shape[-1]} channels: expected RGB. Select or combine channels.")
     return pixels
 
 
 def _sample_bits(file: Path) -> int:
-    """Return the bits per sample of a TIFF's first page; 8 where Pillow cannot tell."""
+    """Return the bits per sample of a TIFF's first page; 8 if Pillow cannot determine them."""
     try:
-        with Image.open(file, formats=("TIFF",)) as picture:
-            tags: dict[int, tuple[int, ...]] = getattr(picture, "tag_v2", {})
+        with Image.open(file, formats=("TIFF",)) as image:
+            tags: dict[int, tuple[int, ...]] = getattr(image, "tag_v2", {})
             return max(tags.get(_BITS_PER_SAMPLE, (8,)))
-    except Exception:  # of any damaged header
+    except Exception:  # damaged headers raise many types
         return 8
 
 

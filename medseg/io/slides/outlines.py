@@ -1,9 +1,9 @@
 """Outlines of objects along the edges of their pixels, from the objects' runs.
 
-Pixel (i, j) is the square from (i, j) to (i + 1, j + 1). Rings are closed without repeating the first corner. The ring
-around an object has a positive area (x right, y down: it turns clockwise on the screen; with y up, counter-clockwise,
-as RFC 7946 wants), rings around its holes a negative one. Rings touch each other and themselves at single corners at
-most, and themselves never: such polygons are valid in the sense of the OGC's simple features, on which QuPath insists.
+Pixel (i, j) is the square from (i, j) to (i + 1, j + 1). Rings are closed without repeating the first vertex. The outer
+ring of an object has a positive area (x right, y down: clockwise on the screen; with y up, counter-clockwise, as
+required by RFC 7946), rings around its holes a negative one. Rings touch each other at single vertices at most, and
+never themselves: such polygons are valid OGC simple features, which QuPath requires.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from medseg.io.slides.components import PixelObject, split_runs
 
 __all__ = ["Points", "Polygon", "polygons", "ring_areas", "simplify"]
 
-# `(N, 2)`, x and y in pixels.
+# Array `(N, 2)` of x and y in pixels.
 Points = NDArray[np.float64]
-# The ring around, then those of the holes.
+# The outer ring, then those of the holes.
 Polygon = list[Points]
 
 _START, _STOP = 0, 1
@@ -28,18 +28,18 @@ _MIN_CORNERS: Final = 3
 
 
 def polygons(items: Sequence[PixelObject]) -> list[list[Polygon]]:
-    """Return the polygons of each object, one for each part of it that hangs together by the edges of pixels."""
+    """Return the polygons of each object, one for each of its 4-connected parts."""
     found: list[list[Polygon]] = [[] for _ in items]
     if not items:
         return found
     owner = np.repeat(np.arange(len(items)), [len(item.runs) for item in items])
     runs = np.concatenate([item.runs for item in items])
-    parts = split_runs(_apart(runs, owner))
-    rings, run = _rings(runs, _apart(runs, parts))
+    parts = split_runs(_separated(runs, owner))
+    rings, run = _rings(runs, _separated(runs, parts))
     shapes: list[Polygon] = [[] for _ in range(int(parts.max()) + 1)]
     for ring, area, part in zip(rings, ring_areas(rings), parts[run].tolist(), strict=True):
         shapes[part].insert(0 if area > 0 else len(shapes[part]), ring)
-    # Parts are numbered by their first run, and so in the order of their objects.
+    # Parts are numbered by their first run, hence in the order of their objects.
     _, first_run = np.unique(parts, return_index=True)
     for polygon, item in zip(shapes, owner[first_run].tolist(), strict=True):
         found[item].append(polygon)
@@ -51,7 +51,7 @@ def ring_areas(rings: Sequence[Points]) -> list[float]:
     if not rings:
         return []
     points, starts = np.concatenate(rings), _starts(rings)
-    # Measured from a corner of its own, since far from the origin digits would be lost.
+    # Relative to a vertex of the ring: far from the origin precision would be lost.
     x, y = (points - np.repeat(points[starts], [len(ring) for ring in rings], axis=0)).T
     following = _following(starts, len(points))
     areas: list[float] = (0.5 * np.add.reduceat(x * y[following] - x[following] * y, starts)).tolist()
@@ -59,17 +59,17 @@ def ring_areas(rings: Sequence[Points]) -> list[float]:
 
 
 def simplify(rings: Sequence[Points], tolerance: float) -> list[Points]:
-    """Leave out corners of rings so that none of them is farther than `tolerance` pixels from the new line.
+    """Remove vertices of rings so that none is farther than `tolerance` pixels from the simplified line.
 
-    The method is that of Ramer (1972), Douglas and Peucker (1973), on all rings together. A ring that would collapse
-    stays as it is. Rings may cross others that are nearer than the tolerance.
+    This is the Ramer-Douglas-Peucker algorithm (1972, 1973) on all rings at once. A ring that would collapse is kept.
+    Rings closer to each other than the tolerance may intersect.
     """
     if tolerance <= 0 or not rings:
         return list(rings)
     closed = [np.concatenate([ring, ring[:1]]) for ring in rings]
     points, starts = np.concatenate(closed), _starts(closed)
     ends = starts + np.array([len(ring) for ring in rings])
-    # Each ring is cut into two lines at the corner that is farthest from its first.
+    # Each ring is split into two lines at the vertex farthest from its first.
     _, far = _farthest(
         points, starts, ends, around=np.repeat(points[starts], [len(ring) - 1 for ring in rings], axis=0)
     )
@@ -92,9 +92,9 @@ def simplify(rings: Sequence[Points], tolerance: float) -> list[Points]:
 def _farthest(
     points: Points, first: NDArray[np.int64], last: NDArray[np.int64], *, around: Points | None = None
 ) -> tuple[Points, NDArray[np.int64]]:
-    """Return, for each line of points, how far the farthest of its inner points is off, and which one that is.
+    """Return, for each polyline, the distance and the index of its farthest inner point.
 
-    Off means from the straight line between its ends, or from the points `around`.
+    The distance is measured to the line between its ends, or to the points `around`.
     """
     counts = last - first - 1
     begins = np.cumsum(counts) - counts
@@ -109,12 +109,12 @@ def _farthest(
     distances: Points = np.hypot(*offset.T)
     largest = np.maximum.reduceat(distances, begins)
     at = np.flatnonzero(distances == np.repeat(largest, counts))
-    # The first of several.
+    # The first of several equally far ones.
     return largest, inner[at[np.searchsorted(at, begins)]]
 
 
-def _apart(runs: NDArray[np.int64], group: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Move groups of runs one below the other, with a row between."""
+def _separated(runs: NDArray[np.int64], group: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Move groups of runs below each other, with one empty row in between."""
     tops, bottoms = np.full((2, int(group.max()) + 1), runs[:, 0].max())
     np.minimum.at(tops, group, runs[:, 0])
     bottoms[:] = tops
@@ -132,18 +132,18 @@ def _starts(rings: Sequence[Points]) -> NDArray[np.int64]:
 
 
 def _following(starts: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    """Return for each corner of rings that stand one after the other the next of its ring."""
+    """Return for each vertex of concatenated rings the next one of its ring."""
     following = np.arange(1, count + 1)
     following[np.append(starts[1:], count) - 1] = starts
     return following
 
 
 def _rings(runs: NDArray[np.int64], apart: NDArray[np.int64]) -> tuple[list[Points], NDArray[np.int64]]:
-    """Return all rings around runs, traced where their parts were moved apart, and for each a run that it touches."""
+    """Return all rings around runs, traced on the separated parts, and for each ring a run that it touches."""
     line, x, kind, below, run = _corners(apart)
     along = _partners(np.lexsort((kind, x, line)))
     across = _partners(np.lexsort((line, kind, x)))
-    # At the left end of an edge along x: is the object below the edge, then the edge goes right, else left.
+    # An edge along x runs to the right if the object is below it, else to the left.
     rightward = (kind == _START) == below
     begins = np.where(x < x[along], rightward, ~rightward[along])
     following, partner = across[along].tolist(), along.tolist()
@@ -166,10 +166,10 @@ def _rings(runs: NDArray[np.int64], apart: NDArray[np.int64]) -> tuple[list[Poin
 def _corners(
     runs: NDArray[np.int64],
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_], NDArray[np.int64]]:
-    """Return the corners of the outline: line, x, which end of a run, whether that run lies below the line, which run.
+    """Return the corners of the outline: line, x, end of a run, whether that run is below the line, and its index.
 
-    Every run has two ends on the line above it and two on the line below it. Where two runs, one above the other, have
-    the same end on the line between them, the outline goes straight on: there is no corner.
+    Every run has two ends on the line above it and two on the line below it. If two runs, one above the other, have the
+    same end on the line between them, the outline is straight there and has no corner.
     """
     row, start, stop = runs.T
     line = np.concatenate([row, row, row + 1, row + 1])
@@ -183,7 +183,7 @@ def _corners(
 
 
 def _partners(order: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Pair each first of a sorted line of corners with the next: between them is an edge, and then none."""
+    """Pair the corners of a sorted line two by two: each pair bounds an edge."""
     partner = np.empty_like(order)
     partner[order[::2]], partner[order[1::2]] = order[1::2], order[::2]
     return partner

@@ -1,16 +1,17 @@
-"""Whole-slide images, read on demand at the resolution that a model wants.
+"""Whole-slide images, read region by region at the resolution of a model.
 
-An array's first axis after the channels is x (columns, left to right) and its last is y (rows, top to bottom), as of
-all pictures here. Pixel (i, j) of a slide at a coarser resolution covers the square from i * scale to (i + 1) * scale
-of the finest level: its value is the mean over that square, weighted by how much of each stored pixel lies in it. It is
-taken from the coarsest stored level that is fine enough. At a finer resolution than stored, values are interpolated
-linearly. Where the stored level was cut by a few pixels at the right or the bottom, so is what is read from it.
+Arrays are `(3, x, y)`: x are columns, left to right, and y are rows, top to bottom, as for all 2D images. At a coarser
+resolution, pixel (i, j) covers the square from i * scale to (i + 1) * scale of the finest level: its value is the
+area-weighted mean over that square, computed from the coarsest stored level that is fine enough. At a finer resolution
+than stored, values are interpolated linearly. If the stored level is cropped by a few pixels at the right or bottom, so
+is the result.
 
-A pixel has one value, whatever window it is read in: the windows of the file that are decoded, the weights and the
-order of sums depend on the pixel alone. So an image read in pieces is the image read whole, bit for bit.
+The value of a pixel does not depend on the window it is read in: the decoded blocks of the file, the weights and the
+order of sums depend on the pixel alone. Therefore an image read in windows equals the image read as a whole, bit for
+bit.
 
-Colors are those that are stored: neither an ICC profile nor a stain normalization is applied. Places that the scanner
-left out get the background color that the file names, otherwise white.
+Colors are returned as stored: neither an ICC profile nor stain normalization is applied. Unscanned regions have the
+background color of the file, by default white.
 """
 
 from __future__ import annotations
@@ -35,16 +36,16 @@ if TYPE_CHECKING:
 
 __all__ = ["MAX_READ_PIXELS", "Slide", "open_slide"]
 
-# Of one read: 768 MiB of color.
+# Limit of one read: 768 MiB of color.
 MAX_READ_PIXELS: Final = 1 << 28
-# A resolution this near to a stored one means the stored one: 0.5 asked for, 0.499 found.
+# Relative tolerance within which a stored level is used as it is: 0.5 requested, 0.499 stored.
 _SAME: Final = 0.02
-# Finer than the scanner's own by more than this, no new detail comes.
-_MAX_ENLARGEMENT: Final = 4.0
+# Largest upsampling: beyond this there is no additional detail.
+_MAX_UPSAMPLING: Final = 4.0
 _BLOCK: Final = 512
 _CACHE_BYTES: Final = 64 << 20
 _PIECE: Final = 4096
-# A slide of 180,000 x 180,000 pixels without a small level; decoding it takes minutes.
+# A slide of 180,000 x 180,000 pixels without a small level, which takes minutes to decode.
 _MAX_OVERVIEW_PIXELS: Final = 1 << 35
 
 
@@ -55,18 +56,19 @@ def open_slide(
     level: int | None = None,
     default_mpp: float | None = None,
 ) -> Slide:
-    """Open a whole-slide image at one resolution; by default at the finest that is stored.
+    """Open a whole-slide image at one resolution, by default the finest stored one.
 
     Args:
-        path: a slide in a format of OpenSlide or tiffslide (SVS, tiled TIFF, OME-TIFF, NDPI, MRXS, SCN, ...), a file
-            or the folder of a DICOM slide, or a plain picture.
-        microns_per_pixel: the resolution. Within 2 % of a stored level that level is taken as it is; see `Slide.mpp`.
-        level: a stored level instead, 0 being the finest.
-        default_mpp: micrometers per pixel of the finest level, used only where the file does not say them.
+        path: Slide in a format of OpenSlide or tiffslide (SVS, tiled TIFF, OME-TIFF, NDPI, MRXS, SCN, ...), a file or
+            the folder of a DICOM slide, or an ordinary 2D image.
+        microns_per_pixel: Resolution in µm/px. A stored level within 2 % of it is used as it is; see `Slide.mpp`.
+        level: Stored level to read instead, 0 for the finest.
+        default_mpp: Resolution of the finest level in µm/px, used only if the file has none.
 
     Raises:
-        RequestError: both resolutions are given, or one that cannot be, or one more than 4 times finer than the file.
-        CaseError: the file cannot be read, or `microns_per_pixel` is asked for and its pixels have no known size.
+        RequestError: Both resolution and level are given, one of them is invalid, or the resolution is more than 4
+            times finer than that of the file.
+        CaseError: The file cannot be read, or `microns_per_pixel` is given and the file has no pixel size.
     """
     _check_resolution(microns_per_pixel, level, default_mpp)
     file = absolute(path)
@@ -79,19 +81,19 @@ def open_slide(
 
 
 class Slide:
-    """A slide at one resolution. Made by `open_slide`; a context manager that closes the file.
+    """A slide at one resolution, returned by `open_slide`; a context manager that closes the file.
 
-    Several threads may read from it; they take turns.
+    It is thread-safe; reads are serialized.
 
     Attributes:
-        path: the file.
-        backend: the library that reads it: "openslide", "tiffslide" or "pillow".
-        shape: `(3, x, y)` at this resolution.
-        mpp: micrometers per pixel at this resolution along x and y; None where nothing says them.
-        scale: pixels of the finest level per pixel of this resolution, along x and y. Pixel borders of this resolution
-            times `scale` are coordinates of the finest level, such as annotations use.
-        full_size: `(width, height)` of the finest level.
-        level_sizes: `(width, height)` of every stored level.
+        path: Path of the file.
+        backend: Library that reads the file: "openslide", "tiffslide" or "pillow".
+        shape: Shape `(3, x, y)` at this resolution.
+        mpp: Resolution in µm/px along x and y; None if unknown.
+        scale: Pixels of the finest level per pixel of this resolution, along x and y. Pixel borders times `scale` are
+            coordinates of the finest level, as used by annotations.
+        full_size: Size `(width, height)` of the finest level.
+        level_sizes: Size `(width, height)` of every stored level.
     """
 
     def __init__(
@@ -123,60 +125,62 @@ class Slide:
         self._levels.close()
 
     def read(self, x0: int, x1: int, y0: int, y1: int) -> NDArray[np.uint8]:
-        """Return the pixels from column `x0` to before `x1`, and row `y0` to before `y1`, as `(3, x, y)`.
+        """Return the pixels `(3, x, y)` of columns `x0` to `x1` and rows `y0` to `y1`, both ends exclusive.
 
         Raises:
-            RequestError: the window is empty, reaches beyond the slide, or has more than 2**28 pixels.
-            CaseError: the file turns out to be damaged there.
+            RequestError: The window is empty, extends beyond the slide, or has more than 2**28 pixels.
+            CaseError: The file is damaged in that region.
         """
         _, width, height = self.shape
         if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
             raise RequestError(
-                f"Window {x0}:{x1}, {y0}:{y1} of {self.path}: expected one with pixels, inside the slide's "
-                f"{width} x {height}."
+                f"Invalid window {x0}:{x1}, {y0}:{y1} of {self.path}: expected a non-empty window inside "
+                f"{width} x {height} pixels."
             )
         if (x1 - x0) * (y1 - y0) > MAX_READ_PIXELS:
             raise RequestError(
-                f"Window {x0}:{x1}, {y0}:{y1} of {self.path} has {(x1 - x0) * (y1 - y0):,} pixels: at most "
-                f"{MAX_READ_PIXELS:,} are read at a time. Read it in pieces, or at a coarser resolution."
+                f"Window {x0}:{x1}, {y0}:{y1} of {self.path} is too large: {(x1 - x0) * (y1 - y0):,} pixels, the limit "
+                f"is {MAX_READ_PIXELS:,}. Read smaller windows, or at a coarser resolution."
             )
         return self._sampler.read(self._blocks, x0, x1, y0, y1)
 
     def thumbnail(self, max_size: int = 1024) -> NDArray[np.uint8]:
-        """Return the whole slide as `(3, x, y)` with a longer side of at most `max_size` pixels, never enlarged.
+        """Return the whole slide as `(3, x, y)`, downsampled to at most `max_size` pixels along the longer side.
 
-        A slide that stores no small level is read through once, in bounded memory.
+        A slide without a small level is decoded completely, in bounded memory.
         """
         if not 1 <= max_size <= math.isqrt(MAX_READ_PIXELS):
-            raise RequestError(f"A thumbnail of {max_size} pixels: expected 1 to {math.isqrt(MAX_READ_PIXELS)}.")
+            raise RequestError(
+                f"Invalid size {max_size} of a thumbnail: expected 1 to {math.isqrt(MAX_READ_PIXELS)} pixels."
+            )
         factor = max(1.0, *(side / max_size for side in self.shape[1:]))
         sampler = _Sampler.fitting(self.level_sizes, (self.scale[0] * factor, self.scale[1] * factor))
         if math.prod(sampler.stored) > _MAX_OVERVIEW_PIXELS:
             raise CaseError(
-                f"{self.path} stores no level smaller than {sampler.stored[0]:,} x {sampler.stored[1]:,} pixels: too "
-                "many to look through for an overview. Check its header, or store it as a pyramid."
+                f"{self.path} has no level smaller than {sampler.stored[0]:,} x {sampler.stored[1]:,} pixels: too many "
+                "for an overview. Check its header, or store it as a pyramid."
             )
         return sampler.read(self._blocks, 0, sampler.size[0], 0, sampler.size[1])
 
     def tissue(self, *, max_size: int = 2048, margin: int = 2, min_pixels: int = 64) -> Tissue:
-        """Return where tissue is, at low resolution; see `find_tissue` for how and what it misses."""
+        """Return the tissue mask at low resolution; see `find_tissue` for the method and its limits."""
         from medseg.io.slides.tissue import Tissue, find_tissue
 
         small = self.thumbnail(max_size)
         mask = find_tissue(small, margin=margin, min_pixels=min_pixels)
-        # The last pixel of a thumbnail may stick out, so its scale is the factor, not the ratio of the shapes.
+        # The last pixel of a thumbnail may extend beyond the slide, so its scale is not the ratio of the shapes.
         factor = max(1.0, *(side / max_size for side in self.shape[1:]))
         return Tissue(mask, (factor, factor), (self.shape[1], self.shape[2]))
 
 
 @dataclass(frozen=True)
 class _Axis:
-    """Which stored pixels each pixel of one axis is made of.
+    """Resampling weights along one axis.
 
     Attributes:
-        first: the first stored pixel of each.
-        weights: `(n, taps)`, the share of that one and of those after it; float32.
-        last: the last stored pixel there is.
+        first: Index of the first stored pixel of each pixel.
+        weights: Weights `(n, taps)` of that stored pixel and the following ones; float32.
+        last: Index of the last stored pixel.
     """
 
     first: NDArray[np.int64]
@@ -185,7 +189,7 @@ class _Axis:
 
     @classmethod
     def between(cls, start: int, stop: int, factor: float, stored: int) -> _Axis:
-        """Return pixels `start` to before `stop`, each `factor` of the `stored` pixels wide."""
+        """Return the weights of pixels `start` to `stop` (exclusive), each `factor` stored pixels wide."""
         pixels = np.arange(start, stop, dtype=np.float64)
         if factor == 1:
             return cls(np.arange(start, stop), np.ones((stop - start, 1), np.float32), stored - 1)
@@ -205,11 +209,11 @@ class _Axis:
 
     @property
     def window(self) -> tuple[int, int]:
-        """The first stored pixel that is needed, and the one after the last."""
+        """Range of stored pixels needed, end exclusive."""
         return int(self.first[0]), min(int(self.first[-1]) + self.weights.shape[1], self.last + 1)
 
     def apply(self, pixels: NDArray[np.generic]) -> NDArray[np.float32]:
-        """Weight the first axis of pixels that begin at `window[0]`; the order of the sum is always the same."""
+        """Resample the first axis of pixels that start at `window[0]`, in a fixed order of summation."""
         base = self.window[0]
         total: NDArray[np.float32] = np.zeros((len(self.first), *pixels.shape[1:]), np.float32)
         for tap in range(self.weights.shape[1]):
@@ -220,13 +224,13 @@ class _Axis:
 
 @dataclass(frozen=True)
 class _Sampler:
-    """Reads one resolution from the stored level that fits it.
+    """Resamples the best stored level to one resolution.
 
     Attributes:
-        level: the stored level.
-        factors: stored pixels per pixel along x and y; 1 for pixels as they are stored.
-        size: `(width, height)` at this resolution.
-        stored: `(width, height)` of the stored level.
+        level: Index of the stored level.
+        factors: Stored pixels per pixel along x and y; 1 without resampling.
+        size: Size `(width, height)` at this resolution.
+        stored: Size `(width, height)` of the stored level.
     """
 
     level: int
@@ -236,7 +240,7 @@ class _Sampler:
 
     @classmethod
     def fitting(cls, sizes: tuple[tuple[int, int], ...], scale: tuple[float, float]) -> _Sampler:
-        """Take the coarsest level that is at least as fine as `scale`."""
+        """Select the coarsest level that is at least as fine as `scale`."""
         fits = [
             n
             for n in range(len(sizes))
@@ -247,12 +251,12 @@ class _Sampler:
         factors = tuple(wanted / found for wanted, found in zip(scale, _scale(sizes, level), strict=True))
         if all(abs(factor - 1) < 1e-9 for factor in factors):
             return cls(level, (1.0, 1.0), stored, stored)
-        # A pixel that lies on the slide only by rounding is none.
+        # A pixel inside the slide only by rounding does not count.
         width, height = (max(1, math.ceil(n / f - 1e-6)) for n, f in zip(stored, factors, strict=True))
         return cls(level, (factors[0], factors[1]), (width, height), stored)
 
     def read(self, blocks: _Blocks, x0: int, x1: int, y0: int, y1: int) -> NDArray[np.uint8]:
-        """Return `(3, x, y)`, put together from pieces so that a strong reduction needs little memory."""
+        """Return `(3, x, y)`, resampled piece by piece so that strong downsampling needs little memory."""
         out = np.empty((y1 - y0, x1 - x0, 3), np.uint8)
         step_x, step_y = (max(1, int(_PIECE / max(1.0, factor))) for factor in self.factors)
         for top in range(y0, y1, step_y):
@@ -268,17 +272,17 @@ class _Sampler:
         columns = _Axis.between(x0, x1, self.factors[0], self.stored[0])
         rows = _Axis.between(y0, y1, self.factors[1], self.stored[1])
         pixels = rows.apply(blocks.window(self.level, *columns.window, *rows.window))
-        # Rounded halves up: to even, as numpy does, would make a flat grey of .5 patchy.
+        # Rounds half up: NumPy's half to even would make constant regions with .5 patchy.
         mixed = columns.apply(pixels.transpose(1, 0, 2)).transpose(1, 0, 2)
         rounded: NDArray[np.uint8] = np.floor(mixed + np.float32(0.5)).astype(np.uint8)
         return rounded
 
 
 class _Blocks:
-    """Windows of stored levels, from a cache of blocks that are always decoded at the same places.
+    """Windows of stored levels, from a cache of blocks at fixed positions.
 
-    OpenSlide takes places in pixels of the finest level, which for most coarser levels are not whole pixels of their
-    own: one pixel decoded from two places would differ.
+    OpenSlide expects positions in pixels of the finest level, which are not integer pixels of most coarser levels: a
+    pixel decoded from two positions would differ.
     """
 
     def __init__(self, levels: Levels) -> None:
@@ -288,7 +292,7 @@ class _Blocks:
         self._lock = threading.Lock()
 
     def window(self, level: int, x0: int, x1: int, y0: int, y1: int) -> NDArray[np.uint8]:
-        """Return `(y1 - y0, x1 - x0, 3)` of a level."""
+        """Return the window `(y1 - y0, x1 - x0, 3)` of a level."""
         out = np.empty((y1 - y0, x1 - x0, 3), np.uint8)
         for row in range(y0 // _BLOCK, (y1 - 1) // _BLOCK + 1):
             for column in range(x0 // _BLOCK, (x1 - 1) // _BLOCK + 1):
@@ -301,7 +305,7 @@ class _Blocks:
         return out
 
     def clear(self) -> None:
-        """Forget all."""
+        """Empty the cache."""
         with self._lock:
             self._kept.clear()
             self._bytes = 0
@@ -323,9 +327,9 @@ class _Blocks:
 
 
 def _scale(sizes: tuple[tuple[int, int], ...], level: int) -> tuple[float, float]:
-    """Return how many pixels of the finest level a pixel of `level` is wide and high.
+    """Return the width and height of a pixel of `level` in pixels of the finest level.
 
-    Levels are made by whole factors and the rest of a division is cut or filled up, so 300 / 37 means 8.
+    Downsampling factors are integers, and the remainder of a division is cropped or padded, so 300 / 37 means 8.
     """
     ratios = sizes[0][0] / sizes[level][0], sizes[0][1] / sizes[level][1]
     whole = round(min(ratios))
@@ -338,15 +342,15 @@ def _scale(sizes: tuple[tuple[int, int], ...], level: int) -> tuple[float, float
 def _target(
     file: Path, levels: Levels, microns: float | None, level: int | None, default_mpp: float | None
 ) -> tuple[float, float]:
-    """Return the wanted resolution as pixels of the finest level per pixel."""
+    """Return the requested resolution as pixels of the finest level per pixel."""
     if level is not None and level >= len(levels.sizes):
-        raise RequestError(f"{file} has the levels 0 to {len(levels.sizes) - 1}: there is no level {level}.")
+        raise RequestError(f"{file} has no level {level}: expected 0 to {len(levels.sizes) - 1}.")
     if microns is None:
         return _scale(levels.sizes, level or 0)
     if levels.mpp is None and default_mpp is None:
         raise CaseError(
-            f"{file} {levels.note}, so {microns:g} micrometers per pixel cannot be had: give default_mpp, the "
-            "micrometers per pixel of its finest level.",
+            f"{file} {levels.note}, so it cannot be read at {microns:g} µm/px: give default_mpp, the resolution of its "
+            "finest level in µm/px.",
             code="no-resolution",
             path=file,
             expected=microns,
@@ -358,19 +362,19 @@ def _target(
         stored = _scale(levels.sizes, number)
         if all(abs(want / have - 1) <= _SAME for want, have in zip(wanted, stored, strict=True)):
             return stored
-    if min(wanted) < 1 / _MAX_ENLARGEMENT:
+    if min(wanted) < 1 / _MAX_UPSAMPLING:
         raise RequestError(
-            f"{file} has {found[0]:.4g} x {found[1]:.4g} micrometers per pixel: {microns:g} is more than "
-            f"{_MAX_ENLARGEMENT:g} times finer, where there is nothing to see."
+            f"{file} has a resolution of {found[0]:.4g} x {found[1]:.4g} µm/px, too coarse for {microns:g} µm/px: the "
+            f"limit of upsampling is {_MAX_UPSAMPLING:g} times."
         )
     return wanted
 
 
 def _check_resolution(microns: float | None, level: int | None, default_mpp: float | None) -> None:
     if microns is not None and level is not None:
-        raise RequestError("A slide is read at microns_per_pixel or at a level, not both.")
+        raise RequestError("Invalid resolution: give microns_per_pixel or level, not both.")
     if level is not None and level < 0:
-        raise RequestError(f"Level {level} of a slide: expected 0, the finest, or more.")
+        raise RequestError(f"Invalid level {level} of a slide: expected 0 (the finest) or more.")
     for name, value in (("microns_per_pixel", microns), ("default_mpp", default_mpp)):
         if value is not None and not (math.isfinite(value) and value > 0):
-            raise RequestError(f"{name} is {value}: expected micrometers above 0, such as 0.5.")
+            raise RequestError(f"Invalid {name} {value}: expected a positive number of µm/px, such as 0.5.")

@@ -1,7 +1,7 @@
-"""Label images of slides as tiled, compressed, pyramidal TIFF, written while the labels are made.
+"""Label images of slides as tiled, compressed, pyramidal TIFF, written in a stream.
 
-The first level has the labels as they are; each further one has every fourth pixel of the one before, as a SubIFD, so
-that a reader of plain TIFF sees one picture. Equal labels give equal bytes.
+The first level holds the labels; each further one holds every fourth pixel of its predecessor, as a SubIFD, so that
+plain TIFF readers see a single image. Equal labels give equal bytes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["require_tifffile", "write_label_pyramid"]
 
 _TILE: Final = 512
 _STEP: Final = 4
-# No further level below this size.
+# Levels of at most this size are not reduced further.
 _SMALL: Final = 1024
 # Beyond this, offsets may need more than 32 bits.
 _CLASSIC_BYTES: Final = 1 << 31
@@ -33,10 +33,10 @@ Labels = NDArray[np.integer[Any]]
 
 
 def require_tifffile() -> Any:
-    """Return the module that writes TIFF.
+    """Return the module tifffile.
 
     Raises:
-        RequestError: it is not installed.
+        RequestError: The package tifffile is not installed.
     """
     return require("tifffile", "Writing label images of slides")
 
@@ -48,19 +48,19 @@ def write_label_pyramid(
     *,
     microns_per_pixel: tuple[float, float] | None = None,
 ) -> Path:
-    """Write labels that come in strips; the file is there, whole, when all have come, and not otherwise.
+    """Write labels that arrive in strips; the file is created atomically after the last one.
 
-    A band of 512 rows is held; smaller levels wait in unnamed files beside `path`.
+    A band of 512 rows is held in memory; smaller levels are buffered in temporary files beside `path`.
 
     Args:
-        strips: `(width, rows)` each, from the top, `shape` in all; uint8.
-        path: the file.
-        shape: `(width, height)`.
-        microns_per_pixel: along x and y; written as the resolution.
+        strips: Strips `(width, rows)` of uint8 from top to bottom, `shape` in total.
+        path: File to write.
+        shape: Size `(width, height)` of the label image.
+        microns_per_pixel: Resolution in µm/px along x and y, written to the resolution tags.
 
     Raises:
-        RequestError: tifffile is not installed, or the labels are no uint8.
-        OutputError: the file cannot be written.
+        RequestError: The package tifffile is not installed, or the labels are not uint8.
+        OutputError: The file cannot be written.
     """
     tifffile = require_tifffile()
     target = absolute(path)
@@ -72,7 +72,7 @@ def write_label_pyramid(
         "photometric": "minisblack",
         "metadata": None,
         "software": False,
-        # Several would pull the strips from several threads.
+        # More workers would iterate over the strips from several threads.
         "maxworkers": 1,
     }
     if microns_per_pixel is not None:
@@ -102,13 +102,13 @@ def _sizes(shape: tuple[int, int]) -> list[tuple[int, int]]:
 
 
 def _bands(strips: Iterable[Labels]) -> Iterator[NDArray[np.uint8]]:
-    """Yield `(rows, width)`, of 512 rows each but for the last, from strips of any height."""
+    """Regroup strips of any height to bands `(rows, width)` of 512 rows, the last one shorter."""
     held: list[NDArray[np.uint8]] = []
     count = 0
     for strip in strips:
         if strip.dtype != np.uint8:
             raise RequestError(
-                f"A label image holds up to 256 labels as uint8, got {strip.dtype}: write polygons only."
+                f"Invalid labels of type {strip.dtype}: a label image stores uint8 only. Write polygons instead."
             )
         rows = strip.T.astype(np.uint8)
         while count + len(rows) >= _TILE:
@@ -123,7 +123,7 @@ def _bands(strips: Iterable[Labels]) -> Iterator[NDArray[np.uint8]]:
 
 
 def _tiles(bands: Iterable[NDArray[np.uint8]], smaller: BinaryIO | None) -> Iterator[NDArray[np.uint8]]:
-    """Yield the tiles of bands, and put every fourth pixel aside for the next level."""
+    """Yield the tiles of bands, and buffer every fourth pixel for the next level."""
     for band in bands:
         if smaller is not None:
             smaller.write(band[::_STEP, ::_STEP].tobytes())

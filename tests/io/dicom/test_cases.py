@@ -42,8 +42,8 @@ def test_each_series_of_a_tree_is_one_case_that_loads(tree):
     left = {item.path.rsplit("/", 1)[-1]: item.reason for item in found.skipped}
     assert left.keys() == {"seg", "notes.txt", "false.dcm", "more.zip"}
     assert left["seg"] == "a Segmentation object"
-    assert "neither the mark" in left["false.dcm"]
-    assert "give it alone" in left["more.zip"]
+    assert "neither the prefix" in left["false.dcm"]
+    assert "give it on its own" in left["more.zip"]
 
 
 def test_a_folder_that_is_one_series_is_named_like_the_folder(tree):
@@ -89,7 +89,7 @@ def test_series_beside_other_images_are_cases_too(tree):
     (tree / "p1" / "scan.nii.gz").write_bytes(b"x")
     assert names(find_cases(tree / "p1")) == ["ct.nii.gz", "scan.nii.gz"]
     shutil.move(tree / "p1" / "scan.nii.gz", tree / "p1" / "ct.nii.gz")
-    with pytest.raises(RequestError, match="share the mask name"):
+    with pytest.raises(RequestError, match="have the same mask name"):
         find_cases(tree / "p1")
 
 
@@ -181,9 +181,9 @@ def test_the_files_of_a_slide_in_a_folder_are_one_case_without_its_label_and_ove
     ]
     assert len(found.cases) == 6
     reasons = {item.path: item.reason for item in found.skipped}
-    assert reasons[str(tree / "s1" / "0_aLABEL.dcm")] == "the label of a slide"
-    assert reasons[str(tree / "s1" / "0_aOVERVIEW.dcm")] == "an overview of a slide"
-    assert reasons[str(tree / "s1" / "0_aTHUMBNAIL.dcm")] == "a thumbnail of a slide"
+    assert reasons[str(tree / "s1" / "0_aLABEL.dcm")] == "the label image of a slide"
+    assert reasons[str(tree / "s1" / "0_aOVERVIEW.dcm")] == "the overview image of a slide"
+    assert reasons[str(tree / "s1" / "0_aTHUMBNAIL.dcm")] == "the thumbnail of a slide"
     assert find_cases(tree / "s1") == [{"image": str(tree / "s1" / "0_b.dcm"), "name": "s1.geojson"}]
 
 
@@ -194,7 +194,7 @@ def test_a_single_file_of_a_slide_is_a_case_and_two_levels_in_a_list_are_refused
     assert names(find_cases([folder / "0_b.dcm", folder / "1_c"])) == ["0_b.geojson", "1_c.geojson"]
     with pytest.raises(RequestError, match=r"2 of the files, .* are levels of one slide"):
         find_cases([folder / "0_b.dcm", folder / "0_c"])
-    with pytest.raises(RequestError, match=r"0_aLABEL\.dcm is the label of a slide"):
+    with pytest.raises(RequestError, match=r"0_aLABEL\.dcm is the label image of a slide"):
         find_cases(folder / "0_aLABEL.dcm")
 
 

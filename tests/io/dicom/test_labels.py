@@ -139,7 +139,7 @@ def test_a_seg_of_another_grid_or_frame_of_reference_is_refused(
 
 def test_an_rtstruct_needs_the_dicom_series_that_it_was_drawn_on(source: Any, structures: Path, tmp_path: Path) -> None:
     write_mask(random_mask(source.values.shape), tmp_path / "a.nii.gz", like=source.folder)
-    with pytest.raises(CaseError, match=r"slices of a DICOM series, and its image .*a\.nii\.gz is none"):
+    with pytest.raises(CaseError, match=r"needs its DICOM series, but its image .*a\.nii\.gz is not DICOM"):
         load_label(structures, like=tmp_path / "a.nii.gz", names=VALUES)
     for like in (None, read_grid(source.folder)):
         with pytest.raises(RequestError, match="give the path of its images"):
@@ -153,7 +153,7 @@ def test_a_seg_without_an_image_comes_on_the_grid_of_its_frames(source: Any, seg
 
 def test_a_picture_without_a_place_takes_no_object_of_places(source: Any, seg: Path, tmp_path: Path) -> None:
     (tmp_path / "a.png").touch()
-    with pytest.raises(GeometryError, match=r"a\.png does not say where it lies"):
+    with pytest.raises(GeometryError, match=r"a\.png has none"):
         load_label(seg, like=tmp_path / "a.png", names=VALUES)
 
 
@@ -169,12 +169,12 @@ def test_a_single_slice_can_be_a_picture_with_two_axes(write_series: Callable[..
 
 
 def test_a_volume_is_no_picture_with_two_axes(source: Any, seg: Path) -> None:
-    with pytest.raises(CaseError, match="expected one slice"):
+    with pytest.raises(CaseError, match="expected a single slice"):
         load_label(seg, like=source.folder, names=VALUES, spatial_dims=2)
 
 
 def test_a_folder_with_several_objects_is_refused_by_their_names(source: Any, seg: Path, structures: Path) -> None:
-    with pytest.raises(CaseError, match=r"holds 2 segmentations or structure sets.*rs\.dcm, .*seg\.dcm"):
+    with pytest.raises(CaseError, match=r"has 2 segmentations or structure sets.*rs\.dcm, .*seg\.dcm"):
         load_label(seg.parent, like=source.folder, names=VALUES)
 
 

@@ -67,8 +67,8 @@ def test_the_place_is_copied_bit_for_bit_and_nothing_else(tmp_path, values, suff
     [
         ((28, b"\0\0"), GeometryError, "goodRASFlag is 0"),
         ((30, struct.pack(">f", 0)), GeometryError, "spacing of 0 mm"),
-        ((30, struct.pack(">f", float("nan"))), GeometryError, "not finite"),
-        ((30, struct.pack(">f", float("inf"))), GeometryError, "not finite"),
+        ((30, struct.pack(">f", float("nan"))), GeometryError, "non-finite"),
+        ((30, struct.pack(">f", float("inf"))), GeometryError, "non-finite"),
         ((42, struct.pack(">f", 0.5)), GeometryError, "sheared"),
         ((4, struct.pack(">i", 0)), GeometryError, "(0, 5, 6, 1)"),
         ((4, struct.pack(">i", -4)), GeometryError, "(-4, 5, 6, 1)"),

@@ -129,7 +129,7 @@ def test_an_unusable_qform_does_not_matter_beside_an_sform(tmp_path, values):
     path = save(tmp_path / "a.nii", values, change=setter(quatern_b=3))
     assert np.array_equal(load(path).affine.numpy(), AFFINE)
     edit(path, nib.Nifti1Image, setter(sform_code=0))
-    with pytest.raises(GeometryError, match=r"a\.nii has a qform that cannot be used"):
+    with pytest.raises(GeometryError, match=r"a\.nii has an invalid qform"):
         load(path)
 
 
@@ -172,7 +172,7 @@ def test_one_slice_can_be_read_in_2d(tmp_path, values, shape):
 
 def test_the_wrong_number_of_axes_is_refused(tmp_path, values):
     flat, deep = save(tmp_path / "flat.nii", values[..., 0]), save(tmp_path / "deep.nii", values)
-    with pytest.raises(CaseError, match=r"flat\.nii is 2D"):
+    with pytest.raises(CaseError, match=r"flat\.nii is a 2D image"):
         load(flat, spatial_dims=3)
     with pytest.raises(CaseError, match=r"deep\.nii is a volume"):
         load(deep, spatial_dims=2)
@@ -194,7 +194,7 @@ def test_labels_survive_a_rounded_scale_factor(tmp_path):
 
 @pytest.mark.parametrize(
     ("value", "part"),
-    [(1.5, "1.5"), (np.nan, "NaN"), (np.inf, "NaN or infinite"), (3e9, "3000000000"), (-3e9, "-3000000000")],
+    [(1.5, "1.5"), (np.nan, "NaN"), (np.inf, "NaN or Inf"), (3e9, "3000000000"), (-3e9, "-3000000000")],
 )
 def test_what_is_no_label_is_refused_with_its_value(tmp_path, value, part):
     labels = np.zeros((3, 4, 5))
@@ -210,7 +210,7 @@ def test_voxels_that_are_no_numbers_are_counted(tmp_path):
     array = np.zeros((3, 4, 5))
     array[0, 0, :3], array[1, 1, 1], array[2, 2, 2] = np.nan, np.inf, 1e300
     path = save(tmp_path / "a.nii", array)
-    with pytest.raises(CaseError, match=r"3 NaN and 2 infinite .* of 60 voxels") as error:
+    with pytest.raises(CaseError, match=r"3 NaN and 2 Inf .* of 60 voxels") as error:
         load(path)
     assert str(path) in str(error.value)
 
@@ -237,18 +237,18 @@ def cut(path, keep):
         (setter(dim=[3, 5, 0, 7, 1, 1, 1, 1]), GeometryError, "(5, 0, 7)"),
         (setter(dim=[3, 5, -6, 7, 1, 1, 1, 1]), GeometryError, "(5, -6, 7)"),
         (setter(dim=[3, 32000, 32000, 32000, 1, 1, 1, 1]), GeometryError, "the limit is 2,147,483,648"),
-        (setter(dim=[3, 500, 600, 700, 1, 1, 1, 1]), CaseError, "is cut short or has a wrong header"),
-        (setter(dim=[1, 5, 1, 1, 1, 1, 1, 1]), CaseError, "1 axes"),
-        (setter(dim=[9, 5, 6, 7, 1, 1, 1, 1]), CaseError, "9 axes"),
+        (setter(dim=[3, 500, 600, 700, 1, 1, 1, 1]), CaseError, "is truncated or has a wrong header"),
+        (setter(dim=[1, 5, 1, 1, 1, 1, 1, 1]), CaseError, "dim[0] is 1"),
+        (setter(dim=[9, 5, 6, 7, 1, 1, 1, 1]), CaseError, "dim[0] is 9"),
         (setter(datatype=128, bitpix=24), CaseError, "color (RGB)"),
         (setter(datatype=32, bitpix=64), CaseError, "complex"),
         (setter(datatype=77), CaseError, "corrupt NIfTI header"),
         (setter(vox_offset=16), CaseError, "corrupt NIfTI header"),
-        (setter(vox_offset=0), CaseError, "start at byte 0, within it"),
+        (setter(vox_offset=0), CaseError, "invalid vox_offset of 0"),
         (setter(vox_offset=np.nan), CaseError, "corrupt NIfTI header"),
         (setter(scl_slope=2, scl_inter=np.nan), CaseError, "corrupt NIfTI header"),
         (setter(magic=b"ni1"), CaseError, "NIfTI pair"),
-        (setter(magic=b"xyz"), CaseError, "no NIfTI mark"),
+        (setter(magic=b"xyz"), CaseError, "is not a NIfTI file: its magic"),
         (setter(sizeof_hdr=7), CaseError, "does not start with a NIfTI header"),
     ],
 )
@@ -256,7 +256,7 @@ def cut(path, keep):
 def test_wrong_headers_are_refused_with_file_and_reason(tmp_path, values, suffix, change, error, part):
     path = save(tmp_path / f"a{suffix}", values, change=change)
     for read in (load, read_grid):
-        if read is read_grid and "cut short" in part:
+        if read is read_grid and "truncated" in part:
             continue
         with pytest.raises(error) as caught:
             read(path)
@@ -298,7 +298,7 @@ def test_damaged_files_are_refused_by_name(tmp_path, values, suffix, damage):
 def test_a_gzip_that_cannot_hold_its_voxels_is_refused_before_memory_is_taken(tmp_path, values, monkeypatch):
     path = save(tmp_path / "a.nii.gz", values, change=setter(dim=[3, 1000, 1000, 1000, 1, 1, 1, 1]))
     monkeypatch.setattr(np, "empty", lambda *args, **kwargs: pytest.fail("memory was taken"))
-    with pytest.raises(CaseError, match=r"2,000,000,352 bytes.*packed"):
+    with pytest.raises(CaseError, match=r"2,000,000,352 bytes.*compressed"):
         load(path)
 
 
@@ -359,9 +359,9 @@ def test_one_volume_of_a_series_is_read_alone(tmp_path, values):
 @pytest.mark.parametrize(
     ("shape", "options", "part"),
     [
-        ((5, 6, 7, 3), {"index": 3}, "no volume 3, the last is 2"),
-        ((5, 6, 7, 3), {"index": -1}, "no volume -1"),
-        ((5, 6, 7), {"index": 1}, "one value per voxel: there is no volume 1"),
+        ((5, 6, 7, 3), {"index": 3}, "index 3 is out of range, the last volume is 2"),
+        ((5, 6, 7, 3), {"index": -1}, "index -1 is out of range"),
+        ((5, 6, 7), {"index": 1}, "one value per voxel: index 1 is out of range"),
         ((5, 6, 7, 3), {"index": 1, "channels": 3}, "expected 3"),
         ((5, 6, 7, 2, 2), {"index": 1}, "2 x 2 values per voxel"),
     ],

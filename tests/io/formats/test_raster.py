@@ -129,7 +129,7 @@ def transparent(mode, pixels):
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
 def test_transparent_pixels_are_refused_with_their_number(tmp_path, pixels, mode):
     path = save(tmp_path / "a.png", transparent(mode, pixels))
-    with pytest.raises(CaseError, match="2 of 35 pixels") as error:
+    with pytest.raises(CaseError, match="2 transparent pixels of 35") as error:
         load(path)
     assert str(path) in str(error.value)
 
@@ -138,7 +138,7 @@ def test_a_transparent_palette_color_is_refused(tmp_path, pixels):
     picture = Image.fromarray(pixels[..., 0] % 2)
     picture.putpalette([0, 0, 0, 255, 255, 255])
     path = save(tmp_path / "a.png", picture, transparency=0)
-    with pytest.raises(CaseError, match="is transparent"):
+    with pytest.raises(CaseError, match="transparent pixels"):
         load(path)
     assert np.array_equal(load(path, label=True).numpy(), channel_first(pixels[..., 0] % 2))
 
@@ -148,7 +148,7 @@ def test_grey_is_repeated_for_a_color_model_and_said(tmp_path, pixels, caplog):
     with caplog.at_level(logging.INFO):
         image = load(path, channels=3)
     assert np.array_equal(image.numpy(), np.repeat(channel_first(pixels[..., 0]), 3, axis=0))
-    assert f"{path} is grey" in caplog.text
+    assert f"{path} is grayscale" in caplog.text
 
 
 def test_color_with_equal_channels_is_grey(tmp_path, pixels):
@@ -174,7 +174,7 @@ def test_a_color_label_is_refused(tmp_path, pixels):
 
 def test_a_jpeg_label_is_refused_whatever_it_is_called(tmp_path, pixels):
     path = save(tmp_path / "a.png", pixels[..., 0], format="JPEG")
-    with pytest.raises(CaseError, match="label in JPEG") as error:
+    with pytest.raises(CaseError, match="lossy compression") as error:
         load(path, label=True)
     assert str(path) in str(error.value)
 
@@ -225,7 +225,7 @@ def test_16_bit_color_is_refused_rather_than_cut(tmp_path):
     path = png_of_16_bit_color(tmp_path / "a.png")
     with Image.open(path) as picture:
         assert picture.mode == "RGB"
-    with pytest.raises(CaseError, match="color of 16 bits") as error:
+    with pytest.raises(CaseError, match="16 bit color") as error:
         load(path)
     assert str(path) in str(error.value)
 
@@ -246,7 +246,7 @@ def test_too_many_pixels_are_refused_without_a_warning(tmp_path, pixels, monkeyp
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
     assert load(path).shape == (3, 7, 5)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
-    with pytest.raises(CaseError, match="claims too many pixels") as error:
+    with pytest.raises(CaseError, match="has too many pixels") as error:
         load(path)
     assert str(path) in str(error.value)
 
@@ -286,7 +286,7 @@ def test_16_bit_grey_with_a_transparent_value_keeps_its_values_or_is_refused(tmp
     path = png_of_one_row(tmp_path / "a.png", 3, 16, 0, row, (b"tRNS", struct.pack(">H", 5)))
     assert load(path).numpy().ravel().tolist() == [1, 700, 65000]
     path = png_of_one_row(tmp_path / "b.png", 3, 16, 0, row, (b"tRNS", struct.pack(">H", 700)))
-    with pytest.raises(CaseError, match="1 of 3 pixels"):
+    with pytest.raises(CaseError, match="1 transparent pixels of 3"):
         load(path)
 
 
@@ -338,7 +338,7 @@ def test_a_tiff_of_any_make_keeps_its_values(tmp_path, array, options):
 @pytest.mark.parametrize(
     ("array", "options", "message"),
     [
-        (numbers(np.uint16, 3), {"photometric": "rgb"}, "color of 16 bits"),
+        (numbers(np.uint16, 3), {"photometric": "rgb"}, "16 bit color"),
         (numbers(np.uint8, 4), {"photometric": "rgb", "extrasamples": ["unspecified"]}, "4 values per pixel"),
         (numbers(np.uint8, 2), {"photometric": "minisblack", "planarconfig": "contig"}, TWO_VALUES),
         (numbers(np.uint16), {"photometric": "miniswhite"}, "white as 0"),
@@ -364,7 +364,9 @@ def test_what_pillow_would_read_otherwise_than_stored_is_refused(tmp_path, array
     assert str(path) in str(error.value)
 
 
-@pytest.mark.parametrize(("options", "message"), [({"photometric": "miniswhite"}, "white as 0"), ({}, "label in JPEG")])
+@pytest.mark.parametrize(
+    ("options", "message"), [({"photometric": "miniswhite"}, "white as 0"), ({}, "lossy compression")]
+)
 def test_labels_that_a_tiff_would_change_are_refused(tmp_path, options, message):
     tifffile = pytest.importorskip("tifffile")
     path = tmp_path / "a.tif"

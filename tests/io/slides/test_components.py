@@ -120,8 +120,8 @@ def test_a_merger_can_be_used_again():
     ("labels", "instances", "message"),
     [
         (np.ones((4, 3), int), None, "expected \\(5, rows\\)"),
-        (np.ones((5, 3), float), None, "whole numbers"),
-        (np.ones((5, 3), int), np.ones((5, 2), int), "for all parts"),
+        (np.ones((5, 3), float), None, "expected integers"),
+        (np.ones((5, 3), int), np.ones((5, 2), int), "the same for labels and"),
         (np.ones(5, int), None, "expected \\(5, rows\\)"),
     ],
 )

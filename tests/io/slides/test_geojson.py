@@ -269,7 +269,7 @@ def test_features_of_other_classes_and_forms_are_refused_or_skipped(tmp_path):
     for other, message in (
         (feature(SQUARE, classification={"name": "Fat"}), "class 'Fat': expected one of 'Tumor'"),
         (feature(SQUARE), "no class"),
-        (feature([1, 2], form="Point", **TUMOR), "is a Point of the class 'Tumor'"),
+        (feature([1, 2], form="Point", **TUMOR), "is a Point with the class 'Tumor'"),
     ):
         path.write_text(json.dumps([feature(SQUARE, **TUMOR), other]))
         with pytest.raises(CaseError, match=message) as error:
