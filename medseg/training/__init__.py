@@ -1,4 +1,4 @@
-"""Training with MONAI's engines: data, wrappers, handlers, checkpoints, several processes."""
+"""Training with MONAI engines: data loading, wrappers, handlers, checkpoints, distributed training."""
 
 from medseg.lazy import room
 

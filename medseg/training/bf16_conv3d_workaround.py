@@ -1,8 +1,8 @@
-"""Convolutions that a CPU must not train in bfloat16.
+"""Workaround for wrong gradients of bfloat16 `Conv3d` layers on the CPU.
 
-In torch 2.13 the weight gradient of a bfloat16 `Conv3d` on the CPU is wrong where the first spatial axis is shorter
-than the kernel: it holds values of uninitialized memory, of any size, and others each time. Such maps are found at the
-bottom of deep networks, so these convolutions are computed in float32, which costs next to nothing.
+In torch 2.13 the weight gradient of a bfloat16 `Conv3d` on the CPU contains uninitialized memory if the feature map is
+thinner than the kernel along the first spatial axis. Such feature maps occur in the deepest levels of a network. Their
+convolutions are computed in float32 instead, at almost no cost.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ __all__ = ["thin_maps_in_float32"]
 
 @contextmanager
 def thin_maps_in_float32(network: nn.Module) -> Iterator[None]:
-    """Keep the 3D convolutions of a network from bfloat16 where their map is thinner than their kernel.
+    """Compute 3D convolutions in float32 where the feature map is thinner than the kernel.
 
     Args:
-        network: unchanged outside of the context.
+        network: Network whose convolutions are patched inside the context and restored on exit.
     """
     convolutions = [module for module in network.modules() if isinstance(module, nn.Conv3d) and _extent(module) > 1]
     for module in convolutions:
@@ -45,5 +45,5 @@ def _forward(module: nn.Conv3d, x: Tensor) -> Tensor:
 
 
 def _extent(module: nn.Conv3d) -> int:
-    """Voxels along the first axis that the kernel reaches over."""
+    """Return the extent of the dilated kernel along the first spatial axis, in voxels."""
     return int(module.dilation[0] * (module.kernel_size[0] - 1) + 1)

@@ -1,4 +1,4 @@
-"""Prepared cases that are kept, in memory up to a bound and on disk."""
+"""Caches of preprocessed cases: in memory up to a limit, and on disk."""
 
 from __future__ import annotations
 
@@ -33,9 +33,10 @@ _WARNINGS = "warnings"
 
 
 def strip_metadata(case: Mapping[str, Any]) -> Case:
-    """Return a prepared case with no more than training needs: contiguous tensors, with their affine and nothing else.
+    """Return a preprocessed case reduced to what training needs: contiguous tensors with their affines.
 
-    The record of transforms and the header would be copied with every sample, and would keep large arrays alive.
+    The applied operations and the header of a `MetaTensor` would be copied with every sample and would keep large
+    arrays in memory.
     """
     return {key: _bare_value(value) for key, value in case.items()}
 
@@ -47,7 +48,7 @@ def _bare_value(value: Any) -> Any:
 
 
 def size_of(value: Any) -> int:
-    """Return the bytes of the tensors in a case."""
+    """Return the memory of all tensors in a case, in bytes."""
     if isinstance(value, torch.Tensor):
         return value.numel() * value.element_size()
     if isinstance(value, dict):
@@ -56,14 +57,14 @@ def size_of(value: Any) -> int:
 
 
 def memory_bound(text: str) -> int:
-    """Return the bytes that cached cases may take in this process.
+    """Return the memory limit of the cache in this process, in bytes.
 
     Args:
-        text: "auto" for half of what is free now, shared by the processes of this machine; an amount such as "4G"; "0"
-            for none.
+        text: "auto" for half of the free memory, divided among the training processes of this machine; an amount such
+            as "4G"; or "0" to disable the cache.
 
     Raises:
-        RequestError: anything else.
+        RequestError: Invalid amount.
     """
     if text == "auto":
         return available_bytes() // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -71,14 +72,14 @@ def memory_bound(text: str) -> int:
 
 
 class DiskCache:
-    """Prepared cases as files, one each, named by what they were made from.
+    """Cache preprocessed cases on disk, one file per case, named by a hash of its inputs.
 
-    A changed image, another preprocessing or another version of medseg gives another name, so nothing stale is read. A
-    file that cannot be read is made anew.
+    The hash covers the input files, the preprocessing and the version of medseg, so a stale file is never read. An
+    unreadable file is discarded and the case is preprocessed again.
 
     Args:
-        folder: made when the first case is written.
-        steps: the transforms that prepared the cases.
+        folder: Folder of the cache, created with the first file.
+        steps: Deterministic transforms that preprocess the cases.
     """
 
     def __init__(self, folder: Path, steps: Sequence[Any]) -> None:
@@ -86,7 +87,7 @@ class DiskCache:
         self.recipe = _digest_of(steps)
 
     def load(self, case: Mapping[str, Any]) -> Case | None:
-        """Return the prepared case; None if it is not there."""
+        """Return the preprocessed case, or None if it is not in the cache."""
         path = self._path(case)
         if not path.is_file():
             return None
@@ -95,19 +96,19 @@ class DiskCache:
             said = [CaseWarning(*entry) for entry in stored.pop(_WARNINGS, [])]
             found = {key: _from_stored(value) for key, value in stored.items()}
         except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, pickle.UnpicklingError) as error:
-            text = f"a prepared case is damaged ({type(error).__name__}) and is prepared again"
+            text = f"damaged cache file ({type(error).__name__}); the case is preprocessed again"
             warn(logger, "cache-damaged", text, path, run=True)
             return None
         forward(said)
         return found
 
     def save(self, case: Mapping[str, Any], prepared: Case, warnings: Sequence[CaseWarning] = ()) -> None:
-        """Keep a prepared case, from `strip_metadata`; a full disk costs speed, not the run.
+        """Write a preprocessed case; if the disk is full, warn and continue without the cache.
 
         Args:
-            case: Paths by key, which it was prepared from.
-            prepared: The tensors.
-            warnings: What was warned of meanwhile, to be warned of again whenever the case is loaded.
+            case: Input paths by key.
+            prepared: Preprocessed case from `strip_metadata`.
+            warnings: Warnings raised during preprocessing, repeated whenever the case is loaded.
         """
         path = self._path(case)
         content = {key: _to_stored(value) for key, value in prepared.items()}
@@ -117,7 +118,7 @@ class DiskCache:
             with replacing(path) as temporary, temporary.open("wb") as file:
                 torch.save(content, file)
         except (OutputError, RuntimeError) as error:
-            warn(logger, "cache-not-written", f"a prepared case was not kept: {error}", run=True)
+            warn(logger, "cache-not-written", f"cannot write a preprocessed case to the cache: {error}", run=True)
 
     def _path(self, case: Mapping[str, Any]) -> Path:
         content = [self.recipe, sorted((key, str(value), _mark(value)) for key, value in case.items())]
@@ -128,12 +129,12 @@ def _digest_of(steps: Sequence[Any]) -> str:
     try:
         return f"{__version__}-{pickle_hashing(list(steps)).decode()}"
     except (pickle.PicklingError, TypeError, AttributeError):
-        # a transform that cannot be pickled cannot be told from another one of its class: never shared
+        # Transforms that cannot be pickled cannot be hashed, so their cache is not shared between runs.
         return f"{__version__}-{os.getpid()}-{os.urandom(8).hex()}"
 
 
 def _mark(value: Any) -> str:
-    """Size and time of the files that an entry of a case leads to."""
+    """Return a hash of the names, sizes and modification times of the files of one input."""
     path = Path(str(value).split("::")[0])
     try:
         files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []

@@ -1,4 +1,4 @@
-"""The files that training leaves: the best weights, and the state to go on from."""
+"""Checkpoints: the best weights, and the training state to resume from."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ logger = logging.getLogger(__name__)
 class Checkpoints:
     """Save the best weights to `models/model.pt` and the whole state to `<output_dir>/last.pt`.
 
-    `model.pt` is the plain state dict of the network as it was validated; its SHA-256 is entered in
-    `configs/metadata.json`. The whole state is saved after each epoch, and within long ones every few minutes, always
-    between two steps of the optimizer (see `RunFiles` for how). Of several processes the first one writes. Attach it
-    after all handlers whose state it saves.
+    `model.pt` is the plain state dict of the network as validated; its SHA-256 is recorded in `configs/metadata.json`.
+    The training state is saved after each epoch, and every few minutes within long epochs, always between two optimizer
+    steps (see `RunFiles`). In distributed training only the first process writes. Attach this handler after all
+    handlers whose state it saves.
 
     Args:
-        bundle_root: the bundle that is trained.
-        output_dir: folder of this run.
-        validator: engine whose key metric decides what is best.
-        state: objects with `state_dict` and `load_state_dict`, by name; must hold the `network`.
-        resume: go on from the files in `output_dir`.
-        save_minutes: minutes of an epoch after which its state is saved too; 0 for never.
+        bundle_root: Root folder of the trained bundle.
+        output_dir: Folder of this run.
+        validator: Engine whose key metric selects the best weights.
+        state: Objects with `state_dict` and `load_state_dict`, by name; must contain `network`.
+        resume: Whether to resume from the files in `output_dir`.
+        save_minutes: Interval between saves within an epoch, in minutes; 0 saves only after epochs.
 
     Raises:
-        RequestError: the minutes are below 0.
-        WeightsError: on resuming, when there is nothing to resume from, or it is damaged or of another run.
+        RequestError: Negative `save_minutes`.
+        WeightsError: On resuming, no training state was found, or it is damaged or belongs to a different run.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Checkpoints:
         save_minutes: float = 0.0,
     ) -> None:
         if not save_minutes >= 0:
-            raise RequestError(f"save_minutes={save_minutes}: expected minutes, or 0 to save after epochs alone")
+            raise RequestError(f"save_minutes={save_minutes}: expected minutes, or 0 to save only after epochs")
         self.bundle_root = Path(bundle_root)
         self.files = RunFiles(Path(output_dir))
         self.validator = validator
@@ -74,12 +74,12 @@ class Checkpoints:
 
     @property
     def network(self) -> nn.Module:
-        """The bare network."""
+        """The network without its wrappers."""
         network: nn.Module = self.state["network"]
         return network
 
     def attach(self, engine: Engine) -> None:
-        """Listen to the trainer's steps and epochs and to the validator's results."""
+        """Register the handlers at the trainer and at the validator."""
         self.trainer = engine
         engine.add_event_handler(Events.STARTED, self.load if self.resume else self.begin)
         if self.save_minutes > 0:
@@ -88,13 +88,13 @@ class Checkpoints:
         self.validator.add_event_handler(Events.EPOCH_COMPLETED, self.save_if_best)
 
     def begin(self) -> None:
-        """Put the state of a new run in place of what an earlier one left, so that it can be resumed from its start."""
+        """Replace the files of an earlier run with the initial state of this one."""
         if is_first_process():
             self.files.clear()
         self.save_last()
 
     def save_if_best(self, validator: Engine) -> None:
-        """Save the network's present weights if this validation is the best so far."""
+        """Save the current weights if this validation is the best so far."""
         if validator.state.best_metric_epoch != validator.state.epoch or not is_first_process():
             return
         weights = self.bundle_root / "models" / "model.pt"
@@ -102,13 +102,13 @@ class Checkpoints:
         self._enter_hash(weights)
 
     def save_if_due(self, engine: Engine) -> None:
-        """Save the state within an epoch; at its last step it is saved anyway."""
+        """Save the state within an epoch; `save_last` covers the last step."""
         last = engine.state.iteration % engine.state.epoch_length == 0
         if not last and completes_step(engine) and time.monotonic() - self._saved >= 60 * self.save_minutes:
             self.save_last()
 
     def save_last(self) -> None:
-        """Save everything that a resumed run needs."""
+        """Save the full training state."""
         self._saved = time.monotonic()
         if not is_first_process():
             return
@@ -125,7 +125,7 @@ class Checkpoints:
         self.files.save(content)
 
     def load(self) -> None:
-        """Restore the state of the latest file that is whole."""
+        """Restore the training state from the latest intact file."""
         saved, path = self.files.load()
         scaler = getattr(self.trainer, "scaler", None)
         try:
@@ -136,14 +136,16 @@ class Checkpoints:
                 scaler.load_state_dict(saved["scaler"])
             restore_generators(saved["generators"])
         except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise WeightsError(f"cannot resume from '{path}': it is of another run ({error})") from error
+            raise WeightsError(
+                f"cannot resume from '{path}': the state belongs to a different run ({error})"
+            ) from error
 
     def _take_up(self, progress: Mapping[str, Any]) -> None:
         state = self.trainer.state
         if progress["epoch_length"] != state.epoch_length:
-            raise ValueError(f"its epochs had {progress['epoch_length']} steps, now they have {state.epoch_length}")
+            raise ValueError(f"its epochs have {progress['epoch_length']} steps, expected {state.epoch_length}")
         state.iteration = progress["iteration"]
-        # the engine begins by counting the epoch that it is in
+        # The engine increments the epoch when it starts.
         state.epoch = progress["iteration"] // progress["epoch_length"]
         self.validator.state.best_metric = progress["best_metric"]
         self.validator.state.best_metric_epoch = progress["best_metric_epoch"]
@@ -159,14 +161,14 @@ class Checkpoints:
 
 
 class RunFiles:
-    """The state of a run on disk: `last.pt`, the one before it, and a list of their SHA-256.
+    """Training state on disk: `last.pt`, `previous.pt` and the list of their SHA-256 hashes, `last.json`.
 
-    At any moment at least one of the two files is whole and on the list. The new state is written under another name;
-    its hash joins the list; the old file becomes `previous.pt`; the new one takes its place. A file whose hash is not
-    on the list is torn or altered, and is not read.
+    At any moment at least one of the two files is intact and listed. The new state is written to a temporary file; its
+    hash is added to the list; the old file is renamed to `previous.pt`; the new file is renamed to `last.pt`. A file
+    whose hash is not listed is incomplete or modified and is never loaded.
 
     Args:
-        folder: of the run.
+        folder: Folder of the run.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -176,16 +178,16 @@ class RunFiles:
         self._written: str | None = None
 
     def clear(self) -> None:
-        """Remove the states of an earlier run."""
+        """Remove the files of an earlier run."""
         self._written = None
         for path in (self.list, self.last, self.previous):
             path.unlink(missing_ok=True)
 
     def save(self, content: Mapping[str, Any]) -> None:
-        """Write a state, and keep the one before.
+        """Write a state and keep the previous one.
 
         Raises:
-            OutputError: it cannot be written; the earlier states are left as they were.
+            OutputError: The state cannot be written; existing files are unchanged.
         """
         self._remove_remains()
         before, path = (self._written, self.last) if self._written else self._latest()
@@ -199,33 +201,33 @@ class RunFiles:
         self._written = written
 
     def load(self) -> tuple[dict[str, Any], Path]:
-        """Return the latest state that is whole, and its file.
+        """Return the latest intact state and its file.
 
         Raises:
-            WeightsError: there is none.
+            WeightsError: No intact state.
         """
         if not (self.last.is_file() or self.previous.is_file()):
             raise WeightsError(f"nothing to resume: '{self.last}' does not exist; start without resume")
         _, path = self._latest()
         if path is None:
             raise WeightsError(
-                f"cannot resume from '{self.last}': it is torn or was altered, since its SHA-256 is not the one in "
-                f"'{self.list.name}', and there is no whole one before it. Start anew without resume"
+                f"cannot resume from '{self.last}': the file is incomplete or was modified (SHA-256 not listed in "
+                f"'{self.list.name}'), and no intact earlier state exists. Start again without resume"
             )
         if path == self.previous:
-            text = "training goes on from this state, the one before the last"
+            text = "training resumes from the previous state"
             warn(logger, "checkpoint-previous", text, path, run=True)
         return _read(path), path
 
     def _latest(self) -> tuple[str | None, Path | None]:
-        """Hash and path of the latest file that is whole."""
+        """Return hash and path of the latest intact file."""
         known = self._known()
         for path in (self.last, self.previous):
             found = sha256_file(path) if path.is_file() else None
             if found in known:
                 return found, path
             if found:
-                text = "damaged: its SHA-256 is not the one noted when it was written; it is not used"
+                text = "damaged training state (SHA-256 mismatch); the file is not used"
                 warn(logger, "checkpoint-damaged", text, path, run=True)
         return None, None
 
@@ -235,7 +237,7 @@ class RunFiles:
         return []
 
     def _remove_remains(self) -> None:
-        """Remove what a killed process left half-written."""
+        """Remove temporary files of a killed process."""
         for path in self.last.parent.glob(".partial-*"):
             if path.name.endswith(("-last.pt", "-last.json")):
                 path.unlink(missing_ok=True)
@@ -245,17 +247,17 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
-        raise WeightsError(f"cannot resume from '{path}': it cannot be read ({error})") from error
+        raise WeightsError(f"cannot resume from '{path}': unreadable file ({error})") from error
     return content
 
 
 def save_tensors(content: Any, path: Path) -> Path:
-    """Write a state dict, or a dictionary of such, so that equal tensors are equal bytes; return the path.
+    """Write a state dict, or a dictionary of state dicts, and return its path; equal tensors give identical files.
 
     Raises:
-        OutputError: the file cannot be written; an older one is left as it was.
+        OutputError: The file cannot be written; an existing file is unchanged.
     """
-    # Given a path, torch writes its name into the file, and equal weights would be unequal bytes.
+    # Given a path, torch stores its name in the file, so equal weights would give different files.
     with replacing(path) as temporary, temporary.open("wb") as file:
         torch.save(content, file)
     return path

@@ -1,4 +1,4 @@
-"""Training cases whose random transforms depend on the seed, the pass and the case alone."""
+"""Training dataset with caching, whose random transforms depend only on seed, epoch and case."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ logger = logging.getLogger(__name__)
 
 
 class SeededDataset(Dataset):  # type: ignore[misc]  # MONAI publishes no types
-    """Cases for training: prepared once, kept where there is room, and varied by chance that can be repeated.
+    """Training dataset with cached preprocessing and reproducible augmentation.
 
-    The transforms up to the first random one prepare a case; the result is kept in memory up to a bound, and on disk if
-    that is asked for. The others are seeded anew for each sample from (seed, epoch, index), where `epoch` counts the
-    passes over the cases. So a sample does not depend on which process makes it, on how many there are, nor on what was
-    made before. Torch uses one thread throughout, so that sums are rounded alike everywhere.
+    The transforms before the first random one preprocess a case; the result is cached in memory up to a limit, and
+    optionally on disk. The remaining transforms are seeded for each sample with (seed, epoch, index), where `epoch`
+    counts the passes over the cases. A sample therefore does not depend on the worker that computes it, the number of
+    workers or earlier samples. Torch runs on one thread, so that sums are rounded identically everywhere.
 
     Args:
-        data: cases: paths by key, and a `name`.
-        transform: of MONAI, for one case.
-        seed: of the random transforms.
-        cache_memory: "auto" for half of the free memory, an amount such as "4G", or "0". The first cases are kept, as
-            many as fit; the others are loaded whenever they are due.
-        disk_cache: keep prepared cases on disk too, for later runs and for cases that memory has no room for.
-        cache_dir: folder for them.
+        data: Cases as dictionaries with paths by key, and optionally a `name`.
+        transform: MONAI transform or `Compose` for one case.
+        seed: Seed of the random transforms.
+        cache_memory: Memory limit of the cache: "auto" for half of the free memory, an amount such as "4G", or "0". As
+            many of the first cases as fit are cached; the others are loaded on demand.
+        disk_cache: Whether to cache preprocessed cases on disk, for later runs and for cases that do not fit in memory.
+        cache_dir: Folder of the disk cache.
 
     Raises:
-        CaseError: a case cannot be prepared; the message names it.
-        RequestError: a disk cache without a folder.
+        CaseError: A case cannot be preprocessed; the message names it.
+        RequestError: `disk_cache` without `cache_dir`.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class SeededDataset(Dataset):  # type: ignore[misc]  # MONAI publishes no types
         self.first_random = len(self.transform.transforms) if first is None else first
         steps = self.transform.transforms[: self.first_random]
         if disk_cache and not cache_dir:
-            raise RequestError("disk_cache=true needs a cache_dir: the folder for the prepared cases")
+            raise RequestError("disk_cache=true requires cache_dir, the folder of the preprocessed cases")
         self.disk = DiskCache(Path(cache_dir), steps) if disk_cache else None
         self.working: MutableSequence[int] | None = None
         self._kept: list[dict[str, Any]] = []
@@ -77,23 +77,23 @@ class SeededDataset(Dataset):  # type: ignore[misc]  # MONAI publishes no types
 
     @property
     def kept(self) -> int:
-        """How many cases are in memory."""
+        """Number of cases cached in memory."""
         return len(self._kept)
 
     def fingerprint(self) -> str:
-        """Return what tells these cases, in this order, from others: a digest of their names."""
+        """Return a hash of the case names in order."""
         return hashlib.sha256(json.dumps([self.name(index) for index in range(len(self))]).encode()).hexdigest()
 
     def name(self, index: int) -> str:
-        """Return what a case is called."""
+        """Return the name of a case."""
         case = self.data[index]
         return str(case.get("name") or Path(str(case.get("image", index))).name)
 
     def __getitem__(self, key: Any) -> Any:
-        """Return the sample of a case; `key` is (epoch, index), or an index for the first pass.
+        """Return the sample of a case; `key` is (epoch, index), or an index for epoch 0.
 
         Raises:
-            CaseError: the case cannot be used; the message names it.
+            CaseError: The case cannot be loaded or transformed; the message names it.
         """
         if isinstance(key, (slice, list)):
             return super().__getitem__(key)
@@ -111,9 +111,9 @@ class SeededDataset(Dataset):  # type: ignore[misc]  # MONAI publishes no types
                 self.working[worker.id] = -1
 
     def __getitems__(self, keys: Sequence[Any]) -> list[Any]:
-        """Return the samples of a batch, or alone the error that occurred, which would lose its class in a worker.
+        """Return the samples of a batch, or a list with only the error, whose class would be lost in a worker.
 
-        Warnings raised meanwhile come last, as a list, for the process that trains.
+        Warnings are appended as a list, for the main process to report.
         """
         with collect(deferred=True) as warnings:
             try:
@@ -124,7 +124,7 @@ class SeededDataset(Dataset):  # type: ignore[misc]  # MONAI publishes no types
         return [*samples, warnings] if warnings else samples
 
     def describe(self, index: int) -> str:
-        """Return how messages name a case."""
+        """Return the description of a case in messages: its name and file."""
         name, image = self.name(index), str(self.data[index].get("image", ""))
         return f"training case '{name}'" + (f" ({image})" if image and Path(image).name != name else "")
 
@@ -140,7 +140,7 @@ class SeededDataset(Dataset):  # type: ignore[misc]  # MONAI publishes no types
             return self.transform(_copied(_shared(case)), start=start)
 
     def _prepared(self, index: int) -> dict[str, Any]:
-        """Return a case as it is before chance comes in; from disk if it is there."""
+        """Return the preprocessed case, from the disk cache if possible."""
         found = self.disk.load(self.data[index]) if self.disk else None
         if found is None:
             with collect(deferred=True) as warnings:
@@ -151,7 +151,7 @@ class SeededDataset(Dataset):  # type: ignore[misc]  # MONAI publishes no types
         return found
 
     def _keep(self, bound: int) -> None:
-        """Prepare the first cases, as many as fit into `bound` bytes."""
+        """Preprocess and cache as many of the first cases as fit into `bound` bytes."""
         used = largest = 0
         threads = min(4, core_count())
         with one_thread(), ThreadPoolExecutor(threads) as pool:
@@ -163,9 +163,9 @@ class SeededDataset(Dataset):  # type: ignore[misc]  # MONAI publishes no types
                     if used <= bound:
                         self._kept.append(case)
         if bound:
-            logger.info(f"{len(self._kept)} of {len(self)} training cases kept in memory")
+            logger.info(f"{len(self._kept)} of {len(self)} training cases cached in memory")
         if bound and len(self._kept) < len(self):
-            logger.info(f"the others are loaded when they are due: about {shown_bytes(largest)} each")
+            logger.info(f"the other cases are loaded on demand: up to about {shown_bytes(largest)} each")
 
     def _prepared_or_explained(self, index: int) -> dict[str, Any]:
         try:
@@ -174,27 +174,27 @@ class SeededDataset(Dataset):  # type: ignore[misc]  # MONAI publishes no types
             raise self._explained(index, error) from error
 
     def _explained(self, index: int, error: Exception) -> MedsegError:
-        """Name the case, and the error that MONAI has wrapped."""
+        """Return an error that names the case and the original error, which MONAI wraps."""
         *_, first = links(error)
         shown = own_error(error) or first
         said = str(shown) if isinstance(shown, MedsegError) else f"{type(shown).__name__}: {shown}"
         if out_of_memory(shown):
-            said += ". There is not enough memory: lower num_workers, cache_memory or patch_size"
+            said += ". Out of memory: lower num_workers, cache_memory or patch_size"
         return CaseError(f"{self.describe(index)} cannot be used: {said}")
 
 
 @dataclass
 class WarnedBatch:
-    """A batch, or an error in place of it, and the warnings that were raised while it was made."""
+    """A batch, or an error in its place, with the warnings raised while computing it."""
 
     batch: Any
     warnings: list[CaseWarning]
 
 
 def collate(samples: Sequence[Any]) -> Any:
-    """Return samples as a batch, as MONAI does; an error among them is returned in place of it.
+    """Collate samples as MONAI's `list_data_collate` does; if a sample is an error, return the error instead.
 
-    Where `SeededDataset` has put warnings behind the samples, a `WarnedBatch` is returned.
+    If `SeededDataset` appended warnings to the samples, return a `WarnedBatch`.
     """
     if isinstance(samples[-1], list) and samples[-1] and isinstance(samples[-1][0], CaseWarning):
         return WarnedBatch(collate(samples[:-1]), samples[-1])
@@ -203,7 +203,7 @@ def collate(samples: Sequence[Any]) -> Any:
 
 
 def _only_crops(transform: Any) -> bool:
-    """Tell whether a transform needs no copy of the whole case to work on."""
+    """Return whether a transform only crops, so that the case need not be copied first."""
     traits = traits_of(transform)
     return traits is not None and traits.crops
 
@@ -213,7 +213,7 @@ def _is_random(transform: Any) -> bool:
 
 
 def _shared(case: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a case with metadata of its own and the same voxels."""
+    """Return a shallow copy of a case: its own metadata, shared voxels."""
     return {
         key: MetaTensor(value.as_tensor(), affine=value.affine.clone()) if isinstance(value, MetaTensor) else value
         for key, value in case.items()
@@ -221,7 +221,7 @@ def _shared(case: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _copied(case: Any) -> Any:
-    """Return a case, or several, with voxels of its own, which transforms may change in place."""
+    """Return a deep copy of one or several cases, which transforms may modify in place."""
     if isinstance(case, list):
         return [_copied(each) for each in case]
     return {

@@ -1,8 +1,8 @@
-"""Several processes that train one network: who this process is, its device, its share of the work.
+"""Distributed data-parallel training: rank, device and share of the data of this process.
 
-Each process runs the same config on its own samples; gradients are averaged after each backward pass. Everything here
-also works in a process that is alone, where it changes nothing, so one config serves both. A process learns who it is
-from the environment variables that `torchrun` and `medseg train --devices` set (`RANK`, `WORLD_SIZE`, `LOCAL_RANK`,
+Each process runs the same config on its own samples; gradients are averaged after each backward pass. In a single
+process all functions here are no-ops, so one config serves both cases. Rank and number of processes come from the
+environment variables that `torchrun` and `medseg train --devices` set (`RANK`, `WORLD_SIZE`, `LOCAL_RANK`,
 `MASTER_ADDR`, `MASTER_PORT`).
 """
 
@@ -38,7 +38,7 @@ __all__ = [
     "stop_processes",
 ]
 
-# A process waits as long as the slowest validation takes; one that died is noticed by its closed connections.
+# Long enough for the slowest validation; a dead process is noticed through its closed connection.
 _PATIENCE: Final = timedelta(days=30)
 _LOGGERS: Final = ("monai.handlers.StatsHandler", "monai.handlers.LrScheduleHandler")
 # Torch 2.13 renamed the option.
@@ -50,45 +50,45 @@ _SYNC_BUFFERS: Final = next(
 
 
 def process_count() -> int:
-    """Return how many processes train together; 1 before `start_processes`."""
+    """Return the number of training processes (the world size); 1 before `start_processes`."""
     return distributed.get_world_size() if _joined() else 1
 
 
 def process_rank() -> int:
-    """Return the number of this process, from 0."""
+    """Return the rank of this process, from 0."""
     return distributed.get_rank() if _joined() else 0
 
 
 def is_first_process() -> bool:
-    """Tell whether this process is the one that writes files and speaks to people."""
+    """Return whether this is the process with rank 0, which writes files and reports to the user."""
     return process_rank() == 0
 
 
 def process_device(device: torch.device) -> torch.device:
-    """Return the device of this process: on CUDA each process of a machine has its own, on the CPU all share one.
+    """Return the device of this process: its own CUDA device, or the CPU shared by all processes.
 
     Args:
-        device: what a process alone would use; on CUDA only its kind counts where there are several processes.
+        device: Device of a single process. With several processes on CUDA, the index is replaced by the local rank.
 
     Raises:
-        RequestError: the machine has fewer CUDA devices than processes.
+        RequestError: Fewer CUDA devices than processes on this machine.
     """
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if device.type != "cuda" or _announced() == 1:
         return device
     if local >= torch.cuda.device_count():
         raise RequestError(
-            f"process {local} has no device: this machine has {torch.cuda.device_count()} CUDA devices; start as many "
-            "processes (--devices, --nproc_per_node), or use device_name=cpu"
+            f"no CUDA device for process {local}: this machine has {torch.cuda.device_count()} CUDA devices; start at "
+            "most one process per device (--devices, --nproc_per_node), or use device_name=cpu"
         )
     return torch.device("cuda", local)
 
 
 def start_processes(device: torch.device) -> None:
-    """Connect this process with the others: by NCCL for CUDA devices, by Gloo for CPUs; nothing to do if it is alone.
+    """Initialize the process group: NCCL for CUDA devices, Gloo for CPUs; does nothing in a single process.
 
     Args:
-        device: of this process, from `process_device`.
+        device: Device of this process, from `process_device`.
     """
     if _announced() == 1 or _joined():
         return
@@ -101,22 +101,21 @@ def start_processes(device: torch.device) -> None:
 
 
 def stop_processes() -> None:
-    """Part from the other processes."""
+    """Destroy the process group."""
     if _joined():
         distributed.destroy_process_group()
 
 
 def distributed_network(network: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
-    """Return the network such that a backward pass gives all processes the mean of their gradients.
+    """Wrap a network in `DistributedDataParallel`, which averages gradients over all processes.
 
-    A loss that is the mean over a process's samples thereby becomes the mean over those of all. On CUDA batch norm
-    takes its statistics over all processes; on the CPU, for which torch has no such layer, over each process's own
-    samples, and only the running statistics are averaged. Layers without batch statistics are not concerned.
+    A loss that averages over the samples of a process thus averages over the samples of all processes. On CUDA, batch
+    norm is converted to `SyncBatchNorm`. Torch has no such layer for the CPU: there each process normalizes with its
+    own batch statistics, and only the running statistics are averaged. Other layers are unchanged.
 
     Args:
-        network: what the engine trains; parameters that its loss does not use are allowed, but must be the same ones at
-            each step.
-        optimizer: after whose steps the running statistics are averaged; needed only for batch norm.
+        network: Network to train. Parameters that the loss does not use are allowed, but must be the same at each step.
+        optimizer: Optimizer after whose steps the running statistics are averaged; needed only for batch norm.
     """
     if process_count() == 1:
         return network
@@ -131,10 +130,10 @@ def distributed_network(network: nn.Module, optimizer: Optimizer | None = None) 
 
 
 class _Tied(nn.Module):
-    """A network all of whose outputs take part in the backward pass, also those that the loss leaves out.
+    """Connect all outputs of a network to the backward pass, including outputs that the loss does not use.
 
-    Otherwise `DistributedDataParallel` would wait for the gradients of what leads to those. Features lie on the way to
-    the other outputs and are left alone.
+    Otherwise `DistributedDataParallel` would wait for gradients of the parameters behind unused outputs. Features are
+    intermediate results of the other outputs and need no connection.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -155,7 +154,7 @@ class _Tied(nn.Module):
 
 
 class _Tie(torch.autograd.Function):
-    """Give tensors back as they are; if one of them gets a gradient, the others get zeros."""
+    """Identity on several tensors; if one receives a gradient, the others receive zeros."""
 
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -167,7 +166,7 @@ class _Tie(torch.autograd.Function):
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """Yield each tensor of nested dictionaries and sequences once."""
+    """Yield each tensor in nested dictionaries and sequences once."""
     items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
     if isinstance(value, Tensor):
         yield value
@@ -188,7 +187,7 @@ def _replaced(value: Any, by: Mapping[int, Tensor]) -> Any:
 
 
 class _AverageBuffers:
-    """Give all processes the mean of their running statistics."""
+    """Average the running statistics over all processes."""
 
     def __init__(self, network: nn.Module) -> None:
         self.buffers = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
@@ -205,24 +204,24 @@ class _AverageBuffers:
 
 
 class ValidationShare(Sampler[int]):
-    """The cases that this process validates: every n-th of n processes, in order; all of them where it is alone.
+    """Sampler of the validation cases of this process: every n-th case for n processes, in order.
 
-    With fewer cases than processes each process validates all of them, so that none is without a result; a mean over
-    the cases stays the same.
+    With fewer cases than processes, each process validates all cases, so that each has a result; the mean over the
+    cases is the same.
 
     Args:
-        dataset: the validation cases.
+        dataset: Validation cases.
     """
 
     def __init__(self, dataset: Sized) -> None:
         self.dataset = dataset
 
     def __iter__(self) -> Iterator[int]:
-        """Yield the numbers of the cases."""
+        """Yield the indices of the cases."""
         return iter(self._numbers())
 
     def __len__(self) -> int:
-        """Return how many cases this process has."""
+        """Return the number of cases of this process."""
         return len(self._numbers())
 
     def _numbers(self) -> range:
@@ -235,7 +234,7 @@ def _joined() -> bool:
 
 
 def _announced() -> int:
-    """How many processes the environment tells of."""
+    """Return the number of processes according to the environment."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 

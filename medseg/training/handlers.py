@@ -1,4 +1,4 @@
-"""Ignite handlers for what MONAI's trainer leaves open: seeds, clipping, averaged weights, stopping early."""
+"""Ignite handlers: seeding, gradient clipping, EMA of the weights, validation intervals and early stopping."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 def completes_step(engine: Engine) -> bool:
-    """Tell whether the optimizer moves the weights at the present iteration of a trainer that accumulates gradients."""
+    """Return whether the optimizer steps at the current iteration, with gradient accumulation."""
     accumulated = getattr(engine, "accumulation_steps", 1)
     length = engine.state.epoch_length or accumulated
     done = (engine.state.iteration - 1) % length + 1
@@ -45,7 +45,7 @@ def completes_step(engine: Engine) -> bool:
 
 
 def needs_scaler(precision: str, device: torch.device | str) -> bool:
-    """Tell whether gradients have to be scaled so that they stay within the range of the arithmetic.
+    """Return whether training in this precision needs a gradient scaler.
 
     Raises:
         RequestError: float16 without a CUDA device.
@@ -53,19 +53,19 @@ def needs_scaler(precision: str, device: torch.device | str) -> bool:
     if precision != "float16":
         return False
     if torch.device(device).type != "cuda":
-        raise RequestError("precision=float16 needs a CUDA device to train on: use bfloat16, or float32")
+        raise RequestError("precision=float16 needs a CUDA device: use bfloat16 or float32")
     return True
 
 
 class SeedEpochs:
-    """Seed sampling and augmentation of one of MONAI's data sets anew at the start of each epoch.
+    """Seed the sampling and augmentation of a MONAI dataset at the start of each epoch.
 
-    An epoch's random numbers then depend on the seed and the epoch's number alone, so a run that is resumed between two
-    epochs draws what the uninterrupted one would have drawn. `SeededDataset` needs `SeedSteps` instead.
+    The random numbers of an epoch then depend only on the seed and the epoch, so a run resumed between two epochs draws
+    the same numbers as an uninterrupted run. With `SeededDataset` use `SeedSteps` instead.
 
     Args:
-        seed: the run's seed.
-        dataset: a MONAI dataset with a random `transform`.
+        seed: Seed of the run.
+        dataset: MONAI dataset with a random `transform`.
     """
 
     def __init__(self, seed: int, dataset: Any) -> None:
@@ -73,46 +73,46 @@ class SeedEpochs:
         self.dataset = dataset
 
     def attach(self, engine: Engine) -> None:
-        """Listen to the trainer's epochs."""
+        """Register the handler at the trainer."""
         engine.add_event_handler(Events.EPOCH_STARTED, self)
 
     def __call__(self, engine: Engine) -> None:
-        """Seed the epoch that begins."""
+        """Seed the epoch that starts."""
         seed = seed_from(self.seed, engine.state.epoch)
         seed_everything(seed)
         self.dataset.transform.set_random_state(seed=seed)
 
 
 class SeedSteps:
-    """Seed the global random generators, from which dropout and some losses draw, anew at each step.
+    """Seed the global random generators, which dropout and some losses use, before each step.
 
-    What a step draws then depends on the seed, its number and the process alone, wherever a run was interrupted.
+    The random numbers of a step then depend only on the seed, the iteration and the rank, even in a resumed run.
 
     Args:
-        seed: the run's seed.
+        seed: Seed of the run.
     """
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
     def attach(self, engine: Engine) -> None:
-        """Listen to the trainer's steps."""
+        """Register the handler at the trainer."""
         engine.add_event_handler(Events.ITERATION_STARTED, self)
 
     def __call__(self, engine: Engine) -> None:
-        """Seed the step that begins."""
+        """Seed the step that starts."""
         seed_everything(seed_from(self.seed, engine.state.iteration, process_rank()))
 
 
 class ClipGradients:
-    """Scale the gradient of a step down to a largest norm.
+    """Clip the gradient norm before each optimizer step.
 
     Args:
-        network: whose gradient.
-        max_norm: largest L2 norm over all parameters; 0 leaves gradients alone.
+        network: Network whose gradients are clipped.
+        max_norm: Maximum L2 norm of the gradient over all parameters; 0 disables clipping.
 
     Raises:
-        RequestError: the norm is below 0.
+        RequestError: Negative norm.
     """
 
     def __init__(self, network: nn.Module, max_norm: float) -> None:
@@ -122,12 +122,12 @@ class ClipGradients:
         self.max_norm = max_norm
 
     def attach(self, engine: Engine) -> None:
-        """Listen to the trainer's backward passes."""
+        """Register the handler at the trainer."""
         if self.max_norm > 0:
             engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
-        """Clip the gradient of the step that is about to be taken, the sum of those that were accumulated."""
+        """Clip the accumulated gradient before an optimizer step."""
         if not completes_step(engine):
             return
         scaler = getattr(engine, "scaler", None)
@@ -137,24 +137,23 @@ class ClipGradients:
 
 
 class EMA:
-    """Keep an exponential average of the weights, and validate and save with it.
+    """Exponential moving average of the weights, used for validation and for the best weights.
 
-    While the validator runs, the network holds the averaged weights; afterwards it holds the trained ones again. The
-    decay rises with the number of steps `n` as `(1 + n) / (10 + n)` until it reaches `decay`, so that the average
-    forgets the initial weights.
+    During validation the network holds the averaged weights; afterwards the trained weights are restored. The decay is
+    warmed up as `min(decay, (1 + n) / (10 + n))` over the steps `n`, so that the initial weights are forgotten.
 
     Args:
-        network: the network that is trained.
-        validator: engine that validates it.
-        decay: share of the average that one step of the optimizer keeps, 0 (no averaging) to below 1.
+        network: Network to train.
+        validator: Engine that validates the network.
+        decay: Decay per optimizer step, in [0, 1); 0 disables averaging.
 
     Raises:
-        RequestError: the share is outside of that range.
+        RequestError: Decay out of range.
     """
 
     def __init__(self, network: nn.Module, validator: Engine, decay: float) -> None:
         if not 0 <= decay < 1:
-            raise RequestError(f"ema_decay={decay}: expected a share from 0 (no averaging) to below 1, such as 0.99")
+            raise RequestError(f"ema_decay={decay}: expected a value in [0, 1), such as 0.99, or 0 for no averaging")
         self.network = network
         self.validator = validator
         self.decay = decay
@@ -162,7 +161,7 @@ class EMA:
         self.average = {name: tensor.detach().clone() for name, tensor in self._tensors()}
 
     def attach(self, engine: Engine) -> None:
-        """Listen to the trainer's steps and to the validator's runs."""
+        """Register the handlers at the trainer and at the validator."""
         if self.decay > 0:
             engine.add_event_handler(Events.ITERATION_COMPLETED, self._stepped)
             self.validator.add_event_handler(Events.STARTED, self.swap)
@@ -174,7 +173,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the average towards the weights after a step."""
+        """Update the average after an optimizer step."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         for name, tensor in self._tensors():
@@ -182,18 +181,18 @@ class EMA:
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Exchange the network's weights and the average."""
+        """Swap the weights of the network and the average."""
         for name, tensor in self._tensors():
             kept = tensor.detach().clone()
             tensor.copy_(self.average[name])
             self.average[name].copy_(kept)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs."""
+        """Return the state for resuming."""
         return {"steps": self.steps, "average": self.average}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the state of an earlier run."""
+        """Restore the state of an earlier run."""
         self.steps = int(state["steps"])
         for name, tensor in state["average"].items():
             self.average[name].copy_(tensor)
@@ -205,23 +204,23 @@ class EMA:
 
 
 class Validation(ValidationHandler):  # type: ignore[misc]  # MONAI publishes no types
-    """Validate every few epochs, and after the last one, without which a short training would leave no weights.
+    """Validate every `interval` epochs and after the last one, so that even a short training saves weights.
 
     Args:
-        interval: epochs between two validations.
-        validator: engine that validates.
+        interval: Number of epochs between validations, at least 1.
+        validator: Engine that validates.
 
     Raises:
-        RequestError: the interval is below 1.
+        RequestError: Interval below 1.
     """
 
     def __init__(self, interval: int, validator: Engine) -> None:
         if interval < 1:
-            raise RequestError(f"val_interval={interval}: expected a number of epochs from 1")
+            raise RequestError(f"val_interval={interval}: expected at least 1 epoch")
         super().__init__(interval, validator)
 
     def attach(self, engine: Engine) -> None:
-        """Listen to the trainer's epochs."""
+        """Register the handler at the trainer."""
         engine.add_event_handler(Events.EPOCH_COMPLETED(event_filter=self._is_due), self)
 
     def _is_due(self, engine: Engine, epoch: int) -> bool:
@@ -229,42 +228,42 @@ class Validation(ValidationHandler):  # type: ignore[misc]  # MONAI publishes no
 
 
 class EarlyStop(EarlyStopping):  # type: ignore[misc]  # ignite publishes no types
-    """End the training when a number of validations in a row brought no better key metric.
+    """Stop training when the key metric has not improved for a number of validations.
 
-    This is ignite's handler with three additions: it is made before the trainer that it stops, it counts a metric
-    without a finite value as no improvement, and a resumed run that had stopped does not go on.
+    Extends ignite's handler: it is created before the trainer, counts a non-finite metric as no improvement, and stops
+    a resumed run that had already stopped.
 
     Args:
         validator: Engine with the key metric.
-        patience: Number of validations without improvement after which training ends; 0 never ends it.
+        patience: Number of validations without improvement after which training stops; 0 disables early stopping.
 
     Raises:
-        RequestError: The patience is negative.
+        RequestError: Negative patience.
     """
 
     def __init__(self, validator: Engine, patience: int) -> None:
         if patience < 0:
-            raise RequestError(f"patience={patience}: expected a number of validations, or 0 for no early stop")
+            raise RequestError(f"patience={patience}: expected a number of validations, or 0 for no early stopping")
         super().__init__(max(patience, 1), _key_metric, trainer=validator)
         self.validator = validator
         self.is_active = patience > 0
-        # ignite's own logger writes to the terminal by itself.
+        # ignite's own logger would print to the terminal.
         self.logger = logger
 
     def attach(self, engine: Engine) -> None:
-        """Listen to the validator's results, and to the start of the trainer's epochs."""
+        """Register the handlers at the validator and at the trainer."""
         self.trainer = engine
         if self.is_active:
             self.validator.add_event_handler(Events.EPOCH_COMPLETED, self)
             engine.add_event_handler(Events.EPOCH_STARTED, self.stop_if_due)
 
     def stop_if_due(self) -> None:
-        """End a resumed training that had stopped before."""
+        """Stop a resumed training that had already stopped."""
         if self.counter >= self.patience:
             self.trainer.terminate()
 
 
 def _key_metric(validator: Engine) -> float:
-    """Return the key metric of a validation; the lowest value if it is not finite, which ignite would call better."""
+    """Return the key metric of a validation; -inf if it is not finite, which ignite would count as an improvement."""
     value = float(validator.state.metrics[validator.state.key_metric_name])
     return value if math.isfinite(value) else -math.inf

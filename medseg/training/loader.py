@@ -1,4 +1,4 @@
-"""Batches for training, made beforehand by other processes, and a word on what became of these if they die."""
+"""Training data loader with persistent workers, prefetching across epochs and errors that name the case."""
 
 from __future__ import annotations
 
@@ -25,28 +25,27 @@ if TYPE_CHECKING:
 __all__ = ["TrainingLoader"]
 
 _ADVICE: Final = {
-    "SIGKILL": "as systems do when memory runs out: lower num_workers, cache_memory or batch_size",
-    "SIGBUS": "which means that shared memory is full: give the container more (docker run --shm-size=4g), or set "
-    "num_workers=0",
-    "SIGSEGV": "since a library crashed: `medseg doctor` on the data set may tell why; num_workers=0 shows the place",
-    "SIGTERM": "by someone or something: start again with --resume",
+    "SIGKILL": "usually because the system ran out of memory: lower num_workers, cache_memory or batch_size",
+    "SIGBUS": "because shared memory is full: give the container more (docker run --shm-size=4g), or set num_workers=0",
+    "SIGSEGV": "because a library crashed: run `medseg doctor` on the dataset, or set num_workers=0 for a traceback",
+    "SIGTERM": "by the user or the scheduler: continue with --resume",
 }
 
 
 class TrainingLoader(DataLoader):  # type: ignore[misc]  # MONAI publishes no types
-    """Yield the batches of one epoch after another; what the next epoch needs is made while the last one ends.
+    """Data loader that prefetches the batches of the next epoch while the current epoch ends.
 
-    Iterating gives `len()` batches and then stops, as with any loader. The next time it goes on where it stopped: the
-    workers stay, and need not be told of epochs, since each case comes with the pass that it belongs to.
+    Iterating yields `len()` batches and then stops, like any loader; the next iteration continues from there. Workers
+    persist between epochs and need no epoch number, since the sampler yields it with each case.
 
-    A case that cannot be used is raised as a `CaseError` that names it, also from a worker. If a worker dies, the error
-    names the case that it worked on, the signal and what to change.
+    A case that fails in a worker raises a `CaseError` that names it. If a worker dies, the error names the case it was
+    processing, the signal and what to change.
 
     Args:
-        dataset: the cases.
-        batches: what each step takes.
-        num_workers: processes that make batches; 0 makes them between the steps.
-        device: where the batches will go; for CUDA they are put into pinned memory.
+        dataset: Training cases.
+        batches: Sampler of the cases of each step.
+        num_workers: Number of worker processes; 0 loads batches in the main process.
+        device: Device that the batches are moved to; for CUDA they are placed in pinned memory.
     """
 
     def __init__(
@@ -66,21 +65,21 @@ class TrainingLoader(DataLoader):  # type: ignore[misc]  # MONAI publishes no ty
             num_workers=num_workers,
             batch_sampler=batches,
             collate_fn=collate,
-            # of its own, so that starting the workers takes no number from the one that the network draws from
+            # A separate generator, so that starting the workers does not advance the global one.
             generator=torch.Generator(),
             pin_memory=torch.device(device).type == "cuda",
         )
 
     def attach(self, engine: Engine) -> None:
-        """Tell an engine's errors in words that name the case. Attach this before other handlers of errors."""
+        """Report errors of the engine with the case they occurred in. Attach before other exception handlers."""
         engine.add_event_handler(Events.EXCEPTION_RAISED, self._explain)
         engine.add_event_handler(Events.COMPLETED, self.close)
 
     def __iter__(self) -> Iterator[Any]:
-        """Yield what is left of the present epoch, or the next one.
+        """Yield the remaining batches of the current epoch, or those of the next one.
 
         Raises:
-            CaseError: a case cannot be used, or a worker died.
+            CaseError: A case cannot be loaded, or a worker died.
         """
         for _ in range(len(self) - self.step % len(self)):
             if self._stream is None:
@@ -91,37 +90,37 @@ class TrainingLoader(DataLoader):  # type: ignore[misc]  # MONAI publishes no ty
             yield batch
 
     def seek(self, step: int) -> None:
-        """Go on with another step, counted from 0 over all epochs."""
+        """Continue from a step, counted from 0 over all epochs."""
         if step != self.step:
             self.close()
             self.step = step
 
     def close(self) -> None:
-        """End the worker processes; iterating starts new ones."""
+        """Stop the workers; iterating starts new ones."""
         stop = getattr(self._stream, "_shutdown_workers", None)
         self._stream = None
         if stop is not None:
             stop()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the next step, and what the order of the cases depends on."""
+        """Return the next step and the settings that determine the order of the cases."""
         return {"step": self.step, "order": self._order()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on after the steps of an earlier run.
+        """Continue after the last step of an earlier run.
 
         Raises:
-            WeightsError: that run took its cases in another order, so it cannot be continued.
+            WeightsError: The order of the cases differs from the earlier run.
         """
         changes = [
-            f"{name} was {state['order'].get(name)} and is {value}"
+            f"{name} was {state['order'].get(name)}, now {value}"
             for name, value in self._order().items()
             if state["order"].get(name) != value
         ]
         if changes:
             raise WeightsError(
-                f"this run cannot be continued, since the order of its cases would change: {'; '.join(changes)}. "
-                "Give it the settings and the data that it had, or start anew without resume"
+                f"cannot resume this run, since the order of its cases would change: {'; '.join(changes)}. "
+                "Use the settings and data of the earlier run, or start again without resume"
             )
         self.seek(int(state["step"]))
 
@@ -149,7 +148,7 @@ class TrainingLoader(DataLoader):  # type: ignore[misc]  # MONAI publishes no ty
         return batch
 
     def _explain(self, _engine: Engine | None, error: Exception) -> None:
-        """Raise an error, or if workers have died, one that says so."""
+        """Raise the error, or a `CaseError` if a worker died."""
         death = None if isinstance(error, MedsegError) else self._death()
         self.close()
         if death is None:
@@ -161,17 +160,17 @@ class TrainingLoader(DataLoader):  # type: ignore[misc]  # MONAI publishes no ty
             worker.join(timeout=0)
             if worker.exitcode:
                 case = self.dataset.working[number]
-                doing = f"at work on {self.dataset.describe(case)}" if case >= 0 else "between two cases"
-                return CaseError(f"a process that loads training cases died, {doing}: {_cause(worker.exitcode)}")
+                doing = f"while processing {self.dataset.describe(case)}" if case >= 0 else "between two cases"
+                return CaseError(f"a data loader worker died {doing}: {_cause(worker.exitcode)}")
         return None
 
 
 def _cause(exitcode: int) -> str:
     if exitcode > 0:
-        return f"it ended with code {exitcode}; num_workers=0 shows what it did"
+        return f"exit code {exitcode}; set num_workers=0 for a traceback"
     try:
         name = signal.Signals(-exitcode).name
     except ValueError:
         name = "an unknown signal"
-    advice = _ADVICE.get(name, "num_workers=0 shows what it did")
-    return f"it was killed by signal {-exitcode} ({name}), {advice}"
+    advice = _ADVICE.get(name, "set num_workers=0 for a traceback")
+    return f"killed by signal {-exitcode} ({name}), {advice}"

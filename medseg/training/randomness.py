@@ -1,8 +1,7 @@
-"""Random numbers that belong to what they are drawn for: a sample, a step, a weight.
+"""Reproducible random numbers, seeded per sample and per step.
 
-A number drawn for sample `index` in pass `epoch` depends on (seed, epoch, index) alone, one drawn in step `n` on
-(seed, n).
-So it does not matter which process draws it, in what order, or how often a run was interrupted before.
+The random numbers of sample `index` in epoch `epoch` depend only on (seed, epoch, index), those of step `n` on
+(seed, n). They do not depend on the process that draws them, on the order or on interruptions of the run.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ __all__ = [
 
 
 def seed_from(*numbers: int) -> int:
-    """Return a seed below 2**32 that depends on all the numbers, and on their order."""
+    """Return a seed below 2**32, derived from all numbers in order."""
     return int(_sequence(numbers).generate_state(1)[0])
 
 
 def random_state(*numbers: int) -> RandomState:
-    """Return a generator of the kind whose numbers NumPy keeps the same in all versions."""
+    """Return a `RandomState`, whose numbers are the same in all versions of NumPy."""
     return np.random.RandomState(np.random.MT19937(_sequence(numbers)))
 
 
@@ -49,7 +48,7 @@ def seed_everything(seed: int) -> None:
 
 @contextmanager
 def isolated_seed(seed: int) -> Iterator[None]:
-    """Seed the global generators of the CPU, and leave them afterwards as they were before."""
+    """Seed the global CPU generators inside the context and restore their states on exit."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed)
@@ -63,12 +62,12 @@ def isolated_seed(seed: int) -> Iterator[None]:
 
 
 def deterministic_kernels(enabled: bool = True) -> None:
-    """Let torch choose kernels whose result is the same each time, where it has them.
+    """Make torch use deterministic kernels where it has them.
 
     Args:
-        enabled: False lets cuDNN try which kernels are fastest.
+        enabled: Whether to use deterministic kernels; False lets cuDNN choose the fastest ones.
     """
-    # of CUDA kernels torch would complain wherever it has no such one
+    # On CUDA, torch would warn of every operation without a deterministic kernel.
     torch.use_deterministic_algorithms(enabled and not torch.cuda.is_available(), warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.deterministic = enabled
@@ -88,7 +87,7 @@ def generator_states() -> dict[str, Any]:
 
 
 def restore_generators(states: dict[str, Any]) -> None:
-    """Set the global generators to what `generator_states` returned; those of other CUDA devices are left alone."""
+    """Restore the states from `generator_states`; the CUDA ones only if the number of devices is the same."""
     version, words, gauss = states["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, *rest = states["numpy"]

@@ -1,4 +1,4 @@
-"""What a training run tells while it goes on: scalars for TensorBoard and MLflow, and how long it waits for data."""
+"""Log of a training run: scalars and images for TensorBoard and MLflow, throughput and data loading time."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _STEPS_BETWEEN_READINGS = 10
 
 
 class _Writer(Protocol):
-    """Where the scalars and pictures of a run go."""
+    """Destination of the scalars and images of a run."""
 
     def add_scalar(self, tag: str, value: float, step: int) -> None: ...
 
@@ -43,23 +43,24 @@ class _Writer(Protocol):
 
 
 class RunLog:
-    """Log a run to TensorBoard, and if asked to MLflow, as files in its folder; nothing goes over a network.
+    """Log a run to TensorBoard, and optionally to MLflow, in local files; nothing is sent over the network.
 
-    For each step: the loss. For each epoch: its mean loss, the learning rate, patches per second and the share of the
-    time that its steps waited for data. For each validation: its metrics, those of each label among them. Pictures come
-    from others, through `picture`.
+    Logged per step: the loss. Per epoch: the mean loss, the learning rate, patches per second and the fraction of time
+    spent waiting for data. Per validation: all metrics, including those of each label. Other handlers add images
+    through `picture`.
 
-    The engine's state gets `patches_per_second` and `waiting` (a share of 1) of the present epoch, and `last_metrics`.
+    The state of the engine receives `patches_per_second` and `waiting` (fraction, 0 to 1) of the current epoch, and
+    `last_metrics`.
 
     Args:
-        output_dir: folder of the run; logs go to `tensorboard/` and `mlflow.db` in it.
-        validator: engine whose metrics are logged.
-        optimizer: whose learning rate is logged.
-        bundle_root: the bundle that is trained, whose metadata name the labels; without it they are numbered.
-        mlflow: keep the scalars in MLflow's form too (extra `mlflow`).
+        output_dir: Folder of the run; logs are written to `tensorboard/` and `mlflow.db` in it.
+        validator: Engine whose metrics are logged.
+        optimizer: Optimizer whose learning rate is logged.
+        bundle_root: Root folder of the trained bundle, whose metadata name the labels; without it they are numbered.
+        mlflow: Whether to log to MLflow too (requires the extra `mlflow`).
 
     Attributes:
-        history: an entry for each epoch and each validation: its epoch and values.
+        history: One entry per epoch and per validation, with the epoch and the values.
     """
 
     def __init__(
@@ -78,11 +79,11 @@ class RunLog:
         self.mlflow = mlflow
         self.history: list[dict[str, float]] = []
         self._writers: list[_Writer] = []
-        self._loss = torch.zeros(2, dtype=torch.float64)  # their sum over the steps of this epoch, and their number
+        self._loss = torch.zeros(2, dtype=torch.float64)  # sum and count over the steps of this epoch
         self._restart_clocks()
 
     def attach(self, engine: Engine) -> None:
-        """Listen to the trainer's batches, steps and epochs, and to the validator's results."""
+        """Register the handlers at the trainer and at the validator."""
         self.trainer = engine
         engine.add_event_handler(Events.EPOCH_STARTED, self._restart_clocks)
         engine.add_event_handler(Events.GET_BATCH_STARTED, self._wait)
@@ -93,27 +94,27 @@ class RunLog:
         self.validator.add_event_handler(Events.EPOCH_COMPLETED, self._validated)
 
     def scalar(self, tag: str, value: float, step: int) -> None:
-        """Log a number."""
+        """Log a scalar."""
         for writer in self._open():
             writer.add_scalar(tag, value, step)
 
     def picture(self, tag: str, picture: NDArray[np.uint8], epoch: int) -> None:
-        """Log a picture `(rows, columns, 3)`, 0 to 255."""
+        """Log an RGB image `(rows, columns, 3)` with values from 0 to 255."""
         for writer in self._open():
             writer.add_picture(tag, picture, epoch)
 
     def close(self) -> None:
-        """Write out what is pending; logging more opens new files."""
+        """Flush and close the files; logging again opens new ones."""
         for writer in self._writers:
             writer.close()
         self._writers = []
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs: nothing that depends on the clock."""
+        """Return the state for resuming, without timings."""
         return {"loss": self._loss.cpu(), "history": self.history}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the state of an earlier run."""
+        """Restore the state of an earlier run."""
         self._loss = state["loss"].clone()
         self.history = [dict(entry) for entry in state["history"]]
 
@@ -143,7 +144,7 @@ class RunLog:
         past = max(time.perf_counter() - self._began, 1e-9)
         state.patches_per_second = self._patches / past
         state.waiting = self._waited / past
-        # reading a value makes the processor wait for the graphics card
+        # Reading the loss synchronizes with the GPU.
         if loss.device.type == "cpu" or state.iteration % _STEPS_BETWEEN_READINGS == 0:
             self.scalar("loss/step", float(loss), state.iteration)
 
@@ -151,7 +152,7 @@ class RunLog:
         """Log the epoch, before its validation.
 
         Raises:
-            MedsegError: the loss is no number any more.
+            MedsegError: Non-finite loss.
         """
         epoch, (total, count) = engine.state.epoch, self._loss.tolist()
         loss = total / max(count, 1)
@@ -159,7 +160,7 @@ class RunLog:
         if not math.isfinite(loss) and getattr(engine, "scaler", None) is None:
             raise MedsegError(
                 f"training diverged: the loss of epoch {epoch} is {loss}. Lower learning_rate, set gradient_clip, or "
-                "use precision=float32; the last good state is that of the epoch before"
+                "use precision=float32; the last good state is that of the previous epoch"
             )
         rate = float(self.optimizer.param_groups[0]["lr"])
         self.history.append({"epoch": epoch, "loss": loss, "learning_rate": rate})
@@ -199,14 +200,14 @@ def _label_names(metadata: Path) -> dict[int, str]:
 
 
 def _column_means(details: Any) -> list[float]:
-    """The mean of each class over the cases in which it is defined; NaN where it is in none."""
+    """Return the mean of each class over the cases in which it is defined; NaN if there are none."""
     if not isinstance(details, torch.Tensor) or details.ndim != 2:
         return []
     return [float(column[~column.isnan()].mean()) for column in details.detach().double().T]
 
 
 class _TensorBoard:
-    """Event files. Steps from `first` on that an interrupted run has logged already are dropped."""
+    """TensorBoard event files. Steps from `first` on that an interrupted run logged before are purged."""
 
     def __init__(self, folder: Path, first: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -227,10 +228,10 @@ class _TensorBoard:
 
 
 class _MLflow:
-    """A run in an SQLite file; a resumed run goes on in the same one."""
+    """MLflow run in an SQLite file; a resumed run continues in the same file."""
 
     def __init__(self, folder: Path) -> None:
-        # set before the import: MLflow would report its use over the network
+        # Set before the import, or MLflow would send telemetry.
         os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
         mlflow = require("mlflow", "The setting mlflow=true")
         self._client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{folder.resolve() / 'mlflow.db'}")

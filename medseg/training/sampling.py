@@ -1,4 +1,4 @@
-"""Which cases a training step takes, in one process or in several."""
+"""Batch sampler for training, in one or several processes."""
 
 from __future__ import annotations
 
@@ -21,26 +21,27 @@ Key = tuple[int, int]
 
 
 class InfiniteBatchSampler(Sampler[list[Key]]):
-    """Batches out of an endless row of shuffled passes over the cases.
+    """Sample batches from an infinite shuffled stream of the cases.
 
-    Pass `epoch` is a permutation that depends on (seed, epoch) alone, and step `n` takes the next `batch_size` cases of
-    the row. So all batches are full, each case comes as often as any other, and what a step takes depends on its number
-    alone. An epoch is `len()` steps: one pass, rounded up to whole steps.
+    The stream concatenates one permutation of the cases per pass, which depends only on (seed, epoch); step `n` takes
+    the next `batch_size` cases. All batches are therefore full, all cases are drawn equally often, and the cases of a
+    step depend only on its number. An epoch has `len()` steps: one pass, rounded up to whole steps.
 
-    Where several processes train together, each takes its share of every batch; the batches stay the same.
+    In distributed training each process takes its share of every batch; the batches are the same as in one process.
 
     Args:
-        cases: what is drawn from.
-        batch_size: cases per step, over all processes.
-        seed: of the permutations.
-        accumulate: steps whose gradients make one step of the optimizer; an epoch is a multiple of them.
-        steps: length of an epoch; 0 for one pass.
+        cases: Cases to sample from.
+        batch_size: Cases per step over all processes.
+        seed: Seed of the permutations.
+        accumulate: Number of steps whose gradients are accumulated for one optimizer step; the length of an epoch is
+            rounded up to a multiple of it.
+        steps: Length of an epoch in steps; 0 for one pass over the cases.
 
     Attributes:
-        start: step with which iterating begins.
+        start: First step of the next iteration.
 
     Raises:
-        RequestError: there are no cases, or a number is too small.
+        RequestError: No cases, or a setting out of range.
     """
 
     def __init__(self, cases: Sized, batch_size: int, *, seed: int = 0, accumulate: int = 1, steps: int = 0) -> None:
@@ -50,9 +51,9 @@ class InfiniteBatchSampler(Sampler[list[Key]]):
             ("steps_per_epoch", steps, 0),
         ):
             if value < least:
-                raise RequestError(f"{name}={value}: expected a whole number from {least}")
+                raise RequestError(f"{name}={value}: expected an integer of at least {least}")
         if not len(cases):
-            raise RequestError("there are no cases to train on: look at the split of the data set")
+            raise RequestError("no training cases: check the split of the dataset")
         self.count = len(cases)
         self.batch_size = batch_size
         self.seed = seed
@@ -62,19 +63,20 @@ class InfiniteBatchSampler(Sampler[list[Key]]):
         self._order = lru_cache(maxsize=2)(self._permutation)
 
     def __len__(self) -> int:
-        """Return the steps of an epoch."""
+        """Return the number of steps of an epoch."""
         return self.steps
 
     def __iter__(self) -> Iterator[list[Key]]:
-        """Yield for each step from `start` on, without end, this process's cases as (epoch, index).
+        """Yield the cases of this process as (epoch, index) for each step from `start` on, infinitely.
 
         Raises:
-            RequestError: the batch cannot be shared equally among the processes.
+            RequestError: Batch size not divisible by the number of processes.
         """
         rank, processes = process_rank(), process_count()
         if self.batch_size % processes:
             raise RequestError(
-                f"batch_size={self.batch_size} cannot be shared by {processes} processes: choose a multiple of them"
+                f"batch_size={self.batch_size} is not divisible by {processes} processes: choose a multiple of "
+                f"{processes}"
             )
         for step in itertools.count(self.start):
             first = step * self.batch_size

@@ -14,36 +14,36 @@ __all__ = ["patient_folds"]
 
 
 def patient_folds(cases: Iterable[str], patients: Mapping[str, str], folds: int, seed: int) -> list[list[str]]:
-    """Deal cases into folds: no patient in two, about the same number of cases in each.
+    """Split cases into folds of similar size, with all cases of a patient in the same fold.
 
-    The result depends on the arguments alone, not on the order of the cases, the machine or the version of Python, so
-    jobs that are started apart agree on it.
+    The result depends only on the arguments, not on the order of the cases, the machine or the version of Python, so
+    independent jobs obtain the same folds.
 
     Args:
-        cases: names, each once.
-        patients: case -> patient; a case that is not in it is a patient of its own.
-        folds: how many, at least 2.
-        seed: which of the many ways to deal.
+        cases: Unique names of the cases.
+        patients: Patient of each case; a case without an entry is treated as a separate patient.
+        folds: Number of folds, at least 2.
+        seed: Seed of the split.
 
     Returns:
-        The cases of each fold, sorted.
+        Sorted cases of each fold.
 
     Raises:
-        RequestError: fewer than two folds, or fewer patients than folds.
+        RequestError: Fewer than two folds, or fewer patients than folds.
     """
     groups: dict[str, list[str]] = {}
     for case in sorted(cases):
         groups.setdefault(patients.get(case, case), []).append(case)
     if folds < 2:
-        raise RequestError(f"{folds} folds are no cross-validation: ask for 2 or more.")
+        raise RequestError(f"cross-validation with {folds} folds is not possible: use at least 2.")
     if len(groups) < folds:
         raise RequestError(
-            f"{folds} folds need as many patients, found {len(groups)} with {sum(map(len, groups.values()))} cases: "
-            f"ask for at most {len(groups)} folds."
+            f"too few patients for {folds} folds: found {len(groups)} with {sum(map(len, groups.values()))} cases; "
+            f"use at most {len(groups)} folds."
         )
     dealt: list[list[str]] = [[] for _ in range(folds)]
     counts = [0] * folds
-    # Large patients first, so that the small ones even out what these leave uneven.
+    # Patients with many cases first, so that those with few balance the folds.
     for patient in sorted(groups, key=lambda name: (-len(groups[name]), _shuffled(name, seed))):
         smallest = min(range(folds), key=lambda number: (len(dealt[number]), counts[number], number))
         dealt[smallest] += groups[patient]
@@ -52,5 +52,5 @@ def patient_folds(cases: Iterable[str], patients: Mapping[str, str], folds: int,
 
 
 def _shuffled(name: str, seed: int) -> str:
-    """A key whose order is random, and the same wherever it is computed."""
+    """Return a reproducible random sort key."""
     return hashlib.sha256(f"{seed}\0{name}".encode()).hexdigest()

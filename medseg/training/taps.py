@@ -1,7 +1,7 @@
-"""Features of networks that do not give them: recorded by hooks while a block of code runs.
+"""Feature taps: forward hooks that record intermediate features of networks that do not return them.
 
-The taps have the names of `medseg.types.TrainingOutput`: `E1..En`, `B`, `Dn..D1`. The number is the level of
-resolution, 1 the finest; a level where a network has no block of its own is left out.
+The taps have the names of `medseg.types.TrainingOutput`: `E1..En`, `B`, `Dn..D1`. The number is the resolution level,
+1 is the finest; levels without a block are omitted.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
     Taps = Mapping[str, "str | Tap"]
-    Blocks = dict[str, tuple["Tap", ...]]  # name -> its first layer, where it has two taps, and its last
+    Blocks = dict[str, tuple["Tap", ...]]  # name -> last layer, or first and last layer
 
 __all__ = ["FeatureTaps", "Tap", "preset_taps"]
 
 
 @dataclass(frozen=True)
 class Tap:
-    """Where a feature is recorded.
+    """Module whose output is recorded as a feature.
 
     Attributes:
-        path: of the module within the network, as in `nn.Module.get_submodule`; its output is recorded.
-        call: which call of that module within one forward pass, from 0; -1 is the last.
-        channels_last: the output is `(B, *spatial, C)`; it is recorded as `(B, C, *spatial)`.
+        path: Path of the module within the network, as in `nn.Module.get_submodule`.
+        call: Index of the call of the module within one forward pass, from 0; -1 is the last call.
+        channels_last: Whether the output is `(B, *spatial, C)`; it is returned as `(B, C, *spatial)`.
     """
 
     path: str
@@ -43,18 +43,18 @@ class Tap:
 
 
 class FeatureTaps:
-    """Record the outputs of a network's modules while open.
+    """Context manager that records the outputs of a network's modules.
 
-    A context manager: hooks exist only between entering and leaving it, so the network itself stays as it was, to be
-    saved, scripted and exported. A forward pass replaces the features of the one before.
+    Hooks are registered on entering and removed on exit, so the network can be saved, scripted and exported as usual.
+    Each forward pass replaces the features of the previous one.
 
     Args:
-        network: whose modules.
-        taps: name -> module path or `Tap`, in the order of computation; "auto" takes `preset_taps`.
-        taps_per_block: 1 or 2, for "auto".
+        network: Network with the tapped modules.
+        taps: Module path or `Tap` by name, in order of computation; "auto" uses `preset_taps`.
+        taps_per_block: Taps per block, 1 or 2, for "auto".
 
     Raises:
-        RequestError: a path leads to no module, or "auto" does not know the network.
+        RequestError: No module with the given path, or no preset for the network.
     """
 
     def __init__(self, network: nn.Module, taps: Taps | str = "auto", *, taps_per_block: int = 1) -> None:
@@ -77,7 +77,7 @@ class FeatureTaps:
         self.close()
 
     def close(self) -> None:
-        """Remove all hooks and forget the features."""
+        """Remove all hooks and discard the features."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -85,24 +85,24 @@ class FeatureTaps:
 
     @property
     def features(self) -> dict[str, Tensor]:
-        """The features `(B, C, *spatial)` of the latest forward pass by tap name, in the order of `taps`.
+        """Features `(B, C, *spatial)` of the latest forward pass by tap name, in the order of `taps`.
 
         Raises:
-            RequestError: a module was not called since the taps were opened, or a later layer changed its output in
-                place, so that the network's own value is lost.
+            RequestError: A module was not called since the taps were opened, or a later layer modified its output in
+                place.
         """
         features = {}
         for name, tap in self.taps.items():
             if name not in self._recorded:
                 raise RequestError(
-                    f"tap '{name}' recorded nothing: call {tap.call} of '{tap.path}' did not happen. Run the network "
-                    "while the taps are open, and choose modules that it calls."
+                    f"tap '{name}' recorded nothing: call {tap.call} of '{tap.path}' did not occur. Run the network "
+                    "while the taps are open, and tap modules that it calls."
                 )
             feature, version = self._recorded[name]
             if _version(feature) != version:
                 raise RequestError(
-                    f"tap '{name}': the output of '{tap.path}' was changed in place by a later layer; "
-                    "tap that layer, or make it not in-place."
+                    f"tap '{name}': the output of '{tap.path}' was modified in place by a later layer; "
+                    "tap that layer, or set inplace=False."
                 )
             features[name] = feature.movedim(-1, 1) if tap.channels_last else feature
         return features
@@ -122,30 +122,30 @@ class FeatureTaps:
             return
         if not isinstance(output, Tensor) or output.dim() < 4:
             found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise SizeError(f"tap '{name}': '{tap.path}' gave {found}; tap a module that gives (B, C, *spatial).")
+            raise SizeError(f"tap '{name}': '{tap.path}' returned {found}, expected a tensor (B, C, *spatial).")
         self._recorded[name] = (output, _version(output))
 
 
 def preset_taps(network: nn.Module, taps_per_block: int = 1) -> dict[str, Tap]:
-    """Return the taps of one of MONAI's BasicUNet, BasicUNetPlusPlus, DynUNet, SegResNet, SwinUNETR.
+    """Return the taps of MONAI's BasicUNet, BasicUNetPlusPlus, DynUNet, SegResNet or SwinUNETR.
 
     Args:
-        network: an instance of one of them, or of a subclass.
-        taps_per_block: 1, the output of each block; 2, that of its first and of its last layer, named with `_0` and
-            `_1`. The last decoder block `D1` always has one. The encoder of SwinUNETR is its transformer, not the
-            convolutions on the way of its skips.
+        network: Instance of one of these networks or of a subclass.
+        taps_per_block: 1 taps the output of each block; 2 taps its first and its last layer, with the suffixes `_0` and
+            `_1`. The last decoder block `D1` always has one tap. The encoder of SwinUNETR is its transformer, not the
+            convolutions in its skip connections.
 
     Raises:
-        RequestError: the network has no preset.
+        RequestError: No preset for the network, or a number of taps other than 1 or 2.
     """
     if taps_per_block not in (1, 2):
-        raise RequestError(f"taps_per_block={taps_per_block}: a block is tapped 1 or 2 times.")
+        raise RequestError(f"taps_per_block={taps_per_block}: expected 1 or 2.")
     for kind, blocks in PRESETS.items():
         if isinstance(network, kind):
             return _named(blocks(network, taps_per_block), taps_per_block)
     raise RequestError(
-        f"{type(network).__name__} has no preset taps, only {', '.join(kind.__name__ for kind in PRESETS)}; "
-        'say which modules to tap, from the image down and up again: taps={"E1": "path.of.module", ...}.'
+        f"no preset taps for {type(network).__name__}, only for {', '.join(kind.__name__ for kind in PRESETS)}; "
+        'list the modules to tap from encoder to decoder: taps={"E1": "path.of.module", ...}.'
     )
 
 
@@ -160,7 +160,7 @@ def _named(blocks: Blocks, taps_per_block: int) -> dict[str, Tap]:
 
 
 def _levels(encoder: Sequence[str], decoder: Sequence[str]) -> dict[str, str]:
-    """Name blocks by level: encoder from the finest to the bottleneck, decoder from the coarsest to the finest."""
+    """Name blocks by level: encoder from finest to bottleneck, decoder from coarsest to finest."""
     names = [f"E{level + 1}" for level in range(len(encoder) - 1)] + ["B"]
     names += [f"D{len(decoder) - level}" for level in range(len(decoder))]
     return dict(zip(names, [*encoder, *decoder], strict=True))
@@ -196,7 +196,7 @@ def _dyn_unet(network: Any, _taps_per_block: int) -> Blocks:
 
 
 def _first_activation(path: str) -> Tap:
-    """A block of DynUNet and SwinUNETR calls one activation module after each of its two convolutions."""
+    """Return the first call of the activation, which DynUNet and SwinUNETR share between two convolutions."""
     if path.startswith(("upsamples", "decoder")):
         path = f"{path}.conv_block"
     elif path.startswith("encoder"):
@@ -206,13 +206,13 @@ def _first_activation(path: str) -> Tap:
 
 def _seg_res_net(network: Any, _taps_per_block: int) -> Blocks:
     paths = _levels(_items("down_layers", network.down_layers), _items("up_layers", network.up_layers))
-    # An encoder level starts with its down-sampling, a decoder level with its first block.
+    # An encoder level starts with its downsampling, a decoder level with its first block.
     return _blocks(paths, lambda path: Tap(f"{path}.{int(path.startswith('down'))}"))
 
 
 def _swin_unetr(network: Any, taps_per_block: int) -> Blocks:
     if taps_per_block == 1:
-        # The output of a stage comes after the merging of patches, one level down.
+        # A stage returns its output after patch merging, one level deeper.
         stages = {"E3": 1, "E4": 2, "E5": 3, "B": 4}
         encoder: Blocks = {name: (Tap(f"swinViT.layers{stage}.0"),) for name, stage in stages.items()}
     else:
@@ -222,7 +222,7 @@ def _swin_unetr(network: Any, taps_per_block: int) -> Blocks:
 
 
 def _transformers(network: nn.Module, path: str) -> tuple[Tap, Tap]:
-    """First and last transformer layer of a stage, before the merging."""
+    """Return the first and the last transformer layer of a stage, before patch merging."""
     layers = _items(path, network.get_submodule(path).children())
     return Tap(layers[0], channels_last=True), Tap(layers[-1], channels_last=True)
 
@@ -244,7 +244,7 @@ def _chosen(network: nn.Module, taps: Taps | str, taps_per_block: int) -> Taps:
     if not isinstance(taps, str):
         return taps
     if taps != "auto":
-        raise RequestError(f'taps="{taps}" is not known; give "auto", or names with the paths of modules.')
+        raise RequestError(f'invalid taps="{taps}"; expected "auto" or module paths by name.')
     return preset_taps(network, taps_per_block)
 
 
@@ -254,10 +254,10 @@ def _module(network: nn.Module, name: str, path: str) -> nn.Module:
     except AttributeError:
         parts = ", ".join(name for name, _ in network.named_children())
         raise RequestError(
-            f"tap '{name}': {type(network).__name__} has no module '{path}'; its parts are {parts}."
+            f"tap '{name}': {type(network).__name__} has no module '{path}'; its modules are {parts}."
         ) from None
 
 
 def _version(tensor: Tensor) -> int:
-    """Return how often the tensor was changed in place; tensors of inference mode do not count."""
+    """Return the number of in-place modifications; 0 for inference tensors, which do not track them."""
     return 0 if tensor.is_inference() else tensor._version

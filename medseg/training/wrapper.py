@@ -1,4 +1,4 @@
-"""From a network to what training engines call."""
+"""Wrapper that adapts a network to the training engines."""
 
 from __future__ import annotations
 
@@ -26,24 +26,25 @@ _PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.flo
 
 
 class TrainingWrapper(nn.Module):
-    """Make `forward` of the wrapped network return its whole `TrainingOutput`.
+    """Network wrapper whose `forward` returns the full `TrainingOutput`.
 
-    The engine trains the wrapper; checkpoints hold the bare network, so its weights carry no prefix. A network without
-    `forward_train`, such as MONAI's own, gives its logits, and features where `taps` says what they are.
+    The engine trains the wrapper; checkpoints store the wrapped network, so its weights carry no prefix. A network
+    without `forward_train`, such as those of MONAI, returns its logits, plus the features that `taps` selects.
 
     Args:
-        network: the network to train.
-        precision: `float32`, or `bfloat16` or `float16` for autocast on the network's device (weights stay float32);
-            the last needs a scaler (see `medseg.components.needs_scaler`). On a CPU, maps that bfloat16 kernels train
-            wrongly stay in float32 (see `medseg.training.bf16_conv3d_workaround`).
-        taps: where `features` come from. None: from `forward_train`. "auto": from there or, for networks without
-            it, from the modules of `medseg.training.preset_taps`. Else tap names with paths of modules, from the image
-            down and up again. Hooks are on the network only during a forward pass of this wrapper.
-        taps_per_block: 1, or 2 with "auto" for the first and the last layer of each block of a MONAI network.
-        compile: run the network through `torch.compile`, which takes a minute at the start; not with taps.
+        network: Network to train.
+        precision: "float32", or "bfloat16" or "float16" for autocast on the device of the network (weights stay
+            float32). "float16" needs a gradient scaler (see `medseg.components.needs_scaler`). On the CPU, layers with
+            wrong bfloat16 gradients stay in float32 (see `medseg.training.bf16_conv3d_workaround`).
+        taps: Source of `features`. None: `forward_train`. "auto": `forward_train`, or `medseg.training.preset_taps` for
+            networks without it. Otherwise module paths by tap name, from encoder to decoder. Hooks are registered only
+            during a forward pass of this wrapper.
+        taps_per_block: Taps per block with "auto": 1, or 2 for the first and the last layer of each block.
+        compile: Whether to run the network through `torch.compile`, which takes about a minute at the start; not
+            available with taps.
 
     Raises:
-        RequestError: an unknown precision, or taps that do not fit the network.
+        RequestError: Unknown precision, or taps that do not match the network.
     """
 
     def __init__(
@@ -63,12 +64,12 @@ class TrainingWrapper(nn.Module):
         own = taps is None or (taps == "auto" and hasattr(network, "forward_train") and taps_per_block == 1)
         self.taps = None if own else FeatureTaps(network, taps or "auto", taps_per_block=taps_per_block)
         if compile and self.taps is not None:
-            raise RequestError("compile=true does not work with taps, since hooks are not compiled: set compile=false")
+            raise RequestError("compile=true does not support taps, since hooks are not compiled: set compile=false")
         self._call = torch.compile(self._output) if compile else self._output
 
     def forward(self, x: Tensor) -> TrainingOutput:
         """Return the training output for an image `(B, in_channels, *spatial)`."""
-        # Metadata would be copied along with every layer's output.
+        # A MetaTensor would copy its metadata to the output of every layer.
         image = x.as_tensor() if isinstance(x, MetaTensor) else x
         with self._arithmetic(image.device.type):
             if self.taps is None:
@@ -95,7 +96,7 @@ class TrainingWrapper(nn.Module):
 
 
 def _output_of(network: nn.Module, image: Tensor) -> TrainingOutput:
-    """Run a network of another library."""
+    """Run a network without `forward_train`."""
     output: Any = network(image)
     if isinstance(output, Tensor):
         return {"logits": output}
@@ -103,5 +104,5 @@ def _output_of(network: nn.Module, image: Tensor) -> TrainingOutput:
         return {"logits": output[-1], "aux": output} if len(output) > 1 else {"logits": output[0]}
     raise RequestError(
         f"{type(network).__name__} returned a {type(output).__name__}, expected one tensor of logits; "
-        "switch off its deep supervision or its other extra outputs."
+        "disable deep supervision and other additional outputs."
     )

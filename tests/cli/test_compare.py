@@ -44,7 +44,7 @@ def test_requests_that_cannot_be_are_refused(medseg: Any, trained: Bundle, tiny_
         ([*train, "--fold", "1"], "--folds needs --output"),
         ([*train, "--folds", "3", "-o", out, "--trust", "0" * 64], "--trust does not cover"),
         ([*train, "--folds", "2", "--fold", "2", "-o", out], "invalid fold number, expected 0 to 1"),
-        ([*train, "--folds", "30", "-o", out], "ask for at most 3 folds"),
+        ([*train, "--folds", "30", "-o", out], "use at most 3 folds"),
         ([*train, "--devices", "0", "-o", out], "1 or more"),
         ([*train, "--devices", "3", "-o", out], "--set batch_size=3"),
         (["predict", trained.root, tiny_data, "-o", out, "--with", "hipocampus_mri_unet"], "did you mean"),

@@ -62,7 +62,7 @@ def test_a_run_that_cannot_be_continued_keeps_its_record(trained_copy: Bundle, t
     path = trained_copy.root / "runs" / "train" / "manifest.json"
     before = path.read_text()
     assert json.loads(before)["validations"]
-    with pytest.raises(MedsegError, match="cannot be continued"):
+    with pytest.raises(MedsegError, match="cannot resume this run"):
         api.train(trained_copy.root, tiny_data, settings={"batch_size": 1}, resume=True)
     assert path.read_text() == before
     assert Manifest.read(path).status == "done"

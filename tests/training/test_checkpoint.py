@@ -73,13 +73,13 @@ def test_two_damaged_states_are_refused(tmp_path: Path, damage: Any) -> None:
     files = _saved(tmp_path, 2)
     damage(files.last)
     damage(files.previous)
-    with pytest.raises(WeightsError, match=r"torn or was altered.*Start anew without resume"):
+    with pytest.raises(WeightsError, match=r"incomplete or was modified.*Start again without resume"):
         RunFiles(tmp_path).load()
 
 
 def test_a_state_that_was_never_noted_is_refused(tmp_path: Path) -> None:
     torch.save(_state(1), tmp_path / "last.pt")
-    with pytest.raises(WeightsError, match="torn or was altered"):
+    with pytest.raises(WeightsError, match="incomplete or was modified"):
         RunFiles(tmp_path).load()
 
 
@@ -90,7 +90,7 @@ def test_a_noted_state_that_holds_a_program_is_refused(tmp_path: Path) -> None:
 
     torch.save({"x": Program()}, tmp_path / "last.pt")
     (tmp_path / "last.json").write_text(json.dumps({"sha256": [sha256_file(tmp_path / "last.pt")]}))
-    with pytest.raises(WeightsError, match="cannot be read"):
+    with pytest.raises(WeightsError, match="unreadable file"):
         RunFiles(tmp_path).load()
 
 

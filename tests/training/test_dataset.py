@@ -263,5 +263,5 @@ def test_amounts_of_memory() -> None:
     assert memory_bound("0") == 0
     assert memory_bound("2G") == 2 << 30
     assert memory_bound("auto") > 0
-    with pytest.raises(RequestError, match="no amount of memory"):
+    with pytest.raises(RequestError, match="invalid amount of memory"):
         memory_bound("much")

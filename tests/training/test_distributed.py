@@ -150,7 +150,7 @@ def test_more_processes_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("WORLD_SIZE", "9")
     monkeypatch.setenv("LOCAL_RANK", "8")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(RequestError, match="process 8 has no device: this machine has 2 CUDA devices"):
+    with pytest.raises(RequestError, match="no CUDA device for process 8: this machine has 2 CUDA devices"):
         process_device(torch.device("cuda", 0))
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert process_device(torch.device("cuda", 0)) == torch.device("cuda", 1)

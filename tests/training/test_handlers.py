@@ -309,7 +309,7 @@ def test_only_float16_is_scaled() -> None:
 
 
 def test_a_compiled_network_is_refused_with_taps() -> None:
-    with pytest.raises(RequestError, match="compile=true does not work with taps"):
+    with pytest.raises(RequestError, match="compile=true does not support taps"):
         TrainingWrapper(nn.Sequential(nn.Conv2d(1, 1, 1)), taps={"E1": "0"}, compile=True)
 
 

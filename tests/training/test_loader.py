@@ -136,9 +136,9 @@ def test_the_state_counts_what_was_handed_out_not_what_was_made_beforehand() -> 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"seed": 2}, "seed was 1 and is 2"),
-        ({"batch_size": 1}, "batch_size was 2 and is 1"),
-        ({"cases": CASES[:-1]}, "cases was 5 and is 4"),
+        ({"seed": 2}, "seed was 1, now 2"),
+        ({"batch_size": 1}, "batch_size was 2, now 1"),
+        ({"cases": CASES[:-1]}, "cases was 5, now 4"),
         ({"cases": [*CASES[:-1], {"image": "/x/z.png", "name": "z.png"}]}, "their names"),
     ],
 )
@@ -178,17 +178,17 @@ def test_an_error_in_a_transform_names_the_case_also_from_a_worker(workers: int)
 @pytest.mark.parametrize(
     ("harm", "said"),
     [
-        (_kill, r"killed by signal 9 \(SIGKILL\), as systems do when memory runs out: lower num_workers, cache_memory"),
-        (_full, r"killed by signal 7 \(SIGBUS\), which means that shared memory is full"),
-        (_crash, r"killed by signal 11 \(SIGSEGV\), since a library crashed"),
-        (_leave, "it ended with code 3; num_workers=0 shows"),
+        (_kill, r"killed by signal 9 \(SIGKILL\), usually because the system ran out of memory: lower num_workers"),
+        (_full, r"killed by signal 7 \(SIGBUS\), because shared memory is full"),
+        (_crash, r"killed by signal 11 \(SIGSEGV\), because a library crashed"),
+        (_leave, "exit code 3; set num_workers=0 for a traceback"),
     ],
 )
 def test_the_death_of_a_worker_names_the_case_and_what_to_change(harm: Any, said: str) -> None:
     loader = _loader(2, Harms(harm))
     with pytest.raises(CaseError, match=said) as caught:
         _images(loader, 2)
-    assert "at work on training case 'd.png'" in str(caught.value)
+    assert "while processing training case 'd.png'" in str(caught.value)
 
 
 def test_a_death_while_the_network_computes_is_told_too() -> None:
@@ -202,7 +202,7 @@ def test_a_death_while_the_network_computes_is_told_too() -> None:
     engine = Engine(step)
     engine.add_event_handler(Events.COMPLETED, lambda: None)
     loader.attach(engine)
-    with pytest.raises(CaseError, match=r"at work on training case 'd\.png' .*: it was killed by signal 9|killed by"):
+    with pytest.raises(CaseError, match=r"while processing training case 'd\.png' .*: killed by signal 9|killed by"):
         engine.run(loader, max_epochs=2)
 
 
@@ -218,5 +218,5 @@ def test_errors_of_the_network_stay_what_they_are() -> None:
 
 def test_errors_of_the_order_are_raised_from_the_loader(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("medseg.training.sampling.process_count", lambda: 3)
-    with pytest.raises(RequestError, match="cannot be shared by 3 processes"):
+    with pytest.raises(RequestError, match="not divisible by 3 processes"):
         next(iter(_loader(1)))

@@ -65,7 +65,7 @@ def test_processes_share_the_batches_that_one_would_take(processes: int, monkeyp
 
 def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampling, "process_count", lambda: 4)
-    with pytest.raises(RequestError, match="batch_size=6 cannot be shared by 4 processes"):
+    with pytest.raises(RequestError, match="batch_size=6 is not divisible by 4 processes"):
         next(iter(InfiniteBatchSampler(range(7), 6)))
 
 
@@ -75,7 +75,7 @@ def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch: pytest.MonkeyPatc
         ({"batch_size": 0}, "batch_size=0"),
         ({"batch_size": 1, "accumulate": 0}, "accumulate=0"),
         ({"batch_size": 1, "steps": -1}, "steps_per_epoch=-1"),
-        ({"batch_size": 1, "cases": []}, "no cases to train on"),
+        ({"batch_size": 1, "cases": []}, "no training cases"),
     ],
 )
 def test_numbers_that_cannot_be_are_refused(arguments: dict[str, Any], message: str) -> None:

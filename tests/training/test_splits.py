@@ -41,7 +41,11 @@ def test_the_deal_never_changes_between_versions() -> None:
 
 @pytest.mark.parametrize(
     ("cases", "folds", "message"),
-    [(CASES, 1, "1 folds are no cross-validation"), (CASES[:7], 3, "at most 2 folds"), ([], 2, "at most 0 folds")],
+    [
+        (CASES, 1, "cross-validation with 1 folds is not possible"),
+        (CASES[:7], 3, "at most 2 folds"),
+        ([], 2, "at most 0 folds"),
+    ],
 )
 def test_impossible_folds_are_refused(cases: list[str], folds: int, message: str) -> None:
     with pytest.raises(RequestError, match=message):
