@@ -1,4 +1,4 @@
-"""Inferers: from an image and a network to labels in native space."""
+"""Inferers: predict logits, probabilities or labels of an image, in model space or native space."""
 
 from medseg.lazy import room
 

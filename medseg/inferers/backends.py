@@ -1,11 +1,11 @@
-"""Run a network on windows of one shape: eagerly, compiled, or by another engine.
+"""Inference backends: run a network on windows of a fixed shape eagerly, compiled, or in another engine.
 
-What each back end does on a CPU, and why:
+The backends on a CPU:
 
-- "torch" with float32 calls oneDNN for every 3D convolution (torch itself takes a slower one for single windows with
-  few voxels) and normalizes instances as groups of one channel: the same arithmetic in a faster kernel.
-- "compile" has torch inductor fuse norms and activations, with weights laid out for oneDNN. The first window takes up
-  to minutes; it needs a C++ compiler.
+- "torch" in float32 uses oneDNN for every 3D convolution (torch chooses a slower kernel for single windows with few
+  voxels) and computes instance norm as group norm with one channel per group: the same operation in a faster kernel.
+- "compile" fuses norms and activations with torch inductor and reorders the weights for oneDNN. Compilation takes up to
+  minutes at the first window and needs a C++ compiler.
 - "openvino" and "onnxruntime" run an exported copy of the network.
 """
 
@@ -47,7 +47,7 @@ Runner = Callable[..., Any]
 
 @dataclass(frozen=True)
 class _Request:
-    """What `accelerate` was asked for."""
+    """Arguments of `accelerate`."""
 
     backend: str
     precision: str
@@ -58,7 +58,7 @@ class _Request:
 
     @property
     def static_shape(self) -> tuple[int, ...]:
-        """The shape of a pass, for engines that fix it: volumes alone on a CPU, where more at a time gain nothing."""
+        """Fixed input shape of a compiled network: one large window at a time on a CPU, where batches are no faster."""
         alone = self.device.type == "cpu" and math.prod(self.window_shape[2:]) >= _LARGE_WINDOW
         return (1 if alone else self.window_shape[0], *self.window_shape[1:])
 
@@ -74,7 +74,7 @@ class _Request:
 
 
 _LARGE_WINDOW: Final = 2**16  # voxels
-_KEPT: Final = 4  # runners of one network, for windows of several shapes
+_KEPT: Final = 4  # runners kept per network, for windows of several shapes
 _Kept = dict[_Request, tuple[object, Runner]]
 _KEPT_RUNNERS: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()
 
@@ -89,26 +89,26 @@ def accelerate(
     device: torch.device | str = "cpu",
     cache_dir: Path | str | None = None,
 ) -> Runner:
-    """Return a function from windows `(n, C, *roi)` to the network's float32 output, with n up to N.
+    """Return a function that runs a network on windows `(n, C, *roi)`, n up to N, and returns its float32 output.
 
-    The network itself is left as it is. What took time to build is kept as long as the network lives, and built anew
-    when its weights have changed.
+    The network is not modified. Compiled and exported networks are cached for the lifetime of the network, and rebuilt
+    when its weights change.
 
     Args:
-        network: in evaluation mode, on `device`.
-        backend: one of `BACKENDS`; "openvino" and "onnxruntime" for the CPU.
-        precision: one of `PRECISIONS`. "bfloat16" computes convolutions in bfloat16 and the rest as autocast decides;
-            "float16" is for CUDA. ONNX Runtime knows "float32" only.
-        memory_format: one of `MEMORY_FORMATS`, for "torch" and "compile"; the others choose their own.
-        window_shape: `(N, C, *roi)`.
-        device: where the network and the windows are.
-        cache_dir: folder where "compile" and "openvino" keep what they built for other processes.
+        network: Network in evaluation mode, on `device`.
+        backend: One of `BACKENDS`; "openvino" and "onnxruntime" run on the CPU only.
+        precision: One of `PRECISIONS`. "bfloat16" uses autocast; "float16" requires CUDA. ONNX Runtime supports
+            "float32" only.
+        memory_format: One of `MEMORY_FORMATS`, for "torch" and "compile"; the other backends choose their own.
+        window_shape: Shape `(N, C, *roi)` of a batch of windows.
+        device: Device of the network and the windows.
+        cache_dir: Folder where "compile" and "openvino" cache compiled networks for other processes.
 
     Returns:
-        The function. It makes no gradients. "torch" passes further arguments on to the network.
+        Function without gradients. "torch" passes additional arguments on to the network.
 
     Raises:
-        RequestError: an unknown or impossible choice, a missing package, or a network that cannot be exported.
+        RequestError: Unknown or unsupported choice, missing package, or a network that cannot be exported.
     """
     request = _Request(
         _chosen("backend", backend, BACKENDS),
@@ -140,40 +140,42 @@ def _chosen(option: str, value: str, choices: tuple[str, ...]) -> str:
         return value
     close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.4)
     hint = f" Did you mean {close[0]!r}?" if close else ""
-    raise RequestError(f"{option}={value!r} is not known.{hint} Choose one of {', '.join(map(repr, choices))}.")
+    raise RequestError(f"invalid {option}={value!r}.{hint} Choose one of {', '.join(map(repr, choices))}.")
 
 
 def _check(network: nn.Module, request: _Request) -> None:
     shape, cpu = request.window_shape, request.device.type == "cpu"
     if len(shape) not in (4, 5) or min(shape) < 1:
-        raise RequestError(f"window_shape={shape} must be (N, C, *roi) with two or three axes, all from 1 up.")
+        raise RequestError(
+            f"invalid window_shape={shape}; expected (N, C, *roi) with 2 or 3 spatial axes, all at least 1."
+        )
     engine = request.backend in ("openvino", "onnxruntime")
     if engine and not cpu:
         raise RequestError(
-            f"backend={request.backend!r} runs on the CPU, not on {request.device}. Choose 'torch' or 'compile' there."
+            f"backend={request.backend!r} runs on the CPU only, not on {request.device}. Choose 'torch' or 'compile'."
         )
     if request.precision == "float16" and cpu:
-        raise RequestError("precision='float16' needs CUDA. Choose 'bfloat16' or 'float32' on the CPU.")
+        raise RequestError("precision='float16' requires CUDA. Choose 'bfloat16' or 'float32' on the CPU.")
     if request.backend == "onnxruntime" and request.precision != "float32":
         raise RequestError(
-            f"backend='onnxruntime' computes in float32, not in {request.precision}. Choose 'openvino', 'compile' or "
-            "'torch' for that."
+            f"backend='onnxruntime' supports float32 only, not {request.precision}. Choose 'openvino', 'compile' or "
+            "'torch'."
         )
     if network.training and request.backend != "torch":
         raise RequestError(
-            f"{type(network).__name__} is in training mode, which backend={request.backend!r} would freeze. Call "
+            f"{type(network).__name__} is in training mode, which backend={request.backend!r} does not support. Call "
             "network.eval() first."
         )
 
 
 def _fingerprint(network: nn.Module) -> tuple[object, ...]:
-    """Return what changes with the weights (also when changed behind autograd's back) and with the threads."""
+    """Return a key that changes with the weights, even if modified outside autograd, and with the thread count."""
     tensors = (*network.parameters(), *network.buffers())
     return torch.get_num_threads(), *((t.data_ptr(), tuple(t.shape), t.dtype, _checksum(t)) for t in tensors)
 
 
 def _checksum(tensor: Tensor) -> int:
-    # As bytes, for NumPy knows no bfloat16
+    # As bytes, since NumPy has no bfloat16.
     return zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
@@ -187,7 +189,7 @@ def _torch(network: nn.Module, request: _Request) -> Runner:
         network = _laid_out(network, request.layout)
 
     def run(windows: Tensor, *args: Any, **kwargs: Any) -> Any:
-        # Not inference mode: what it returns cannot be changed in place outside of it
+        # Not inference mode, whose tensors cannot be modified in place outside of it.
         with torch.no_grad(), request.autocast():
             return _as_float(network(_plain(windows).contiguous(memory_format=request.layout), *args, **kwargs))
 
@@ -206,10 +208,10 @@ def _laid_out(network: nn.Module, layout: torch.memory_format) -> nn.Module:
 
 
 def _compile(network: nn.Module, request: _Request) -> Runner:
-    """Compile, and run once to see that it works; without a working compiler the network runs eagerly."""
+    """Compile and run once; if compilation fails, warn and run the network eagerly."""
     eager = _torch(network, request)
     own = copy.deepcopy(network) if request.memory_format == "contiguous" else _laid_out(network, request.layout)
-    # Frozen weights are laid out for oneDNN once; on a GPU they would only take memory twice.
+    # Freezing reorders the weights for oneDNN once; on a GPU it would only double their memory.
     compiled = torch.compile(own, dynamic=False, options={"freezing": request.device.type == "cpu"})
 
     def run(windows: Tensor) -> Any:
@@ -222,8 +224,8 @@ def _compile(network: nn.Module, request: _Request) -> Runner:
     except (MedsegError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        text = f"{type(network).__name__} runs without compilation, which failed ({in_a_line(error)})"
-        warn(logger, "backend-fallback", f"{text}; it needs a C++ compiler (g++ or clang)", run=True)
+        text = f"compilation failed, {type(network).__name__} runs uncompiled ({in_a_line(error)})"
+        warn(logger, "backend-fallback", f"{text}; compilation needs a C++ compiler (g++ or clang)", run=True)
         return eager
     return _static(run, request)
 
@@ -237,13 +239,13 @@ def _openvino(network: nn.Module, request: _Request) -> Runner:
         "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[request.precision],
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
-        # Pinned threads of two processes would share cores while others idle.
+        # Pinned threads of two processes would share cores while other cores idle.
         "ENABLE_CPU_PINNING": False,
     }
     if request.cache_dir is not None:
         config["CACHE_DIR"] = str(request.cache_dir)
     with _exporting(network, request), without_reports():
-        # Not as group norms, on which version 2026.4 crashes for some networks.
+        # Not as group norm, on which version 2026.4 crashes for some networks.
         model = openvino.convert_model(_exported(with_exact_norms(network), request))
         model.reshape(list(request.static_shape))
         compiled = openvino_core().compile_model(model, "CPU", config)
@@ -251,7 +253,7 @@ def _openvino(network: nn.Module, request: _Request) -> Runner:
     shape = tuple(compiled.output(0).shape)
 
     def run(windows: Tensor) -> Tensor:
-        # OpenVINO borrows both: they have to live until it has finished.
+        # OpenVINO shares the memory of both tensors, so they must stay alive until it has finished.
         given, result = windows.contiguous(), torch.empty(shape)
         infer.set_input_tensor(openvino.Tensor(given.numpy(), shared_memory=True))
         infer.set_output_tensor(openvino.Tensor(result.numpy(), shared_memory=True))
@@ -263,8 +265,8 @@ def _openvino(network: nn.Module, request: _Request) -> Runner:
 
 def _onnxruntime(network: nn.Module, request: _Request) -> Runner:
     for needed in ("onnx", "onnxscript"):
-        require(needed, "The back end onnxruntime")
-    runtime = require("onnxruntime", "The back end onnxruntime")
+        require(needed, "The backend onnxruntime")
+    runtime = require("onnxruntime", "The backend onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_ALL
@@ -298,7 +300,7 @@ def _exported(network: nn.Module, request: _Request) -> torch.export.ExportedPro
 
 @contextmanager
 def _exporting(network: nn.Module, request: _Request) -> Iterator[None]:
-    """Turn what exporters raise into one line, and keep them quiet."""
+    """Silence exporters and convert their exceptions to a one-line error."""
     try:
         with quiet():
             yield
@@ -312,15 +314,17 @@ def _exporting(network: nn.Module, request: _Request) -> Iterator[None]:
 
 
 def _static(run: Callable[[Tensor], Any], request: _Request) -> Runner:
-    """Return a function for any number of windows, from one for a fixed shape."""
+    """Wrap a function with a fixed input shape for any number of windows."""
     shape = request.static_shape
 
     def runner(windows: Tensor, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs:
-            raise RequestError(f"backend={request.backend!r} takes windows and no further arguments: choose 'torch'.")
+            raise RequestError(
+                f"backend={request.backend!r} does not support additional network arguments: choose 'torch'."
+            )
         windows = _plain(windows)
         if tuple(windows.shape[1:]) != shape[1:]:
-            raise SizeError(f"Windows of {tuple(windows.shape[1:])} came to a network built for {shape[1:]}.")
+            raise SizeError(f"Window shape mismatch: found {tuple(windows.shape[1:])}, expected {shape[1:]}.")
         parts = [run(_filled(part, shape[0])) for part in torch.split(windows.float(), shape[0])]
         return parts[0][: len(windows)] if len(parts) == 1 else torch.cat(parts)[: len(windows)]
 

@@ -1,4 +1,4 @@
-"""Windows of a sliding window, and their blending as a stream: only planes that later windows still change are held."""
+"""Sliding windows and their blending as a stream, which holds only the planes that later windows still change."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ __all__ = [
     "stream",
 ]
 
-# Planes that are handed on together: whoever takes them makes copies of this many.
+# Planes per slab; consumers copy this many at a time.
 _PLANES = 16
 
 Predict = Callable[[torch.Tensor], torch.Tensor]
-# The number of an image in its batch, and the first voxel of a window in it.
+# Index of an image in its batch, and first voxel of a window.
 Place = tuple[int, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class Windows:
-    """The windows of one image, in the order in which a stream along `axis` runs them.
+    """Windows of one image, in the order of a stream along `axis`.
 
     Attributes:
-        image_size: spatial size of the image.
-        size: spatial size of the image with the padding of axes that are shorter than a window.
-        padding: voxels added before and after each axis.
-        roi: spatial size of a window.
-        starts: first voxel of each window in the padded image; ascending along `axis`, the other axes in raster order.
-        axis: the spatial axis along which finished planes are handed on.
+        image_size: Spatial size of the image.
+        size: Spatial size of the padded image; axes shorter than a window are padded to its size.
+        padding: Voxels added before and after each axis.
+        roi: Spatial size of a window.
+        starts: First voxel of each window in the padded image, ascending along `axis`, other axes in raster order.
+        axis: Spatial axis along which finished planes are yielded.
     """
 
     image_size: tuple[int, ...]
@@ -59,7 +59,7 @@ class Windows:
     axis: int
 
     def slab_values(self, channels: int) -> int:
-        """Return how many numbers the accumulators of a stream hold: `channels` of logits and one of weights."""
+        """Return the number of values in the accumulators of a stream: `channels` of logits and one of weights."""
         return (channels + 1) * math.prod(self.size) // self.size[self.axis] * self.roi[self.axis]
 
 
@@ -70,13 +70,13 @@ def cut_windows(
     *,
     axis: int | None = 0,
 ) -> Windows:
-    """Return the windows that MONAI's sliding window cuts from one image.
+    """Return the windows of MONAI's sliding window inference for one image.
 
     Args:
-        image_size: spatial size of the image.
-        roi_size: size of a window; 0 or less stands for the whole axis.
-        overlap: share of a window that its neighbor covers, at least 0 and below 1.
-        axis: where the stream goes; None takes the axis whose slab is the smallest.
+        image_size: Spatial size of the image.
+        roi_size: Size of a window in voxels; 0 or less for the whole axis.
+        overlap: Overlap between adjacent windows as a fraction of the window, in [0, 1).
+        axis: Axis of the stream; None chooses the axis with the smallest slab.
     """
     image = tuple(int(size) for size in image_size)
     rois = per_axis(roi_size, len(image))
@@ -86,25 +86,25 @@ def cut_windows(
     padding = tuple((total // 2, total - total // 2) for total in missing)
     along = [_starts(*each) for each in zip(size, roi, per_axis(overlap, len(image)), strict=True)]
     if axis is None:
-        # The slab holds roi planes of the other axes: the smaller roi / size, the smaller the slab.
+        # A slab holds roi planes, so the axis with the smallest roi / size has the smallest slab.
         axis = min(range(len(size)), key=lambda a: roi[a] / size[a])
     starts = sorted(itertools.product(*along), key=lambda start: start[axis])
     return Windows(image, size, padding, roi, tuple(starts), axis)
 
 
 def count_windows(image_size: Sequence[int], roi_size: Sequence[int] | int, overlap: Sequence[float] | float) -> int:
-    """Return the number of windows that MONAI's sliding window cuts from one image; arguments as in `cut_windows`."""
+    """Return the number of windows of MONAI's sliding window inference; arguments as in `cut_windows`."""
     return len(cut_windows(image_size, roi_size, overlap).starts)
 
 
 def per_axis(value: Sequence[float] | float | None, dims: int) -> tuple[float | None, ...]:
-    """Return one value for each of `dims` axes: a single one stands for all.
+    """Return one value for each of `dims` axes, repeating a single value.
 
     Raises:
-        RequestError: there are more or fewer values than axes.
+        RequestError: Number of values different from the number of axes.
     """
     if isinstance(value, Sequence) and len(value) != dims:
-        raise RequestError(f"{tuple(value)} are {len(value)} values for {dims} spatial axes: give one, or {dims}")
+        raise RequestError(f"{tuple(value)} has {len(value)} values, expected 1 or {dims} for {dims} spatial axes")
     return tuple(value) if isinstance(value, Sequence) else (value,) * dims
 
 
@@ -120,10 +120,10 @@ class Slab:
     """Finished planes of one image.
 
     Attributes:
-        image: number of the image in its batch.
-        start: position of the first plane on the stream's axis.
-        logits: `(K, planes, *others)`, the stream's axis before the other spatial axes; valid until the next slab.
-        covered: `(planes, *others)`, false where no window was run; None if every voxel was covered.
+        image: Index of the image in its batch.
+        start: Index of the first plane on the stream axis.
+        logits: Logits `(K, planes, *others)`, the stream axis before the other spatial axes; valid until the next slab.
+        covered: Mask `(planes, *others)`, False where no window was run; None if all voxels are covered.
     """
 
     image: int
@@ -133,20 +133,20 @@ class Slab:
 
 
 class WindowSource(Protocol):
-    """Where the voxels of windows come from: a tensor, or a slide that is read on demand."""
+    """Source of the voxels of windows: a tensor, or a slide that is read on demand."""
 
     def read(self, image: int, start: Sequence[int]) -> torch.Tensor:
         """Return one window `(1, C, *roi)` of an image."""
 
 
 class TensorWindows:
-    """The windows of a tensor; each is padded by itself, so that no padded copy of the image is made.
+    """Windows of a tensor, padded one by one to avoid a padded copy of the image.
 
     Args:
-        images: `(B, C, *spatial)`.
-        windows: where they lie.
-        padding_mode: as for `torch.nn.functional.pad`.
-        cval: the value of constant padding.
+        images: Images `(B, C, *spatial)`.
+        windows: Positions of the windows.
+        padding_mode: Mode of `torch.nn.functional.pad`.
+        cval: Value of constant padding.
     """
 
     def __init__(self, images: torch.Tensor, windows: Windows, padding_mode: str, cval: float) -> None:
@@ -166,8 +166,8 @@ class TensorWindows:
 
 
 def padded(window: torch.Tensor, windows: Windows, padding_mode: str, cval: float) -> torch.Tensor:
-    """Return a window `(1, C, *spatial)` with the padding of axes that are shorter than a window."""
-    # torch pads the last axis first
+    """Pad a window `(1, C, *spatial)` along axes that are shorter than a window."""
+    # torch lists the last axis first
     sides = [side for pair in reversed(windows.padding) for side in pair]
     if not any(sides):
         return window
@@ -183,21 +183,21 @@ def stream(
     batches: Iterable[Sequence[Place]],
     device: torch.device | None = None,
 ) -> Iterator[Slab]:
-    """Run all windows and yield finished planes, averaged with the weights.
+    """Run all windows and yield finished planes as weighted averages.
 
-    On the same batches the float32 values are those of MONAI's sliding window, bit for bit along axis 0 and to rounding
-    along others, where the windows are added in another order.
+    With the same batches, the float32 values equal those of MONAI's sliding window inference: bit for bit along axis 0,
+    and up to rounding along other axes, where windows are added in a different order.
 
     Args:
-        source: the voxels.
-        windows: where they lie.
-        predict: from windows `(N, C, *roi)` to logits `(N, K, *roi)`.
-        weights: importance of each voxel of a window, `(*roi)`.
-        batches: (image, start) of the windows to run, batch by batch, in the order of `windows`, images one by one.
-        device: where the accumulators are; by default where the logits are.
+        source: Source of the voxels.
+        windows: Positions of the windows.
+        predict: Function from windows `(N, C, *roi)` to logits `(N, K, *roi)`.
+        weights: Importance map `(*roi)` of a window.
+        batches: Batches of (image, start) of the windows to run, in the order of `windows`, image by image.
+        device: Device of the accumulators; by default that of the logits.
 
     Raises:
-        CaseError: the network's values are not finite.
+        CaseError: Non-finite logits.
     """
     accumulators: _Accumulators | None = None
     for batch in batches:
@@ -215,7 +215,7 @@ def stream(
 
 
 class _Accumulators:
-    """Weighted sums of the planes that are not finished, and of their weights."""
+    """Weighted sums of the unfinished planes, and sums of their weights."""
 
     def __init__(
         self, image: int, windows: Windows, weights: torch.Tensor, logits: torch.Tensor, device: torch.device | None
@@ -233,24 +233,24 @@ class _Accumulators:
         self.start = 0
 
     def add(self, logits: torch.Tensor, start: Sequence[int]) -> None:
-        """Add one window's logits `(K, *roi)`."""
+        """Add the logits `(K, *roi)` of one window."""
         axis = self.windows.axis
         offset = start[axis] - self.start
         ranges = [slice(start[a], start[a] + self.windows.roi[a]) for a in self.others]
         where = (slice(offset, offset + self.windows.roi[axis]), *ranges)
         values = logits.to(self.device, self.sums.dtype).movedim(axis + 1, 1)
-        # not addcmul: it rounds once where MONAI rounds twice
+        # Not addcmul, which rounds once where MONAI rounds twice.
         self.sums[(slice(None), *where)] += values * self.weights
         self.totals[where] += self.weights
 
     def finish(self, end: int) -> Iterator[Slab]:
-        """Yield the planes before `end` and make room for as many new ones."""
+        """Yield the planes before `end` and free their space for new planes."""
         count = min(end - self.start, self.totals.shape[0])
         if count <= 0:
             return
         yield from self._slab(count)
         self._shift(count)
-        # where no window was run for longer than a slab, the planes between were never held
+        # If no window was run for longer than a slab, the planes in between were never accumulated.
         self.start = end
 
     def _slab(self, count: int) -> Iterator[Slab]:
@@ -272,7 +272,7 @@ class _Accumulators:
             yield Slab(self.image, first + at, sums[:, part], None if everywhere else covered[part])
 
     def _inside(self, count: int) -> tuple[int, int]:
-        """Return which of the next `count` planes belong to the image and not to its padding."""
+        """Return the range of the next `count` planes that belong to the image rather than its padding."""
         axis = self.windows.axis
         before = self.windows.padding[axis][0]
         return max(before - self.start, 0), min(before + self.windows.image_size[axis] - self.start, count)
@@ -282,7 +282,7 @@ class _Accumulators:
 
     def _shift(self, count: int) -> None:
         kept = self.totals.shape[0] - count
-        # source and target overlap if more than half is kept: move block by block
+        # Source and target overlap if more than half is kept, so move block by block.
         for low in range(0, kept, count):
             high = min(low + count, kept)
             self.sums[:, low:high] = self.sums[:, low + count : high + count]
@@ -292,15 +292,15 @@ class _Accumulators:
 
 
 def check_numbers(logits: torch.Tensor) -> None:
-    """Refuse logits of which some are not finite: a class that is no number loses to every other, without a word.
+    """Check that all logits are finite, since a class with NaN would silently lose to every other class.
 
     Raises:
-        CaseError: they are not.
+        CaseError: Non-finite logits.
     """
     if not bool(torch.isfinite(logits.sum())) and not bool(torch.isfinite(logits).all()):
         raise CaseError(
-            "The network's output holds values that are no numbers. In float16 or bfloat16 they may have grown too "
-            "large: run again with precision float32, and check the image's intensities."
+            "The network output contains non-finite values (NaN or Inf), possibly from an overflow in float16 or "
+            "bfloat16: run again with precision float32, and check the intensities of the image."
         )
 
 
@@ -309,7 +309,7 @@ def _joined(windows: list[torch.Tensor]) -> torch.Tensor:
 
 
 def in_batches(places: Iterable[Place], size: int) -> Iterator[list[Place]]:
-    """Yield lists of `size` places."""
+    """Yield batches of up to `size` places."""
     rest = iter(places)
     while batch := list(itertools.islice(rest, size)):
         yield batch
@@ -317,7 +317,7 @@ def in_batches(places: Iterable[Place], size: int) -> Iterator[list[Place]]:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Keep small operations on one thread: with a busy neighbor, waiting for the others costs more than they save."""
+    """Limit torch to one thread inside the context: on a busy machine, synchronizing threads slows small operations."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

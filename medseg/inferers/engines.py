@@ -1,4 +1,4 @@
-"""Load the packages that export networks and run them, and keep them quiet."""
+"""Load and silence the packages that export and run networks."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ __all__ = ["environment", "load_openvino", "openvino_core", "quiet", "without_re
 
 
 def load_openvino() -> Any:
-    """Import OpenVINO, without its report (see `without_reports`).
+    """Import OpenVINO without its telemetry (see `without_reports`).
 
     Raises:
-        RequestError: It is not installed; the message names the extra that brings it.
+        RequestError: OpenVINO is not installed; the message names the extra to install.
     """
     with without_reports():
-        return require("openvino", "OpenVINO as back end or format")
+        return require("openvino", "OpenVINO as backend or format")
 
 
 @cache
 def openvino_core() -> Any:
-    """Return the only `openvino.Core` of this process.
+    """Return the single `openvino.Core` of this process.
 
-    The CPU plugin of each Core gives its thread a stack for signals, and takes it away with the Core. Version 2026.4
-    does that rightly for one; after two, the next signal (that a worker of a data loader ended, say) comes to a stack
-    that is gone, and the process dies.
+    The CPU plugin of a Core installs an alternate signal stack and frees it with the Core. In version 2026.4 this works
+    for one Core; after two, the next signal (for example when a data loader worker exits) uses a freed stack, and the
+    process crashes.
     """
     return load_openvino().Core()
 
 
 @contextmanager
 def without_reports() -> Iterator[None]:
-    """Keep OpenVINO from reporting what is done in this block.
+    """Disable the telemetry of OpenVINO inside the context.
 
-    It tells its makers over the network, from a forked process, when it is imported and when it converts a model,
-    unless it believes that it runs in continuous integration. medseg opens no connection that nobody asked for.
+    OpenVINO sends telemetry from a forked process on import and on model conversion, unless it detects continuous
+    integration. medseg opens no network connection without a request of the user.
     """
     with environment("CI", "true"):
         yield
@@ -50,7 +50,7 @@ def without_reports() -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the warnings and log lines of exporters and compilers: nothing in them is for a user."""
+    """Suppress warnings and log messages of exporters and compilers, which do not concern the user."""
     noisy = [logging.getLogger(name) for name in ("torch", "torch.onnx", "onnxscript", "onnx_ir", "openvino")]
     levels = [log.level for log in noisy]
     try:
@@ -66,7 +66,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def environment(name: str, value: Path | str | None) -> Iterator[None]:
-    """Set an environment variable for a while; None leaves it as it is."""
+    """Set an environment variable inside the context; None leaves it unchanged."""
     before = os.environ.get(name)
     try:
         if value is not None:

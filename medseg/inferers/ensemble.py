@@ -1,4 +1,4 @@
-"""Several predictions of one window, averaged: flipped images (as in nnU-Net), and several networks."""
+"""Averaged predictions: test-time augmentation by mirroring (as in nnU-Net), and ensembles of networks."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ _AVERAGES = ("logits", "probabilities")
 
 
 class MirrorTTA(nn.Module):
-    """Average a network's predictions over the image and its mirror images.
+    """Test-time augmentation by mirroring: average the predictions of an image and its mirror images.
 
-    The image is flipped along every subset of the axes (8 predictions for three axes), predicted and flipped back.
-    Give it to an inferer in place of the network: it then works window by window.
+    The image is flipped along every subset of the axes (8 predictions for three axes), and the predictions are flipped
+    back. Passed to an inferer in place of the network, it is applied to each window.
 
     Args:
-        network: gives logits `(B, K, *spatial)`.
-        axes: spatial axes to flip, counted from 0; None for all of the image's.
-        average: "logits", as nnU-Net does, or "probabilities".
-        activation: what makes probabilities of the logits, "softmax" or "sigmoid".
+        network: Network that returns logits `(B, K, *spatial)`.
+        axes: Spatial axes to flip, counted from 0; None for all axes.
+        average: What to average: "logits", as in nnU-Net, or "probabilities".
+        activation: Activation of the logits, "softmax" or "sigmoid".
 
     Attributes:
-        valid_sizes: the network's, if it is unpadded (see `medseg.components.OverlapTileInferer`).
+        valid_sizes: Valid sizes of an unpadded network (see `medseg.components.OverlapTileInferer`).
 
     Raises:
-        RequestError: an axis twice or below 0, or an option that is not known.
+        RequestError: Duplicate or negative axis, or an unknown option.
     """
 
     def __init__(
@@ -54,26 +54,26 @@ class MirrorTTA(nn.Module):
     ) -> None:
         super().__init__()
         if axes is not None and (len(set(axes)) != len(axes) or min(axes, default=0) < 0):
-            raise RequestError(f"axes={list(axes)} must be different spatial axes, counted from 0.")
+            raise RequestError(f"invalid axes={list(axes)}; expected distinct spatial axes, counted from 0.")
         self.network = network
         self.axes = None if axes is None else tuple(axes)
         self.mean = _Mean(average, activation)
 
     @property
     def valid_sizes(self) -> ValidSizes | None:
-        """Sizes that an unpadded network takes and gives; None for any other."""
+        """Valid input and output sizes of an unpadded network; None for a padded one."""
         return getattr(self.network, "valid_sizes", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return logits `(B, K, *spatial)` for an image `(B, C, *spatial)`; averaged ones are float32.
+        """Return logits `(B, K, *spatial)` for an image `(B, C, *spatial)`; averages are float32.
 
         Raises:
-            SizeError: the image has too few axes.
+            SizeError: Axis out of range for the image.
         """
         dims = x.dim() - 2
         axes = range(dims) if self.axes is None else self.axes
         if max(axes, default=-1) >= dims:
-            raise SizeError(f"axes={list(axes)} do not fit an image of {dims} spatial axes, counted from 0.")
+            raise SizeError(f"axes={list(axes)} out of range for an image with {dims} spatial axes, counted from 0.")
         flips = [[axis + 2 for axis in chosen] for n in range(len(axes) + 1) for chosen in combinations(axes, n)]
         return self.mean((1.0, partial(self._flipped, x, flip)) for flip in flips)
 
@@ -84,21 +84,21 @@ class MirrorTTA(nn.Module):
 
 
 class Ensemble(nn.Module):
-    """Average the predictions of several networks, such as the folds of a cross-validation or several checkpoints.
+    """Average the predictions of several networks, such as cross-validation folds or checkpoints.
 
-    Give it to an inferer in place of the network: it then works window by window.
+    Passed to an inferer in place of the network, it is applied to each window.
 
     Args:
-        networks: one or more, each of which gives logits `(B, K, *spatial)` of the same shape.
-        average: "probabilities", or "logits".
-        weights: how much each network counts, positive; equal by default. Only their ratios matter.
-        activation: what makes probabilities of the logits, "softmax" or "sigmoid".
+        networks: One or more networks that return logits `(B, K, *spatial)` of the same shape.
+        average: What to average: "probabilities" or "logits".
+        weights: Positive weight of each network, normalized to a sum of 1; equal by default.
+        activation: Activation of the logits, "softmax" or "sigmoid".
 
     Attributes:
-        valid_sizes: of the first network, if it is unpadded (see `medseg.components.OverlapTileInferer`).
+        valid_sizes: Valid sizes of the first network if it is unpadded (see `medseg.components.OverlapTileInferer`).
 
     Raises:
-        RequestError: no network, weights that do not fit, or an option that is not known.
+        RequestError: No network, invalid weights, or an unknown option.
     """
 
     def __init__(
@@ -112,26 +112,26 @@ class Ensemble(nn.Module):
         super().__init__()
         self.networks = nn.ModuleList(networks)
         if not self.networks:
-            raise RequestError("an Ensemble needs one network at least.")
+            raise RequestError("Ensemble requires at least one network.")
         self.weights = [1.0] * len(self.networks) if weights is None else [float(weight) for weight in weights]
         if len(self.weights) != len(self.networks) or not all(w > 0 and math.isfinite(w) for w in self.weights):
             raise RequestError(
-                f"weights={weights} do not fit {len(self.networks)} network(s): give one positive number for each."
+                f"invalid weights={weights}; expected one positive number for each of {len(self.networks)} network(s)."
             )
         self.mean = _Mean(average, activation)
 
     @classmethod
     def from_state_dicts(cls, network: nn.Module, states: Iterable[Mapping[str, Tensor]], **options: Any) -> Ensemble:
-        """Make an ensemble of copies of one network.
+        """Create an ensemble from copies of one network with different weights.
 
         Args:
-            network: copied for each state, together with its device and mode; itself left as it is.
-            states: one state dict of this network per member; read one after the other, so a generator will do.
-            **options: of the ensemble.
+            network: Network that is copied for each state dict, including its device and mode; not modified.
+            states: State dict of each member; a generator is consumed one by one.
+            **options: Arguments of the class.
 
         Raises:
-            WeightsError: a state dict is of another network.
-            RequestError: as for the class.
+            WeightsError: State dict that does not match the network.
+            RequestError: Invalid arguments of the class.
         """
         members = []
         for number, state in enumerate(states, start=1):
@@ -141,23 +141,22 @@ class Ensemble(nn.Module):
             except RuntimeError as error:
                 faults = [line.strip() for line in str(error).splitlines()[1:]]
                 raise WeightsError(
-                    f"the weights of ensemble member {number} are of another network than this "
-                    f"{type(network).__name__}; give those of the same network_def. {len(faults)} fault(s): "
-                    f"{faults[0] if faults else error}"
+                    f"the weights of ensemble member {number} do not match this {type(network).__name__}; use weights "
+                    f"of the same network_def. {len(faults)} mismatch(es): {faults[0] if faults else error}"
                 ) from error
             members.append(member)
         return cls(members, **options)
 
     @property
     def valid_sizes(self) -> ValidSizes | None:
-        """Sizes that unpadded networks take and give; None for any other."""
+        """Valid input and output sizes of unpadded networks; None for padded ones."""
         return getattr(self.networks[0], "valid_sizes", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return logits `(B, K, *spatial)` for an image `(B, C, *spatial)`; averaged ones are float32.
+        """Return logits `(B, K, *spatial)` for an image `(B, C, *spatial)`; averages are float32.
 
         Raises:
-            SizeError: the networks give different shapes.
+            SizeError: Different output shapes of the networks.
         """
         return self.mean(
             (weight, partial(_logits_of, network, x))
@@ -166,7 +165,7 @@ class Ensemble(nn.Module):
 
 
 class _Mean:
-    """The weighted mean of predictions that are made one after the other; one alone is returned as it is."""
+    """Weighted mean of predictions, computed one by one; a single prediction is returned unchanged."""
 
     def __init__(self, average: str, activation: str) -> None:
         check_choice("average", average, _AVERAGES)
@@ -184,24 +183,24 @@ class _Mean:
             logits = predict()
             if logits.shape != total.shape:
                 raise SizeError(
-                    f"predictions to average have different shapes, {tuple(total.shape)} and {tuple(logits.shape)}."
+                    f"shape mismatch of the predictions to average: {tuple(total.shape)} and {tuple(logits.shape)}."
                 )
             total.add_(self._values(logits), alpha=weight)
         total.div_(first[0] + sum(weight for weight, _ in others))
         return total if self.average == "logits" else as_logits(total, self.activation)
 
     def _values(self, logits: Tensor) -> Tensor:
-        """Return, in float32, what is averaged."""
+        """Return the values to average, in float32."""
         return logits.float() if self.average == "logits" else probabilities(logits, self.activation)
 
 
 def _logits_of(network: nn.Module, x: Tensor) -> Tensor:
     output = network(x)
-    # Training wrappers give a whole TrainingOutput.
+    # Training wrappers return a TrainingOutput.
     logits = output.get("logits") if isinstance(output, Mapping) else output
     if not isinstance(logits, Tensor):
         raise RequestError(
             f"{type(network).__name__} returned a {type(output).__name__}, expected one tensor of logits; "
-            "switch off its deep supervision or its other extra outputs."
+            "disable deep supervision and other additional outputs."
         )
     return logits

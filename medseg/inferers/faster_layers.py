@@ -1,4 +1,4 @@
-"""Layers of the same arithmetic as torch's own, that run faster on a CPU or round less in other engines."""
+"""Replacements for torch layers that are faster on a CPU, or more accurate in exported networks."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ __all__ = ["with_exact_norms", "with_faster_layers"]
 
 
 def with_faster_layers(network: nn.Module) -> nn.Module:
-    """Return a copy for float32 on the CPU that shares all weights; the network itself if it has nothing to replace.
+    """Return a copy with faster layers for float32 on the CPU that shares all weights, or the network itself.
 
-    3D convolutions call oneDNN, which torch does not do for single windows with few voxels; those of one voxel, and
-    transposed ones that double the size, are matrix products; pooling by two is a maximum of strided views; instances
-    are normalized as groups of one channel. Results differ by rounding, about 1e-6. The copy makes no gradients and
-    cannot be exported.
+    3D convolutions use oneDNN, which torch does not use for single windows with few voxels; 1 x 1 x 1 convolutions and
+    transposed convolutions that double the size are computed as matrix products; max-pooling by two as the maximum of
+    strided views; instance norm as group norm with one channel per group. Results differ by rounding, about 1e-6. The
+    copy supports neither gradients nor export.
     """
     return _replaced(network, lambda module: _faster_layer(module) or _norm(module, _GROUPED))
 
 
 def with_exact_norms(network: nn.Module) -> nn.Module:
-    """Return a copy to be exported that shares all weights; the network itself if it has no instance norm.
+    """Return a copy for export with accurate instance norm that shares all weights, or the network itself.
 
-    Some engines sum a window up voxel by voxel in float32, which leaves errors of 1e-4 and more. Here they sum planes,
-    then the sums of planes.
+    Some engines sum all voxels of a window sequentially in float32, with errors of 1e-4 and more. The replacement sums
+    each plane, and then the sums of the planes.
     """
     return _replaced(network, lambda module: _norm(module, _PLANEWISE))
 
@@ -53,14 +53,14 @@ class _OneDnnConv3d(nn.Conv3d):
 
 
 class _PointwiseConv3d(nn.Conv3d):
-    """A convolution of one voxel."""
+    """A 1 x 1 x 1 convolution."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return _product(weight.flatten(1), input, bias)
 
 
 class _DoublingConv3d(nn.ConvTranspose3d):
-    """A transposed convolution whose windows of 2 x 2 x 2 do not overlap."""
+    """A transposed convolution with kernel size and stride 2."""
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         if output_size is not None:
@@ -72,7 +72,7 @@ class _DoublingConv3d(nn.ConvTranspose3d):
 
 
 class _HalvingMaxPool3d(nn.MaxPool3d):
-    """A maximum over 2 x 2 x 2 voxels, axis by axis."""
+    """Max-pooling over 2 x 2 x 2 voxels, computed axis by axis."""
 
     def forward(self, input: Tensor) -> Tensor:
         for axis in (2, 3, 4):
@@ -95,8 +95,8 @@ class _Grouped(_InstanceNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         if input[0, 0].numel() == 1:
-            return super().forward(input)  # says that one voxel has no variance
-        # The kernel for channels last adds up in float32, one by one: errors of 1e-4.
+            return super().forward(input)  # raises the error for a single voxel
+        # The kernel for channels last sums sequentially in float32, with errors of 1e-4.
         return F.group_norm(input.contiguous(), input.shape[1], self.weight, self.bias, self.eps)
 
 
@@ -109,7 +109,7 @@ class _GroupedInstanceNorm3d(_Grouped, nn.InstanceNorm3d):
 
 
 class _Planewise(_InstanceNorm):
-    """Instance norm from the mean and variance of every plane (in 2D, of every row)."""
+    """Instance norm from the mean and variance of each plane (of each row in 2D)."""
 
     def forward(self, input: Tensor) -> Tensor:
         if input[0, 0].numel() == 1:
@@ -135,9 +135,9 @@ class _PlanewiseInstanceNorm3d(_Planewise, nn.InstanceNorm3d):
     """For `(B, C, D, H, W)`."""
 
 
-# Up to this many output channels a product is faster than oneDNN's convolution of one voxel.
+# Up to this many output channels a matrix product is faster than oneDNN's 1 x 1 x 1 convolution.
 _FEW: Final = 16
-# Exact types: a subclass has reasons of its own.
+# Exact types, since subclasses may behave differently.
 _GROUPED: Final[dict[type[nn.Module], type[nn.Module]]] = {
     nn.InstanceNorm2d: _GroupedInstanceNorm2d,
     nn.InstanceNorm3d: _GroupedInstanceNorm3d,
@@ -181,7 +181,7 @@ def _halves(module: nn.MaxPool3d) -> bool:
 
 
 def _doubles(module: nn.ConvTranspose3d) -> bool:
-    # weights are (in, out, 2, 2, 2): the product below is over the first axis
+    # Weights are (in, out, 2, 2, 2); the product sums over the first axis.
     plain = not (any(module.padding) or any(module.output_padding)) and set(module.dilation) == {1}
     return plain and set(module.kernel_size) == set(module.stride) == {2} and module.groups == 1
 

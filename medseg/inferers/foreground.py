@@ -1,4 +1,4 @@
-"""Which windows hold anything but background."""
+"""Selection of the windows that contain foreground."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ __all__ = ["windows_with_foreground"]
 def windows_with_foreground(
     image: torch.Tensor, windows: Windows, overlap: tuple[float, ...], above: float
 ) -> list[tuple[int, ...]]:
-    """Return the windows to run: cut anew from the box of the foreground, those without any of it left out.
+    """Return the start of each window within the bounding box of the foreground that contains foreground voxels.
 
-    The foreground are the voxels of which some channel is above a value. The box is widened to the size of a window. At
-    least one window remains.
+    Foreground voxels have at least one channel above a threshold. Their bounding box is enlarged to at least the size
+    of a window, and at least one window is returned.
 
     Args:
-        image: `(C, *spatial)`.
-        windows: all windows of the image.
-        overlap: share of a window that its neighbor covers, for each axis.
-        above: the value.
+        image: Image `(C, *spatial)`.
+        windows: All windows of the image.
+        overlap: Overlap between adjacent windows as a fraction of the window, per axis.
+        above: Foreground threshold.
     """
     found = (image > above).any(0)
     box = [_range(found, axis, windows.roi[axis]) for axis in range(found.ndim)]
@@ -32,7 +32,7 @@ def windows_with_foreground(
 
 
 def _range(found: torch.Tensor, axis: int, roi: int) -> tuple[int, int]:
-    """Return first and last + 1 index of the foreground on one axis, at least a window apart where the image allows."""
+    """Return the half-open range of the foreground on one axis, enlarged to a window if the image allows it."""
     size = found.shape[axis]
     hits = torch.nonzero(found.movedim(axis, 0).flatten(1).any(1))
     low, high = (int(hits[0]), int(hits[-1]) + 1) if len(hits) else (0, 0)

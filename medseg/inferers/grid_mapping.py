@@ -1,4 +1,4 @@
-"""How the voxels of an input lie on the model's grid."""
+"""Mapping between native space and model space: voxel index transform, valid extent and border."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from medseg.transforms.traits import traced_effect
 
 __all__ = ["Axis", "GridMapping", "find_grid_mapping"]
 
-# Of a voxel; rounded headers stay far below.
+# In voxels; far above the rounding errors of headers.
 _NEAR = 1e-4
 
 
 @dataclass(frozen=True)
 class GridMapping:
-    """The native grid of an image, seen from the grid that the network works on.
+    """Mapping from the native grid of an image to the grid of the network.
 
     Attributes:
-        native_shape: spatial shape of the input as it was loaded.
-        model_shape: spatial shape of what the network saw.
-        matrix: `(n + 1, n + 1)`, from native to model voxel indices.
-        affine: the native affine, 4 x 4.
-        rim: for each model axis the first and last coordinate of the resampled image, without later padding and with
-            what was cropped; positions beyond it take the value there, as resampling has no others.
-        reach: how many model voxels beyond its rim the model's grid still speaks for native voxels; farther ones are
-            background. Infinite unless a step cut the image.
+        native_shape: Spatial shape of the input as loaded.
+        model_shape: Spatial shape of the network input.
+        matrix: Homogeneous transform `(n + 1, n + 1)` from native to model voxel indices.
+        affine: Native affine, 4 x 4.
+        valid_extent: First and last coordinate of the resampled image on each model axis, before later padding and
+            cropping; positions beyond it take the value at the edge.
+        border: Distance beyond the model grid, in model voxels, up to which native voxels take the value at the edge;
+            farther voxels are background. Infinite unless the image was padded or cropped.
     """
 
     native_shape: tuple[int, ...]
@@ -46,21 +46,21 @@ class GridMapping:
 
     @classmethod
     def identity(cls, shape: tuple[int, ...]) -> GridMapping:
-        """Return the placement of an image that the network sees as it is."""
+        """Return the mapping of an image without preprocessing."""
         return cls(shape, shape, np.eye(len(shape) + 1), np.eye(4), _whole(shape))
 
     def native_axes(self) -> tuple[int, ...] | None:
-        """Return for each model axis the native axis that runs along it, or None if the grids are oblique."""
+        """Return the parallel native axis of each model axis, or None if the grids are oblique."""
         scales = self.matrix[:-1, :-1]
         axes = tuple(int(axis) for axis in np.abs(scales).argmax(axis=1))
         rest = np.abs(scales).copy()
         rest[np.arange(len(axes)), axes] = 0
-        # an error of the direction counts at the far end of the image
+        # A direction error is largest at the far end of the image.
         drift = (rest * (np.array(self.native_shape) - 1)).sum(axis=1)
         return axes if len(set(axes)) == len(axes) and bool((drift < _NEAR * 10).all()) else None
 
     def along(self, model_axis: int, native_axis: int) -> NDArray[np.float64]:
-        """Return the model coordinate of each native index on one axis of a grid that is not oblique."""
+        """Return the model coordinate of each native index on one axis of axis-aligned grids."""
         indices = np.arange(self.native_shape[native_axis], dtype=np.float64)
         coordinates: NDArray[np.float64] = indices * self.matrix[model_axis, native_axis] + self.matrix[model_axis, -1]
         whole = np.rint(coordinates)
@@ -70,31 +70,31 @@ class GridMapping:
 
 
 def find_grid_mapping(image: MetaTensor) -> GridMapping:
-    """Return how the loaded image lies on the grid of the preprocessed one.
+    """Return the mapping between the loaded image and the preprocessed image.
 
     Args:
-        image: `(C, *spatial)` after the preprocessing, with `affine` and the `original_affine` and `spatial_shape` that
-            the loader noted.
+        image: Preprocessed image `(C, *spatial)` with `affine`, and `original_affine` and `spatial_shape` in its
+            metadata.
 
     Raises:
-        RequestError: the metadata are missing, or a step cannot be undone by position (a zoom, a rotation by any
-            angle, a deformation, one that medseg does not know).
-        GeometryError: the affines cannot be inverted.
+        RequestError: Missing metadata, or a transform that cannot be inverted by position (zoom, rotation by an
+            arbitrary angle, deformation, or an unknown transform).
+        GeometryError: Singular affine.
     """
     operations = _flat(image.applied_operations)
     for operation in operations:
         if traced_effect(operation) in (None, "unmapped"):
             raise RequestError(
-                f"the result cannot be restored through '{operation.get('class', '')}', which may move voxels in other "
-                "ways than an affine map: set output to 'logits' and invert the preprocessing with Invertd afterwards, "
-                "or leave the step out"
+                f"the result cannot be mapped back through '{operation.get('class', '')}', which may be a non-affine "
+                "transform: set output to 'logits' and invert the preprocessing with Invertd afterwards, or remove the "
+                "transform"
             )
     model_shape = tuple(int(size) for size in image.shape[1:])
     dims = len(model_shape)
     if "spatial_shape" not in image.meta or "original_affine" not in image.meta:
         raise RequestError(
-            "the image does not say on which grid it was loaded (no 'spatial_shape' and 'original_affine' in its "
-            "metadata): load it with LoadCased or LoadImaged"
+            "the image has no native geometry ('spatial_shape' and 'original_affine' missing in its metadata): load it "
+            "with LoadCased or LoadImaged"
         )
     native_shape = _native_shape(image.meta["spatial_shape"], dims)
     native = np.asarray(torch.as_tensor(image.meta["original_affine"]).cpu(), dtype=np.float64)
@@ -102,7 +102,7 @@ def find_grid_mapping(image: MetaTensor) -> GridMapping:
     try:
         matrix = np.linalg.solve(to_affine_nd(dims, model), to_affine_nd(dims, native))
     except np.linalg.LinAlgError as error:
-        raise GeometryError(f"The affine of the model's grid cannot be inverted: {model.tolist()}.") from error
+        raise GeometryError(f"Singular affine of the preprocessed image: {model.tolist()}.") from error
     return GridMapping(
         native_shape, model_shape, matrix, native, _valid_extent(operations, model_shape), _border(operations)
     )
@@ -111,7 +111,7 @@ def find_grid_mapping(image: MetaTensor) -> GridMapping:
 def _native_shape(noted: Sequence[int] | torch.Tensor | NDArray[np.int64], dims: int) -> tuple[int, ...]:
     shape = tuple(int(size) for size in np.asarray(torch.as_tensor(noted).cpu()).ravel())
     if len(shape) < dims or math.prod(shape[dims:]) != 1:
-        raise RequestError(f"the image was loaded with the shape {shape}, and the network works in {dims}D")
+        raise RequestError(f"dimension mismatch: the image has shape {shape}, the network is {dims}D")
     return shape[:dims]
 
 
@@ -127,7 +127,7 @@ def _whole(shape: Sequence[int]) -> tuple[tuple[float, float], ...]:
 
 
 def _valid_extent(operations: Sequence[Any], shape: tuple[int, ...]) -> tuple[tuple[float, float], ...]:
-    """Return where the resampled image begins and ends on the final grid, which may have been padded or cropped."""
+    """Return the extent of the resampled image on the final grid, which may be padded or cropped."""
     low, size = np.zeros(len(shape)), np.array(shape)
     for step in reversed(operations):
         if traced_effect(step) != "cut":
@@ -146,23 +146,25 @@ def _valid_extent(operations: Sequence[Any], shape: tuple[int, ...]) -> tuple[tu
 
 
 def _border(operations: Sequence[Mapping[str, Any]]) -> float:
-    """Return how far beyond the model's grid values count, as zero padding in the inverse steps would have it."""
+    """Return the border, which reproduces zero padding by the inverse transforms."""
     effects = [traced_effect(operation) for operation in operations]
     if "cut" not in effects:
         return math.inf
-    # before the resampling the rim is exact up to its rounding; after it, values fade over one model voxel
+    # Padding before resampling ends at a voxel boundary; after it, values fade over one model voxel.
     return 1 - _NEAR if "resampled" in effects[: effects.index("cut")] else 0.5 + _NEAR
 
 
 @dataclass(frozen=True)
 class Axis:
-    """Where the `n` native indices of an axis lie between the model's planes.
+    """Interpolation indices and weights of the `n` native indices of one axis.
 
     Attributes:
-        low: the plane at or before each index, `(n,)`.
-        high: the plane after it; at the end of the grid the last one again.
-        fraction: how far each index is from `low` to `high`, 0 to below 1, float32.
-        valid: false where the model says nothing of an index, which is background then.
+        low: Model plane at or before each native index, `(n,)`.
+        high: Model plane after it, `(n,)`; repeats the last plane at the end of the grid.
+        fraction: Interpolation weight of `high`, in [0, 1), float32.
+        valid: Mask of the native indices inside the extent and its border; the others are background.
+        exact: Whether all fractions are 0, so that no interpolation is needed.
+        all_valid: Whether all indices are valid.
     """
 
     low: torch.Tensor
@@ -182,7 +184,7 @@ class Axis:
 
     @classmethod
     def of(cls, mapping: GridMapping, model_axis: int, native_axis: int) -> Axis:
-        """Return the axis of a grid that is not oblique."""
+        """Return the interpolation of one axis of axis-aligned grids."""
         last = mapping.model_shape[model_axis] - 1
         where = mapping.along(model_axis, native_axis)
         valid = (where >= -mapping.border) & (where <= last + mapping.border)
@@ -195,15 +197,15 @@ class Axis:
 
     @classmethod
     def single(cls) -> Axis:
-        """Return the axis that a 2D image lacks."""
+        """Return a singleton axis for 2D images."""
         zero = torch.zeros(1, dtype=torch.int64)
         return cls(zero, zero, torch.zeros(1), torch.ones(1, dtype=torch.bool))
 
     def to(self, device: torch.device) -> Axis:
-        """Return the axis on a device."""
+        """Return a copy on a device."""
         return Axis(*(each.to(device) for each in (self.low, self.high, self.fraction, self.valid)))
 
     def indices_above(self, plane: int) -> list[tuple[int, float]]:
-        """Return the valid native indices from this model plane to before the next, with their fractions."""
+        """Return the valid native indices in [plane, plane + 1), with their fractions."""
         found = torch.nonzero((self.low == plane) & self.valid)[:, 0].tolist()
         return [(index, float(self.fraction[index])) for index in found]

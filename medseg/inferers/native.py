@@ -1,8 +1,8 @@
-"""From logits on the model's grid to labels in native space, plane by plane, while the stream goes on.
+"""Resample logits to native space plane by plane, as labels or probabilities, during sliding window inference.
 
-Class scores have to be interpolated only where that can decide something: where the eight corners of a cell have the
-same top class, every point of the cell has it too. Elsewhere the scores of all classes are interpolated. So the labels
-are those of interpolating everything first, except where two classes tie within rounding.
+Class scores are interpolated only where necessary: if the eight corners of a cell have the same top class, every point
+in the cell has it too. In all other cells the scores of all classes are interpolated. The labels are therefore the same
+as with full interpolation, except where two classes tie within rounding.
 """
 
 from __future__ import annotations
@@ -38,32 +38,32 @@ from medseg.inferers.results import (
 __all__ = ["AxisAlignedGrid", "NativeGrid", "NativeInferer", "NativeResampler", "NativeResult", "check_choice"]
 
 _PLANES = 16
-# Scores that are interpolated together; a few copies of them are held by each thread.
+# Scores interpolated at a time; each thread holds a few copies.
 _CHUNK = 1 << 20
 
 
 class NativeGrid(Protocol):
-    """Fills a result from pairs of neighboring planes."""
+    """Native grid whose result is filled from pairs of adjacent model planes."""
 
     def fill(self, first: int, planes: list[Plane], pool: ThreadPoolExecutor | None, *, ends: bool) -> None:
-        """Fill all native voxels from plane `first` to before the last of `planes`, or beyond where the stream ends."""
+        """Fill the native voxels from model plane `first` up to the last of `planes`, and beyond it if `ends`."""
 
     def result(self) -> torch.Tensor:
         """Return the result `(C, *native)`."""
 
 
 class NativeResampler:
-    """Takes the slabs of one image in order and builds its result on the native grid.
+    """Resample the slabs of one image, added in order, to native space.
 
     Args:
-        placement: how the native grid lies on the model's.
-        classes: channels of logits.
-        axis: the model axis along which the stream runs.
-        output: "labels" (softmax: the top class; sigmoid: 0 or 1 for each channel), or the probabilities as "uint8"
-            (0..255 stands for 0..1), "float16" or "float32".
+        mapping: Mapping between the native grid and the model grid.
+        classes: Number of channels of the logits.
+        axis: Model axis of the stream.
+        output: "labels" (softmax: top class; sigmoid: 0 or 1 per channel), or probabilities as "uint8" (0..255 for
+            0..1), "float16" or "float32".
         activation: "softmax", "sigmoid", or "none" to interpolate and compare logits.
-        threshold: of sigmoid labels.
-        device: where the slabs come from; the result is on the CPU.
+        threshold: Probability threshold of sigmoid labels.
+        device: Device of the slabs; the result is on the CPU.
     """
 
     def __init__(
@@ -90,16 +90,16 @@ class NativeResampler:
         self.carried: list[Plane] = []
         self.done = 0
         threads = torch.get_num_threads() if device.type == "cpu" else 1
-        # each thread works on planes of its own, with torch on one thread: nobody waits for anybody
+        # Each thread processes separate planes, with torch limited to one thread.
         self.pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
 
     def add(self, slab: Slab) -> None:
-        """Take the next planes; those that the stream left out become background."""
+        """Add the next planes; planes that the stream skipped become background."""
         self._background_until(slab.start)
         self._take(activate(slab.logits, slab.covered, self.activation))
 
     def result(self) -> torch.Tensor:
-        """Return the result `(C, *native)` once all planes are in; its memory may be in another order."""
+        """Return the result `(C, *native)` after the last plane; it may be non-contiguous."""
         self._background_until(self.shape[self.axis])
         self.grid.fill(self.done - 1, [self.carried[0], self.carried[0]], None, ends=True)
         self.pool.shutdown()
@@ -112,7 +112,7 @@ class NativeResampler:
             self._take(plane.expand(-1, 1, *others))
 
     def _take(self, scores: torch.Tensor) -> None:
-        """Take scores `(K, planes, *others)`."""
+        """Add scores `(K, planes, *others)`."""
         if scores.ndim == 3:  # a 2D image: planes of one row
             scores = scores.unsqueeze(2)
         if self.swap:
@@ -130,7 +130,7 @@ class NativeResampler:
 
 
 class AxisAlignedGrid:
-    """A native grid whose axes run along the model's, permuted and flipped or not."""
+    """Native grid whose axes are parallel to the model axes, up to permutations and flips."""
 
     def __init__(
         self,
@@ -154,20 +154,20 @@ class AxisAlignedGrid:
 
     @staticmethod
     def _orders(mapping: GridMapping, axis: int) -> tuple[list[int], list[int]]:
-        """Return native and model axes of (stream, rows, columns); the fastest native axis of files comes last."""
+        """Return the native and model axes of (stream, rows, columns), in the memory order of image files."""
         natives = mapping.native_axes() or ()
         models = [axis, *sorted((a for a in range(len(natives)) if a != axis), key=lambda a: -natives[a])]
         return [natives[m] for m in models], models
 
     @classmethod
     def swaps(cls, mapping: GridMapping, axis: int) -> bool:
-        """Tell whether rows and columns of the model's planes have to change places."""
+        """Return whether the rows and columns of the model planes are swapped in native space."""
         others = cls._orders(mapping, axis)[1][1:]
         return others != sorted(others)
 
     def fill(self, first: int, planes: list[Plane], pool: ThreadPoolExecutor | None, *, ends: bool) -> None:
-        """Fill the native planes between neighbors of `planes`, the first of which is model plane `first`."""
-        del ends  # the last plane is given twice
+        """Fill the native planes between adjacent model planes, starting with plane `first`."""
+        del ends  # the last plane is passed twice
         jobs = [(first + i, low, high) for i, (low, high) in enumerate(pairwise(planes))]
         if pool is None:
             for job in jobs:
@@ -218,11 +218,11 @@ class AxisAlignedGrid:
         target[..., valid] = values.cpu()[..., valid]
 
     def _native(self, plane: torch.Tensor) -> torch.Tensor:
-        """Return for each native voxel of a plane the value at the cell it lies in."""
+        """Return the value of the enclosing cell for each native voxel of a plane."""
         return plane.index_select(0, self.rows.low).index_select(1, self.columns.low)
 
     def _mixed(self, tops: list[torch.Tensor]) -> torch.Tensor:
-        """Return for each cell of `(H, W)` whether its corners disagree; axes without fractions have no neighbor."""
+        """Return for each cell of `(H, W)` whether its corners differ; axes without fractions are not compared."""
         first = tops[0]
         mixed = torch.zeros(first.shape, dtype=torch.bool, device=first.device)
         for top in tops:
@@ -252,7 +252,7 @@ class AxisAlignedGrid:
 
 
 class _Corners:
-    """Bilinear interpolation of planes at the native voxels of one list."""
+    """Bilinear interpolation of planes at a list of native voxels."""
 
     def __init__(self, rows: Axis, columns: Axis, where: torch.Tensor) -> None:
         row = torch.div(where, len(columns), rounding_mode="floor")
@@ -262,7 +262,7 @@ class _Corners:
         self.low, self.high, self.right = (each[column] for each in (columns.low, columns.high, columns.fraction))
 
     def __call__(self, scores: torch.Tensor) -> torch.Tensor:
-        """Return `(K, n)` from a plane `(K, H, W)`."""
+        """Return the values `(K, n)` of a plane `(K, H, W)`."""
         flat, width = scores.flatten(1), scores.shape[2]
         upper = self._row(flat, self.low_row * width)
         return upper if self.exact[0] else upper.lerp(self._row(flat, self.high_row * width), self.down)
@@ -274,13 +274,13 @@ class _Corners:
 
 @dataclass(frozen=True)
 class NativeResult:
-    """What is made of logits on the native grid.
+    """Form of the result in native space.
 
     Attributes:
-        output: "labels" (one channel for softmax, one 0/1 channel for each class for sigmoid), uint8 up to 256 classes;
-            or probabilities as "uint8" (0..255), "float16" or "float32".
+        output: "labels" (one channel for softmax, one 0/1 channel per class for sigmoid), uint8 up to 256 classes; or
+            probabilities as "uint8" (0..255), "float16" or "float32".
         activation: "softmax", "sigmoid", or "none" to interpolate and compare logits.
-        threshold: of sigmoid labels.
+        threshold: Probability threshold of sigmoid labels.
     """
 
     output: str
@@ -292,32 +292,32 @@ class NativeResult:
         check_choice("activation", self.activation, SCORES)
 
     def of(self, slabs: Iterable[Slab], images: torch.Tensor, axis: int) -> torch.Tensor:
-        """Return the result `(B, 1 or K, *native)` for images `(B, C, *spatial)`, a MetaTensor if they are one.
+        """Return the result `(B, 1 or K, *native)`, a `MetaTensor` if `images` is one.
 
         Args:
-            slabs: finished planes, image by image.
-            images: what was fed to the network, with its metadata.
-            axis: the axis along which the slabs come.
+            slabs: Finished planes, image by image.
+            images: Network input `(B, C, *spatial)` with its metadata.
+            axis: Stream axis of the slabs.
         """
-        places = _grid_mappings(images)
+        mappings = _grid_mappings(images)
         finished: list[torch.Tensor] = []
         for _, own in itertools.groupby(slabs, key=lambda slab: slab.image):
-            restorer: NativeResampler | None = None
+            resampler: NativeResampler | None = None
             for slab in own:
-                restorer = restorer or self._restorer(places[len(finished)], slab, axis)
-                restorer.add(slab)
-            if restorer is not None:
-                finished.append(restorer.result())
+                resampler = resampler or self._resampler(mappings[len(finished)], slab, axis)
+                resampler.add(slab)
+            if resampler is not None:
+                finished.append(resampler.result())
         results = torch.stack(finished) if len(finished) > 1 else finished[0][None]
-        return _on_native_grid(results, images, places) if isinstance(images, MetaTensor) else results
+        return _in_native_space(results, images, mappings) if isinstance(images, MetaTensor) else results
 
     def size_in_bytes(self, images: torch.Tensor, classes: int) -> int:
-        """Return how large the result of these images is."""
+        """Return the memory of the result for these images."""
         channels = 1 if self.output == "labels" and self.activation != "sigmoid" else classes
         each = {"labels": 1 if classes <= 256 else 4, "uint8": 1, "float16": 2, "float32": 4}[self.output]
-        return sum(math.prod(place.native_shape) for place in _grid_mappings(images)) * channels * each
+        return sum(math.prod(mapping.native_shape) for mapping in _grid_mappings(images)) * channels * each
 
-    def _restorer(self, mapping: GridMapping, slab: Slab, axis: int) -> NativeResampler:
+    def _resampler(self, mapping: GridMapping, slab: Slab, axis: int) -> NativeResampler:
         return NativeResampler(
             mapping,
             len(slab.logits),
@@ -330,16 +330,19 @@ class NativeResult:
 
 
 class NativeInferer(monai.inferers.Inferer):  # type: ignore[misc]  # MONAI publishes no types
-    """Brings the logits of any other inferer to the native grid, as labels or probabilities, plane by plane.
+    """Inferer that resamples the logits of another inferer to native space, as labels or probabilities.
 
-    So `OverlapTileInferer`, `RotationTTAInferer` or MONAI's own can stand where a bundle has a `SlidingWindowInferer`
-    with `output="labels"`. The logits of the model's grid are all in memory; those of the native grid never are.
+    With it, `OverlapTileInferer`, `RotationTTAInferer` or MONAI's inferers can replace a `SlidingWindowInferer` with
+    `output="labels"` in a bundle. The logits in model space are held in memory as a whole, those in native space never.
 
     Args:
-        inferer: returns logits `(B, K, *spatial)`.
+        inferer: Inferer that returns logits `(B, K, *spatial)`.
         output: "labels", "uint8", "float16" or "float32", as in `SlidingWindowInferer`.
         activation: "softmax", "sigmoid" or "none".
-        threshold: of sigmoid labels.
+        threshold: Probability threshold of sigmoid labels.
+
+    Raises:
+        RequestError: Unknown choice, or `output="logits"`.
     """
 
     def __init__(
@@ -354,11 +357,11 @@ class NativeInferer(monai.inferers.Inferer):  # type: ignore[misc]  # MONAI publ
         self.inferer = inferer
         self.result = NativeResult(output, activation, threshold)
         if output == "logits":
-            raise RequestError("NativeInferer returns labels or probabilities: use the inferer itself for logits")
+            raise RequestError("NativeInferer returns labels or probabilities only: use the wrapped inferer for logits")
 
     @property
     def on_progress(self) -> Any:
-        """The listener of the inferer inside; called with (windows done, windows in all)."""
+        """Progress callback of the wrapped inferer, called with (windows done, total windows)."""
         return getattr(self.inferer, "on_progress", None)
 
     @on_progress.setter
@@ -369,16 +372,20 @@ class NativeInferer(monai.inferers.Inferer):  # type: ignore[misc]  # MONAI publ
         """Return the result `(B, 1 or K, *native)` for images `(B, in_channels, *spatial)`.
 
         Raises:
-            CaseError: the logits are not finite.
+            CaseError: Non-finite logits.
         """
         logits = self.inferer(inputs, network, *args, **kwargs)
         return self.result.of(_slabs(logits.detach()), inputs, 0)
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
-    """Refuse a value that is none of the choices."""
+    """Check that a value is one of the choices.
+
+    Raises:
+        RequestError: Unknown value.
+    """
     if value not in choices:
-        raise RequestError(f"'{name}' is '{value}': choose one of {', '.join(choices)}")
+        raise RequestError(f"invalid value '{value}' for '{name}': choose one of {', '.join(choices)}")
 
 
 def _slabs(logits: torch.Tensor) -> Iterator[Slab]:
@@ -394,16 +401,16 @@ def _grid_mappings(images: torch.Tensor) -> list[GridMapping]:
     if not isinstance(images, MetaTensor):
         return [GridMapping.identity(tuple(images.shape[2:]))] * len(images)
     each = decollate_batch(images) if images.is_batch else list(images)
-    places = [find_grid_mapping(image) for image in each]
-    shapes = {place.native_shape for place in places}
+    mappings = [find_grid_mapping(image) for image in each]
+    shapes = {mapping.native_shape for mapping in mappings}
     if len(shapes) > 1:
-        raise RequestError(f"images loaded with different shapes {sorted(shapes)} in one batch: use batch size 1")
-    return places
+        raise RequestError(f"images with different native shapes {sorted(shapes)} in one batch: use batch size 1")
+    return mappings
 
 
-def _on_native_grid(results: torch.Tensor, images: MetaTensor, places: list[GridMapping]) -> MetaTensor:
+def _in_native_space(results: torch.Tensor, images: MetaTensor, mappings: list[GridMapping]) -> MetaTensor:
     restored = MetaTensor(results).copy_meta_from(images)
-    affines = torch.stack([torch.from_numpy(place.affine) for place in places])
+    affines = torch.stack([torch.from_numpy(mapping.affine) for mapping in mappings])
     restored.affine = affines if images.is_batch else affines[0]
-    restored.applied_operations = [[] for _ in places] if images.is_batch else []
+    restored.applied_operations = [[] for _ in mappings] if images.is_batch else []
     return restored

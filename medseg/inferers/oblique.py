@@ -1,4 +1,4 @@
-"""Restoring to a native grid that lies at an angle to the model's."""
+"""Resampling to a native grid that is oblique to the model grid."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from medseg.inferers.results import Decision, Plane, empty_result, packed
 
 __all__ = ["ObliqueGrid"]
 
-# Native voxels that are looked at together; each takes about a hundred bytes.
+# Native voxels processed at a time, each about a hundred bytes.
 _CHUNK = 1 << 20
 
 
 class ObliqueGrid:
-    """A native grid in any position: each slab of model planes fills the native voxels that lie in it."""
+    """Native grid in any orientation: each slab of model planes fills the native voxels within it."""
 
     def __init__(
         self,
@@ -41,13 +41,13 @@ class ObliqueGrid:
         self.valid_extent = np.array([mapping.valid_extent[a] for a in self.models]).T
         self.size = [mapping.model_shape[a] for a in self.models]
         self.matrix = mapping.matrix[[*self.models, len(self.models)]]
-        # the native axis that crosses the planes most steeply: few voxels of each of its lines lie in a slab
+        # The native axis closest to the stream axis, along which the fewest voxels fall into a slab.
         self.line = int(np.abs(self.matrix[0, :-1]).argmax())
         channels = len(wanted) or classes
         self.out = empty_result((channels, *mapping.native_shape), output, classes, activation)
 
     def fill(self, first: int, planes: list[Plane], pool: ThreadPoolExecutor | None, *, ends: bool) -> None:
-        """Fill the native voxels from model plane `first` to before the last of `planes`, or beyond at the end."""
+        """Fill the native voxels from model plane `first` up to the last of `planes`, and beyond it if `ends`."""
         low = -math.inf if first == 0 else float(first)
         high = math.inf if ends else float(first + len(planes) - 1)
         scores = torch.stack([plane.scores for plane in planes], 1)
@@ -60,13 +60,13 @@ class ObliqueGrid:
         return self.out
 
     def _voxels(self, low: float, high: float) -> Iterator[NDArray[np.int64]]:
-        """Yield native indices `(n, dims)` of voxels whose position on the stream's axis is in `[low, high)`."""
+        """Yield native indices `(n, dims)` of voxels whose position on the stream axis is in `[low, high)`."""
         shape = self.mapping.native_shape
         others = [axis for axis in range(len(shape)) if axis != self.line]
         grid = np.meshgrid(*(np.arange(shape[a]) for a in others), indexing="ij")
         lines = np.stack(grid, -1).reshape(-1, len(others))
         step = self.matrix[0, self.line]
-        # positions beyond the rim count as on it, so the slab with the rim takes them
+        # Positions beyond the valid extent are clipped to it, so they belong to the slab at its end.
         from_, to = (
             (-math.inf if low <= self.valid_extent[0, 0] else low),
             (math.inf if high > self.valid_extent[1, 0] else high),
@@ -82,7 +82,7 @@ class ObliqueGrid:
             voxels = np.empty((len(offsets), len(shape)), dtype=np.int64)
             voxels[:, others] = np.repeat(part, counts, 0)
             voxels[:, self.line] = np.repeat(bounds[0], counts) + offsets
-            # the same sum decides here for every slab, so that no voxel is filled twice or never
+            # Computed identically for every slab, so that each voxel is filled exactly once.
             along = np.clip(voxels @ self.matrix[0, :-1] + self.matrix[0, -1], *self.valid_extent[:, 0])
             yield voxels[(along >= low) & (along < high)]
 
@@ -116,7 +116,7 @@ class ObliqueGrid:
 
 
 def _blend(values: list[torch.Tensor], fraction: torch.Tensor) -> torch.Tensor:
-    """Interpolate the values `(K, n)` at the corners of cells, given in the order of `product`, axis by axis."""
+    """Interpolate values `(K, n)` at the corners of cells, in the order of `product`, axis by axis."""
     for weight in fraction.flip(0):
         values = [low.lerp(high, weight) for low, high in zip(values[::2], values[1::2], strict=True)]
     return values[0]

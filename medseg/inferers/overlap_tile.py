@@ -24,35 +24,32 @@ __all__ = ["OverlapTileInferer"]
 
 
 class OverlapTileInferer(monai.inferers.Inferer):  # type: ignore[misc]
-    """Run an unpadded ("valid") network over images of any size, tile by tile, with a mirrored border.
+    """Run an unpadded ("valid") network on images of any size, tile by tile, with mirrored borders.
 
-    Tiles do not blend: each voxel is predicted once, from its full context, and where a tile reaches over the image's
-    border it sees the image mirrored (the voxel at the border is not repeated; an image shorter than the margin is
-    mirrored again and again). Any tile size gives the same logits up to rounding, unless the network has a
-    normalization that looks at the tile, such as instance normalization.
+    Tiles are not blended: each voxel is predicted once, from its full context. Beyond the border of the image, tiles
+    are filled by reflection (repeatedly, if the image is shorter than the margin). The logits do not depend on the tile
+    size, up to rounding, unless the network normalizes over the tile, as instance norm does.
 
-    Besides the image and the logits, memory holds one batch of tiles and what the network needs for it.
+    Besides the image and the logits, memory holds one batch of tiles and the network's activations for it.
 
     Args:
-        tile_size: size of what the network reads, in voxels, one number or one per axis (572 in the paper's figure,
-            for 388 voxels of result). On an axis where the image is shorter than a tile's result the tile shrinks to
-            what the image needs.
-        sw_batch_size: tiles per forward pass; they may come from several images of a batch.
-        step: from tile to tile. "aligned" is the largest multiple of the network's total stride within a tile's
-            result (384 of 388), and the few voxels that two tiles share are the same in both. "tile" is the whole
-            result: no voxel is computed twice, but max-pooling meets the voxels of each tile in another phase, so
-            logits depend on the tile size.
-        margin: voxels that the network takes off each side, one number or one per axis. Read from the network's
-            `valid_sizes` by default; only for networks that do not have them, together with `stride`.
-        stride: total stride of the network, one number or one per axis.
-        sw_device: where the network is; by default where the image is.
-        device: where the logits are gathered; by default where the image is.
+        tile_size: Size of the network input in voxels, one number or one per axis (572 in the figure of the paper, with
+            an output of 388). On axes where the image is shorter than the output of a tile, the tile is reduced.
+        sw_batch_size: Tiles per forward pass, possibly from several images of a batch.
+        step: Step between tiles. "aligned" is the largest multiple of the total stride of the network within the output
+            of a tile (384 of 388); the voxels that two tiles share are then equal. "tile" is the full output size: no
+            voxel is computed twice, but max-pooling is not aligned between tiles, so logits depend on the tile size.
+        margin: Voxels lost on each side, one number or one per axis. By default `valid_sizes` of the network is used;
+            set `margin` and `stride` only for networks without it.
+        stride: Total stride of the network, one number or one per axis.
+        sw_device: Device of the network; by default that of the image.
+        device: Device of the returned logits; by default that of the image.
 
     Attributes:
-        on_progress: called with (tiles done, tiles in all) of the current batch of images after each forward pass.
+        on_progress: Callback after each forward pass, called with (tiles done, total tiles) of the batch of images.
 
     Raises:
-        RequestError: options that contradict each other or are not known.
+        RequestError: Unknown or contradictory options.
     """
 
     on_progress: Callable[[int, int], None] | None = None
@@ -70,9 +67,9 @@ class OverlapTileInferer(monai.inferers.Inferer):  # type: ignore[misc]
     ) -> None:
         check_choice("step", step, ("aligned", "tile"))
         if sw_batch_size < 1:
-            raise RequestError(f"sw_batch_size={sw_batch_size} must be 1 or more.")
+            raise RequestError(f"sw_batch_size={sw_batch_size}: expected at least 1.")
         if (margin is None) != (stride is None):
-            raise RequestError(f"margin={margin} and stride={stride} belong together: give both, or neither.")
+            raise RequestError(f"margin={margin} and stride={stride}: set both or neither.")
         self.tile_size = tile_size
         self.sw_batch_size = sw_batch_size
         self.step = step
@@ -85,9 +82,8 @@ class OverlapTileInferer(monai.inferers.Inferer):  # type: ignore[misc]
         """Return logits `(B, K, *spatial)` for an image `(B, C, *spatial)`.
 
         Raises:
-            RequestError: the network is padded, or does not say what it takes off.
-            SizeError: the network cannot use the tile size (names the nearest that it can), or gives another size
-                than it promises.
+            RequestError: Padded network, or an unknown margin.
+            SizeError: Invalid tile size (the message names the nearest valid sizes), or an unexpected output size.
         """
         image = plain(inputs)
         tiling = self._tiling(image.shape[2:], network)
@@ -110,11 +106,11 @@ class OverlapTileInferer(monai.inferers.Inferer):  # type: ignore[misc]
             if self.on_progress is not None:
                 self.on_progress(done, total)
         if logits is None:
-            raise SizeError(f"an image of shape {tuple(inputs.shape)} has no voxel to predict.")
+            raise SizeError(f"empty image of shape {tuple(inputs.shape)}.")
         return with_metadata(logits, inputs)
 
     def _tiling(self, image: Sequence[int], network: Callable[..., Tensor]) -> _Tiling:
-        """Lay tiles over an image of this spatial size."""
+        """Return the tiles for an image of this spatial size."""
         dims = len(image)
         tile = _per_axis("tile_size", self.tile_size, dims)
         if self.margin is not None and self.stride is not None:
@@ -131,20 +127,20 @@ class OverlapTileInferer(monai.inferers.Inferer):  # type: ignore[misc]
         return _Tiling(tuple(image), tile, margin, tuple(starts))
 
     def _starts(self, axis: int, size: int, tile: int, margin: int, stride: int) -> range:
-        """Return where, along one axis of the image, the results of the tiles start."""
+        """Return the start of the output of each tile along one axis of the image."""
         result = tile - 2 * margin
         step = result if self.step == "tile" else result - result % stride
         if result < 1:
             raise SizeError(
-                f"tile_size {tile} on axis {axis} leaves no result: the network takes {margin} voxels off each side. "
+                f"tile_size {tile} on axis {axis} is too small: the network removes {margin} voxels on each side. "
                 f"Use {2 * margin + stride} or more."
             )
         if size <= result:
             return range(min(size, 1))
         if step == 0:
             raise SizeError(
-                f"tile_size {tile} on axis {axis} gives {result} voxels of result, fewer than the total stride of "
-                f"the network ({stride}), so tiles cannot follow each other in step with its pooling. "
+                f"tile_size {tile} on axis {axis} has an output of {result} voxels, less than the total stride of "
+                f"the network ({stride}), so tiles cannot be aligned with its pooling. "
                 f'Use {tile + stride} or more, or step="tile".'
             )
         return range(0, size - result + step, step)
@@ -152,13 +148,13 @@ class OverlapTileInferer(monai.inferers.Inferer):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class _Tiling:
-    """Where tiles lie.
+    """Positions of the tiles.
 
     Attributes:
-        image: spatial size of the image.
-        tile: size of a tile that the network reads.
-        margin: voxels that it takes off each side.
-        starts: per axis, where results start in the image.
+        image: Spatial size of the image.
+        tile: Input size of a tile.
+        margin: Voxels lost on each side.
+        starts: Start of the outputs of the tiles in the image, per axis.
     """
 
     image: tuple[int, ...]
@@ -167,13 +163,13 @@ class _Tiling:
     starts: tuple[range, ...]
 
     def check(self, shape: Sequence[int], tiles: int) -> None:
-        """Refuse a result of another size than the network promised."""
+        """Check the output size of the network."""
         expected = tuple(size - 2 * lost for size, lost in zip(self.tile, self.margin, strict=True))
         if len(shape) != len(expected) + 2 or shape[0] != tiles or tuple(shape[2:]) != expected:
             raise SizeError(
-                f"{tiles} tile(s) of {by(self.tile)} with a margin of {by(self.margin)} should become {tiles} "
-                f"result(s) of {by(expected)}, and the network gave a tensor of shape {tuple(shape)}. The margin must "
-                "be what the network takes off each side; for padded networks use SlidingWindowInferer."
+                f"unexpected output size: {tiles} tile(s) of {by(self.tile)} with a margin of {by(self.margin)} should "
+                f"give {tiles} output(s) of {by(expected)}, found a tensor of shape {tuple(shape)}. Set margin to the "
+                "voxels that the network loses on each side; for padded networks use SlidingWindowInferer."
             )
 
 
@@ -181,27 +177,26 @@ def _sizes_of(network: Callable[..., Tensor], dims: int) -> ValidSizes:
     sizes = getattr(network, "valid_sizes", None)
     if not isinstance(sizes, ValidSizes):
         raise RequestError(
-            f"OverlapTileInferer is for unpadded networks; this {type(network).__name__} is padded, or has no "
-            "`valid_sizes` to say what it takes off. Use SlidingWindowInferer for a padded one; give margin and "
-            "stride for an unpadded one."
+            f"OverlapTileInferer requires an unpadded network; this {type(network).__name__} is padded or has no "
+            "`valid_sizes`. For a padded network use SlidingWindowInferer; for an unpadded one set margin and stride."
         )
     if len(sizes.step) != dims:
-        raise SizeError(f"the network is {len(sizes.step)}D, and the image has {dims} spatial axes.")
+        raise SizeError(f"dimension mismatch: the network is {len(sizes.step)}D, the image has {dims} spatial axes.")
     return sizes
 
 
 def _check_tile(tile: Sequence[int], sizes: ValidSizes) -> None:
     near = sizes.nearest(tile)
     if faults := [
-        f"{size} on axis {axis} (use {' or '.join(f'{n}, which gives {n - lost}' for n in legal)})"
+        f"{size} on axis {axis} (use {' or '.join(f'{n} with output {n - lost}' for n in legal)})"
         for axis, (size, legal, lost) in enumerate(zip(tile, near, sizes.shrink, strict=True))
         if size not in legal
     ]:
-        raise SizeError(f"tile_size {by(tile)} does not fit the pooling of this network: {', '.join(faults)}.")
+        raise SizeError(f"tile_size {by(tile)} does not match the pooling of this network: {', '.join(faults)}.")
 
 
 def _covering(image: Sequence[int], sizes: ValidSizes) -> list[int]:
-    """Return per axis the smallest legal tile whose result is as long as the image."""
+    """Return the smallest valid tile per axis whose output covers the image."""
     return [
         least + step * max(-((least - lost - size) // step), 0)
         for size, least, lost, step in zip(image, sizes.smallest, sizes.shrink, sizes.step, strict=True)
@@ -209,7 +204,7 @@ def _covering(image: Sequence[int], sizes: ValidSizes) -> list[int]:
 
 
 def _cut(image: Tensor, start: Sequence[int], margin: Sequence[int], out: Tensor) -> None:
-    """Copy the tile whose result starts at `start` from the image `(C, *spatial)`, mirrored beyond its border."""
+    """Copy the tile whose output starts at `start` from the image `(C, *spatial)`, mirrored beyond its border."""
     mirrored: list[tuple[int, Tensor]] = []
     for axis, (first, lost, length) in enumerate(zip(start, margin, out.shape[1:], strict=True), start=1):
         low, high = first - lost, first - lost + length
@@ -218,14 +213,14 @@ def _cut(image: Tensor, start: Sequence[int], margin: Sequence[int], out: Tensor
             low, high = int(index.min()), int(index.max()) + 1
             mirrored.append((axis, index - low))
         image = image.narrow(axis, low, high - low)
-    # Only now, so that no more is copied than the tile needs.
+    # Index after cropping, so that only the tile is copied.
     for axis, index in mirrored:
         image = image.index_select(axis, index.to(image.device))
     out.copy_(image)
 
 
 def _reflected(low: int, high: int, size: int) -> Tensor:
-    """Return indices into an axis of `size` voxels for the places low .. high - 1, mirrored as often as needed."""
+    """Return indices into an axis of `size` voxels for low .. high - 1, with repeated reflection."""
     if size == 1:
         return torch.zeros(high - low, dtype=torch.long)
     period = 2 * (size - 1)
@@ -234,7 +229,7 @@ def _reflected(low: int, high: int, size: int) -> Tensor:
 
 
 def _paste(tile: Tensor, start: Sequence[int], logits: Tensor) -> None:
-    """Copy a result into the logits `(K, *spatial)`, cut off at the image's end."""
+    """Copy the output of a tile into the logits `(K, *spatial)`, cropped at the end of the image."""
     for axis, first in enumerate(start, start=1):
         length = min(tile.shape[axis], logits.shape[axis] - first)
         tile, logits = tile.narrow(axis, 0, length), logits.narrow(axis, first, length)
@@ -244,5 +239,5 @@ def _paste(tile: Tensor, start: Sequence[int], logits: Tensor) -> None:
 def _per_axis(option: str, value: Sequence[int] | int, dims: int) -> tuple[int, ...]:
     given = (value,) * dims if isinstance(value, int) else tuple(value)
     if len(given) != dims or min(given, default=0) < (option != "margin"):
-        raise SizeError(f"{option}={value} does not fit {dims} spatial axes: give one number, or {dims} of them.")
+        raise SizeError(f"invalid {option}={value}; expected one number, or {dims} for {dims} spatial axes.")
     return given

@@ -1,4 +1,4 @@
-"""From logits to probabilities and class scores, from scores to decisions, and tensors with and without metadata."""
+"""Probabilities, class scores and labels of logits, and conversion from and to `MetaTensor`."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ _EPSILON = torch.finfo(torch.float32).eps / 2
 
 
 def plain(image: Tensor) -> Tensor:
-    """Return the image without metadata, which would be copied along with every operation."""
+    """Return the image as a plain tensor, since a `MetaTensor` copies its metadata in every operation."""
     return image.as_tensor() if isinstance(image, MetaTensor) else image
 
 
 def with_metadata(result: Tensor, image: Tensor) -> Tensor:
-    """Return the result as a `MetaTensor` with the image's metadata, if the image is one."""
+    """Return the result as a `MetaTensor` with the metadata of the image, if it has any."""
     if not isinstance(image, MetaTensor):
         return result
     dressed: Tensor = MetaTensor(result).copy_meta_from(image, copy_attr=False)
@@ -57,34 +57,34 @@ def probabilities(logits: Tensor, activation: str) -> Tensor:
     """Return float32 probabilities.
 
     Args:
-        logits: `(B, K, *spatial)`.
-        activation: "softmax" over the K classes, or "sigmoid" for each channel by itself.
+        logits: Logits `(B, K, *spatial)`.
+        activation: "softmax" over the K classes, or "sigmoid" per channel.
 
     Raises:
-        RequestError: a softmax over one channel, which is 1 everywhere.
+        RequestError: Softmax over a single channel, which is 1 everywhere.
     """
     if activation == "sigmoid":
         return logits.float().sigmoid()
     if logits.shape[1] == 1:
         raise RequestError(
-            'activation="softmax" needs two or more classes, and the network gives one channel. '
-            'Use activation="sigmoid" for it.'
+            'activation="softmax" requires two or more classes, but the network has one output channel: '
+            'use activation="sigmoid"'
         )
     return logits.float().softmax(dim=1)
 
 
 def as_logits(mean: Tensor, activation: str) -> Tensor:
-    """Turn probabilities, in place, into logits that the same activation brings back to them.
+    """Convert probabilities in place to logits whose activation returns the same probabilities.
 
-    A softmax of `log p` is p, a sigmoid of `log(p / (1 - p))` is p. Zeros become the logarithm of the smallest
-    float32 (-87), or -16.6 for "sigmoid", so that everything stays finite.
+    The logits are `log p` for "softmax" and `log(p / (1 - p))` for "sigmoid". Zeros become the logarithm of the
+    smallest normal float32 (-87), or -16.6 for "sigmoid", so that all logits are finite.
     """
     return mean.logit_(_EPSILON) if activation == "sigmoid" else mean.clamp_(min=_TINY).log_()
 
 
 @dataclass(frozen=True)
 class Plane:
-    """One plane of the model's grid: scores `(K, H, W)`, and the labels `(H, W)` that each decision gives there."""
+    """One plane in model space: scores `(K, H, W)`, and labels `(H, W)` of each decision."""
 
     scores: torch.Tensor
     labels: list[torch.Tensor]
@@ -92,11 +92,11 @@ class Plane:
 
 @dataclass(frozen=True)
 class Decision:
-    """One channel of labels: which classes compete for it, and how the winner is found.
+    """Decision rule of one label channel.
 
     Attributes:
-        classes: the channels of scores that take part.
-        decide: from scores `(classes, n)` to labels `(n,)`.
+        classes: Channels of the scores that the rule uses.
+        decide: Function from scores `(classes, n)` to labels `(n,)`.
     """
 
     classes: slice
@@ -104,11 +104,11 @@ class Decision:
 
 
 def activate(logits: torch.Tensor, covered: torch.Tensor | None, activation: str) -> torch.Tensor:
-    """Return scores `(K, planes, *others)`, float32; where no window was run, certain background.
+    """Return float32 scores `(K, planes, *others)`, with background where no window was run.
 
     Args:
-        logits: `(K, planes, *others)`.
-        covered: `(planes, *others)`, or None for everywhere.
+        logits: Logits `(K, planes, *others)`.
+        covered: Mask `(planes, *others)` of the voxels covered by windows; None if all are.
         activation: "softmax", "sigmoid", or "none" for the logits themselves.
     """
     values = logits.float()
@@ -122,7 +122,7 @@ def activate(logits: torch.Tensor, covered: torch.Tensor | None, activation: str
 
 
 def background(classes: int, activation: str) -> torch.Tensor:
-    """Return the scores `(K,)` of a voxel that is certainly background."""
+    """Return the scores `(K,)` of a background voxel."""
     scores = torch.zeros(classes)
     if activation == "softmax":
         scores[0] = 1.0
@@ -133,14 +133,14 @@ def background(classes: int, activation: str) -> torch.Tensor:
 
 
 def decisions(classes: int, activation: str, threshold: float) -> list[Decision]:
-    """Return one decision among all classes, or for sigmoid one per channel."""
+    """Return one decision over all classes, or one per channel for sigmoid."""
     if activation == "sigmoid":
         return [Decision(slice(k, k + 1), lambda scores: (scores[0] >= threshold).byte()) for k in range(classes)]
     return [Decision(slice(0, classes), top_class)]
 
 
 def top_class(scores: torch.Tensor) -> torch.Tensor:
-    """Return the first highest class `(...)` of scores `(K, ...)`, uint8 up to 256 classes, else int32.
+    """Return the arg max `(...)` of scores `(K, ...)`, as uint8 for up to 256 classes, otherwise int32.
 
     A running maximum over the classes is several times faster than `argmax` over a leading axis.
     """
@@ -153,8 +153,8 @@ def top_class(scores: torch.Tensor) -> torch.Tensor:
 
 
 def empty_result(shape: tuple[int, ...], output: str, classes: int, activation: str) -> torch.Tensor:
-    """Return a result `(C, *native)` full of background, of the smallest type that holds the labels."""
-    # threads that are not in inference mode write into it, too
+    """Return a result `(C, *native)` filled with background, in the smallest data type."""
+    # Not in inference mode, since other threads write into it.
     with torch.inference_mode(False):
         if output == "labels":
             return torch.zeros(shape, dtype=torch.uint8 if classes <= 256 else torch.int32)
@@ -163,7 +163,7 @@ def empty_result(shape: tuple[int, ...], output: str, classes: int, activation: 
 
 
 def packed(scores: torch.Tensor, output: str) -> torch.Tensor:
-    """Return probabilities as float32 or float16, or as whole numbers of 0..255."""
+    """Return probabilities as float32, as float16, or scaled to 0..255 as uint8."""
     if output == "float32":
         return scores.float()
     return scores.half() if output == "float16" else scores.mul(255).round_().clamp_(0, 255).byte()

@@ -1,4 +1,4 @@
-"""Averaging over rotated versions of an image (Ronneberger, Fischer, Brox; MICCAI 2015, section 4)."""
+"""Test-time augmentation by rotation (Ronneberger, Fischer, Brox; MICCAI 2015, section 4)."""
 
 from __future__ import annotations
 
@@ -21,37 +21,37 @@ if TYPE_CHECKING:
 
 __all__ = ["RotationTTAInferer"]
 
-# Pixels per side of the squares in which planes are resampled: it bounds the memory for coordinates.
+# Planes are resampled in squares of this many pixels per side, to limit the memory of coordinates.
 _SQUARE = 1024
 
 
 class RotationTTAInferer(monai.inferers.Inferer):  # type: ignore[misc]
-    """Average the probabilities of another inferer over rotated versions of the image.
+    """Average the probabilities of another inferer over rotated copies of the image.
 
-    For each angle the plane is enlarged until the rotated image lies within it, what is beyond the image is filled by
-    mirroring it, the other inferer runs, and the probabilities are rotated back. So every voxel of the image has a
-    prediction from every angle. Quarter turns move voxels and interpolate nothing; other angles interpolate linearly,
-    the image once and the probabilities once. Rotations are in voxels: the two axes of the plane should have the same
-    spacing.
+    For each angle the plane is enlarged to contain the whole rotated image and filled by reflection; the wrapped
+    inferer runs, and the probabilities are rotated back. Every voxel therefore has a prediction from every angle.
+    Multiples of 90 degrees permute voxels without interpolation; other angles interpolate the image and the
+    probabilities linearly. Rotations are in voxel units, so both axes of the plane should have the same spacing.
 
-    Besides what the other inferer needs, memory holds one image of the enlarged size and one sum of probabilities.
-    Time grows with the number of angles, and between quarter turns with the enlarged plane, up to twice the pixels.
+    In addition to the wrapped inferer, memory holds one enlarged image and one sum of probabilities. Run time is
+    proportional to the number of angles and to the size of the enlarged plane, up to twice the pixels.
 
     Args:
-        inferer: turns an image and a network into logits `(B, K, *spatial)`, for example a `SlidingWindowInferer`.
-        angles: a number of equally spaced angles from 0 (7 as in the paper, which does not name them), or the angles
-            in degrees; they turn the first axis of the plane towards the second like `torch.rot90`.
-        mirror: use every angle for the mirrored image as well; with `[0, 90, 180, 270]` the 8 symmetries of a square.
-        axis: in 3D the spatial axis to rotate about. The default, the last one, is the slice axis of an axial volume
-            in medseg's model grids (RAS), whose planes are then rotated. Without effect in 2D.
-        activation: what makes probabilities of the logits, "softmax" or "sigmoid".
+        inferer: Inferer that returns logits `(B, K, *spatial)`, such as `SlidingWindowInferer`.
+        angles: Number of equally spaced angles from 0 (7 as in the paper, which does not list them), or a list of
+            angles in degrees. The direction of rotation is that of `torch.rot90`.
+        mirror: Whether to use each angle for the mirrored image too; with `[0, 90, 180, 270]` this gives the 8
+            symmetries of the square.
+        axis: Spatial axis of rotation in 3D. The default, the last axis, is the slice axis of an axial volume in RAS
+            orientation. Ignored in 2D.
+        activation: Activation of the logits, "softmax" or "sigmoid".
 
     Attributes:
-        on_progress: called with (done, total) as the other inferer goes on; only the ratio has a meaning, since the
-            planes of some angles take more windows.
+        on_progress: Callback with (done, total) during inference; only the ratio is meaningful, since some angles need
+            more windows.
 
     Raises:
-        RequestError: no angle, one that is not finite, or an option that is not known.
+        RequestError: No angles, a non-finite angle, or an unknown option.
     """
 
     on_progress: Callable[[int, int], None] | None = None
@@ -68,9 +68,11 @@ class RotationTTAInferer(monai.inferers.Inferer):  # type: ignore[misc]
         check_choice("activation", activation, ACTIVATIONS)
         degrees = [k * 360 / angles for k in range(angles)] if isinstance(angles, int) else list(angles)
         if not degrees or not all(map(math.isfinite, degrees)):
-            raise RequestError(f"angles={angles} must be a number of angles from 1 up, or a list of degrees.")
+            raise RequestError(
+                f"invalid angles={angles}; expected a number of angles of at least 1, or a list of degrees."
+            )
         if axis not in range(-3, 3):
-            raise RequestError(f"axis={axis} must be one of the spatial axes 0, 1, 2 (or -1, the last).")
+            raise RequestError(f"invalid axis={axis}; expected a spatial axis 0, 1 or 2 (or -1, the last).")
         self.inferer = inferer
         self.turns = [_Turn.of(angle, flip) for flip in ((False, True) if mirror else (False,)) for angle in degrees]
         self.axis = axis
@@ -79,16 +81,18 @@ class RotationTTAInferer(monai.inferers.Inferer):  # type: ignore[misc]
     def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Return the mean probabilities of an image `(B, C, *spatial)`, as float32 logits `(B, K, *spatial)`.
 
-        They are such that `activation` brings the mean probabilities back: their logarithm for "softmax",
+        `activation` converts them back to the mean probabilities: they are `log p` for "softmax" and
         `log(p / (1 - p))` for "sigmoid".
 
         Raises:
-            RequestError: the other inferer does not give logits.
-            SizeError: the image is neither 2D nor 3D, or the other inferer changes its size.
+            RequestError: The wrapped inferer does not return logits.
+            SizeError: The image is neither 2D nor 3D, or the wrapped inferer changes its size.
         """
         image = plain(inputs)
         if image.dim() not in (4, 5):
-            raise SizeError(f"an image of shape {tuple(image.shape)} is not (batch, channel, 2 or 3 spatial axes).")
+            raise SizeError(
+                f"invalid image shape {tuple(image.shape)}; expected (B, C, *spatial) with 2 or 3 spatial axes."
+            )
         if not image.is_floating_point():
             image = image.float()
         total = image.new_empty(0)
@@ -107,7 +111,7 @@ class RotationTTAInferer(monai.inferers.Inferer):  # type: ignore[misc]
         return with_metadata(as_logits(total.div_(len(self.turns)), self.activation), inputs)
 
     def _turned(self, image: Tensor, turn: _Turn) -> Tensor:
-        """Return the image rotated, on a plane that holds it, mirrored beyond its border."""
+        """Return the rotated image on an enlarged plane, mirrored beyond its border."""
         if turn.nothing:
             return image
         shape = list(image.shape)
@@ -126,7 +130,7 @@ class RotationTTAInferer(monai.inferers.Inferer):  # type: ignore[misc]
 
     @contextmanager
     def _told(self, number: int) -> Iterator[None]:
-        """Pass the other inferer's progress in turn `number` on."""
+        """Forward the progress of the wrapped inferer for rotation `number`."""
         report, turns = self.on_progress, len(self.turns)
         if report is None:
             yield
@@ -143,7 +147,7 @@ class RotationTTAInferer(monai.inferers.Inferer):  # type: ignore[misc]
 
 
 class _Turn(NamedTuple):
-    """An orthogonal matrix from places in an image's plane to those in the rotated plane, both from their centers."""
+    """Orthogonal matrix of a rotation in the plane, in coordinates relative to the centers of both planes."""
 
     rr: float
     rc: float
@@ -152,7 +156,7 @@ class _Turn(NamedTuple):
 
     @classmethod
     def of(cls, degrees: float, flip: bool) -> _Turn:
-        """Return the rotation by an angle, of the image with its second axis flipped if `flip`."""
+        """Return the rotation by an angle, after flipping the second axis if `flip`."""
         quarters, rest = divmod(degrees, 90)
         if rest:
             cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
@@ -174,10 +178,10 @@ class _Turn(NamedTuple):
         return 0 in (self.rr, self.rc)
 
     def canvas(self, height: int, width: int) -> tuple[int, int]:
-        """Return the size of the smallest plane that holds all pixels of the rotated one."""
+        """Return the size of the smallest plane that contains the rotated plane."""
         rows = math.ceil(abs(self.rr) * (height - 1) + abs(self.rc) * (width - 1) - 1e-9) + 1
         columns = math.ceil(abs(self.cr) * (height - 1) + abs(self.cc) * (width - 1) - 1e-9) + 1
-        # An odd difference would put pixels between pixels, and blur even the smallest turn.
+        # An odd difference would shift the pixel grid by half a pixel and blur even small rotations.
         upright = abs(self.rr) > abs(self.rc)
         return (
             rows + (rows - (height if upright else width)) % 2,
@@ -196,14 +200,14 @@ def _carry(
     read: Callable[[Tensor], Tensor],
     write: Callable[[Tensor, Tensor], object],
 ) -> None:
-    """Fetch the value of each place of `target` from `source`, plane by plane and square by square.
+    """Resample `source` onto `target`, plane by plane and square by square.
 
     Args:
-        source: `(B, C, planes, height, width)`, mirrored at its border.
-        target: `(B, C, planes, height, width)`, changed by `write`.
-        turn: from places of the target to places of the source.
-        read: applied to a part of a source plane before it is interpolated.
-        write: called with a part of a target plane and its values.
+        source: Source `(B, C, planes, height, width)`, mirrored at its border.
+        target: Target `(B, C, planes, height, width)`, modified by `write`.
+        turn: Rotation from target coordinates to source coordinates.
+        read: Function applied to a part of a source plane before interpolation.
+        write: Function called with a part of a target plane and its values.
     """
     size, origin = target.shape[-2:], source.shape[-2:]
     starts = (range(0, n, _SQUARE) for n in size)
@@ -221,7 +225,7 @@ def _carry(
 def _places(
     turn: _Turn, rows: slice, columns: slice, size: Sequence[int], origin: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """Return where in the source (rows, columns) the values of a rectangle of the target are."""
+    """Return the source coordinates (rows, columns) of a rectangle of the target."""
     row = torch.arange(rows.start, rows.stop, dtype=torch.float64)[:, None] - (size[0] - 1) / 2
     column = torch.arange(columns.start, columns.stop, dtype=torch.float64) - (size[1] - 1) / 2
     return (
@@ -231,7 +235,7 @@ def _places(
 
 
 def _mirrored(place: Tensor, size: int) -> Tensor:
-    """Fold places back into 0 .. size - 1 as often as needed; the voxel at the border is not repeated."""
+    """Reflect coordinates into 0 .. size - 1, without repeating the border voxel."""
     if size == 1:
         return torch.zeros_like(place)
     period = 2 * (size - 1)
@@ -240,7 +244,7 @@ def _mirrored(place: Tensor, size: int) -> Tensor:
 
 
 def _grid(places: tuple[Tensor, Tensor], box: Sequence[slice]) -> Tensor:
-    """Return `grid_sample`'s grid `(1, height, width, 2)` for places within a box of the source."""
+    """Return the grid `(1, height, width, 2)` of `grid_sample` for coordinates within a box of the source."""
     scaled = [
         2 * (place - span.start) / max(span.stop - span.start - 1, 1) - 1
         for place, span in zip(places, box, strict=True)
@@ -254,7 +258,7 @@ def _interpolated(values: Tensor, grid: Tensor) -> Tensor:
 
 
 def _reordered(values: Tensor, turn: _Turn) -> Tensor:
-    """Bring a part of the source into the order of the target, for a quarter turn or a mirror image."""
+    """Permute and flip a part of the source for a multiple of 90 degrees or a mirror image."""
     if turn.rr == 0:
         down, right, values = turn.cr, turn.rc, values.transpose(-2, -1)
     else:
@@ -263,13 +267,12 @@ def _reordered(values: Tensor, turn: _Turn) -> Tensor:
 
 
 def _check(logits: object, turned: Tensor) -> None:
-    """Refuse what is no logits of the rotated image."""
+    """Check that the wrapped inferer returned logits of the rotated image."""
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         found = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
-        raise RequestError(f"the inferer within RotationTTAInferer must return logits (floats); it gave {found}.")
+        raise RequestError(f"the inferer inside RotationTTAInferer must return floating-point logits, found {found}.")
     if len(logits) != len(turned) or logits.shape[2:] != turned.shape[2:]:
         raise SizeError(
-            f"the inferer within RotationTTAInferer turned an image of shape {tuple(turned.shape)} into logits of "
-            f"shape {tuple(logits.shape)}; their spatial sizes must agree. For unpadded networks use "
-            "OverlapTileInferer within it."
+            f"shape mismatch: the inferer inside RotationTTAInferer returned logits of shape {tuple(logits.shape)} for "
+            f"an image of shape {tuple(turned.shape)}. For unpadded networks use OverlapTileInferer inside it."
         )

@@ -1,7 +1,7 @@
-"""The sliding window over an image that is read on demand: strips of labels, from top to bottom.
+"""Sliding window inference on slides that are read on demand; labels are returned in strips from top to bottom.
 
-The windows, their weights and their order are those of `SlidingWindowInferer` on the same image, so the strips put
-together are its labels. What is held is a row of windows: their pixels, read ahead by a thread, and the accumulators.
+Windows, weights and order are those of `SlidingWindowInferer`, so the strips are its labels for the same image. Memory
+holds one row of windows: their pixels, prefetched by a thread, and the accumulators.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from medseg.inferers.window_runner import NotStreamableError, WindowRunner, no_r
 
 __all__ = ["PixelSource", "label_strips"]
 
-# Rows after rows: the axis of y.
+# The stream axis is y.
 _AXIS: Final = 1
 _AHEAD_BYTES: Final = 64 << 20
 _EMPTY_ROWS: Final = 64
 
 Prepare = Callable[[torch.Tensor], torch.Tensor]
-# Tells whether the pixels from x0 to before x1 and y0 to before y1 are worth a look.
+# Whether to run a window with the pixels [x0, x1) and [y0, y1).
 Wanted = Callable[[int, int, int, int], bool]
 Labels = NDArray[np.integer[Any]]
 
 
 class PixelSource(Protocol):
-    """An image `(C, x, y)` that is read in pieces, such as a `medseg.io.slides.slide.Slide`."""
+    """Image `(C, x, y)` that is read by region, such as a `medseg.io.slides.slide.Slide`."""
 
     shape: tuple[int, int, int]
 
     def read(self, x0: int, x1: int, y0: int, y1: int) -> NDArray[np.uint8]:
-        """Return the pixels from column `x0` to before `x1`, and row `y0` to before `y1`, as `(C, x, y)`."""
+        """Return the pixels `(C, x, y)` of the columns [x0, x1) and the rows [y0, y1)."""
 
 
 def label_strips(
@@ -54,27 +54,28 @@ def label_strips(
     prepare: Prepare | None = None,
     wanted: Wanted | None = None,
 ) -> Iterator[Labels]:
-    """Yield the labels of an image in strips `(x, rows)`, from the top to its last row, without gaps.
+    """Yield the labels of an image in strips `(x, rows)`, from top to bottom, without gaps.
 
-    A pixel of which all windows are wanted has the label that it has when all windows of the image run. So if no window
-    with tissue is left out, tissue has the labels of the whole image; only at its rim may glass differ from them.
+    If no window with tissue is skipped, the labels of tissue are the same as when all windows are run; only the
+    background around the tissue may differ.
 
     Args:
-        slide: the image.
-        network: in evaluation mode, where it is to run.
-        inferer: its windows, weights, back end, limit of memory and listeners are used.
-        prepare: from pixels `(C, x, y)`, uint8, to what the network takes, pixel by pixel; called by another thread.
-        wanted: says which windows are run; all by default. Where none was run is background.
+        slide: Image to segment.
+        network: Network in evaluation mode, on the device of inference.
+        inferer: Inferer whose windows, weights, backend, memory limit and callbacks are used.
+        prepare: Pixelwise preprocessing of uint8 pixels `(C, x, y)`, called in another thread; converts to float by
+            default.
+        wanted: Predicate that selects the windows to run, all by default. Pixels without a window are background.
 
     Raises:
-        RequestError: an inferer that decides otherwise than by the highest class.
-        CaseError: the network's output is no logits of the windows' size, or not finite; the image is damaged, or does
-            not fit into `max_memory`.
+        RequestError: Inferer with `activation="sigmoid"` or `foreground`.
+        CaseError: Network output that is not finite logits of the window size, a damaged image, or an image that
+            does not fit into `max_memory`.
     """
     if inferer.native.activation == "sigmoid" or inferer.foreground is not None:
         raise RequestError(
-            "Slides get one label per pixel, and windows chosen by their tissue: leave the activation 'sigmoid' and "
-            "'foreground' to pictures."
+            "Slides do not support activation='sigmoid' or 'foreground': they have one label per pixel, and their "
+            "windows are selected by tissue. Remove these settings."
         )
     run = _Run(slide, network, inferer, prepare or torch.Tensor.float, wanted or _everywhere)
     return _without_gaps(run.slabs(), run.windows, inferer.native.activation)
@@ -85,12 +86,12 @@ def _everywhere(x0: int, x1: int, y0: int, y1: int) -> bool:
 
 
 def _without_gaps(slabs: Iterable[Slab], windows: Windows, activation: str) -> Iterator[Labels]:
-    """Yield the labels of slabs, and background where they leave rows out."""
+    """Yield the labels of the slabs, and background for skipped rows."""
     width, height = windows.image_size
     row = 0
     for slab in slabs:
         yield from _background(width, slab.start - row)
-        # copied, since a slab is valid until the next one only
+        # Copied, since a slab is valid only until the next one.
         labels: Labels = top_class(activate(slab.logits, slab.covered, activation)).cpu().numpy()
         row = slab.start + len(labels)
         yield labels.T
@@ -103,7 +104,7 @@ def _background(width: int, rows: int) -> Iterator[Labels]:
 
 
 class _Run:
-    """The windows of one image and the network's passes over them."""
+    """Windows of one image and the forward passes over them."""
 
     def __init__(
         self, slide: PixelSource, network: nn.Module, inferer: SlidingWindowInferer, prepare: Prepare, wanted: Wanted
@@ -152,11 +153,11 @@ class _Run:
             raise no_room_for_a_window(self.windows.roi) from error
         except NotStreamableError as error:
             said = str(error)
-            raise CaseError(f"{said[0].upper()}{said[1:]}: expected logits of them.") from None
+            raise CaseError(f"{said[0].upper()}{said[1:]}: expected logits of the window size.") from None
 
 
 def _cut(shape: Sequence[int], inferer: SlidingWindowInferer) -> tuple[Windows, list[int], list[int]]:
-    """Return where windows lie along x and along y; of a slide there are too many for a list of all."""
+    """Return the windows without their starts, and the starts along x and y, since a slide has too many windows."""
     axes = [
         cut_windows((size,), (int(roi or 0),), (float(overlap or 0.0),))
         for size, roi, overlap in zip(shape, per_axis(inferer.roi_size, 2), per_axis(inferer.overlap, 2), strict=True)
@@ -174,7 +175,7 @@ def _cut(shape: Sequence[int], inferer: SlidingWindowInferer) -> tuple[Windows, 
 
 
 class _SlideWindows:
-    """Windows read from an image and prepared for the network; those of an axis shorter than a window are padded."""
+    """Preprocessed windows of an image, padded along axes shorter than a window."""
 
     def __init__(self, slide: PixelSource, windows: Windows, prepare: Prepare, padding_mode: str, cval: float) -> None:
         self.slide = slide
@@ -195,7 +196,7 @@ class _SlideWindows:
 
 @contextmanager
 def _reading_ahead(source: WindowSource, places: Iterator[Place], ahead: int) -> Iterator[WindowSource]:
-    """Give a source whose windows, asked for in the order of `places`, a thread has read before they are due."""
+    """Return a source that prefetches windows in the order of `places` in a thread."""
     pool = ThreadPoolExecutor(1, thread_name_prefix="windows")
     try:
         yield _ReadAhead(source, places, ahead, pool)
@@ -204,7 +205,7 @@ def _reading_ahead(source: WindowSource, places: Iterator[Place], ahead: int) ->
 
 
 class _ReadAhead:
-    """The windows that are due next, being read."""
+    """Queue of prefetched windows."""
 
     def __init__(self, source: WindowSource, places: Iterator[Place], ahead: int, pool: ThreadPoolExecutor) -> None:
         self.source = source
@@ -218,7 +219,7 @@ class _ReadAhead:
         """Return the next window `(1, C, *roi)`."""
         place, window = self.waiting.popleft()
         if place != (image, tuple(start)):
-            raise RuntimeError(f"windows are read in another order than they are ordered: {place}, not {start}")
+            raise RuntimeError(f"windows requested out of order: expected {place}, found {start}")
         self._order()
         return window.result()
 

@@ -1,4 +1,4 @@
-"""The sliding window as a stream: MONAI's windows and blending, and labels on the native grid on the way."""
+"""Streaming sliding window inference: the windows and blending of MONAI, with labels in native space."""
 
 from __future__ import annotations
 
@@ -26,53 +26,54 @@ logger = logging.getLogger(__name__)
 
 
 class SlidingWindowInferer(monai.inferers.SlidingWindowInferer):  # type: ignore[misc]  # MONAI publishes no types
-    """MONAI's `SlidingWindowInferer` that holds a slab of accumulators instead of the whole volume.
+    """MONAI's `SlidingWindowInferer` with accumulators for a slab instead of the whole volume.
 
-    The arguments of MONAI's class, in its order, mean the same; those after them are its own. With `output="logits"` it
-    returns what MONAI's returns. With any other output it goes on to the grid of the file while the windows run:
-    activation, interpolation back to the native grid and arg max happen slab by slab, and all that is ever held are the
-    image, the slab and the result. No `Activationsd`, `Invertd` or `AsDiscreted` follows then.
+    The arguments of MONAI's class keep their order and meaning; the keyword arguments are additional. With
+    `output="logits"` the result equals that of MONAI. With other outputs, activation, resampling to native space and
+    arg max run slab by slab during inference, and memory holds only the image, the slab and the result; no
+    `Activationsd`, `Invertd` or `AsDiscreted` is needed afterwards.
 
-    What MONAI's class can and a stream cannot (networks with several outputs or outputs of another size, `condition`,
-    `with_coord`) is left to MONAI's class. `buffer_steps` and `buffer_dim` are taken and not needed.
+    Calls that cannot be streamed (networks with several outputs or a different output size, `condition`, `with_coord`)
+    are passed to MONAI's class. `buffer_steps` and `buffer_dim` are ignored.
 
     Args:
-        roi_size: size of a window; 0 or less stands for the whole axis.
-        sw_batch_size: windows per forward pass, at most.
-        overlap: share of a window that its neighbor covers, at least 0 and below 1.
-        mode: "constant" or "gaussian" weights of the voxels of a window.
-        sigma_scale: standard deviation of the gaussian, in window sizes.
-        padding_mode: how an axis shorter than a window is padded, as for `torch.nn.functional.pad`.
-        cval: the value of constant padding.
-        sw_device: where the network runs; by default where the image is.
-        device: where logits are returned; by default where the image is.
-        progress: show MONAI's progress bar.
-        cache_roi_weight_map: taken; the weights are always kept.
-        cpu_thresh: return logits of images with more voxels than this on the CPU.
-        buffer_steps: taken and not needed.
-        buffer_dim: taken and not needed.
-        with_coord: pass the windows' places to the network.
-        output: "logits" on the model's grid; "labels" on the native one (`(B, 1, ...)` for softmax, one 0/1 channel for
-            each class for sigmoid), uint8 up to 256 classes; or probabilities there as "uint8" (0..255), "float16" or
+        roi_size: Size of a window in voxels; 0 or less for the whole axis.
+        sw_batch_size: Maximum number of windows per forward pass.
+        overlap: Overlap between adjacent windows as a fraction of the window, in [0, 1).
+        mode: Importance map of a window, "constant" or "gaussian".
+        sigma_scale: Standard deviation of the Gaussian as a fraction of the window size.
+        padding_mode: Padding of axes shorter than a window, a mode of `torch.nn.functional.pad`.
+        cval: Value of constant padding.
+        sw_device: Device of the network; by default that of the image.
+        device: Device of the returned logits; by default that of the image.
+        progress: Whether to show the progress bar of MONAI.
+        cache_roi_weight_map: Ignored; the importance map is always cached.
+        cpu_thresh: Number of voxels above which logits are returned on the CPU.
+        buffer_steps: Ignored.
+        buffer_dim: Ignored.
+        with_coord: Whether to pass the coordinates of the windows to the network.
+        output: "logits" in model space; "labels" in native space (`(B, 1, ...)` for softmax, one 0/1 channel per class
+            for sigmoid), uint8 up to 256 classes; or probabilities in native space as "uint8" (0..255), "float16" or
             "float32".
         activation: "softmax", "sigmoid", or "none" to interpolate and compare logits.
-        threshold: of sigmoid labels.
-        max_memory: what the process may take, such as "2G"; fewer windows run at a time to keep to it, or the image is
-            refused before its windows start. Empty for no limit.
-        foreground: run only windows with a voxel above this value, within the box of all such voxels; the rest is
-            background. The windows lie elsewhere then, so results differ slightly. None runs all.
-        backend: what runs the network: None calls it as it is; "torch", "compile", "openvino" and "onnxruntime" run it
-            faster on windows of one size, with equal values but for rounding (see `medseg.inferers.backends`).
-        precision: arithmetic of a backend: "float32"; "bfloat16"; or "float16" on CUDA.
-        memory_format: order of the values in a backend: "contiguous" or "channels_last".
+        threshold: Probability threshold of sigmoid labels.
+        max_memory: Memory limit of the process, such as "2G". The number of windows per pass is reduced to meet it; an
+            image that does not fit is rejected before inference. Empty for no limit.
+        foreground: Intensity threshold of the foreground. Only windows with a voxel above it are run, within the
+            bounding box of the foreground; all other voxels are background. This moves the windows, so results differ
+            slightly. None runs all windows.
+        backend: Inference backend: None calls the network directly; "torch", "compile", "openvino" and "onnxruntime"
+            are faster for windows of a fixed size and equal up to rounding (see `medseg.inferers.backends`).
+        precision: Precision of the backend: "float32", "bfloat16", or "float16" on CUDA.
+        memory_format: Memory format in the backend: "contiguous" or "channels_last".
 
     Attributes:
-        on_progress: called with (windows done, windows in all) after each forward pass.
-        on_forecast: called with a `Forecast` after the first pass of each image.
+        on_progress: Callback after each forward pass, called with (windows done, total windows).
+        on_forecast: Callback after the first forward pass of each image, called with a `Forecast`.
 
     Raises:
-        RequestError: an unknown choice; precision or memory_format without a backend; or a preprocessing that cannot be
-            undone (see `find_grid_mapping`).
+        RequestError: Unknown choice; precision or memory_format without a backend; or a preprocessing that cannot be
+            inverted (see `find_grid_mapping`).
     """
 
     on_progress: Callable[[int, int], None] | None = None
@@ -123,9 +124,9 @@ class SlidingWindowInferer(monai.inferers.SlidingWindowInferer):  # type: ignore
             with_coord,
         )
         if foreground is not None and output == "logits":
-            raise RequestError("'foreground' leaves voxels without logits: set output to 'labels'")
+            raise RequestError("'foreground' skips voxels, which then have no logits: set output to 'labels'")
         if backend is None and (precision, memory_format) != ("float32", "contiguous"):
-            raise RequestError("precision and memory_format are choices of a backend: set backend to 'torch'")
+            raise RequestError("precision and memory_format require a backend: set backend to 'torch'")
         self.output = output
         self.native = NativeResult(output, activation, threshold)
         self.max_memory = parse_memory(max_memory)
@@ -136,12 +137,12 @@ class SlidingWindowInferer(monai.inferers.SlidingWindowInferer):  # type: ignore
         self._weights: dict[tuple[object, ...], torch.Tensor] = {}
 
     def __call__(self, inputs: torch.Tensor, network: Network, *args: Any, **kwargs: Any) -> Any:
-        """Return the result for images `(B, in_channels, *spatial)`, a MetaTensor if the images are one.
+        """Return the result for images `(B, in_channels, *spatial)`, a `MetaTensor` if `inputs` is one.
 
         Raises:
-            CaseError: the network's output is not finite; or the image does not fit into the memory that may be taken
-                or that the GPU has, or is too small for the network where a window is as long as the image.
-            RequestError: `roi_size` or `overlap` do not fit the image's axes.
+            CaseError: Non-finite logits; an image that does not fit into `max_memory` or the GPU memory; or an image
+                too small for the network, where a window spans the image.
+            RequestError: `roi_size` or `overlap` do not match the axes of the image.
         """
         if self.with_coord or "condition" in kwargs:
             return self._by_monai(inputs, network, args, kwargs)
@@ -150,27 +151,27 @@ class SlidingWindowInferer(monai.inferers.SlidingWindowInferer):  # type: ignore
         except SizeError as error:
             if all((size or 0) > 0 for size in per_axis(self.roi_size, inputs.ndim - 2)):
                 raise
-            raise CaseError(str(error)) from error  # the windows are as this image is
+            raise CaseError(str(error)) from error  # the window size is that of the image
         except NotStreamableError as error:
             if self.output != "logits":
-                raise RequestError(f"{error}; only output 'logits' can be had from it") from None
+                raise RequestError(f"{error}; only output 'logits' is supported for it") from None
             return self._by_monai(inputs, network, args, kwargs)
 
     def _by_monai(self, inputs: torch.Tensor, network: Network, args: Any, kwargs: Any) -> Any:
         return super().__call__(inputs, network, *args, **kwargs)
 
     def weights(self, roi: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Return the importance `(*roi)` of the voxels of a window; computed once for windows of one size."""
+        """Return the importance map `(*roi)` of a window, cached for windows of one size."""
         key = (roi, dtype, device)
         if key not in self._weights:
             own = compute_importance_map(roi, mode=self.mode, sigma_scale=self.sigma_scale, device=device, dtype=dtype)
-            # only the last ones: where a window is the whole image, each image has others as large as itself
+            # Keep only the latest: where a window spans the image, each image needs a map of its own size.
             self._weights = {key: own}
         return self._weights[key]
 
 
 class _Run:
-    """One call of an inferer."""
+    """State of one call of the inferer."""
 
     def __init__(
         self, inferer: SlidingWindowInferer, inputs: torch.Tensor, network: Network, args: Any, kwargs: Any
@@ -182,7 +183,7 @@ class _Run:
         self.sw_device = torch.device(inferer.sw_device or self.images.device)
         for ignored in ("buffer_steps", "buffer_dim"):
             kwargs.pop(ignored, None)
-        # logits must be MONAI's to the bit, which takes axis 0; labels do not depend on the order of additions
+        # Logits equal those of MONAI bit for bit only along axis 0; labels do not depend on the order of additions.
         axis = 0 if inferer.output == "logits" else None
         self.windows = cut_windows(self.images.shape[2:], inferer.roi_size, _overlap(inferer, self.images), axis=axis)
         self.places = self._places()
@@ -199,7 +200,7 @@ class _Run:
         )
 
     def result(self) -> Any:
-        """Run all windows; where a GPU's memory does not hold the accumulators, once more with those on the CPU."""
+        """Run all windows; if the accumulators do not fit in GPU memory, run again with the accumulators on the CPU."""
         if self.sw_device.type == "cpu":
             with reuse_memory():
                 return self._result(None)
@@ -207,7 +208,7 @@ class _Run:
             return self._result(None)
         except torch.OutOfMemoryError:
             pass
-        warn(logger, "gpu-fallback", "the GPU's memory is full; the accumulators move to the CPU", run=True)
+        warn(logger, "gpu-fallback", "out of GPU memory; the accumulators are moved to the CPU", run=True)
         torch.cuda.empty_cache()
         try:
             return self._result(torch.device("cpu"))
@@ -271,5 +272,5 @@ class _Run:
 def _overlap(inferer: SlidingWindowInferer, images: torch.Tensor) -> tuple[float, ...]:
     overlap = tuple(float(value or 0.0) for value in per_axis(inferer.overlap, images.ndim - 2))
     if any(not 0 <= value < 1 for value in overlap):
-        raise RequestError(f"overlap must be >= 0 and < 1, got {inferer.overlap}.")
+        raise RequestError(f"invalid overlap {inferer.overlap}; expected values in [0, 1).")
     return overlap

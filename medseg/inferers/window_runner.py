@@ -1,4 +1,4 @@
-"""The forward passes of a stream: through a back end, within the memory there is, and told about."""
+"""Forward passes of sliding window inference: backend, memory limit, progress and forecast."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ Network = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Forecast:
-    """What one image will take, known after its first windows.
+    """Forecast of run time and memory for one image, from its first forward pass.
 
     Attributes:
-        windows: how many there are.
-        batch: windows per forward pass.
-        seconds: time for all of them, at the pace of the first pass.
-        peak_bytes: memory of the process at its highest; 0 where the system does not tell.
+        windows: Total number of windows.
+        batch: Windows per forward pass.
+        seconds: Run time of all windows, extrapolated from the first pass.
+        peak_bytes: Peak memory of the process; 0 if the system does not report it.
     """
 
     windows: int
@@ -51,25 +51,25 @@ class Forecast:
     peak_bytes: int
 
     def describe(self) -> str:
-        """Return the forecast as one line."""
+        """Return the forecast as one line of text."""
         memory = f", memory up to about {shown_bytes(self.peak_bytes)}" if self.peak_bytes else ""
         return f"{self.windows} windows, {self.batch} at a time: about {_shown_seconds(self.seconds)}{memory}"
 
 
 class NetworkProbe:
-    """Measures how far a forward pass raises the memory of the process."""
+    """Measurement of the memory of a forward pass."""
 
     def __init__(self) -> None:
         self.before = resident_bytes()
         forget_peak()
 
     def used(self) -> int:
-        """Return the bytes by which memory rose above its present state since the probe was made."""
+        """Return the peak increase of the process memory since the probe was created, in bytes."""
         return max(peak_bytes() - self.before, 0)
 
 
 class WindowOptions(Protocol):
-    """What an inferer says of its forward passes; `SlidingWindowInferer` has the meaning of each."""
+    """Settings of the forward passes, documented in `SlidingWindowInferer`."""
 
     sw_batch_size: int
     backend: str | None
@@ -82,28 +82,28 @@ class WindowOptions(Protocol):
 
 
 class NotStreamableError(Exception):
-    """The network's output is no tensor of the windows' size."""
+    """The network output is not a tensor of the window size."""
 
 
 class WindowRunner:
-    """Runs a network on windows; called with windows `(N, C, *roi)` it returns logits `(N, K, *roi)`.
+    """Run a network on windows `(N, C, *roi)` and return logits `(N, K, *roi)`.
 
-    What does not fit into a GPU's memory runs in halves, then and from then on. After each pass the inferer's listeners
-    are told.
+    If a batch does not fit in GPU memory, the batch size is halved for all further passes. The callbacks of the inferer
+    are called after each pass.
 
     Args:
-        inferer: its back end, windows per pass, limit of memory and listeners are used.
-        network: what is run.
-        windows: where the windows lie.
-        channels: of a window.
-        total: windows to run in all.
-        device: where the network is.
-        result_bytes: what the result takes in memory, by the number of classes.
-        args: further arguments of the network.
-        kwargs: further named arguments of the network.
+        inferer: Inferer whose backend, batch size, memory limit and callbacks are used.
+        network: Network to run.
+        windows: Positions of the windows.
+        channels: Number of channels of a window.
+        total: Total number of windows to run.
+        device: Device of the network.
+        result_bytes: Function from the number of classes to the memory of the result, in bytes.
+        args: Additional positional arguments of the network.
+        kwargs: Additional keyword arguments of the network.
 
     Raises:
-        RequestError: a back end is asked for and the network is none that it can take.
+        RequestError: Backend set for a callable that is not an `nn.Module`.
     """
 
     def __init__(
@@ -130,11 +130,11 @@ class WindowRunner:
         self._network = self._accelerated(network, channels)
 
     def __call__(self, windows: torch.Tensor) -> torch.Tensor:
-        """Return the logits of windows, and tell the listeners.
+        """Return the logits of windows, and call the callbacks.
 
         Raises:
-            NotStreamableError: the network returns something else than logits of the windows' size.
-            torch.OutOfMemoryError: a GPU does not hold one window.
+            NotStreamableError: The network does not return logits of the window size.
+            torch.OutOfMemoryError: A single window does not fit in GPU memory.
         """
         probe = NetworkProbe() if self.done == 0 and self.inferer.on_forecast is not None else None
         started = time.perf_counter()
@@ -147,14 +147,14 @@ class WindowRunner:
         return logits
 
     def fit(self, window: torch.Tensor, *, read_ahead: int = 0) -> None:
-        """Choose the windows per pass that keep to the inferer's limit of memory, after a trial with one window.
+        """Set the batch size to meet the memory limit of the inferer, after a trial with one window.
 
         Args:
-            window: `(1, C, *roi)`.
-            read_ahead: bytes that are read before they are due.
+            window: Window `(1, C, *roi)` of the trial.
+            read_ahead: Memory of prefetched windows, in bytes.
 
         Raises:
-            CaseError: not even one window at a time fits.
+            CaseError: A single window exceeds the limit.
         """
         probe = NetworkProbe()
         classes = self._run(window.to(self.device)).shape[1]
@@ -174,7 +174,12 @@ class WindowRunner:
             if self.batch == 1:
                 raise
             self.batch = math.ceil(min(self.batch, len(windows)) / 2)
-            warn(logger, "gpu-fallback", f"the GPU's memory is full; {self.batch} windows run at a time", run=True)
+            warn(
+                logger,
+                "gpu-fallback",
+                f"out of GPU memory; the batch size is reduced to {self.batch} windows",
+                run=True,
+            )
             torch.cuda.empty_cache()
             return self._halving(windows)
         return results[0] if len(results) == 1 else torch.cat(results)
@@ -184,12 +189,12 @@ class WindowRunner:
         if isinstance(logits, (list, tuple)) and len(logits) == 1:
             logits = logits[0]
         if not isinstance(logits, torch.Tensor):
-            raise NotStreamableError(f"the network returns a {type(logits).__name__} instead of one tensor")
+            raise NotStreamableError(f"the network returns a {type(logits).__name__} instead of a tensor")
         if logits.shape[2:] != windows.shape[2:]:
             sizes = f"{tuple(logits.shape)} for windows {tuple(windows.shape)}"
-            raise NotStreamableError(f"the network returns {sizes}, which is another size than that of its input")
+            raise NotStreamableError(f"the network returns {sizes}, a different spatial size")
         if logits.requires_grad and self.inferer.output == "logits":
-            raise NotStreamableError("gradients are wanted")
+            raise NotStreamableError("the logits require gradients")
         return (logits.as_tensor() if isinstance(logits, MetaTensor) else logits).detach()
 
     def _forecast(self, logits: torch.Tensor, probe: NetworkProbe, seconds: float) -> Forecast:
@@ -199,14 +204,14 @@ class WindowRunner:
         return Forecast(self.total, self.batch, seconds * math.ceil(self.total / self.batch), peak)
 
     def _slab_bytes(self, classes: int) -> int:
-        # a third more for the planes that are being restored
+        # One third more for the planes being resampled.
         return self.windows.slab_values(classes) * 4 * 4 // 3
 
     def _accelerated(self, network: Network, channels: int) -> Network:
         if self.inferer.backend is None:
             return network
         if not isinstance(network, torch.nn.Module):
-            raise RequestError(f"a backend needs a network, and got a {type(network).__name__}: leave 'backend' out")
+            raise RequestError(f"a backend requires an nn.Module, found a {type(network).__name__}: remove 'backend'")
         run: Network = accelerate(
             network,
             backend=self.inferer.backend,
@@ -219,28 +224,28 @@ class WindowRunner:
 
 
 def no_room_for_a_window(roi: Sequence[int]) -> CaseError:
-    """Return the error of a GPU whose memory does not hold one window."""
+    """Return the error for a window that does not fit in GPU memory."""
     return CaseError(
-        f"The GPU's memory does not hold one window of {tuple(roi)}: choose a smaller roi_size, precision bfloat16, or "
-        "the CPU.",
+        f"Out of GPU memory for a single window of {tuple(roi)}: choose a smaller roi_size, precision bfloat16, or the "
+        "CPU.",
         code="memory",
         window=list(roi),
     )
 
 
 def fitting_batch(limit: int, wanted: int, *, held: int, slab: int, result: int, window: int) -> int:
-    """Return the largest number of windows per pass, up to `wanted`, that stays below a limit.
+    """Return the largest batch size up to `wanted` that meets a memory limit.
 
     Args:
-        limit: bytes that the process may take.
-        wanted: windows per pass that were asked for.
-        held: what the process holds already: programs, weights, the image.
-        slab: the accumulators of the stream.
-        result: what is handed back.
-        window: what one window takes while the network runs.
+        limit: Memory limit of the process, in bytes.
+        wanted: Requested number of windows per pass.
+        held: Memory already in use by programs, weights and the image, in bytes.
+        slab: Memory of the accumulators, in bytes.
+        result: Memory of the result, in bytes.
+        window: Memory of the forward pass of one window, in bytes.
 
     Raises:
-        CaseError: not even one window at a time fits; a smaller image may.
+        CaseError: A single window exceeds the limit; a smaller image may fit.
     """
     room = limit - held - slab - result
     batch = min(wanted, room // max(window, 1))

@@ -182,21 +182,21 @@ def test_a_foreign_network_works_with_a_given_margin_and_stride():
         found = OverlapTileInferer(11, 2, margin=2, stride=1)(image, convolution)
         expected = convolution(torch.from_numpy(np.pad(image.numpy(), [(0, 0), (0, 0), (2, 2), (2, 2)], "reflect")))
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
-    with pytest.raises(SizeError, match=r"margin of 3x3 should become 1 result\(s\) of 5x5.*shape \(1, 2, 7, 7\)"):
+    with pytest.raises(SizeError, match=r"margin of 3x3 should give 1 output\(s\) of 5x5.*shape \(1, 2, 7, 7\)"):
         OverlapTileInferer(11, margin=3, stride=1)(image, convolution)
 
 
 @pytest.mark.parametrize(
     ("options", "image", "message"),
     [
-        ({"tile_size": 50}, (1, 1, 90, 90), r"50 on axis 0 \(use 48, which gives 8 or 52, which gives 12\)"),
-        ({"tile_size": (52, 20)}, (1, 1, 90, 90), r"20 on axis 1 \(use 44, which gives 4\)"),
-        ({"tile_size": (52, 52, 52)}, (1, 1, 90, 90), "does not fit 2 spatial axes"),
-        ({"tile_size": 0}, (1, 1, 90, 90), "tile_size=0 does not fit"),
-        ({"tile_size": 52}, (1, 1, 90, 90, 90), "the network is 2D, and the image has 3"),
-        ({"tile_size": 52}, (1, 1, 0, 90), "no voxel"),
-        ({"tile_size": 40, "margin": 20, "stride": 4}, (1, 1, 90, 90), "leaves no result.*Use 44"),
-        ({"tile_size": 42, "margin": 20, "stride": 4}, (1, 1, 90, 90), "gives 2 voxels of result.*Use 46 or more"),
+        ({"tile_size": 50}, (1, 1, 90, 90), r"50 on axis 0 \(use 48 with output 8 or 52 with output 12\)"),
+        ({"tile_size": (52, 20)}, (1, 1, 90, 90), r"20 on axis 1 \(use 44 with output 4\)"),
+        ({"tile_size": (52, 52, 52)}, (1, 1, 90, 90), "2 for 2 spatial axes"),
+        ({"tile_size": 0}, (1, 1, 90, 90), "invalid tile_size=0"),
+        ({"tile_size": 52}, (1, 1, 90, 90, 90), "the network is 2D, the image has 3"),
+        ({"tile_size": 52}, (1, 1, 0, 90), "empty image"),
+        ({"tile_size": 40, "margin": 20, "stride": 4}, (1, 1, 90, 90), "too small.*Use 44"),
+        ({"tile_size": 42, "margin": 20, "stride": 4}, (1, 1, 90, 90), "has an output of 2 voxels.*Use 46 or more"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused_with_those_that_can(options, image, message):
@@ -209,12 +209,12 @@ def test_a_result_shorter_than_the_stride_serves_small_images_only():
     with torch.no_grad():
         small = OverlapTileInferer(188)(random_image(1, 1, 4, 3), network)
     torch.testing.assert_close(small, in_one_piece(network, random_image(1, 1, 4, 3)), atol=1e-5, rtol=1e-5)
-    with pytest.raises(SizeError, match=r"gives 4 voxels of result, fewer than the total stride.*Use 204 or more"):
+    with pytest.raises(SizeError, match=r"has an output of 4 voxels, less than the total stride.*Use 204 or more"):
         OverlapTileInferer(188)(random_image(1, 1, 40, 40), network)
 
 
 def test_padded_networks_are_sent_to_the_sliding_window():
-    with pytest.raises(RequestError, match=r"this UNet is padded.*Use SlidingWindowInferer"):
+    with pytest.raises(RequestError, match=r"this UNet is padded.*use SlidingWindowInferer"):
         OverlapTileInferer(64)(torch.zeros(1, 1, 64, 64), UNet(2, 1, 2, (2, 2)))
 
 
@@ -223,7 +223,7 @@ def test_padded_networks_are_sent_to_the_sliding_window():
     [
         ({"step": "half"}, "step='half'"),
         ({"sw_batch_size": 0}, "sw_batch_size=0"),
-        ({"margin": 4}, "belong together"),
+        ({"margin": 4}, "set both or neither"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options, message):

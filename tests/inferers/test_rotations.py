@@ -260,8 +260,8 @@ def test_certain_predictions_stay_finite():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"angles": 0}, "angles=0 must be"),
-        ({"angles": []}, "angles=.. must be"),
+        ({"angles": 0}, "invalid angles=0"),
+        ({"angles": []}, "invalid angles=.."),
         ({"angles": [0, float("nan")]}, "list of degrees"),
         ({"axis": 3}, "axis=3"),
         ({"activation": "relu"}, "activation='relu'"),
@@ -276,10 +276,10 @@ def test_options_that_cannot_be_are_refused(options, message):
     ("shape", "network", "error", "message"),
     [
         ((1, 1, 8), nn.Identity(), SizeError, "2 or 3 spatial axes"),
-        ((1, 2, 8, 8), lambda x: x[..., 1:-1, 1:-1], SizeError, "sizes must agree.*OverlapTileInferer"),
-        ((1, 2, 8, 8), lambda x: x.argmax(1, keepdim=True), RequestError, "must return logits.*int64"),
-        ((1, 2, 8, 8), lambda x: [x], RequestError, "must return logits.*list"),
-        ((1, 1, 8, 8), nn.Identity(), RequestError, "softmax.*one channel"),
+        ((1, 2, 8, 8), lambda x: x[..., 1:-1, 1:-1], SizeError, "shape mismatch.*OverlapTileInferer"),
+        ((1, 2, 8, 8), lambda x: x.argmax(1, keepdim=True), RequestError, "must return floating-point logits.*int64"),
+        ((1, 2, 8, 8), lambda x: [x], RequestError, "must return floating-point logits.*list"),
+        ((1, 1, 8, 8), nn.Identity(), RequestError, "softmax.*one output channel"),
     ],
 )
 def test_what_is_no_logits_of_the_image_is_refused(shape, network, error, message):

@@ -151,7 +151,7 @@ def test_a_network_that_returns_its_input_does_not_change_the_image() -> None:
 
 
 def test_values_that_are_no_numbers_are_an_error() -> None:
-    with pytest.raises(CaseError, match="no numbers"):
+    with pytest.raises(CaseError, match="non-finite values"):
         SlidingWindowInferer((16, 16))(_image((40, 40)), lambda x: x / 0)
 
 
@@ -191,8 +191,8 @@ def test_a_full_gpu_halves_the_batch_once_and_for_all(caplog) -> None:
     assert max(sizes) == 2
     assert sum(sizes) == count_windows((64, 64), (16, 16), 0.5)
     assert [record.message for record in caplog.records] == [
-        "the GPU's memory is full; 4 windows run at a time",
-        "the GPU's memory is full; 2 windows run at a time",
+        "out of GPU memory; the batch size is reduced to 4 windows",
+        "out of GPU memory; the batch size is reduced to 2 windows",
     ]
 
 
@@ -266,7 +266,11 @@ def test_an_image_too_small_for_the_network_is_about_that_image_alone(roi, error
 
 @pytest.mark.parametrize(
     ("roi", "overlap", "message"),
-    [((16, 16), 1.0, "overlap must be"), ((16, 16), (0.5,), "1 values for 2"), ((16, 16, 16), 0.5, "3 values for 2")],
+    [
+        ((16, 16), 1.0, "invalid overlap"),
+        ((16, 16), (0.5,), "has 1 values, expected 1 or 2"),
+        ((16, 16, 16), 0.5, "has 3 values"),
+    ],
 )
 def test_windows_that_cannot_be_are_refused(roi, overlap, message) -> None:
     with pytest.raises(RequestError, match=message):
