@@ -1,4 +1,4 @@
-# The public names of medseg. This is the one list: the package, `help(medseg)` and type checkers read it.
+# The public names of medseg. This is the only list: the package, `help(medseg)` and type checkers read it.
 from medseg.diagnosis.api import doctor as doctor
 from medseg.io.readers import load as load
 from medseg.jobs.api import evaluate as evaluate

@@ -1,4 +1,4 @@
-# The parts that bundle configs may name as `medseg.components.NAME`. This is the one list: the rooms' public names, the
+# Components that bundle configs may name as `medseg.components.NAME`. This is the only list: subpackage exports, the
 # trust check and type checkers read it. Networks are listed in medseg/networks/registry.py.
 from medseg.inferers.ensemble import Ensemble as Ensemble
 from medseg.inferers.ensemble import MirrorTTA as MirrorTTA

@@ -125,10 +125,10 @@ def stamp(source: str) -> str:
     Args:
         source: File, or folder with the files directly in it; may end in `::` and a series number.
     """
-    place = Path(source)
-    if not place.exists() and "::" in source:
-        place = Path(source.rpartition("::")[0])
-    files = sorted(path for path in place.iterdir() if path.is_file()) if place.is_dir() else [place]
+    location = Path(source)
+    if not location.exists() and "::" in source:
+        location = Path(source.rpartition("::")[0])
+    files = sorted(path for path in location.iterdir() if path.is_file()) if location.is_dir() else [location]
     digest = hashlib.sha256(os.fsencode(os.path.abspath(source)))  # noqa: PTH100  (links keep their own path)
     for file in files:
         with suppress(OSError):

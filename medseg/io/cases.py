@@ -160,7 +160,7 @@ def _existing_file(path: Path) -> Path:
     if split_series(path)[1]:
         return path
     if _existing(path).is_dir():
-        raise RequestError(f"{path} is a folder: give it alone, not in a list of files.")
+        raise RequestError(f"{path} is a folder: give it on its own, not in a list of files.")
     reason = _refusal(path)
     if reason:
         raise RequestError(f"{path} is not predicted: {reason}. Expected a file ending in {_expected()}, or DICOM.")

@@ -107,25 +107,25 @@ def check_size(shape: tuple[int, ...], source: object, max_voxels: int = MAX_VOX
         )
 
 
-def spatial_axes(shape: tuple[int, ...], asked: int | None, source: object) -> int:
+def spatial_axes(shape: tuple[int, ...], requested: int | None, source: object) -> int:
     """Return the number of spatial axes of a shape: as requested, or by default two for a 2D image and else three.
 
     Raises:
         CaseError: The image does not have the requested number; a volume of one slice counts as 2D and as 3D.
     """
     flat = len(shape) == 2
-    if asked == 3 and flat:
+    if requested == 3 and flat:
         raise CaseError(f"{source} is a 2D image {shape}: expected a volume with three axes.")
-    if asked == 2 and not flat and shape[2] != 1:
+    if requested == 2 and not flat and shape[2] != 1:
         raise CaseError(f"{source} is a volume {shape}: expected a single slice or a 2D image.")
-    return asked or (2 if flat else 3)
+    return requested or (2 if flat else 3)
 
 
 def spatial_grid(
-    shape: tuple[int, ...], affine: ArrayLike, asked: int | None, source: object, max_voxels: int = MAX_VOXELS
+    shape: tuple[int, ...], affine: ArrayLike, requested: int | None, source: object, max_voxels: int = MAX_VOXELS
 ) -> Grid:
     """Return the checked grid of the spatial axes; errors as in `spatial_axes` and `Grid.check`."""
-    dims = spatial_axes(shape, asked, source)
+    dims = spatial_axes(shape, requested, source)
     return Grid(shape[:dims], np.asarray(affine)).check(source, max_voxels=max_voxels)
 
 

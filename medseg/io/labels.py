@@ -26,7 +26,7 @@ from medseg.io.dicom.sources import find_sources
 from medseg.io.formats import FORMATS
 from medseg.io.geometry import MAX_VOXELS, Grid
 from medseg.io.names import StrPath, absolute, file_kind
-from medseg.io.readers import load, placed_tensor, read_grid
+from medseg.io.readers import load, read_grid, to_meta_tensor
 
 __all__ = ["find_object", "load_label"]
 
@@ -74,14 +74,14 @@ def load_label(
     if sop_class not in SEG_CLASSES:
         series = _series(like, file)
         array, grid = read_rtstruct(file, like=series, labels=names, optional=optional, on_overlap=on_overlap)
-        return placed_tensor(*_with_axes(array, grid, spatial_dims, file), file)
+        return to_meta_tensor(*_with_axes(array, grid, spatial_dims, file), file)
     target = _target(like, file)
     if isinstance(target, Grid) and len(target.shape) == 2:
         target, spatial_dims = Grid((*target.shape, 1), target.affine), 2
     array, grid = read_seg(
         file, like=target, labels=names, optional=optional, on_overlap=on_overlap, max_voxels=max_voxels
     )
-    return placed_tensor(*_with_axes(array, grid, spatial_dims, file), file)
+    return to_meta_tensor(*_with_axes(array, grid, spatial_dims, file), file)
 
 
 def find_object(path: StrPath) -> tuple[Path, str] | None:

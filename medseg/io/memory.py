@@ -76,7 +76,7 @@ class _Voxels:
         name: Name of the image in messages.
         planes: Stored values `(C, *spatial)`.
         affine: 4 x 4 matrix from voxels to RAS+ mm.
-        give: Converts results `(C, *spatial)` to the type of the image.
+        convert: Converts results `(C, *spatial)` to the type of the image.
         is_2d: Whether channels are converted as for 2D image files.
         slope: Scale factor of the stored values.
         inter: Offset added after scaling.
@@ -85,7 +85,7 @@ class _Voxels:
     name: str
     planes: NDArray[Any]
     affine: NDArray[np.float64]
-    give: Callable[[NDArray[Any]], Any]
+    convert: Callable[[NDArray[Any]], Any]
     is_2d: bool = False
     slope: float = 1.0
     inter: float = 0.0
@@ -113,7 +113,7 @@ class _Voxels:
 
     def restore(self, values: NDArray[Any], affine: NDArray[np.float64]) -> Any:
         """Return the results as the type of the image."""
-        return self.give(np.ascontiguousarray(values.reshape(len(values), *self.planes.shape[1:])))
+        return self.convert(np.ascontiguousarray(values.reshape(len(values), *self.planes.shape[1:])))
 
 
 @dataclass(frozen=True)
@@ -215,12 +215,12 @@ def _of_nibabel(image: Any) -> MemoryImage:
         data = data.get_unscaled()
     array = np.asarray(data)
     if isinstance(image, nib.Nifti1Image):  # NIfTI-2 too
-        affine, give = nifti.affine_of(image.header, array.shape, Path("the NIfTI image")), nifti.image_like
+        affine, convert = nifti.affine_of(image.header, array.shape, Path("the NIfTI image")), nifti.image_like
     else:
-        affine, give = np.asarray(image.affine, np.float64), _nibabel_like
+        affine, convert = np.asarray(image.affine, np.float64), _nibabel_like
     planes = _channels_first(array, min(array.ndim, 3))
     return _Voxels(
-        f"the {type(image).__name__}", planes, affine, lambda values: give(image, values), slope=slope, inter=inter
+        f"the {type(image).__name__}", planes, affine, lambda values: convert(image, values), slope=slope, inter=inter
     )
 
 
@@ -235,7 +235,7 @@ def _of_simpleitk(image: Any) -> MemoryImage:
 
     dims = int(image.GetDimension())
 
-    def give(values: NDArray[Any]) -> Any:
+    def convert(values: NDArray[Any]) -> Any:
         array = values[0].T if len(values) == 1 else values.T
         made = sitk.GetImageFromArray(np.ascontiguousarray(array), isVector=len(values) > 1)
         made.CopyInformation(image)
@@ -243,14 +243,14 @@ def _of_simpleitk(image: Any) -> MemoryImage:
 
     direction = np.reshape(image.GetDirection(), (dims, dims))
     affine = _ras(direction, image.GetSpacing(), image.GetOrigin())
-    return _of_itk_array(sitk.GetArrayViewFromImage(image), dims, affine, give, "the SimpleITK image")
+    return _of_itk_array(sitk.GetArrayViewFromImage(image), dims, affine, convert, "the SimpleITK image")
 
 
 def _of_itk(image: Any) -> MemoryImage:
     itk = require("itk", "An ITK image")
     dims = int(image.GetImageDimension())
 
-    def give(values: NDArray[Any]) -> Any:
+    def convert(values: NDArray[Any]) -> Any:
         array = values[0].T if len(values) == 1 else values.T
         made = itk.image_from_array(np.ascontiguousarray(array), is_vector=len(values) > 1)
         made.SetOrigin(image.GetOrigin())
@@ -259,17 +259,17 @@ def _of_itk(image: Any) -> MemoryImage:
         return made
 
     affine = _ras(itk.array_from_matrix(image.GetDirection()), image.GetSpacing(), image.GetOrigin())
-    return _of_itk_array(itk.array_view_from_image(image), dims, affine, give, "the ITK image")
+    return _of_itk_array(itk.array_view_from_image(image), dims, affine, convert, "the ITK image")
 
 
 def _of_itk_array(
-    array: NDArray[Any], dims: int, affine: NDArray[np.float64], give: Callable[[NDArray[Any]], Any], name: str
+    array: NDArray[Any], dims: int, affine: NDArray[np.float64], convert: Callable[[NDArray[Any]], Any], name: str
 ) -> MemoryImage:
     """Wrap an array `([z, ]y, x[, channels])`."""
     if dims not in (2, 3):
         raise RequestError(f"{name.capitalize()} has {dims} dimensions: expected 2 or 3.", found=dims)
     planes = array.T if array.ndim > dims else array.T[None]
-    return _Voxels(name, planes, affine, give, is_2d=dims == 2)
+    return _Voxels(name, planes, affine, convert, is_2d=dims == 2)
 
 
 def _ras(direction: ArrayLike, spacing: Sequence[float], origin: Sequence[float]) -> NDArray[np.float64]:
@@ -292,12 +292,12 @@ def _of_tensor(image: Any) -> MemoryImage:
     affine = to_affine4(image.affine.cpu().numpy())
     lps = str(getattr(image.meta.get("space"), "value", image.meta.get("space"))) == "LPS"
 
-    def give(values: NDArray[Any]) -> Any:
+    def convert(values: NDArray[Any]) -> Any:
         made = meta_tensor(torch.from_numpy(values)).copy_meta_from(image)
         return made.to(image.device)
 
     planes = image.detach().as_tensor().cpu().numpy()
-    return _Voxels("the MetaTensor", planes, _LPS @ affine if lps else affine, give, is_2d=image.ndim == 3)
+    return _Voxels("the MetaTensor", planes, _LPS @ affine if lps else affine, convert, is_2d=image.ndim == 3)
 
 
 def _of_datasets(image: Any) -> MemoryImage:

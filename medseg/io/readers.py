@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from medseg.io.memory import MemoryImage
     from medseg.io.voxels import ReadOptions
 
-__all__ = ["Reader", "find_reader", "load", "placed_tensor", "read_grid"]
+__all__ = ["Reader", "find_reader", "load", "read_grid", "to_meta_tensor"]
 
 logger = logging.getLogger(__name__)
 
@@ -112,10 +112,10 @@ def load(
     if len(grid.shape) == 3 and np.array_equal(np.abs(grid.affine), np.eye(4)):
         text = "suspicious identity affine (1 mm voxels, origin 0); the geometry may have been lost"
         warn(logger, "identity-affine", text, file)
-    return placed_tensor(array, grid, file)
+    return to_meta_tensor(array, grid, file)
 
 
-def placed_tensor(array: NDArray[Any], grid: Grid, file: Path) -> MetaTensor:
+def to_meta_tensor(array: NDArray[Any], grid: Grid, file: Path) -> MetaTensor:
     """Return voxels `(C, *spatial)` as a MetaTensor with the affine and metadata described in `load`."""
     import numpy as np
     import torch

@@ -133,7 +133,7 @@ def test_the_one_series_of_a_folder_is_found(series: Path) -> None:
     ("change", "error", "message"),
     [
         (lambda folder: write_series(np.ones((8, 6, 4)), np.eye(4), folder / "b"), CaseError, "holds 2 images"),
-        (lambda folder: sorted(folder.iterdir())[1].unlink(), GeometryError, "uneven distances"),
+        (lambda folder: sorted(folder.iterdir())[1].unlink(), GeometryError, "unevenly spaced slices"),
         (lambda folder: [path.unlink() for path in folder.iterdir()], RequestError, "Nothing to predict"),
     ],
     ids=["two", "gap", "none"],

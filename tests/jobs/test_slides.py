@@ -146,8 +146,8 @@ def test_other_dicom_and_damaged_slides_are_failed_cases_with_the_reason(rgb_bun
     manifest = medseg.predict(rgb_bundle.root, tmp_path / "in", tmp_path / "out")
     errors = {name: str(record.error) for name, record in manifest.cases.items()}
     assert errors.keys() == {"a.nii.gz", "b.geojson"}
-    assert "does not say where they lie" in errors["a.nii.gz"]
-    assert "torn.dcm has" in errors["b.geojson"]
+    assert "without geometry" in errors["a.nii.gz"]
+    assert "torn.dcm is truncated" in errors["b.geojson"]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["manifest.json"]
 
 
@@ -286,7 +286,7 @@ def test_a_bundle_for_volumes_says_what_takes_slides(trained: Bundle, tmp_path: 
     assert "bundle for 2D color images" in str(record.error)
     write_dicom_slide(tmp_path / "dicom" / "a.dcm", picture())
     manifest = medseg.predict(trained.root, tmp_path / "dicom", tmp_path / "out")
-    assert "only bundles for color pictures take" in str(manifest.cases["dicom.geojson"].error)
+    assert "needs a bundle for 2D color images" in str(manifest.cases["dicom.geojson"].error)
 
 
 @pytest.mark.data

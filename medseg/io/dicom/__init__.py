@@ -1,6 +1,6 @@
-"""DICOM images: folders, single files, DICOMDIR and zip archives become series with a place in space.
+"""DICOM series from folders, single files, DICOMDIR and zip archives, with their geometry.
 
-`detect` recognizes DICOM by its first bytes and loads nothing heavy; the rest brings numpy and pydicom on first use.
+`detect` recognizes DICOM by its first bytes and imports nothing heavy; the rest imports numpy and pydicom on first use.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Recognizing DICOM by its first bytes, and paths that name a series; only the standard library is imported."""
+"""Recognition of DICOM files by their first bytes, and paths with a series; imports the standard library only."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ __all__ = [
 ]
 
 DIRECTORY_FILE = "DICOMDIR"
-# Between the path of a folder or archive and the series in it.
+# Separates the path of a folder or archive from the series in it.
 SERIES_MARK = "::"
 
 _START_BYTES = 4096
-# Files without preamble and mark: elements in ascending order from group 2 or 8 on, with a SOP class of the standard.
+# Files without preamble and prefix: elements in ascending order from group 2 or 8 on, with a standard SOP class.
 _BARE_START = (b"\x02\x00", b"\x08\x00")
 _SOP_CLASS = re.compile(rb"\x08\x00\x16\x00(?:UI..|..\x00\x00)1\.2\.840\.10008\.", re.DOTALL)
 
 
 def is_dicom_start(start: bytes) -> bool:
-    """Tell whether a file that starts with these bytes (4 KiB are enough) is DICOM."""
+    """Return whether a file that starts with these bytes (4 KiB are enough) is DICOM."""
     return start[128:132] == b"DICM" or (start[:2] in _BARE_START and _SOP_CLASS.search(start) is not None)
 
 
 def is_dicom(path: Path) -> bool:
-    """Tell whether a regular file is DICOM: the mark "DICM" counts, or without one a SOP class; names do not."""
+    """Return whether a regular file is DICOM, by the prefix "DICM" or else a SOP class; its name is ignored."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
@@ -41,21 +41,21 @@ def is_dicom(path: Path) -> bool:
 
 
 def split_series(path: StrPath) -> tuple[Path, str]:
-    """Split `folder::series` into the absolute path of the folder, file or archive, and the series, which may be empty.
+    """Split `folder::series` into the absolute path of the folder, file or archive, and the series (may be empty).
 
-    A path that exists as it stands is never split.
+    An existing path is never split.
     """
     whole = absolute(path)
-    head, mark, series = str(whole).rpartition(SERIES_MARK)
-    if not mark or whole.exists():
+    head, separator, series = str(whole).rpartition(SERIES_MARK)
+    if not separator or whole.exists():
         return whole, ""
     return Path(head), series
 
 
 def image_kind(path: StrPath) -> str | None:
-    """Return the family of formats, a key of `medseg.io.formats.FORMATS`, of a path that may also name a DICOM series.
+    """Return the format, a key of `medseg.io.formats.FORMATS`, of a path with or without a DICOM series.
 
-    Unlike `file_kind` this looks at the disk: folders, zip archives and files with DICOM content are "dicom".
+    Unlike `file_kind` this accesses the file system: folders, zip archives and files with DICOM content are "dicom".
     """
     source, series = split_series(path)
     kind = file_kind(source)
@@ -66,9 +66,9 @@ def image_kind(path: StrPath) -> str | None:
 
 
 def named_file(path: Path) -> Path:
-    """Return what an image is named by, as if it were one file: DICOM, whatever it is called, as if it ended in `.dcm`.
+    """Return the file name that an image is named after: DICOM files and folders as if they ended in `.dcm`.
 
-    So does a folder, and of `folder::series` what is left when every sign that file names may lack has become `_`.
+    In `folder::series`, characters that are not portable in file names become `_`.
     """
     source, series = split_series(path)
     if series:

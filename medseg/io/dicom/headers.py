@@ -1,6 +1,6 @@
-"""Headers of DICOM files: what an image needs to be placed and decoded, without its pixels.
+"""Headers of DICOM files: geometry and pixel format, without the pixels.
 
-Nothing that names a patient is kept, and what goes into messages are numbers, modalities and UIDs alone.
+Nothing that identifies a patient is kept; messages contain only numbers, modalities and UIDs.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from medseg.io.dicom.sources import Source, quiet, streams
 
 __all__ = ["Header", "Plane", "read_headers"]
 
-# What tells apart images at one place, in the order in which it is tried.
+# Attributes that distinguish images at the same position, in order of preference.
 _DISCRIMINATORS: Final = (
     *("StackID", "TemporalPositionIdentifier", "TemporalPositionIndex", "EchoNumbers", "EchoTime", "EffectiveEchoTime"),
     *("InversionTime", "DiffusionBValue", "DiffusionGradientOrientation", "TriggerTime"),
     *("NominalCardiacTriggerDelayTime", "ImageType", "FrameType", "AcquisitionNumber", "FrameAcquisitionNumber"),
     *("ConvolutionKernel", "AcquisitionTime", "AcquisitionDateTime", "ContentTime"),
 )
-# Where enhanced objects keep, for all frames or for each, what classic ones keep at the top.
+# Functional groups in which enhanced objects store, shared or per frame, attributes of classic objects.
 _GROUPS: Final[Mapping[str, tuple[str, ...]]] = {
     "ImagePositionPatient": ("PlanePositionSequence",),
     "ImageOrientationPatient": ("PlaneOrientationSequence",),
@@ -58,13 +58,13 @@ _TAGS: Final[tuple[BaseTag | int, ...]] = tuple(Tag(keyword) for keyword in dict
 _PIXEL_DATA: Final = 0x7FE00010
 _UNDEFINED_LENGTH: Final = 0xFFFFFFFF
 _DEFLATED: Final = "1.2.840.10008.1.2.1.99"
-# Implicit and explicit little endian, big endian, deflated; all others keep compressed frames.
+# Implicit and explicit little endian, big endian, deflated; all others have compressed frames.
 _NATIVE: Final = ("", "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2", _DEFLATED)
 _MAX_INFLATED: Final = 1 << 30
-# No lossless coding packs a large real image tighter than this; only a header that lies does.
+# No lossless compression of a large image has a higher ratio than this; the header must be wrong.
 _MAX_PACKING: Final = 10_000
 _PACKING_FROM: Final = 1 << 26
-# Objects that have rows and columns but hold no intensities, by SOP class; "." at the end stands for all below it.
+# Objects without intensities, although some have rows and columns, by SOP class or prefix of it.
 _NO_IMAGES: Final[Mapping[str, str]] = {
     "1.2.840.10008.1.3.10": "a DICOMDIR, which lists other files",
     "1.2.840.10008.5.1.4.1.1.66.4": "a Segmentation object",
@@ -79,7 +79,7 @@ _NO_IMAGES: Final[Mapping[str, str]] = {
     "1.2.840.10008.5.1.4.1.1.30": "a Parametric Map object",
     "1.2.840.10008.5.1.4.1.1.4.2": "MR spectroscopy",
     "1.2.840.10008.5.1.4.1.1.9": "a waveform",
-    "1.2.840.10008.5.1.4.1.1.77.1.6": "a whole-slide image, which only bundles for color pictures take",
+    "1.2.840.10008.5.1.4.1.1.77.1.6": "a whole-slide image, which needs a bundle for 2D color images",
 }
 _MODALITIES: Final = ("SEG", "RTSTRUCT", "RTDOSE", "RTPLAN", "SR", "PR", "KO", "REG", "DOC", "FID", "RWV")
 
@@ -89,14 +89,15 @@ class Plane:
     """One frame of an image.
 
     Attributes:
-        frame: its number in the file, from 0.
-        position: center of the first pixel, LPS+ mm; None if the file does not say.
-        orientation: unit vectors along a row and along a column, LPS+, six numbers; None if the file does not say.
-        spacing: mm between rows, and between columns.
+        frame: Index of the frame in the file, from 0.
+        position: Center of the first pixel, LPS+ mm (ImagePositionPatient); None if missing.
+        orientation: Unit vectors along a row and along a column, LPS+, six numbers (ImageOrientationPatient); None if
+            missing.
+        spacing: Distance between rows and between columns in mm (PixelSpacing); None if missing.
         thickness: SpacingBetweenSlices, else SliceThickness, in mm; None without either.
-        slope: factor from stored values to values.
-        inter: what is added after the factor.
-        marks: name and value of what may tell it from other images at the same place.
+        slope: Scale factor of the stored values.
+        inter: Offset added after scaling.
+        discriminators: Name and value of the attributes that may distinguish it from images at the same position.
     """
 
     frame: int
@@ -111,33 +112,33 @@ class Plane:
 
 @dataclass(frozen=True)
 class Header:
-    """One DICOM file.
+    """Header of one DICOM file.
 
     Attributes:
-        source: where it lies.
-        series_uid: SeriesInstanceUID; texts are empty where the file does not say.
+        source: Source of the file.
+        series_uid: SeriesInstanceUID; missing texts are empty.
         study_uid: StudyInstanceUID.
         sop_class: SOPClassUID.
         sop_uid: SOPInstanceUID.
         frame_of_reference: FrameOfReferenceUID.
-        modality: such as "CT".
+        modality: Modality, such as "CT".
         number: SeriesNumber.
-        instance: InstanceNumber; None where the file does not say.
-        description: SeriesDescription, which may name a person: not for messages.
+        instance: InstanceNumber; None if missing.
+        description: SeriesDescription, which may identify a person and must not appear in messages.
         syntax: TransferSyntaxUID.
         image_type: ImageType, in upper case.
-        localizer: it is a scout image, by its ImageType.
-        rows: pixels along a column.
-        columns: pixels along a row.
-        samples: values per pixel.
-        photometric: such as "MONOCHROME2".
-        bits_allocated: bits per value in the file.
-        bits_stored: bits of those that are in use.
-        high_bit: the highest of them.
-        signed: stored values are two's complement.
-        planes: its frames, in the order of the file.
-        other: what it is instead of an image, such as "an RT Dose object"; empty for an image.
-        damage: what is wrong with it, as half a sentence; empty if nothing is.
+        localizer: Whether it is a localizer (scout) image, by its ImageType.
+        rows: Number of rows.
+        columns: Number of columns.
+        samples: SamplesPerPixel.
+        photometric: PhotometricInterpretation, such as "MONOCHROME2".
+        bits_allocated: BitsAllocated.
+        bits_stored: BitsStored.
+        high_bit: HighBit.
+        signed: Whether stored values are two's complement (PixelRepresentation).
+        planes: Frames, in the order of the file.
+        other: Kind of object if it is not an image, such as "an RT Dose object"; empty for an image.
+        damage: Fault of the file as a phrase; empty for a valid file.
     """
 
     source: Source
@@ -167,16 +168,16 @@ class Header:
 
 
 class _DamageError(Exception):
-    """A header that breaks a rule; the text says which."""
+    """An invalid header; the message describes the fault."""
 
 
-# Folders are listed, read and written for in turn, each time from the headers; a key changes when its file does.
+# Listing, reading and writing all need the headers of a folder; a key changes when its file does.
 _known: dict[Source, Header] = {}
 _MAX_KNOWN: Final = 10_000
 
 
 def read_headers(sources: Iterable[Source]) -> list[Header]:
-    """Read the headers of files, in their order; damage is noted in each, not raised."""
+    """Read the headers of files, in order; damage is recorded in each header, not raised."""
     sources = list(sources)
     if len(_known) + len(sources) > _MAX_KNOWN:
         _known.clear()
@@ -199,14 +200,14 @@ def _read(source: Source, stream: BinaryIO) -> Header:
             return replace(header, planes=_planes(content))
     except (_DamageError, CaseError) as error:
         return replace(header, damage=str(error))
-    except Exception as error:  # parsing a damaged file raises many types, whose texts may quote the file
+    except Exception as error:  # parsing a damaged file raises many types, whose messages may quote the file
         return replace(header, damage=f"its header cannot be parsed ({type(error).__name__})")
 
 
 def _content(stream: BinaryIO, source: Source) -> tuple[Dataset, int]:
-    """Parse up to the pixels; return the elements in use and the pixels' length in bytes, 0 without any.
+    """Parse up to the pixel data; return the required elements and the size of the pixel data, 0 without any.
 
-    Of pixels in compressed frames the length is what follows in the file.
+    For compressed frames the size is the rest of the file.
     """
     length = start = 0
 
@@ -225,7 +226,7 @@ def _content(stream: BinaryIO, source: Source) -> tuple[Dataset, int]:
 
 
 class _Bounded:
-    """A stream whose rest is read at once only if it inflates to less than a gigabyte: so a parser inflates it."""
+    """A stream that refuses to be read to its end if that inflates to more than 1 GiB, as the parser would do."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
@@ -247,7 +248,7 @@ def _refuse_large_deflate(packed: bytes) -> None:
         size += len(inflater.decompress(packed, 1 << 20))
         packed = inflater.unconsumed_tail
     if size > _MAX_INFLATED:
-        raise _DamageError(f"it is deflated and unpacks to more than {_MAX_INFLATED:,} bytes")
+        raise _DamageError(f"its deflated content unpacks to more than {_MAX_INFLATED:,} bytes")
 
 
 def _syntax(content: Dataset) -> str:
@@ -256,7 +257,7 @@ def _syntax(content: Dataset) -> str:
 
 
 def _described(header: Header, content: Dataset) -> Header:
-    """Add what is told of the series, and whether this is an image at all."""
+    """Add the attributes of the series, and the kind of object."""
     sop_class, modality = _text(content, "SOPClassUID"), _text(content, "Modality")
     meta = getattr(content, "file_meta", None) or Dataset()
     image_type = tuple(part.strip() for part in _text(content, "ImageType").upper().split("\\"))
@@ -285,17 +286,16 @@ def _other(header: Header, *, has_rows: bool) -> str:
             return found
     if header.modality in _MODALITIES:
         return f"an object of modality {header.modality}"
-    # Without a class it may be an image that is cut short, which must not be passed over.
+    # Without a SOP class it may be a truncated image, which must not be ignored.
     name = UID(header.sop_class).name if header.sop_class else "Image"
     return "" if has_rows or "Image" in name else name
 
 
 def _sized(header: Header, content: Dataset) -> Header:
-    """Add what is told of the pixels."""
+    """Add the attributes of the pixels."""
     if "MOSAIC" in header.image_type:
         raise _DamageError(
-            "it is a mosaic, slices side by side in one image, whose places only private elements tell (dcm2niix "
-            "unpacks it)"
+            "it is a mosaic of slices in one image, whose geometry is only in private elements (dcm2niix converts it)"
         )
     allocated = _whole(content, "BitsAllocated")
     stored = _whole(content, "BitsStored", allocated)
@@ -312,33 +312,36 @@ def _sized(header: Header, content: Dataset) -> Header:
         signed=_whole(content, "PixelRepresentation", 0) == 1,
     )
     if min(header.rows, header.columns) < 1 or header.samples not in (1, 3):
-        raise _DamageError(f"it has {header.rows} rows, {header.columns} columns and {header.samples} values per pixel")
+        raise _DamageError(
+            f"it has invalid dimensions: {header.rows} rows, {header.columns} columns, {header.samples} samples per "
+            "pixel"
+        )
     if allocated not in (8, 16, 32) or not 1 <= stored <= allocated or not stored - 1 <= header.high_bit < allocated:
         raise _DamageError(
-            f"its values have {allocated} bits, of which {stored} are in use up to bit {header.high_bit}: expected 8, "
-            "16 or 32"
+            f"it has an invalid pixel format: BitsAllocated {allocated} (expected 8, 16 or 32), BitsStored {stored}, "
+            f"HighBit {header.high_bit}"
         )
     return header
 
 
 def _check_length(header: Header, content: Dataset, length: int, source: Source) -> None:
-    """Compare what a header claims with the bytes that there are, before any memory is taken."""
+    """Compare the size of the pixel data with the header, before memory is allocated."""
     frames = _whole(content, "NumberOfFrames", 1)
     if frames < 1:
-        raise _DamageError(f"it has {frames} frames")
+        raise _DamageError(f"it has an invalid NumberOfFrames: {frames}")
     claimed = frames * header.rows * header.columns * header.samples * header.bits_allocated // 8
     if header.photometric == "YBR_FULL_422":
         claimed = claimed * 2 // 3
     shape = f"{frames} x {header.rows} x {header.columns} pixels"
     if not length:
-        raise _DamageError(f"it has no pixels, or is cut short before them: expected {shape}")
+        raise _DamageError(f"it has no pixel data, or is truncated: expected {shape}")
     if header.syntax not in _NATIVE:
-        # Each frame has a head of 8 bytes.
+        # Each frame has an item header of 8 bytes.
         if frames * 8 > length or (claimed > _PACKING_FROM and claimed > length * _MAX_PACKING):
-            raise _DamageError(f"it claims {shape} in {length:,} bytes of compressed pixels")
+            raise _DamageError(f"its pixel data is implausibly small: {shape} in {length:,} compressed bytes")
     elif length < claimed:
         raise _DamageError(
-            f"its pixels are cut short: {shape} need {claimed:,} bytes, {claimed - length:,} more than there are"
+            f"its pixel data is truncated: {shape} need {claimed:,} bytes, {claimed - length:,} are missing"
         )
 
 
@@ -348,15 +351,15 @@ def _planes(content: Dataset) -> tuple[Plane, ...]:
     if not groups and frames == 1:
         return (_plane(0, content.get),)
     if not groups:
-        raise _DamageError(f"it has {frames} frames and does not say where they lie (no functional groups)")
+        raise _DamageError(f"it has {frames} frames without geometry (no per-frame functional groups)")
     if len(groups) != frames:
-        raise _DamageError(f"it has {frames} frames, but describes {len(groups)}")
+        raise _DamageError(f"it has {frames} frames, but {len(groups)} per-frame functional groups")
     shared = list(content.get("SharedFunctionalGroupsSequence") or [])
     return tuple(_plane(frame, _getter(group, shared, content)) for frame, group in enumerate(groups))
 
 
 def _getter(group: Dataset, shared: list[Dataset], content: Dataset) -> Callable[[str], Any]:
-    """Return a look-up of one frame: its own groups, then those that all share, then, of what has no group, the top."""
+    """Return a lookup for one frame: per-frame groups, then shared groups; top level for attributes without group."""
 
     def get(keyword: str) -> Any:
         for sequence in _GROUPS.get(keyword, ()):
@@ -374,7 +377,7 @@ def _plane(frame: int, get: Callable[[str], Any]) -> Plane:
     orientation = _numbers(get, "ImageOrientationPatient", 6)
     depths = (_numbers(get, keyword, 1) or (0.0,) for keyword in ("SpacingBetweenSlices", "SliceThickness"))
     slope, inter = _numbers(get, "RescaleSlope", 1), _numbers(get, "RescaleIntercept", 1)
-    discriminators = ((mark, str(get(mark))) for mark in _DISCRIMINATORS if get(mark) not in (None, ""))
+    discriminators = ((name, str(get(name))) for name in _DISCRIMINATORS if get(name) not in (None, ""))
     return Plane(
         frame=frame,
         position=position,
@@ -401,17 +404,17 @@ def _whole(content: Dataset, keyword: str, default: int | None = None) -> int:
     try:
         return int(text)
     except ValueError as error:
-        raise _DamageError(f"{keyword} is {text[:20]!r}: expected a whole number") from error
+        raise _DamageError(f"{keyword} is {text[:20]!r}: expected an integer") from error
 
 
 def _numbers(get: Callable[[str], Any], keyword: str, count: int) -> tuple[float, ...] | None:
-    """Return finite numbers, or None where there are none."""
+    """Return `count` finite numbers, or None if the attribute is missing or empty."""
     try:
         value = get(keyword)
         parts = list(value) if isinstance(value, MultiValue | list) else [value]
         values = tuple(float(part) for part in parts if part not in (None, ""))
     except (ValueError, TypeError, OverflowError) as error:
-        raise _DamageError(f"{keyword} holds something else than numbers") from error
+        raise _DamageError(f"{keyword} is not numeric") from error
     if not values:
         return None
     if len(values) != count or not all(math.isfinite(number) for number in values):

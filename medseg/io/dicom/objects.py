@@ -1,10 +1,10 @@
-"""What DICOM segmentations and structure sets share: source series, UIDs, patient, labels, and storage.
+"""Common parts of DICOM SEG and RT-STRUCT: source series, UIDs, patient and study, labels, storage.
 
 UIDs are derived from content (a UUID of SHA-256 below the root 2.25), so the same mask on the same series is the same
-object, however often it is written, and an archive that gets it twice keeps one. Only the dates of creation differ.
+object each time it is written, and an archive stores it once. Only the creation dates differ.
 
-What belongs to the patient and the study goes from the source series into the object, as DICOM demands, and nowhere
-else: not into messages, and not through libraries that log what they are given.
+Patient and study attributes are copied from the source series to the object, as DICOM requires, and nowhere else: not
+to messages, and not to libraries that log their input.
 """
 
 from __future__ import annotations
@@ -62,15 +62,15 @@ LabelKeys: TypeAlias = Mapping[str, int] | Mapping[int, int] | Mapping[str | int
 OnOverlap: TypeAlias = Literal["refuse", "later"]
 
 _NAMESPACE = uuid.UUID("6f0d1a4e-3b0f-5d52-9a55-0f6f0a5c7c1e")
-_NOT_READ = ("1.2.840.10008.1.2.2", "1.2.840.10008.1.2.1.99")
+_UNSUPPORTED_SYNTAXES = ("1.2.840.10008.1.2.2", "1.2.840.10008.1.2.1.99")
 _UNDEFINED_LENGTH = 0xFFFFFFFF
 _LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
-# Modules Patient, Clinical Trial Subject and Study, General Study and Patient Study; these may be empty, not missing.
+# Modules Patient, Clinical Trial Subject and Study, General Study, Patient Study: type 2 attributes, then the others.
 _EMPTY_IF_MISSING = (
     "PatientName PatientID PatientBirthDate PatientSex StudyDate StudyTime ReferringPhysicianName StudyID "
     "AccessionNumber"
 )
-_IF_THERE = (
+_COPIED_IF_PRESENT = (
     "IssuerOfPatientID EthnicGroup PatientIdentityRemoved DeidentificationMethod DeidentificationMethodCodeSequence "
     "QualityControlSubject PatientAge PatientSize PatientWeight StudyDescription ClinicalTrialSponsorName "
     "ClinicalTrialProtocolID ClinicalTrialProtocolName ClinicalTrialSiteID ClinicalTrialSiteName "
@@ -80,15 +80,15 @@ _IF_THERE = (
 
 @dataclass(frozen=True, eq=False)
 class SourceSeries:
-    """The series that a segmentation is made from.
+    """The source series of a segmentation.
 
     Attributes:
-        series: its images and their places.
-        uid: Series Instance UID; this and the next two are derived from the UIDs of the images where these do not tell
-            them, as after some anonymization.
-        study_uid: Study Instance UID.
-        frame_of_reference: Frame of Reference UID.
-        header: the elements of its first image, without the pixels.
+        series: Images and geometry.
+        uid: SeriesInstanceUID; this and the next two are derived from the UIDs of the images if missing, as after some
+            de-identification.
+        study_uid: StudyInstanceUID.
+        frame_of_reference: FrameOfReferenceUID.
+        header: Elements of the first image, without pixel data.
     """
 
     series: Series
@@ -99,11 +99,11 @@ class SourceSeries:
 
     @property
     def grid(self) -> Grid:
-        """Where its voxels lie; the array axes are columns, rows, slices."""
+        """Voxel grid; the array axes are columns, rows, slices."""
         return self.series.grid
 
     def references(self) -> list[tuple[str, str, int | None]]:
-        """Return kind of image, its UID, and for a multi-frame image the number of the frame, slice by slice."""
+        """Return SOP class UID, SOP instance UID and, for a multi-frame image, frame number of each slice."""
         several = len(self.series.files) < len(self.series.slices)
         return [
             (item.header.sop_class, item.header.sop_uid, item.plane.frame + 1 if several else None)
@@ -112,43 +112,45 @@ class SourceSeries:
 
 
 def open_source(like: SeriesLike) -> SourceSeries:
-    """Read what a segmentation has to know about its source: a folder, file or archive, or an opened series.
+    """Read the source series of a segmentation: a folder, file or archive, or an opened series.
 
     Raises:
-        CaseError: it cannot be read, or has no UIDs to refer to.
-        GeometryError: its place in space is undefined.
+        CaseError: The series cannot be read, or has no SOPInstanceUIDs to reference.
+        GeometryError: The series has no valid geometry.
     """
     from medseg.io.dicom import open_series
 
     series = open_series(like) if isinstance(like, str | os.PathLike) else like
     first = series.files[0]
     if not series.has_geometry:
-        raise GeometryError(f"{first} does not say where it lies in space: expected a position and axes.")
+        raise GeometryError(
+            f"{first} has no valid geometry: expected ImagePositionPatient and ImageOrientationPatient."
+        )
     images = [item.header.sop_uid for item in series.slices]
     if not all(images):
         raise CaseError(
-            f"{first} belongs to a series of which images have no SOPInstanceUID: nothing can refer to them."
+            f"{first} belongs to a series with images without SOPInstanceUID: a segmentation cannot reference them."
         )
     with reading(first):
         header: Dataset = next(series.headers())
         header.decode()
-    told = {"series": series.uid, "study": series.study_uid, "frame of reference": series.frame_of_reference}
-    missing = [name for name, uid in told.items() if not uid]
+    uids = {"series": series.uid, "study": series.study_uid, "frame of reference": series.frame_of_reference}
+    missing = [name for name, uid in uids.items() if not uid]
     if missing:
-        text = f"no UID of the {' and '.join(missing)}; derived from the SOPInstanceUIDs of the images"
+        text = f"no {' and '.join(missing)} UID; derived from the SOPInstanceUIDs of the images"
         warn(logger, "uid-derived", text, first)
-    uid, study_uid, frame = (uid or derived_uid(name, *sorted(images)) for name, uid in told.items())
+    uid, study_uid, frame = (uid or derived_uid(name, *sorted(images)) for name, uid in uids.items())
     return SourceSeries(series, uid, study_uid, frame, header)
 
 
 def derived_uid(*parts: object) -> str:
-    """Return the UID that belongs to some content, always the same for the same."""
+    """Return a UID derived from content; equal content gives equal UIDs."""
     text = "\n".join(str(part) for part in parts)
     return f"2.25.{uuid.uuid5(_NAMESPACE, hashlib.sha256(text.encode()).hexdigest()).int}"
 
 
 def digest(array: NDArray[Any]) -> str:
-    """Return the SHA-256 of an array's type, shape and values, in hexadecimal, whatever its layout in memory."""
+    """Return the SHA-256 of an array's type, shape and values, in hexadecimal, independent of its memory layout."""
     found = hashlib.sha256(f"{array.dtype.str} {array.shape}".encode())
     for part in array:
         found.update(np.ascontiguousarray(part).data)
@@ -156,33 +158,32 @@ def digest(array: NDArray[Any]) -> str:
 
 
 def check_mask(mask: NDArray[Any], labels: Mapping[int, Any], source: SourceSeries) -> NDArray[np.uint16]:
-    """Return a label map as whole numbers, after checking that it lies on the source and each value has a label.
+    """Return a label map as uint16, after checking that it matches the source and every value has a label.
 
     Raises:
-        GeometryError: its shape is not that of the source.
-        RequestError: no labels are given, or one for 0 or above 65535.
-        CaseError: the mask holds other values than the labels.
+        GeometryError: The shapes of mask and source differ.
+        RequestError: No labels are given, or one for 0 or above 65535.
+        CaseError: The mask has values without a label.
     """
     if not labels or any(not isinstance(value, int) or not 0 < value < 2**16 for value in labels):
-        raise RequestError(f"Labels are given for {sorted(labels)}: expected one or more values from 1 to 65535.")
+        raise RequestError(f"Invalid label values {sorted(labels)}: expected one or more values from 1 to 65535.")
     if mask.shape != source.grid.shape:
         raise GeometryError(
-            f"The mask has the shape {mask.shape}, but series {source.uid} has {source.grid.describe()}: they "
-            "must lie voxel on voxel."
+            f"Geometry mismatch: the mask has shape {mask.shape}, but series {source.uid} has {source.grid.describe()}."
         )
     found = np.unique(mask)
     unknown = [value for value in found.tolist() if value != 0 and value not in labels]
     if unknown:
         shown = ", ".join(f"{value:g}" for value in unknown[:10])
-        raise CaseError(f"The mask holds {shown}, for which no label is given: expected 0 or one of {sorted(labels)}.")
+        raise CaseError(f"The mask has values without a label: {shown}; expected 0 or one of {sorted(labels)}.")
     return mask.astype(np.uint16, copy=False)
 
 
 def add_patient_and_study(target: Dataset, source: SourceSeries) -> None:
-    """Copy what belongs to the patient and the study; text is stored as UTF-8, so any label name fits beside it."""
+    """Copy the patient and study attributes; text is stored as UTF-8, so that all label names can be encoded."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they would show values
-        for keyword in f"{_EMPTY_IF_MISSING} {_IF_THERE}".split():
+        for keyword in f"{_EMPTY_IF_MISSING} {_COPIED_IF_PRESENT}".split():
             if keyword in source.header:
                 target[keyword] = source.header[keyword]
             elif keyword in _EMPTY_IF_MISSING.split():
@@ -192,7 +193,7 @@ def add_patient_and_study(target: Dataset, source: SourceSeries) -> None:
 
 
 def add_instance(target: Dataset, sop_class: str, uid: str, created: datetime) -> None:
-    """Set what identifies an object, and says who made it and when; each object is a series of its own."""
+    """Set the attributes for identification, equipment and creation time; each object is a separate series."""
     from medseg.version import __version__
 
     target.SOPClassUID, target.SOPInstanceUID = sop_class, uid
@@ -203,7 +204,7 @@ def add_instance(target: Dataset, sop_class: str, uid: str, created: datetime) -
 
 
 def write_object(dataset: Dataset, path: Path) -> None:
-    """Write an object to a path, as a DICOM file with preamble and meta information."""
+    """Write an object as a DICOM file with preamble and meta information."""
     modern = int(pydicom.__version__.split(".")[0]) >= 3
     options: dict[str, Any] = {"enforce_file_format": True} if modern else {"write_like_original": False}
     if not modern:
@@ -215,32 +216,35 @@ def write_object(dataset: Dataset, path: Path) -> None:
 
 
 def read_object(file: Path, kinds: Collection[str], what: str) -> Dataset:
-    """Read a DICOM object; to be called within `reading`.
+    """Read a DICOM object; must be called within `reading`.
 
     Args:
-        file: the file.
-        kinds: the SOP classes that are expected.
-        what: what they are called.
+        file: File to read.
+        kinds: Expected SOP class UIDs.
+        what: Name of the expected objects, for messages.
 
     Raises:
-        CaseError: the file is missing, of another kind, or stored in a way that is not read: big-endian, or deflated,
-            which could unpack to any size.
+        CaseError: The file is missing, has another SOP class or an unsupported transfer syntax: big endian, or
+            deflated, whose unpacked size is unbounded.
     """
     if not file.is_file():
-        raise CaseError(f"{file} does not exist, or is no file: check the path.")
+        raise CaseError(f"{file} does not exist, or is not a regular file: check the path.")
     meta = read_file_meta_info(file)
-    if str(meta.get("TransferSyntaxUID", "")) in _NOT_READ:
-        raise CaseError(f"{file} is stored deflated or big-endian: convert it, for instance by dcmconv +te.")
+    if str(meta.get("TransferSyntaxUID", "")) in _UNSUPPORTED_SYNTAXES:
+        raise CaseError(
+            f"{file} has an unsupported transfer syntax (deflated or big endian): convert it, for instance with "
+            "dcmconv +te."
+        )
     dataset = _read_whole(file)
     kind = str(dataset.get("SOPClassUID", ""))
     if kind not in kinds:
-        raise CaseError(f"{file} is a DICOM object of the kind {kind or 'none'}: expected {what}, {min(kinds)}.")
+        raise CaseError(f"{file} has the SOP class {kind or 'none'}: expected {what}, {min(kinds)}.")
     return dataset
 
 
 @contextlib.contextmanager
 def reading(source: object) -> Iterator[None]:
-    """Turn whatever pydicom raises on a damaged file into a CaseError, without values of the file."""
+    """Convert all exceptions of pydicom on a damaged file to CaseErrors, without values of the file."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they would show values
@@ -248,16 +252,16 @@ def reading(source: object) -> Iterator[None]:
     except MedsegError:
         raise
     except MemoryError as error:
-        raise CaseError(f"{source} does not fit into memory.") from error
+        raise CaseError(f"{source} does not fit into memory: free memory, or use a machine with more.") from error
     except Exception as error:  # readers raise many types on damaged files, with values in their text
         raise CaseError(f"{source} {_damage(error)}: copy or export it again.") from error
 
 
 def by_number(items: Iterable[Dataset], keyword: str, source: object) -> dict[int, Dataset]:
-    """Return items by the number that each has under a keyword.
+    """Return items by the number in their attribute `keyword`.
 
     Raises:
-        CaseError: several have one number, so that nothing says which of them counts.
+        CaseError: Several items have the same number.
     """
     numbered: dict[int, Dataset] = {}
     for item in items:
@@ -269,51 +273,52 @@ def by_number(items: Iterable[Dataset], keyword: str, source: object) -> dict[in
 
 
 def check_same_frame(found: str, source: SourceSeries, what: str) -> None:
-    """Refuse an object that is placed in another frame of reference than the series it is read for.
+    """Refuse an object whose frame of reference is not that of its series.
 
     Raises:
-        GeometryError: the UIDs differ. A series without a frame of reference matches only objects of ours.
+        GeometryError: The UIDs differ. A series without a frame of reference matches only objects written by medseg.
     """
     if found != source.frame_of_reference:
         own = source.series.frame_of_reference or "none"
         raise GeometryError(
-            f"{what} lies in frame of reference {found or 'none'}, series {source.uid} in {own}: their "
-            "coordinates have nothing to do with each other. Give the series that it was drawn on."
+            f"Geometry mismatch: {what} has frame of reference {found or 'none'}, series {source.uid} has {own}: their "
+            "coordinates are unrelated. Give the series that it was drawn on."
         )
 
 
 def choose_labels(
     names: Mapping[int, str], labels: LabelKeys | None, source: object, *, what: str, optional: Collection[str] = ()
 ) -> list[tuple[int, int]]:
-    """Choose which numbered things become which values.
+    """Map the numbered segments or ROIs of a file to label values.
 
     Args:
-        names: number -> name of what the file holds.
-        labels: name (in any case) or number -> value, in the order of painting; None takes all, each with its number.
-            A name that no thing has may be its number as text; of several names of one value, one must be there.
-        source: the file, for messages.
-        what: what the things are called, such as "segment".
-        optional: names of `labels` that may be missing.
+        names: Number -> name of the segments or ROIs in the file.
+        labels: Name (case-insensitive) or number -> label value, in the order of painting; None selects all, each with
+            its number as the value. A number may be given as text if no name is equal to it; of several names with one
+            value, one must be present.
+        source: File, for messages.
+        what: Name of the items in messages, such as "segment".
+        optional: Names in `labels` that may be missing.
 
     Returns:
-        Pairs of number and value.
+        Pairs of number and label value.
 
     Raises:
-        CaseError: a name or number is not in the file, or `labels` are empty.
-        RequestError: a value is not in 1 to 2**31 - 1.
+        CaseError: A name or number is missing from the file, or `labels` is empty.
+        RequestError: A value is not in 1 to 2**31 - 1.
     """
     if labels is None:
         return [(number, number) for number in names if number > 0]
     listed = ", ".join(f"{number} '{name}'" for number, name in names.items()) or "none"
     if not labels:
         raise CaseError(
-            f"{source}: nothing says which value each {what} is to become. It has {listed}. Name those that count; in "
-            "a data set under 'labels' of its dataset.json."
+            f"{source}: no label values are given for its {what}s: {listed}. Map their names to values; in a data set, "
+            "under 'labels' in dataset.json."
         )
     chosen: dict[int, int] = {}
     for key, value in labels.items():
         if not isinstance(value, int) or not 0 < value < 2**31:
-            raise RequestError(f"{what.capitalize()} {key!r} is to become {value!r}: expected 1 to {2**31 - 1}.")
+            raise RequestError(f"Invalid label value {value!r} for {what} {key!r}: expected 1 to {2**31 - 1}.")
         chosen.update(dict.fromkeys(_numbers(key, names), value))
     for key, value in labels.items():
         if value not in chosen.values() and key not in optional:
@@ -322,23 +327,23 @@ def choose_labels(
 
 
 class LabelPainter:
-    """A label map that is painted region by region, and knows where different labels met.
+    """A label map that is painted region by region and records overlaps of different labels.
 
     Args:
-        shape: voxels along each axis.
-        on_overlap: "refuse" (see `finish`) or "later", where the label painted later wins.
+        shape: Number of voxels along each axis.
+        on_overlap: Rule for overlapping labels: "refuse" them (see `finish`), or the "later" one wins.
     """
 
     def __init__(self, shape: Sequence[int], on_overlap: OnOverlap) -> None:
         if on_overlap not in ("refuse", "later"):
-            raise RequestError(f"on_overlap is {on_overlap!r}: expected 'refuse' or 'later'.")
+            raise RequestError(f"Invalid on_overlap {on_overlap!r}: expected 'refuse' or 'later'.")
         self.labels: NDArray[np.int32] = np.zeros(tuple(shape), dtype=np.int32)
         self._refuse = on_overlap == "refuse"
         self._names: dict[int, str] = {}
         self._met: dict[tuple[str, str], int] = {}
 
     def paint(self, region: NDArray[np.int32], inside: NDArray[np.bool_], value: int, name: str) -> None:
-        """Set `value` in a region (a view of `labels`) where `inside`, of the same shape, is true."""
+        """Set `value` in a region (a view of `labels`) where the mask `inside` of the same shape is true."""
         self._names.setdefault(value, name)
         if self._refuse:
             under = region[inside]
@@ -352,46 +357,46 @@ class LabelPainter:
         """Return the label map.
 
         Raises:
-            CaseError: different labels overlap, and that was to be refused.
+            CaseError: Different labels overlap, and `on_overlap` is "refuse".
         """
         if self._met:
             pairs = "; ".join(f"'{a}' and '{b}' in {count:,} voxels" for (a, b), count in self._met.items())
             raise CaseError(
-                f"{source} has labels that overlap, which one label map cannot hold: {pairs}. Choose labels that do "
-                "not overlap, or give their order and on_overlap='later'."
+                f"{source} has overlapping labels, which a label map cannot store: {pairs}. Select labels that do not "
+                "overlap, or give their order and on_overlap='later'."
             )
         return self.labels
 
 
 def lps_points(affine: NDArray[np.float64], points: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return voxel indices `(N, 3)` as mm of DICOM's axes (left, posterior, superior)."""
+    """Convert voxel indices `(N, 3)` to LPS+ mm, the coordinates of DICOM."""
     matrix = _LPS @ affine
-    placed: NDArray[np.float64] = points @ matrix[:3, :3].T + matrix[:3, 3]
-    return placed
+    moved: NDArray[np.float64] = points @ matrix[:3, :3].T + matrix[:3, 3]
+    return moved
 
 
 def voxel_points(affine: NDArray[np.float64], points: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return mm of DICOM's axes `(N, 3)` as voxel indices, the inverse of `lps_points`."""
+    """Convert LPS+ mm `(N, 3)` to voxel indices, the inverse of `lps_points`."""
     matrix = np.linalg.inv(_LPS @ affine)
-    placed: NDArray[np.float64] = points @ matrix[:3, :3].T + matrix[:3, 3]
-    return placed
+    moved: NDArray[np.float64] = points @ matrix[:3, :3].T + matrix[:3, 3]
+    return moved
 
 
 def _numbers(key: str | int, names: Mapping[int, str]) -> list[int]:
-    """Return the numbers of the things that a key means: by name, and only if no name is equal, by number."""
+    """Return the numbers that a key selects: by name, or, if no name is equal, by number."""
     text = str(key).strip().casefold()
     named = [number for number, name in names.items() if isinstance(key, str) and name.strip().casefold() == text]
     return named or [number for number in names if str(number) == text]
 
 
 def _read_whole(file: Path) -> Dataset:
-    """Parse a file; pydicom alone takes what there is of one that is cut short, and memory for what it claims."""
+    """Parse a file and refuse truncated ones, of which pydicom would return what is there."""
     size = file.stat().st_size
 
     def refuse_beyond_end(tag: int, _representation: str | None, length: int) -> bool:
         missing = stream.tell() + length - size if length != _UNDEFINED_LENGTH else 0
         if missing > 0:
-            raise CaseError(f"{file} is cut short: {missing:,} bytes of element {tag:08X} are missing. Copy it again.")
+            raise CaseError(f"{file} is truncated: {missing:,} bytes of element {tag:08X} are missing. Copy it again.")
         return False
 
     with file.open("rb") as stream:
@@ -402,4 +407,4 @@ def _damage(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"cannot be read ({error.strerror})"
     missing = getattr(error, "name", None) if isinstance(error, AttributeError) else None
-    return f"is damaged or no complete DICOM object ({f'no {missing}' if missing else type(error).__name__})"
+    return f"is damaged or not a complete DICOM object ({f'no {missing}' if missing else type(error).__name__})"

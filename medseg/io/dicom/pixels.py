@@ -1,12 +1,13 @@
-"""Pixels of DICOM files: decoded, cut to the bits in use, and turned into the values that they stand for.
+"""Pixels of DICOM files: decoding, masking of unused bits, and conversion to modality values.
 
-* RescaleSlope and RescaleIntercept count slice by slice (a PET scan has others in each), or the Modality LUT instead.
-* MONOCHROME1 means that low values are shown bright. For CT, MR, PET and NM the values are quantities and stay; of all
-  others, such as radiographs, the stored values are inverted within their bits, so that bright is high as in
+* RescaleSlope and RescaleIntercept are applied per slice (they differ between the slices of a PET scan), or the
+  Modality LUT instead.
+* MONOCHROME1 displays low values bright. For CT, MR, PET and NM the values are quantities and are kept; for all other
+  modalities, such as radiographs, the stored values are inverted within their bits, so that bright is high as in
   MONOCHROME2.
-* Bits above BitsStored, which may hold old overlays, are cut off, and signs are extended from BitsStored.
-* PixelPaddingValue stays as it is: the value that the scanner wrote outside its field of view, rescaled like others.
-* Window, VOI LUT and real world value mappings are for display or further software and are not applied.
+* Bits above BitsStored, which may hold old overlays, are masked, and signs are extended from BitsStored.
+* PixelPaddingValue is kept: the value outside the scanner's field of view, rescaled like all others.
+* Windows, VOI LUTs and real world value mappings are for display or other software and are not applied.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from medseg.io.dicom.stacks import Slice
 
 __all__ = ["QUANTITATIVE", "read_slices"]
 
-# Modalities whose values mean something by themselves, however they are shown.
+# Modalities with quantitative values, independent of their display.
 QUANTITATIVE: Final = ("CT", "MR", "PT", "NM")
 _TAGS: Final = [
     Tag(keyword)
@@ -40,7 +41,7 @@ _TAGS: Final = [
         *("ExtendedOffsetTableLengths", "ModalityLUTSequence"),
     )
 ]
-# What decodes the compressed transfer syntaxes, by the start of their UIDs.
+# Decoders of the compressed transfer syntaxes, by UID prefix.
 _DECODERS: Final = (
     ("1.2.840.10008.1.2.4.9", "JPEG 2000", "openjpeg"),
     ("1.2.840.10008.1.2.4.20", "HTJ2K", "openjpeg"),
@@ -52,12 +53,12 @@ _DECODERS: Final = (
 
 
 def read_slices(slices: Sequence[Slice]) -> Iterator[tuple[int, NDArray[Any], float, float]]:
-    """Yield for each slice its number, its values `(rows, columns[, samples])`, and their slope and intercept.
+    """Yield the index of each slice, its values `(rows, columns[, samples])`, and their slope and intercept.
 
-    Each file is decoded once, so that the slices of a multi-frame file come together.
+    Each file is decoded once, so the slices of a multi-frame file are consecutive.
 
     Raises:
-        CaseError: a file cannot be decoded; where a plug-in is missing, it is named.
+        CaseError: A file cannot be decoded; the message names a missing decoder.
     """
     numbered = sorted(enumerate(slices), key=lambda pair: (str(pair[1].header.source), pair[0]))
     groups = {source: list(found) for source, found in groupby(numbered, key=lambda pair: pair[1].header.source)}
@@ -75,7 +76,7 @@ def read_slices(slices: Sequence[Slice]) -> Iterator[tuple[int, NDArray[Any], fl
 
 
 class _Table:
-    """A Modality LUT: values by stored value, those outside it clipped to its ends."""
+    """A Modality LUT; stored values outside it are clipped to its ends."""
 
     def __init__(self, item: Any, *, signed: bool) -> None:
         length, first, _ = (int(number) for number in item.LUTDescriptor)
@@ -83,7 +84,7 @@ class _Table:
         self.values = np.frombuffer(data, "<u2") if isinstance(data, bytes) else np.asarray(data, dtype=np.uint16)
         self.first = first - 65536 if signed and first > 32767 else first
         if not 0 < len(self.values) >= (length or 65536):
-            raise ValueError("a Modality LUT is shorter than it says")
+            raise ValueError("a Modality LUT is shorter than its descriptor says")
 
     def apply(self, stored: NDArray[Any]) -> NDArray[Any]:
         places = np.clip(stored.astype(np.int64) - self.first, 0, len(self.values) - 1)
@@ -91,7 +92,7 @@ class _Table:
 
 
 def _decoded(stream: BinaryIO, header: Header) -> tuple[NDArray[Any], _Table | None]:
-    """Return the stored values `(frames, rows, columns[, samples])` of a file, and its Modality LUT if it has one."""
+    """Return the stored values `(frames, rows, columns[, samples])` of a file, and its Modality LUT, if any."""
     try:
         with quiet():
             content = pydicom.dcmread(stream, force=True, specific_tags=_TAGS)
@@ -102,21 +103,21 @@ def _decoded(stream: BinaryIO, header: Header) -> tuple[NDArray[Any], _Table | N
     except (MedsegError, MemoryError):
         raise
     except BaseException as error:
-        # Decoders raise many types on damaged files; those written in Rust panic with one that is no Exception.
+        # Decoders raise many types on damaged files; those in Rust panic with one that is not an Exception.
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
             raise CaseError(_failure(header, error)) from error
         raise
     shape = (len(header.planes), header.rows, header.columns, *([3] if header.samples == 3 else []))
     if frames.size != np.prod(shape) or frames.dtype.kind not in "iu":
         raise CaseError(
-            f"{header.source} decodes to {frames.shape} values of {frames.dtype}: expected {shape} whole numbers. "
-            "It is damaged."
+            f"{header.source} is damaged: it decodes to {frames.shape} values of {frames.dtype}, expected {shape} "
+            "integers."
         )
     return frames.reshape(shape), table
 
 
 def _complete_meta(content: Any) -> None:
-    """Name the transfer syntax of files without meta information, as the parser found it."""
+    """Set the transfer syntax detected by the parser in files without meta information."""
     if getattr(content, "file_meta", None) is None:
         content.file_meta = FileMetaDataset()
     if content.file_meta.get("TransferSyntaxUID"):
@@ -128,18 +129,18 @@ def _complete_meta(content: Any) -> None:
 def _failure(header: Header, error: BaseException) -> str:
     for start, name, module in _DECODERS:
         if header.syntax.startswith(start) and not installed(module):
-            return f"{header.source} is compressed as {name}, for which a decoder is missing: {advice(module)}."
+            return f"{header.source} is compressed as {name}, whose decoder is not installed: {advice(module)}."
     with quiet():
         syntax = UID(header.syntax).name if header.syntax else "no transfer syntax"
     reason = str(error).strip().splitlines()
     return (
         f"{header.source} cannot be decoded ({syntax}; {reason[0][:200] if reason else type(error).__name__}): it is "
-        "damaged, or coded in a way that is not read. Copy or export it again."
+        "damaged, or has an unsupported encoding. Copy or export it again."
     )
 
 
 def _in_use(raw: NDArray[Any], header: Header) -> NDArray[Any]:
-    """Cut values to the bits between BitsStored and HighBit, and extend their sign."""
+    """Mask values to the bits given by BitsStored and HighBit, and extend their sign."""
     width = raw.dtype.itemsize * 8
     if header.bits_stored >= width:
         return raw

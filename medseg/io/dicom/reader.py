@@ -1,4 +1,4 @@
-"""Reading a DICOM series as an array: the DICOM member of the formats in `medseg.io.readers`."""
+"""Reading a DICOM series as an array; the `Reader` of the format DICOM."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ __all__ = ["read", "read_grid"]
 
 logger = logging.getLogger(__name__)
 
-_GREY: Final = ("MONOCHROME1", "MONOCHROME2", "")
+_GRAYSCALE: Final = ("MONOCHROME1", "MONOCHROME2", "")
 _FLOAT: Final = np.dtype(np.float32)
-# Values of 16 bits moved by less than this are int32.
+# 16 bit values with an intercept below this fit int32.
 _FAR: Final = 2**30
 
 
 def read_grid(path: Path, *, spatial_dims: int | None = None, max_voxels: int = MAX_VOXELS) -> Grid:
-    """Return the checked grid of a series; only headers are read."""
+    """Return the checked grid of a series from its headers."""
     series = open_series(path, max_voxels=max_voxels)
     return _grid(series, spatial_dims, path)
 
@@ -37,15 +37,15 @@ def read_grid(path: Path, *, spatial_dims: int | None = None, max_voxels: int = 
 def read(path: Path, options: ReadOptions) -> tuple[NDArray[Any], Grid]:
     """Return the voxels `(C, x, y[, z])` and their grid; the options are those of `medseg.io.load`.
 
-    The axes are columns, rows and slices. A single slice is a volume of one slice, and with `spatial_dims=2` a picture;
-    an image without a position is always a picture. `index` picks one of several volumes of a series.
+    The axes are columns, rows and slices. A single slice is a volume of one slice, and with `spatial_dims=2` a 2D
+    image; an image without geometry is always a 2D image. `index` selects one of several volumes of a series.
     """
     series = open_series(path, index=options.index, max_voxels=options.max_voxels)
     grid = _grid(series, options.spatial_dims, path)
     count = _channel_count(series, options.channels, len(grid.shape), path)
     columns, rows = grid.shape[:2]
     dtype = np.dtype(np.int32) if options.label else _image_type(series.slices, stored=options.stored)
-    # Slice after slice in memory, as it is filled; the axes are put in order by the view that is returned.
+    # Contiguous by slice, as it is filled; the returned view permutes the axes.
     planes = np.empty((len(series.slices), count, rows, columns), dtype=dtype)
     for number, values, slope, inter in read_slices(series.slices):
         layers = np.moveaxis(values, -1, 0) if values.ndim == 3 else values[None]
@@ -60,29 +60,34 @@ def read(path: Path, options: ReadOptions) -> tuple[NDArray[Any], Grid]:
 
 
 def _grid(series: Series, spatial_dims: int | None, path: Path) -> Grid:
-    """Return the grid with the asked number of axes."""
+    """Return the grid with the requested number of axes."""
     grid = series.grid
     if spatial_dims == 3 and len(grid.shape) == 2:
-        raise CaseError(f"{path} is a picture that does not say where it lies: expected a volume of slices.")
+        raise CaseError(f"{path} is a 2D image without geometry: expected a volume of slices.")
     if spatial_dims == 2 and len(series.slices) > 1:
-        raise CaseError(f"{path} is a volume {grid.shape}: expected one slice or a picture with two axes.")
+        raise CaseError(f"{path} is a volume {grid.shape}: expected a single slice or a 2D image.")
     return Grid(grid.shape[:2], grid.affine) if spatial_dims == 2 else grid
 
 
 def _channel_count(series: Series, channels: int | None, dims: int, path: Path) -> int:
-    """Return how many values per voxel to read, where that loses nothing."""
+    """Return the number of channels to read, if that is lossless."""
     header = series.slices[0].header
     samples = header.samples
-    if samples == 1 and header.photometric not in _GREY:
-        raise CaseError(f"{path} has pixels of the kind {header.photometric}: expected grey values. Convert it.")
+    if samples == 1 and header.photometric not in _GRAYSCALE:
+        raise CaseError(
+            f"{path} has the unsupported photometric interpretation {header.photometric}: expected grayscale. "
+            "Convert it."
+        )
     if samples == 3 and not header.photometric.startswith("RGB") and int(pydicom.__version__.split(".")[0]) < 3:
-        raise CaseError(f"{path} has color of the kind {header.photometric}, which needs pydicom 3 or newer.")
+        raise CaseError(
+            f"{path} has the photometric interpretation {header.photometric}, which needs pydicom 3 or later."
+        )
     due = channels or (1 if series.has_geometry else samples)
     if due == 3 and samples == 1 and dims == 2:
-        logger.info("%s is grey: its channel is repeated for a model of color pictures.", path)
+        logger.info("%s is grayscale: its channel is repeated for a model of color images.", path)
         return 3
     if due != samples:
-        kind = "grey" if samples == 1 else "in color"
+        kind = "grayscale" if samples == 1 else "in color"
         raise CaseError(
             f"{path} is {kind}, {samples} values per voxel: expected {due}. Convert it.",
             code="channels",
@@ -94,7 +99,7 @@ def _channel_count(series: Series, channels: int | None, dims: int, path: Path) 
 
 
 def _image_type(slices: Sequence[Slice], *, stored: bool) -> np.dtype[Any]:
-    """Return the type to read images as: with `stored` a narrow one of whole numbers, widened later if it must be."""
+    """Return the type to read images as; with `stored` a small integer type, widened later if necessary."""
     whole = all(
         item.plane.slope == 1 and item.plane.inter == int(item.plane.inter) and abs(item.plane.inter) < _FAR
         for item in slices

@@ -1,12 +1,12 @@
-"""RT-STRUCT: label maps as the contours of a DICOM structure set, and back.
+"""RT-STRUCT: writing label maps as contours of a DICOM structure set, and reading them.
 
-Contours run along the borders of voxels: what they enclose is as large as the voxels of the label, and reading them
-back gives the same voxels. Every ring is a CLOSED_PLANAR contour of its slice. A hole is a contour of its own within
-another one; who fills all contours of a slice by the even-odd rule (XOR), as is common, gets the holes. Structure sets
-of others are read by the same rule: a voxel belongs to a region if its center lies inside an odd number of the region's
-contours in its slice. A keyhole contour, which joins a hole to the outside by a slit, comes out right as well.
+Contours follow the borders of voxels: they enclose exactly the voxels of the label, and reading them restores the same
+voxels. Every ring is a CLOSED_PLANAR contour of its slice. A hole is a separate contour inside another one; filling all
+contours of a slice by the common even-odd rule (XOR) preserves the holes. Structure sets of other software are read by
+the same rule: a voxel belongs to an ROI if its center is inside an odd number of the ROI's contours in its slice.
+Keyhole contours, which connect a hole to the outside by a slit, are filled correctly as well.
 
-Equal masks on equal series give equal bytes, apart from the dates of creation.
+Equal masks on equal series give equal bytes, apart from the creation dates.
 """
 
 from __future__ import annotations
@@ -65,11 +65,11 @@ _CONTOUR_DATA = 0x30060050
 _AREAS = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
 _NO_AREAS = ("POINT", "OPEN_PLANAR", "OPEN_NONPLANAR")
 _KINDS = _AREAS + _NO_AREAS
-# How far from a slice a contour may lie, in slices: coordinates are often rounded to a tenth of a millimeter.
+# Largest distance of a contour from a slice, in slices: coordinates are often rounded to 0.1 mm.
 _OFF_SLICE = 0.2
-# How far, in voxels, a contour may reach beyond the outer border of the image without a word.
+# Largest distance, in voxels, of a contour beyond the image border without a warning.
 _BEYOND = 0.1
-# Pixels: no contour of an image lies further away from it.
+# Largest plausible coordinate of a contour, in pixels.
 _FAR = 1e6
 _SHOWN = 5
 
@@ -87,23 +87,23 @@ def write_rtstruct(
     """Write a segmentation of a DICOM series as RT-STRUCT.
 
     Args:
-        mask: a label map `(x, y, z)` on the voxel grid of the series: columns, rows, slices.
-        path: the file.
-        like: the source series: its folder, file or archive, or the series opened.
-        labels: the value of each label and what it is (see `segment_term`). The value becomes the number of the region;
-            a label without voxels becomes a region without contours.
-        algorithm: what made the segmentation, for instance the name of a bundle.
-        version: its version.
-        created: when; by default now.
+        mask: Label map `(x, y, z)` on the voxel grid of the series: columns, rows, slices.
+        path: File to write.
+        like: Source series: its folder, file or archive, or an opened series.
+        labels: Label value -> term (see `segment_term`). The value becomes the ROINumber; a label without voxels
+            becomes an ROI without contours.
+        algorithm: Name of the algorithm, for instance of a bundle.
+        version: Version of the algorithm.
+        created: Creation time; by default now.
 
     Returns:
-        The path, absolute.
+        Absolute path of the file.
 
     Raises:
-        RequestError: the labels are wrongly given.
-        GeometryError: the mask does not lie on the series.
-        CaseError: the mask holds values without a label, or the series cannot be read.
-        OutputError: the file cannot be written.
+        RequestError: The labels are invalid.
+        GeometryError: The mask does not match the geometry of the series.
+        CaseError: The mask has values without a label, or the series cannot be read.
+        OutputError: The file cannot be written.
     """
     source = open_source(like)
     terms = {value: segment_term(labels[value]) for value in sorted(labels)}
@@ -132,39 +132,39 @@ def read_rtstruct(
     """Read an RT-STRUCT as a label map on the voxel grid of the series that it was drawn on.
 
     Args:
-        path: the file.
-        like: the series: its folder, file or archive, or the series opened.
-        labels: name (in any case) or number of a region -> value; other regions are left out. Of several names of one
-            value, one must be there. By default every region with its number.
-        optional: those of `labels` that may be missing.
-        on_overlap: "refuse" regions that overlap, or let the one "later" in `labels` win.
+        path: File to read.
+        like: Series that it was drawn on: its folder, file or archive, or an opened series.
+        labels: ROI name (case-insensitive) or number -> label value; other ROIs are ignored. Of several names with one
+            value, one must be present. By default every ROI with its number as the value.
+        optional: Names in `labels` that may be missing.
+        on_overlap: Rule for overlapping ROIs: "refuse" them, or the "later" one in `labels` wins.
 
     Returns:
-        The label map `(x, y, z)` and its grid. Points and open contours are left out, with a note in the log.
+        Label map `(x, y, z)` and its grid. Points and open contours are skipped with a warning.
 
     Raises:
-        CaseError: the file is missing, damaged or no RT-STRUCT; a region of `labels` is not in it; or regions overlap.
-        GeometryError: a region lies in another frame of reference, between the slices, or outside of the series.
+        CaseError: The file is missing, damaged or not an RT-STRUCT; an ROI of `labels` is missing; or ROIs overlap.
+        GeometryError: An ROI has another frame of reference, or is between the slices or outside the series.
     """
     file = absolute(path)
     source = open_source(like)
-    canvas = LabelPainter(source.grid.shape, on_overlap)
+    painter = LabelPainter(source.grid.shape, on_overlap)
     with reading(file):
         dataset = read_object(file, {RTSTRUCT_CLASS}, "a structure set")
         regions = by_number(dataset.StructureSetROISequence, "ROINumber", file)
         names = {number: str(item.get("ROIName", ""))[:64] for number, item in regions.items()}
         drawn = by_number(dataset.ROIContourSequence, "ReferencedROINumber", file)
-        for number, value in choose_labels(names, labels, file, what="region", optional=optional):
-            what = f"Region '{names[number]}' of {file}"
+        for number, value in choose_labels(names, labels, file, what="ROI", optional=optional):
+            what = f"ROI '{names[number]}' of {file}"
             if number in drawn and drawn[number].get("ContourSequence"):
                 check_same_frame(str(regions[number].get("ReferencedFrameOfReferenceUID", "")), source, what)
-                _paint(canvas, source.grid, drawn[number], value, names[number], file)
-    return canvas.finish(file), source.grid
+                _paint(painter, source.grid, drawn[number], value, names[number], file)
+    return painter.finish(file), source.grid
 
 
 def _structure_set(source: SourceSeries, uid: str, created: datetime, made_by: str) -> Dataset:
     dataset = Dataset()
-    # Explicit VR could not hold a contour of more than some 2,000 points.
+    # Explicit VR cannot store a contour of more than about 2,000 points.
     dataset.file_meta = FileMetaDataset()
     dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
     dataset.file_meta.MediaStorageSOPClassUID = UID(RTSTRUCT_CLASS)
@@ -184,7 +184,7 @@ def _structure_set(source: SourceSeries, uid: str, created: datetime, made_by: s
 
 
 def _frame_of_reference(source: SourceSeries) -> Dataset:
-    """Return the references to every image of the source."""
+    """Return the references to all images of the source."""
     frame, study, series = Dataset(), Dataset(), Dataset()
     images = dict.fromkeys((sop_class, sop_uid, None) for sop_class, sop_uid, _ in source.references())
     series.SeriesInstanceUID = source.uid
@@ -221,7 +221,7 @@ def _observation(value: int) -> Dataset:
 
 
 def _contours(planes: NDArray[np.uint16], value: int, term: SegmentTerm, source: SourceSeries) -> Dataset:
-    """Return the contours of a label in planes `(z, x, y)`, slice by slice."""
+    """Return the contours of a label in the planes `(z, x, y)`, slice by slice."""
     drawn = Dataset()
     drawn.ReferencedROINumber = value
     drawn.ROIDisplayColor = list(term.color or default_color(value))
@@ -238,7 +238,7 @@ def _contour(ring: NDArray[np.float64], index: int, grid: Grid, reference: tuple
     contour.ContourGeometricType = "CLOSED_PLANAR"
     contour.NumberOfContourPoints = len(ring)
     points = lps_points(grid.affine, np.column_stack([ring, np.full(len(ring), float(index))]))
-    # Ten digits, 16 characters at most; as bytes, because pydicom would make an object of every number.
+    # Ten digits, at most 16 characters; as bytes, because pydicom would create an object for every number.
     text = "\\".join(f"{number:.10g}" for number in (points + 0.0).ravel().tolist()).encode()
     text += b" " * (len(text) % 2)
     contour[_CONTOUR_DATA] = RawDataElement(
@@ -247,23 +247,23 @@ def _contour(ring: NDArray[np.float64], index: int, grid: Grid, reference: tuple
     return contour
 
 
-def _paint(canvas: LabelPainter, grid: Grid, drawn: Dataset, value: int, name: str, file: Path) -> None:
-    rings = sorted(_placed_rings(drawn, grid, name, file), key=lambda item: item[0])
+def _paint(painter: LabelPainter, grid: Grid, drawn: Dataset, value: int, name: str, file: Path) -> None:
+    rings = sorted(_slice_rings(drawn, grid, name, file), key=lambda item: item[0])
     size = grid.shape[0], grid.shape[1]
     beyond = 0.0
     for index, group in groupby(rings, key=lambda item: item[0]):
         slice_rings = [ring for _, ring in group]
         for ring in slice_rings:
             beyond = max(beyond, float((-0.5 - ring).max()), float((ring - size + 0.5).max()))
-        canvas.paint(canvas.labels[:, :, index], fill_rings(slice_rings, size), value, name)
+        painter.paint(painter.labels[:, :, index], fill_rings(slice_rings, size), value, name)
     if beyond > _BEYOND:
-        text = f"region '{name}' reaches {beyond:.1f} voxels beyond the image and is clipped"
+        text = f"ROI '{name}' extends {beyond:.1f} voxels beyond the image and is clipped"
         warn(logger, "contour-clipped", text, file)
 
 
-def _placed_rings(drawn: Dataset, grid: Grid, name: str, file: Path) -> Iterator[tuple[int, NDArray[np.float64]]]:
-    """Give the slice and the pixel coordinates of each contour, after checking that all lie in slices."""
-    what = f"Region '{name}' of {file}"
+def _slice_rings(drawn: Dataset, grid: Grid, name: str, file: Path) -> Iterator[tuple[int, NDArray[np.float64]]]:
+    """Yield slice index and pixel coordinates of each contour, after checking that all are on slices."""
+    what = f"ROI '{name}' of {file}"
     others: dict[str, int] = {}
     between: list[float] = []
     for contour in drawn.ContourSequence:
@@ -273,39 +273,41 @@ def _placed_rings(drawn: Dataset, grid: Grid, name: str, file: Path) -> Iterator
             continue
         if kind not in _AREAS:
             raise CaseError(
-                f"{what} has a contour of the type {kind[:16]!r}: expected {', '.join(_AREAS + _NO_AREAS)}."
+                f"{what} has a contour of unknown type {kind[:16]!r}: expected {', '.join(_AREAS + _NO_AREAS)}."
             )
         voxels = voxel_points(grid.affine, _points(contour, what))
         if np.abs(voxels).max() > _FAR:
-            raise GeometryError(f"{what} has a contour that lies far away from the series: its coordinates are wrong.")
+            raise GeometryError(f"{what} has a contour far away from the series: its coordinates are wrong.")
         index = round(float(voxels[:, 2].mean()))
         if np.abs(voxels[:, 2] - index).max() > _OFF_SLICE:
             between.append(float(voxels[:, 2].mean()))
         elif not 0 <= index < grid.shape[2]:
             raise GeometryError(
-                f"{what} has a contour at slice {index}, counted from 0: the series has {grid.shape[2]}. Give the "
-                "series that it was drawn on."
+                f"{what} has a contour at slice index {index}: the series has {grid.shape[2]} slices. Give the series "
+                "that it was drawn on."
             )
         else:
             yield index, voxels[:, :2]
     if between:
         shown = ", ".join(f"{position:.2f}" for position in sorted(between)[:_SHOWN])
         raise GeometryError(
-            f"{what} has {len(between)} contours that lie between the slices of the series, or across them, around "
-            f"slice {shown} (counted from 0). Give the series that it was drawn on."
+            f"{what} has {len(between)} contours between or across the slices of the series, around slice index "
+            f"{shown}. Give the series that it was drawn on."
         )
     for kind, count in others.items():
-        text = f"{count} contours of type {kind} of region '{name}' enclose no area and are skipped"
+        text = f"{count} contours of type {kind} of ROI '{name}' enclose no area and are skipped"
         warn(logger, "contour-skipped", text, file)
 
 
 def _points(contour: Dataset, what: str) -> NDArray[np.float64]:
-    """Return the points `(N, 3)` of a contour in mm; from the text itself, which is much faster."""
+    """Return the points `(N, 3)` of a contour in mm, parsed from the raw text, which is much faster."""
     stored = contour.get_item(_CONTOUR_DATA)
     if isinstance(stored, RawDataElement):
         numbers = np.array((stored.value or b"").decode("ascii").strip(" \0").split("\\"), dtype=np.float64)
     else:
         numbers = np.array(contour.ContourData, dtype=np.float64)
     if numbers.size < 9 or numbers.size % 3 or not np.isfinite(numbers).all():
-        raise CaseError(f"{what} has a contour of {numbers.size} coordinates: expected x, y and z of 3 points or more.")
+        raise CaseError(
+            f"{what} has an invalid contour of {numbers.size} coordinates: expected x, y and z of 3 or more points."
+        )
     return numbers.reshape(-1, 3)

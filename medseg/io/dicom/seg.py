@@ -1,12 +1,12 @@
-"""DICOM SEG: label maps and probabilities as segmentation objects that refer to their source series, and back.
+"""DICOM SEG: writing label maps and probabilities as segmentations of a source series, and reading them.
 
-Writing goes through highdicom (extra `dicom`). The segments are numbered 1, 2, ... in ascending order of the labels'
-values; a segment without voxels is described but has no frames, and an object without any voxel has one empty frame,
-since there must be one. Equal masks on equal series give equal bytes, apart from the dates of creation.
+Writing uses highdicom (extra `dicom`). Segments are numbered 1, 2, ... in ascending order of the label values; an empty
+segment is described but has no frames, and an empty object has one empty frame, since at least one is required. Equal
+masks on equal series give equal bytes, apart from the creation dates.
 
-Reading needs pydicom alone. Frames are placed by their positions, never by their order, on the voxel grid of a series,
-on a given grid, or on the smallest one that they span; frames that are missing are empty. A fractional segment covers
-the voxels in which its value is at least half of the largest.
+Reading needs only pydicom. Frames are assigned by their positions, never by their order, to the voxel grid of a series,
+to a given grid, or to the smallest grid that contains them; missing frames are empty. A fractional segment is
+thresholded at half of its maximum.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from medseg.version import __version__
 __all__ = ["SEG_CLASSES", "read_seg", "write_seg"]
 
 _SEG = "1.2.840.10008.5.1.4.1.1.66.4"
-# The SOP classes that are read: of segments one by one, and of label maps.
+# Readable SOP classes: Segmentation, and Label Map Segmentation.
 SEG_CLASSES = (_SEG, "1.2.840.10008.5.1.4.1.1.66.7")
 _EXPLICIT_LITTLE_ENDIAN = "1.2.840.10008.1.2.1"
 _MAX_FRACTION = 255
@@ -72,24 +72,24 @@ def write_seg(
     """Write a segmentation of a DICOM series as DICOM SEG.
 
     Args:
-        mask: a label map `(x, y, z)` on the voxel grid of the series (columns, rows, slices), or with `fractional`
+        mask: Label map `(x, y, z)` on the voxel grid of the series (columns, rows, slices), or with `fractional`
             probabilities `(C, x, y, z)` from 0 to 1.
-        path: the file.
-        like: the source series: its folder, file or archive, or the series opened.
-        labels: the value of each label, with `fractional` its channel, and what it is (see `segment_term`).
-        fractional: store probabilities in steps of 1/255.
-        algorithm: what made the segmentation, for instance the name of a bundle.
-        version: its version.
-        created: when; by default now.
+        path: File to write.
+        like: Source series: its folder, file or archive, or an opened series.
+        labels: Label value (with `fractional`, channel) -> term (see `segment_term`).
+        fractional: Whether to write probabilities, in steps of 1/255.
+        algorithm: Name of the algorithm, for instance of a bundle.
+        version: Version of the algorithm.
+        created: Creation time; by default now.
 
     Returns:
-        The path, absolute.
+        Absolute path of the file.
 
     Raises:
-        RequestError: highdicom is missing, or the labels are wrongly given.
-        GeometryError: the mask does not lie on the series.
-        CaseError: the mask holds values without a label, or the series cannot be read.
-        OutputError: the file cannot be written.
+        RequestError: The package highdicom is not installed, or the labels are invalid.
+        GeometryError: The mask does not match the geometry of the series.
+        CaseError: The mask has values without a label, or the series cannot be read.
+        OutputError: The file cannot be written.
     """
     _highdicom()
     source = open_source(like)
@@ -116,21 +116,20 @@ def read_seg(
     """Read a DICOM SEG as a label map.
 
     Args:
-        path: the file.
-        like: the series that was segmented, or the grid to place the frames on; by default the smallest grid that the
-            frames span.
-        labels: segment label (in any case) or number -> value; other segments are left out. Of several labels of one
-            value, one must be there. By default every segment with its number.
-        optional: those of `labels` that may be missing.
-        on_overlap: "refuse" segments that overlap, or let the one "later" in `labels` win.
-        max_voxels: the largest number of values that a header may claim.
+        path: File to read.
+        like: Series that was segmented, or target grid; by default the smallest grid that contains the frames.
+        labels: Segment label (case-insensitive) or number -> label value; other segments are ignored. Of several labels
+            with one value, one must be present. By default every segment with its number as the value.
+        optional: Labels in `labels` that may be missing.
+        on_overlap: Rule for overlapping segments: "refuse" them, or the "later" one in `labels` wins.
+        max_voxels: Largest number of values that a header may claim.
 
     Returns:
-        The label map `(x, y, z)` and its grid.
+        Label map `(x, y, z)` and its grid.
 
     Raises:
-        CaseError: the file is missing, damaged or no SEG; a segment of `labels` is not in it; or segments overlap.
-        GeometryError: its frames lie in another frame of reference, off the grid, or on no regular grid.
+        CaseError: The file is missing, damaged or not a SEG; a segment of `labels` is missing; or segments overlap.
+        GeometryError: The frames have another frame of reference, are off the grid, or form no regular grid.
     """
     file = absolute(path)
     source = None if like is None or isinstance(like, Grid) else open_source(like)
@@ -144,9 +143,9 @@ def read_seg(
         frames = read_frames(dataset, file)
         grid = source.grid if source else like if isinstance(like, Grid) else span_grid(frames, dataset, file)
         check_size(grid.shape, file, max_voxels)
-        canvas = LabelPainter(grid.shape, on_overlap)
-        _paint(canvas, grid, frames, Pixels(dataset, names, file), values, file)
-    return canvas.finish(file), grid
+        painter = LabelPainter(grid.shape, on_overlap)
+        _paint(painter, grid, frames, Pixels(dataset, names, file), values, file)
+    return painter.finish(file), grid
 
 
 def _highdicom() -> Any:
@@ -155,7 +154,7 @@ def _highdicom() -> Any:
 
 
 def _numbers(mask: NDArray[Any], terms: Mapping[int, SegmentTerm], source: SourceSeries) -> NDArray[np.uint16]:
-    """Return `(z, y, x)` with the number of each voxel's segment."""
+    """Return the segment number of each voxel, `(z, y, x)`."""
     checked = check_mask(mask, terms, source)
     numbers = np.zeros(max(terms) + 1, dtype=np.uint16)
     numbers[list(terms)] = np.arange(1, len(terms) + 1)
@@ -163,18 +162,20 @@ def _numbers(mask: NDArray[Any], terms: Mapping[int, SegmentTerm], source: Sourc
 
 
 def _fractions(mask: NDArray[Any], terms: Mapping[int, SegmentTerm], source: SourceSeries) -> NDArray[np.float32]:
-    """Return `(z, y, x, segment)`, rounded to what is stored."""
+    """Return the probabilities `(z, y, x, segment)`, rounded to the stored precision."""
     channels = list(terms)
     if not channels or mask.ndim != 4 or not 0 <= channels[0] <= channels[-1] < len(mask):
-        raise RequestError(f"Labels are given for the channels {channels} of {mask.shape}: expected channels, x, y, z.")
+        raise RequestError(
+            f"Invalid channels {channels} of labels for probabilities of shape {mask.shape}: expected (C, x, y, z)."
+        )
     if mask.shape[1:] != source.grid.shape:
         raise GeometryError(
-            f"The probabilities have the shape {mask.shape[1:]}, but series {source.uid} has "
-            f"{source.grid.describe()}: they must lie voxel on voxel."
+            f"Geometry mismatch: the probabilities have shape {mask.shape[1:]}, but series {source.uid} has "
+            f"{source.grid.describe()}."
         )
     pixels = mask[channels].transpose(3, 2, 1, 0).astype(np.float32)
     if not (pixels.min() >= 0 and pixels.max() <= 1):
-        raise CaseError(f"The probabilities reach from {pixels.min():g} to {pixels.max():g}: expected 0 to 1.")
+        raise CaseError(f"Invalid probabilities from {pixels.min():g} to {pixels.max():g}: expected 0 to 1.")
     rounded: NDArray[np.float32] = np.rint(pixels * np.float32(_MAX_FRACTION)) / np.float32(_MAX_FRACTION)
     return rounded
 
@@ -186,11 +187,13 @@ def _segmentation(
     uid: str,
     made_by: tuple[str, str],
 ) -> Dataset:
-    """Return the object of highdicom, which sees no patient: it logs what it is given."""
+    """Return the object made by highdicom, without patient data, since highdicom logs its input."""
     hd = _highdicom()
-    images = _stand_ins(source)
+    images = _source_images(source)
     if pixels.shape[1] * pixels.shape[2] < 8:
-        raise CaseError(f"Series {source.uid} has images of fewer than 8 pixels, which highdicom packs wrongly.")
+        raise CaseError(
+            f"Series {source.uid} has images of fewer than 8 pixels, which highdicom cannot write correctly."
+        )
     empty = not pixels.any()
     if empty:
         # Otherwise highdicom writes every frame of every segment.
@@ -217,7 +220,7 @@ def _segmentation(
             transfer_syntax_uid=_EXPLICIT_LITTLE_ENDIAN,
         )
     except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise CaseError(f"Series {source.uid} cannot be the source of a DICOM SEG: {error}.") from error
+        raise CaseError(f"Series {source.uid} is not a valid source of a DICOM SEG: {error}.") from error
     _close_index(dataset)
     if empty:
         dataset.PixelData = bytes(len(dataset.PixelData))
@@ -225,7 +228,7 @@ def _segmentation(
 
 
 def _close_index(dataset: Dataset) -> None:
-    """Close the database of its frames that highdicom keeps in an object, which has no method for it."""
+    """Close the frame database that highdicom keeps in an object without a method to close it."""
     for value in vars(dataset).values():
         if isinstance(value, sqlite3.Connection):
             value.close()
@@ -256,19 +259,19 @@ def _concept(hd: Any, code: Coded) -> Any:
     return hd.sr.CodedConcept(value=code.value, scheme_designator=code.scheme, meaning=code.meaning)
 
 
-def _stand_ins(source: SourceSeries) -> list[Dataset]:
-    """Return the source as highdicom has to see it: places and UIDs only, slice by slice."""
+def _source_images(source: SourceSeries) -> list[Dataset]:
+    """Return the source images for highdicom, with geometry and UIDs only, slice by slice."""
     slices = source.series.slices
     references = source.references()
     if references[0][2] is None:
-        images = [_stand_in(source, sop_class, sop_uid) for sop_class, sop_uid, _ in references]
+        images = [_source_image(source, sop_class, sop_uid) for sop_class, sop_uid, _ in references]
         for image, item in zip(images, slices, strict=True):
             image.ImagePositionPatient = list(item.plane.position or ())
-            # The one of the first: they differ by rounding alone, which highdicom would refuse.
+            # That of the first slice: highdicom refuses differences by rounding.
             image.ImageOrientationPatient = list(slices[0].plane.orientation or ())
             _set_measures(image, source)
         return images
-    image, (shared, measures, orientation) = _stand_in(source, *references[0][:2]), _datasets(3)
+    image, (shared, measures, orientation) = _source_image(source, *references[0][:2]), _datasets(3)
     _set_measures(measures, source)
     orientation.ImageOrientationPatient = list(slices[0].plane.orientation or ())
     shared.PixelMeasuresSequence, shared.PlaneOrientationSequence = [measures], [orientation]
@@ -281,7 +284,7 @@ def _stand_ins(source: SourceSeries) -> list[Dataset]:
     return [image]
 
 
-def _stand_in(source: SourceSeries, sop_class: str, sop_uid: str) -> Dataset:
+def _source_image(source: SourceSeries, sop_class: str, sop_uid: str) -> Dataset:
     image = Dataset()
     image.SOPClassUID, image.SOPInstanceUID = sop_class, sop_uid
     image.StudyInstanceUID, image.SeriesInstanceUID = source.study_uid, source.uid
@@ -309,13 +312,13 @@ def _datasets(count: int) -> list[Dataset]:
 
 
 def _complete(dataset: Dataset, source: SourceSeries, uid: str, created: datetime) -> None:
-    """Add the patient, and replace what highdicom makes up anew each time by what follows from the content."""
+    """Add the patient, and replace the random UIDs and dates of highdicom by reproducible ones."""
     add_patient_and_study(dataset, source)
     add_instance(dataset, _SEG, uid, created)
     dataset.ContentDate, dataset.ContentTime = dataset.InstanceCreationDate, dataset.InstanceCreationTime
     for item in dataset.ContributingEquipmentSequence:
         item.ContributionDateTime = f"{created:%Y%m%d%H%M%S}"
-    _refer_to_frames(dataset, source.references())
+    _reference_frames(dataset, source.references())
     dimensions = derived_uid("dimensions", uid)
     for item in (*dataset.DimensionOrganizationSequence, *dataset.DimensionIndexSequence):
         item.DimensionOrganizationUID = dimensions
@@ -326,9 +329,9 @@ def _complete(dataset: Dataset, source: SourceSeries, uid: str, created: datetim
         dataset.CodingSchemeIdentificationSequence[0].CodingSchemeName = "medseg: names of labels without a code"
 
 
-def _refer_to_frames(dataset: Dataset, references: Sequence[tuple[str, str, int | None]]) -> None:
-    """Name the frames of a multi-frame source as they are in its files; highdicom was shown them slice by slice."""
-    # Frames of one slice share their item.
+def _reference_frames(dataset: Dataset, references: Sequence[tuple[str, str, int | None]]) -> None:
+    """Set the references to frames of a multi-frame source; highdicom numbers the sorted slices instead."""
+    # Frames of one slice share one item.
     items = {
         id(item): item
         for group in dataset.PerFrameFunctionalGroupsSequence
@@ -350,13 +353,15 @@ def _read(file: Path, max_voxels: int) -> Dataset:
     frames = int(dataset.NumberOfFrames)
     described = len(dataset.get("PerFrameFunctionalGroupsSequence", []))
     if frames != described:
-        raise CaseError(f"{file} claims {frames:,} frames and describes {described:,}: expected equal numbers.")
+        raise CaseError(
+            f"{file} is damaged: NumberOfFrames is {frames:,}, but it has {described:,} per-frame functional groups."
+        )
     check_size((int(dataset.Columns), int(dataset.Rows), frames), file, max_voxels)
     return dataset
 
 
 def _paint(
-    canvas: LabelPainter,
+    painter: LabelPainter,
     grid: Grid,
     frames: Sequence[Frame],
     pixels: Pixels,
@@ -364,12 +369,12 @@ def _paint(
     file: Path,
 ) -> None:
     names = pixels.names
-    regions = [find_region(canvas.labels, grid, frame, file) for frame in frames]
+    regions = [find_region(painter.labels, grid, frame, file) for frame in frames]
     for frame in frames:
         found = pixels.numbers(frame.index) if frame.segment is None else {frame.segment}
         if not found <= set(names):
-            raise CaseError(f"{file} shows segments that it does not describe: {sorted(found - set(names))}.")
+            raise CaseError(f"{file} is damaged: its frames have undescribed segments {sorted(found - set(names))}.")
     for number, value in values:
         for frame, region in zip(frames, regions, strict=True):
             if frame.segment in (None, number):
-                canvas.paint(region, pixels.inside(frame.index, number), value, names[number])
+                painter.paint(region, pixels.inside(frame.index, number), value, names[number])

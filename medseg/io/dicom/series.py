@@ -1,4 +1,4 @@
-"""Series: the images of a folder, an archive or a DICOMDIR grouped as they were exported, and one of them opened."""
+"""DICOM series: grouping the images of a folder, archive or DICOMDIR, and opening one series."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from medseg.io.names import StrPath
 
 __all__ = ["Group", "Series", "find_groups", "group_files", "open_series"]
 
-# `series#index` picks one of several volumes.
+# `series#index` selects one of several volumes.
 _SELECTION: Final = re.compile(r"(?P<series>[^#]*)(?:#(?P<index>\d{1,6}))?")
 _ENDING: Final = 8
 _SHORTEST_ENDING: Final = 4
@@ -31,22 +31,22 @@ _SHOWN: Final = 20
 
 @dataclass(frozen=True)
 class Series:
-    """One volume of a series, or one picture; no pixels are read.
+    """One volume of a series, or one 2D image; no pixels are read.
 
     Attributes:
-        files: in the order of the last array axis; one file for an enhanced multi-frame object. Members of an archive
-            are named below its path.
-        uid: SeriesInstanceUID; empty where the files do not say, as after some anonymization.
+        files: Files in the order of the last array axis; one file for an enhanced multi-frame object. Members of an
+            archive are below its path.
+        uid: SeriesInstanceUID; empty if missing, as after some de-identification.
         study_uid: StudyInstanceUID.
         frame_of_reference: FrameOfReferenceUID.
-        modality: such as "CT".
+        modality: Modality, such as "CT".
         number: SeriesNumber.
-        description: SeriesDescription, which may name a person: not for messages.
-        grid: columns, rows and slices, RAS+. A picture without a position has two axes and the identity.
+        description: SeriesDescription, which may identify a person and must not appear in messages.
+        grid: Grid of columns, rows and slices, RAS+. A 2D image without geometry has two axes and the identity.
         sop_uids: SOPInstanceUID of each of `files`.
-        frames: for each slice its frame number in its file, from 1.
-        placed: whether the files say where they lie.
-        slices: what the pixels are read by, in the order of the last array axis.
+        frames: Frame number of each slice in its file, from 1.
+        has_geometry: Whether the files have a position and orientation.
+        slices: Slices to read, in the order of the last array axis.
     """
 
     files: tuple[Path, ...]
@@ -63,7 +63,7 @@ class Series:
     slices: tuple[Slice, ...] = field(repr=False)
 
     def headers(self) -> Iterator[FileDataset]:
-        """Yield the data set of each of `files`, all elements before the pixels, also from within an archive."""
+        """Yield the dataset of each of `files` without pixel data, also from an archive."""
         sources = dict.fromkeys(item.header.source for item in self.slices)
         for _, stream in streams(sources):
             with quiet():
@@ -73,13 +73,13 @@ class Series:
 
 @dataclass(frozen=True)
 class Group:
-    """The images of one series that belong together.
+    """The images of one series.
 
     Attributes:
-        name: SeriesNumber and the ending of SeriesInstanceUID, by which it can be selected: `3_12345678`.
+        name: SeriesNumber and the end of SeriesInstanceUID, by which it can be selected: `3_12345678`.
         uid: SeriesInstanceUID.
         number: SeriesNumber.
-        headers: its files, damaged ones included, in no particular order.
+        headers: Headers of all files, including damaged ones, in no particular order.
     """
 
     name: str
@@ -89,39 +89,38 @@ class Group:
 
     @property
     def folders(self) -> set[Path]:
-        """The folders that its files lie in."""
+        """Folders of the files."""
         return {header.source.folder for header in self.headers}
 
     @property
     def has_geometry(self) -> bool:
-        """Whether any of its images says where it lies; damaged files count as such."""
+        """Whether any image has a geometry; damaged files are assumed to have one."""
         return any(not header.planes or Slice(header, header.planes[0]).has_geometry for header in self.headers)
 
     @property
     def localizer(self) -> bool:
-        """Whether all of its images are scouts."""
+        """Whether all images are localizers (scouts)."""
         return all(header.localizer for header in self.headers)
 
 
 def open_series(
     path: StrPath, *, series: str | None = None, index: int | None = None, max_voxels: int = MAX_VOXELS
 ) -> Series:
-    """Find the files of one series, check and sort them.
+    """Find, check and sort the files of one series.
 
     Args:
-        path: a folder (searched with its subfolders), one DICOM file, a DICOMDIR, or a zip archive; with `::` after it
-            it may also name the series.
-        series: which of several: a SeriesInstanceUID or its ending of four characters or more, a SeriesNumber, or both
-            as in the listing of the error that asks for it; followed by `#` and a number like `index`.
-        index: which volume, from 0, where a series holds several at the same place (points in time, echoes) or of
-            several orientations.
-        max_voxels: the largest number of voxels that headers may claim.
+        path: Folder (searched recursively), DICOM file, DICOMDIR or zip archive, optionally followed by `::series`.
+        series: Series to select: a SeriesInstanceUID or its end of at least four characters, a SeriesNumber, or both as
+            listed in the error message; optionally followed by `#` and an index.
+        index: Index from 0 of the volume to read, if the series has several at the same position (time points, echoes)
+            or with different orientations.
+        max_voxels: Largest number of voxels that headers may claim.
 
     Raises:
-        CaseError: there is no DICOM image, several series or volumes and none of them named, or a file of the series
-            is damaged.
-        GeometryError: slices are missing or uneven, the stack is sheared, or headers have no usable place in space.
-        RequestError: the selection cannot be read.
+        CaseError: There is no DICOM image, there are several series or volumes and none is selected, or a file of the
+            series is damaged.
+        GeometryError: Slices are missing or unevenly spaced, the stack is sheared, or the geometry is invalid.
+        RequestError: The selection is malformed.
     """
     source, named = split_series(path)
     wanted, chosen = _parse(named if series is None else series, index)
@@ -129,7 +128,7 @@ def open_series(
     group = _select(groups, others, wanted, source)
     _refuse_damage(group, source)
     stacks = find_stacks(group.headers, source)
-    slices = _pick(stacks, chosen, group, source)
+    slices = _select_stack(stacks, chosen, group, source)
     if slices[0].has_geometry:
         ordered, grid = order_slices(slices, source)
     else:
@@ -138,16 +137,16 @@ def open_series(
 
 
 def find_groups(path: Path) -> tuple[list[Group], list[Header]]:
-    """Return the image series at a path, sorted by number, and the files that are something else.
+    """Return the image series at a path, sorted by number, and the files that are not images.
 
-    The files of a series may lie in several folders; but if these hold images at the same places, each folder is taken
-    as a series, because it is a copy, or a volume of its own.
+    A series may be spread over several folders; but if these have images at the same positions, each folder is treated
+    as a series, because it is a copy or a separate volume.
     """
     return group_files(find_sources(path))
 
 
 def group_files(sources: Iterable[Source]) -> tuple[list[Group], list[Header]]:
-    """Group files like `find_groups`."""
+    """Group files into series as in `find_groups`."""
     headers = read_headers(sources)
     others = [header for header in headers if header.other]
     by_series: dict[tuple[str, str], list[Header]] = {}
@@ -163,7 +162,7 @@ def group_files(sources: Iterable[Source]) -> tuple[list[Group], list[Header]]:
 
 
 def _by_folder(headers: Sequence[Header]) -> list[list[Header]]:
-    """Part the files of a series by folder, if folders repeat each other or do not name the series."""
+    """Split the files of a series by folder, if folders duplicate each other or the files have no series UID."""
     folders: dict[Path, list[Header]] = {}
     for header in headers:
         folders.setdefault(header.source.folder, []).append(header)
@@ -176,12 +175,12 @@ def _by_folder(headers: Sequence[Header]) -> list[list[Header]]:
 
 
 def _endings(uids: Sequence[str]) -> dict[str, str]:
-    """Return endings of UIDs, as short as tells them apart, eight characters at least."""
+    """Return the shortest unique ends of UIDs, of at least eight characters."""
     length = _ENDING
     longest = max((len(uid) for uid in uids), default=0)
     while length < longest and len({uid[-length:] for uid in uids}) < len(uids):
         length += 1
-    # Masks are called by it, so whatever else a file has in its place must not lead into another folder.
+    # Used in names of masks, so an invalid UID must not lead to another folder.
     return {uid: re.sub(r"[^\w.-]", "_", uid[-length:]).strip(".") for uid in uids}
 
 
@@ -193,36 +192,36 @@ def _parse(text: str, index: int | None) -> tuple[str, int | None]:
     match = _SELECTION.fullmatch(text)
     if match is None:
         raise RequestError(
-            f"{text!r} names no series: expected a SeriesInstanceUID or its ending, or a SeriesNumber, and at most "
-            "'#' and the number of a volume after it."
+            f"Invalid series {text!r}: expected a SeriesInstanceUID or its end, or a SeriesNumber, optionally followed "
+            "by '#' and the index of a volume."
         )
-    picked = int(match["index"]) if match["index"] else None
-    return match["series"].strip(), index if picked is None else picked
+    selected = int(match["index"]) if match["index"] else None
+    return match["series"].strip(), index if selected is None else selected
 
 
 def _select(groups: Sequence[Group], others: Sequence[Header], wanted: str, source: Path) -> Group:
     if not groups:
         seen = f"; {_list_others(others)}" if others else ""
         kind = "is a folder that " if source.is_dir() else ""
-        raise CaseError(f"{source} {kind}holds no DICOM image{seen}.")
+        raise CaseError(f"{source} {kind}has no DICOM image{seen}.")
     found = [group for group in groups if not wanted or wanted in (group.uid, group.number, group.name)]
     if not found:
-        found = [group for group in groups if _is_meant(group, wanted)]
+        found = [group for group in groups if _matches(group, wanted)]
     if len(found) == 1:
         return found[0]
-    what = f"holds {len(found)} series{f' called {wanted}' if wanted else ''}" if found else f"has no series {wanted!r}"
-    raise CaseError(f"{source} {what}: name one as {source.name}{SERIES_MARK}NAME.\n{_list_groups(found or groups)}")
+    what = f"has {len(found)} series{f' named {wanted}' if wanted else ''}" if found else f"has no series {wanted!r}"
+    raise CaseError(f"{source} {what}: select one as {source.name}{SERIES_MARK}NAME.\n{_list_groups(found or groups)}")
 
 
-def _is_meant(group: Group, wanted: str) -> bool:
-    """Tell whether a text is the ending of a group's UID, with its number before it or without."""
+def _matches(group: Group, wanted: str) -> bool:
+    """Return whether a text is the end of a group's UID, with or without its number before it."""
     number, _, ending = wanted.rpartition("_")
-    long_enough = len(ending) >= _SHORTEST_ENDING  # or a wrong number would be the ending of some UID
+    long_enough = len(ending) >= _SHORTEST_ENDING  # otherwise a wrong number could match the end of a UID
     return group.uid.endswith(ending) and long_enough and number in ("", group.number or "none")
 
 
 def _list_groups(groups: Sequence[Group]) -> str:
-    """Return a line for each series, without anything that may name a patient."""
+    """Return a line for each series, without anything that could identify a patient."""
     lines = [f"  {group.name}: {_summary(group)}" for group in groups[:_SHOWN]]
     more = [f"  and {len(groups) - _SHOWN} more"] if len(groups) > _SHOWN else []
     return "\n".join([*lines, *more])
@@ -238,8 +237,8 @@ def _summary(group: Group) -> str:
 
 
 def _list_others(others: Sequence[Header]) -> str:
-    told = [f"{header.source.full_path.name} is {header.other}" for header in others[:_SHOWN]]
-    return ", ".join(told) + (f", and {len(others) - _SHOWN} more" if len(others) > _SHOWN else "")
+    listed = [f"{header.source.full_path.name} is {header.other}" for header in others[:_SHOWN]]
+    return ", ".join(listed) + (f", and {len(others) - _SHOWN} more" if len(others) > _SHOWN else "")
 
 
 def _refuse_damage(group: Group, source: Path) -> None:
@@ -247,23 +246,20 @@ def _refuse_damage(group: Group, source: Path) -> None:
     if damaged:
         first = damaged[0]
         more = f" {len(damaged) - 1} more files of the series are damaged." if len(damaged) > 1 else ""
-        raise CaseError(f"{first.source} cannot be used: {first.damage}.{more} Copy or export the series again.")
+        raise CaseError(f"{first.source} is damaged: {first.damage}.{more} Copy or export the series again.")
 
 
-def _pick(stacks: Sequence[list[Slice]], index: int | None, group: Group, source: Path) -> list[Slice]:
+def _select_stack(stacks: Sequence[list[Slice]], index: int | None, group: Group, source: Path) -> list[Slice]:
     if index is not None and not 0 <= index < len(stacks):
-        raise CaseError(f"{source}: the series {group.name} has no volume {index}, the last is {len(stacks) - 1}.")
+        raise CaseError(f"{source}: the series {group.name} has no volume {index}: the last is {len(stacks) - 1}.")
     if index is not None or len(stacks) == 1:
         return stacks[index or 0]
     if not any(item.has_geometry for stack in stacks for item in stack):
-        raise CaseError(
-            f"{source}: the series {group.name} is {len(stacks)} pictures that do not say where they "
-            "lie: name one file."
-        )
+        raise CaseError(f"{source}: the series {group.name} has {len(stacks)} images without geometry: give one file.")
     lines = [f"  {number}: {_describe(stack)}" for number, stack in enumerate(stacks[:_SHOWN])]
     raise CaseError(
-        f"{source}: the series {group.name} is not one volume but {len(stacks)}, which differ in orientation, size, "
-        f"time, echo or the like: take one with index=NUMBER, or as {source.name}{SERIES_MARK}{group.name}#NUMBER.\n"
+        f"{source}: the series {group.name} has {len(stacks)} volumes, which differ in orientation, size, time, echo "
+        f"or similar: select one with index=NUMBER, or as {source.name}{SERIES_MARK}{group.name}#NUMBER.\n"
         + "\n".join(lines)
     )
 
@@ -272,8 +268,8 @@ def _describe(stack: Sequence[Slice]) -> str:
     first = stack[0]
     numbers = sorted(item.header.instance for item in stack if item.header.instance is not None)
     span = f", images {numbers[0]} to {numbers[-1]}" if numbers else ""
-    turned = ", ".join(f"{value:.3g}" for value in first.plane.orientation or ())
-    return f"{len(stack)} x {first.header.columns} x {first.header.rows}{span}, orientation [{turned}]"
+    orientation = ", ".join(f"{value:.3g}" for value in first.plane.orientation or ())
+    return f"{len(stack)} x {first.header.columns} x {first.header.rows}{span}, orientation [{orientation}]"
 
 
 def _series(group: Group, ordered: Sequence[Slice], grid: Grid) -> Series:

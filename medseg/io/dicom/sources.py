@@ -1,4 +1,4 @@
-"""Where DICOM files lie: in a folder, listed by a DICOMDIR, or in a zip archive that is read without unpacking it."""
+"""Sources of DICOM files: folders, DICOMDIRs, and zip archives, which are read without unpacking them."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from medseg.io.dicom.detect import DIRECTORY_FILE, is_dicom, is_dicom_start
 
 __all__ = ["Source", "file_source", "find_sources", "quiet", "streams"]
 
-# Far above any study (a whole-body CT has some 5,000 images of half a megabyte), far below what fills a machine.
+# Far above any study (a whole-body CT has some 5,000 images of 0.5 MB), far below the capacity of a machine.
 _MAX_MEMBERS = 100_000
 _MAX_MEMBER_BYTES = 1 << 32
 _MAX_ARCHIVE_BYTES = 1 << 36
-# Pixels pack to a half or a tenth; only a large member that packs tighter than this is suspicious.
+# Pixels compress 2 to 10 times; only a large member with a higher compression ratio than this is suspicious.
 _MAX_PACKING = 200
 _PACKING_FROM = 1 << 24
 _NESTED = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".zst")
@@ -38,10 +38,10 @@ class Source:
     """One DICOM file.
 
     Attributes:
-        path: the file, or the archive that holds it.
-        member: its name in the archive; empty for a file of its own.
-        size: its length in bytes, unpacked.
-        changed: when the file or the archive was last written, in nanoseconds.
+        path: Path of the file, or of the archive that contains it.
+        member: Name in the archive; empty for a regular file.
+        size: Uncompressed size in bytes.
+        changed: Modification time of the file or archive in nanoseconds.
     """
 
     path: Path
@@ -51,12 +51,12 @@ class Source:
 
     @property
     def full_path(self) -> Path:
-        """The path, with the member's name below that of the archive."""
+        """Path of the file; a member of an archive is below the archive."""
         return self.path / self.member if self.member else self.path
 
     @property
     def folder(self) -> Path:
-        """Where it lies beside others."""
+        """Folder of the file, also within an archive."""
         return self.full_path.parent
 
     def __str__(self) -> str:
@@ -64,10 +64,10 @@ class Source:
 
 
 def streams(sources: Iterable[Source]) -> Iterator[tuple[Source, BinaryIO]]:
-    """Yield each source with its content open for reading; an archive is opened once for all that follow each other.
+    """Yield each source with an open stream; consecutive members of an archive share one open archive.
 
     Raises:
-        CaseError: an archive is damaged. Damage within a member shows when its content is read.
+        CaseError: An archive is damaged. A damaged member raises when its content is read.
     """
     for path, group in groupby(sources, key=lambda source: source.path):
         members = list(group)
@@ -85,33 +85,34 @@ def find_sources(path: Path) -> list[Source]:
     """List the DICOM files at a path.
 
     Args:
-        path: a folder, which is searched with its subfolders but without hidden ones and links to folders; a single
-            DICOM file; a DICOMDIR; or a zip archive of DICOM files.
+        path: Folder, which is searched recursively without hidden folders and links to folders; a single DICOM file; a
+            DICOMDIR; or a zip archive of DICOM files.
 
     Raises:
-        CaseError: there is nothing, or an archive or a DICOMDIR breaks a rule: too many or too large members, packed
-            suspiciously tight, encrypted, archives within archives; files that are missing or outside the folder.
+        CaseError: The path does not exist or is not DICOM; an archive has too many or too large members, a suspicious
+            compression ratio, encrypted members or nested archives; or a DICOMDIR lists files that are missing or
+            outside its folder.
     """
     if path.is_dir():
         return [file_source(found) for found in _walk(path) if is_dicom(found)]
     if not path.is_file():
-        raise CaseError(f"{path} does not exist, or is no file: check the path.")
+        raise CaseError(f"{path} does not exist, or is not a regular file: check the path.")
     if zipfile.is_zipfile(path) and not is_dicom(path):
         return _members(path)
     if not is_dicom(path):
-        raise CaseError(f"{path} is no DICOM file: it has neither the mark 'DICM' nor a SOP class.")
+        raise CaseError(f"{path} is not a DICOM file: it has neither the prefix 'DICM' nor a SOP class.")
     return _listed(path) if path.name.upper() == DIRECTORY_FILE else [file_source(path)]
 
 
 def file_source(path: Path) -> Source:
-    """Return a file of its own as a source."""
+    """Return the source of a regular file."""
     about = path.stat()
     return Source(path, "", about.st_size, about.st_mtime_ns)
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the parser from warning and logging, which shows values of the file; what is in use is checked here."""
+    """Suppress warnings and logs of the parser, which disclose values of the file; medseg checks what it uses."""
     log = logging.getLogger("pydicom")
     level = log.level
     log.setLevel(logging.CRITICAL)
@@ -130,8 +131,8 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def _refuse_unreadable(error: OSError) -> NoReturn:
-    # Its images may belong to the same volume.
-    raise CaseError(f"{error.filename} cannot be searched ({error.strerror}): make it readable.") from error
+    # Its images may be slices of the same volume.
+    raise CaseError(f"{error.filename} cannot be read ({error.strerror}): check its permissions.") from error
 
 
 @contextmanager
@@ -141,9 +142,11 @@ def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
             yield archive
     except (CaseError, MemoryError):
         raise
-    except Exception as error:  # each way of packing has errors of its own, and damaged lists raise still others
+    except Exception as error:  # each compression method and damaged directories raise different types
         reason = visible(in_a_line(error))
-        raise CaseError(f"{path} is a damaged archive, or packed in a way that is not read ({reason}).") from error
+        raise CaseError(
+            f"{path} is a damaged archive, or uses an unsupported compression method ({reason})."
+        ) from error
 
 
 def _members(path: Path) -> list[Source]:
@@ -161,29 +164,34 @@ def _hidden(name: str) -> bool:
 
 def _check_archive(infos: Sequence[zipfile.ZipInfo], path: Path) -> None:
     if len(infos) > _MAX_MEMBERS:
-        raise CaseError(f"{path} holds {len(infos):,} files: the limit of an archive is {_MAX_MEMBERS:,}. Unpack it.")
+        raise CaseError(
+            f"{path} has too many files: {len(infos):,}, the limit of an archive is {_MAX_MEMBERS:,}. Unpack it."
+        )
     total = sum(info.file_size for info in infos)
     if total > _MAX_ARCHIVE_BYTES:
-        raise CaseError(f"{path} unpacks to {total:,} bytes: the limit is {_MAX_ARCHIVE_BYTES:,}. Unpack it yourself.")
+        raise CaseError(
+            f"{path} is too large: it unpacks to {total:,} bytes, the limit is {_MAX_ARCHIVE_BYTES:,}. Unpack it."
+        )
     if len({info.filename for info in infos}) < len(infos):
-        raise CaseError(f"{path} holds several files of one name: pack it again.")
+        raise CaseError(f"{path} has several files with the same name: create the archive again.")
     for info in infos:
         _check_member(info, path)
 
 
 def _check_member(info: zipfile.ZipInfo, path: Path) -> None:
-    where = f"{path} holds '{info.filename}'"
+    where = f"{path} contains '{info.filename}'"
     if info.flag_bits & 1:
         raise CaseError(f"{where}, which is encrypted: unpack it first.")
     if stat.S_ISLNK(info.external_attr >> 16):
-        raise CaseError(f"{where}, which is a link: pack the files themselves.")
+        raise CaseError(f"{where}, which is a link: archive the files themselves.")
     if info.filename.lower().endswith(_NESTED):
-        raise CaseError(f"{where}, an archive within an archive: unpack it first.")
+        raise CaseError(f"{where}, a nested archive: unpack it first.")
     packing = info.file_size / max(1, info.compress_size)
     if info.file_size > _MAX_MEMBER_BYTES or (info.file_size > _PACKING_FROM and packing > _MAX_PACKING):
         raise CaseError(
-            f"{where} of {info.file_size:,} bytes packed {packing:.0f} to 1: the limits are {_MAX_MEMBER_BYTES:,} "
-            f"bytes, and {_MAX_PACKING} to 1 above {_PACKING_FROM:,} bytes. Unpack it yourself if you trust it."
+            f"{where} of {info.file_size:,} bytes with a compression ratio of {packing:.0f}: the limits are "
+            f"{_MAX_MEMBER_BYTES:,} bytes, and a ratio of {_MAX_PACKING} above {_PACKING_FROM:,} bytes. Unpack it "
+            "if you trust it."
         )
 
 
@@ -191,14 +199,14 @@ def _is_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> b
     with archive.open(info) as member:
         start = member.read(_START_BYTES)
     if start.startswith(b"PK\x03\x04"):
-        raise CaseError(f"{path} holds '{info.filename}', an archive within an archive: unpack it first.")
+        raise CaseError(f"{path} contains '{info.filename}', a nested archive: unpack it first.")
     return is_dicom_start(start)
 
 
 def _listed(directory: Path) -> list[Source]:
-    """Return the files that a DICOMDIR refers to.
+    """Return the files that a DICOMDIR references.
 
-    Its records are read in the order of the file; the offsets that link them, which may form loops, are not followed.
+    Its records are read in file order; the offsets between them, which may form loops, are not followed.
     """
     paths: dict[Path, None] = {}
     for record in _records(directory):
@@ -207,11 +215,11 @@ def _listed(directory: Path) -> list[Source]:
             parts = [named] if isinstance(named, str) else [str(part) for part in named]
             paths[_below(directory, parts)] = None
     if not paths:
-        raise CaseError(f"{directory} lists no files: name the folder that holds them.")
+        raise CaseError(f"{directory} lists no files: give the folder of the images instead.")
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise CaseError(
-            f"{directory} lists {len(paths):,} files, of which {len(missing):,} are not there, the first is "
+            f"{directory} lists {len(paths):,} files, of which {len(missing):,} are missing, such as "
             f"'{missing[0].relative_to(directory.parent)}': copy the whole medium."
         )
     return [file_source(path) for path in paths if is_dicom(path)]
@@ -221,9 +229,11 @@ def _records(directory: Path) -> Sequence[Any]:
     try:
         with quiet(), directory.open("rb") as file:
             meta = read_file_meta_info(directory)
-            # After 128 bytes of preamble, the mark, and the element that holds the length of the meta information.
+            # After the preamble of 128 bytes, the prefix, and the element with the length of the meta information.
             file.seek(128 + 4 + 12 + int(meta.FileMetaInformationGroupLength))
-            implicit = meta.get("TransferSyntaxUID") == ImplicitVRLittleEndian  # though the standard wants it explicit
+            implicit = (
+                meta.get("TransferSyntaxUID") == ImplicitVRLittleEndian
+            )  # although the standard requires explicit VR
             content = read_dataset(file, is_implicit_VR=implicit, is_little_endian=True)
             return list(content.get("DirectoryRecordSequence") or [])
     except OSError:
@@ -233,14 +243,18 @@ def _records(directory: Path) -> Sequence[Any]:
 
 
 def _below(directory: Path, parts: Sequence[str]) -> Path:
-    """Find a listed file below the folder of the DICOMDIR; names on media may differ in case."""
+    """Return the path of a listed file below the folder of the DICOMDIR; names on media may differ in case."""
     path = directory.parent
     for part in parts:
         if part in ("", ".", "..") or "/" in part or "\\" in part or "\0" in part:
-            raise CaseError(f"{directory} lists the file {'/'.join(parts)!r}, which leads out of its folder: not read.")
+            raise CaseError(
+                f"{directory} lists the file {'/'.join(parts)!r}, which is outside its folder and not read."
+            )
         path = path / part if (path / part).exists() else _any_case(path, part)
     if not path.resolve().is_relative_to(directory.parent.resolve()):
-        raise CaseError(f"{directory} lists the file {'/'.join(parts)!r}, a link out of its folder: not read.")
+        raise CaseError(
+            f"{directory} lists the file {'/'.join(parts)!r}, a link to outside its folder, which is not read."
+        )
     return path
 
 

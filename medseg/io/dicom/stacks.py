@@ -1,7 +1,7 @@
-"""Slices in space: which images of a series form one volume, in which order, and on which grid.
+"""Stacking slices: which images of a series form one volume, in which order, and on which grid.
 
-Only ImagePositionPatient, ImageOrientationPatient and PixelSpacing count. SliceLocation, instance numbers and file
-names say nothing about order, and a slice thickness nothing about distance.
+Only ImagePositionPatient, ImageOrientationPatient and PixelSpacing are used. SliceLocation, instance numbers and file
+names are no reliable order, and SliceThickness is not the distance of slices.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ __all__ = ["Slice", "find_stacks", "order_slices", "slice_key"]
 
 logger = logging.getLogger(__name__)
 
-# Cosines of one orientation; headers with four decimals stay below it, and an image of 500 mm moves by 0.1 mm.
+# Tolerance of direction cosines; headers with four decimals stay below it, and an image of 500 mm moves by 0.1 mm.
 _SAME_ORIENTATION: Final = 2e-4
-# Relative difference of pixel spacings that are still one.
+# Relative tolerance of pixel spacings.
 _SAME_SPACING: Final = 1e-4
-# Images nearer to each other than this part of a pixel lie at one place.
-_SAME_PLACE: Final = 0.01
+# Images closer than this fraction of a pixel are at the same position.
+_SAME_POSITION: Final = 0.01
 _UNIT_TOLERANCE: Final = 1e-2
 _LPS_TO_RAS: Final = np.diag([-1.0, -1.0, 1.0, 1.0])
 _SHOWN: Final = 8
@@ -48,41 +48,41 @@ class Slice:
 
     @property
     def has_geometry(self) -> bool:
-        """Whether the file says where it lies."""
+        """Whether the slice has a position and an orientation."""
         return self.plane.position is not None and self.plane.orientation is not None
 
 
 def slice_key(item: Slice) -> Hashable:
-    """Return what two copies of one image, or two images at one place, have in common."""
+    """Return a key that is equal for copies of one image, and for images at the same position."""
     return (
         (item.plane.position, item.plane.orientation) if item.has_geometry else (item.header.sop_uid, item.plane.frame)
     )
 
 
 def find_stacks(headers: Sequence[Header], source: object) -> list[list[Slice]]:
-    """Part the images of a series into volumes: by orientation, size and spacing, then by what tells repeats apart.
+    """Split the images of a series into volumes: by orientation, size and spacing, then by time, echo and similar.
 
-    Copies of one file count once. Images without a position are each a picture of their own.
+    Duplicate files count once. Each image without geometry is a separate 2D image.
 
     Raises:
-        CaseError: several images lie at one place, and nothing tells which belong together; or two files differ, but
-            claim to be the same image.
+        CaseError: Several images have the same position and no attribute separates them into volumes; or two files
+            with the same SOPInstanceUID differ.
     """
     slices = [Slice(header, plane) for header in _without_copies(headers) for plane in header.planes]
     stacks = [[item] for item in slices if not item.has_geometry]
-    for group in _alike([item for item in slices if item.has_geometry]):
+    for group in _group_alike([item for item in slices if item.has_geometry]):
         stacks += _separated(group, source)
     return sorted(stacks, key=lambda stack: min(_number(item) for item in stack))
 
 
 def order_slices(slices: Sequence[Slice], source: object) -> tuple[list[Slice], Grid]:
-    """Sort a volume's slices along their normal, and return them with their unchecked grid.
+    """Sort the slices of a volume along their normal, and return them with their unchecked grid.
 
-    The grid's axes are columns, rows and slices; slices ascend along the cross product of row and column direction.
+    The grid axes are columns, rows and slices; slices ascend along the cross product of row and column direction.
 
     Raises:
-        GeometryError: distances are uneven, slices are missing, the stack is sheared (gantry tilt), or a header's
-            directions or spacings cannot be.
+        GeometryError: Slices are unevenly spaced or missing, the stack is sheared (gantry tilt), or directions or
+            spacings are invalid.
     """
     row, column, normal = _axes(slices[0], source)
     ordered = sorted(slices, key=lambda item: float(np.dot(_position(item), normal)))
@@ -91,7 +91,7 @@ def order_slices(slices: Sequence[Slice], source: object) -> tuple[list[Slice], 
     axes = np.stack([row * between_columns, column * between_rows, _step(ordered, positions, normal, source)], axis=1)
     if len(ordered) > 1:
         _refuse_uneven(positions, axes, normal, source)
-        axes[:, 2] = _straight(axes[:, 2], len(ordered) - 1, min(_spacing(slices[0], source)), normal, source)
+        axes[:, 2] = _orthogonal_step(axes[:, 2], len(ordered) - 1, min(_spacing(slices[0], source)), normal, source)
     affine: NDArray[np.float64] = np.eye(4)
     affine[:3, :3], affine[:3, 3] = axes, positions[0]
     header = ordered[0].header
@@ -104,7 +104,7 @@ def _number(item: Slice) -> tuple[int, str, int]:
 
 
 def _without_copies(headers: Sequence[Header]) -> list[Header]:
-    """Leave out files that are copies of others, byte for byte."""
+    """Skip files that are byte-identical copies of others."""
     kept: dict[str, Header] = {}
     rest = []
     for header in headers:
@@ -115,10 +115,10 @@ def _without_copies(headers: Sequence[Header]) -> list[Header]:
         first = kept[header.sop_uid]
         if _digest(first) != _digest(header):
             raise CaseError(
-                f"{first.source} and {header.source} claim to be one image (SOPInstanceUID ending in "
-                f"{header.sop_uid[-8:]}), but differ: remove the wrong one."
+                f"{first.source} and {header.source} have the same SOPInstanceUID (ending in {header.sop_uid[-8:]}), "
+                "but differ: remove the wrong one."
             )
-        logger.info("%s is a copy of %s: left out.", header.source, first.source)
+        logger.info("%s is a duplicate of %s and is skipped.", header.source, first.source)
     return rest
 
 
@@ -130,13 +130,13 @@ def _digest(header: Header) -> str:
                 digest.update(chunk)
     except (CaseError, OSError, MemoryError):
         raise
-    except Exception as error:  # each way of packing an archive has errors of its own
+    except Exception as error:  # each compression method raises different types
         raise CaseError(f"{header.source} cannot be unpacked ({in_a_line(error)}): copy it again.") from error
     return digest.hexdigest()
 
 
-def _alike(slices: Sequence[Slice]) -> list[list[Slice]]:
-    """Group slices of one size, orientation and pixel spacing."""
+def _group_alike(slices: Sequence[Slice]) -> list[list[Slice]]:
+    """Group slices by size, orientation and pixel spacing."""
     groups: list[list[Slice]] = []
     for item in slices:
         for group in groups:
@@ -152,37 +152,37 @@ def _is_alike(a: Slice, b: Slice) -> bool:
     sizes = [(item.header.rows, item.header.columns, item.header.samples) for item in (a, b)]
     if sizes[0] != sizes[1] or (a.plane.spacing is None) != (b.plane.spacing is None):
         return False
-    turned = np.abs(np.subtract(a.plane.orientation or 0, b.plane.orientation or 0)).max()
+    difference = np.abs(np.subtract(a.plane.orientation or 0, b.plane.orientation or 0)).max()
     return bool(
-        turned <= _SAME_ORIENTATION and np.allclose(a.plane.spacing or 0, b.plane.spacing or 0, rtol=_SAME_SPACING)
+        difference <= _SAME_ORIENTATION and np.allclose(a.plane.spacing or 0, b.plane.spacing or 0, rtol=_SAME_SPACING)
     )
 
 
 def _separated(slices: Sequence[Slice], source: object) -> list[list[Slice]]:
-    """Part slices that lie at the same places, such as points in time, by the first mark that does so evenly."""
-    places = _places(slices, source)
-    repeats = Counter(places)
+    """Split slices with repeated positions, such as time points, by the first discriminator that separates them."""
+    position_ids = _position_ids(slices, source)
+    repeats = Counter(position_ids)
     if max(repeats.values()) == 1:
         return [list(slices)]
     if len(set(repeats.values())) == 1:
         keys = [
             [str(item.header.source) for item in slices],
-            *([_mark(item, name) for item in slices] for name in _names(slices)),
+            *([_discriminator(item, name) for item in slices] for name in _names(slices)),
         ]
-        for key in (*keys, _ranks(slices, places)):
-            parts = _parted(slices, places, key)
+        for key in (*keys, _ranks(slices, position_ids)):
+            parts = _split_by(slices, position_ids, key)
             if parts:
                 return parts
     raise CaseError(
-        f"{source}: {len(slices)} images lie at {len(repeats)} places, and nothing tells which of them form a volume "
-        "(not the time, the echo, the acquisition or the order of their numbers). Export the volumes as series."
+        f"{source}: {len(slices)} images at {len(repeats)} positions cannot be separated into volumes (by time, echo, "
+        "acquisition or instance number). Export the volumes as separate series."
     )
 
 
-def _places(slices: Sequence[Slice], source: object) -> list[int]:
-    """Number the places along the normal."""
+def _position_ids(slices: Sequence[Slice], source: object) -> list[int]:
+    """Number the positions along the normal."""
     _, _, normal = _axes(slices[0], source)
-    near = _SAME_PLACE * min(_spacing(slices[0], source))
+    near = _SAME_POSITION * min(_spacing(slices[0], source))
     along = np.array([float(np.dot(_position(item), normal)) for item in slices])
     order = np.argsort(along, kind="stable")
     numbers = np.empty(len(slices), dtype=int)
@@ -191,17 +191,17 @@ def _places(slices: Sequence[Slice], source: object) -> list[int]:
 
 
 def _names(slices: Sequence[Slice]) -> list[str]:
-    """Return the marks that all slices have, and that differ, in the order in which they are tried."""
+    """Return the discriminators that all slices have and that differ, in order of preference."""
     shared = [name for name, _ in slices[0].plane.discriminators]
-    return [name for name in shared if len({_mark(item, name) for item in slices}) > 1]
+    return [name for name in shared if len({_discriminator(item, name) for item in slices}) > 1]
 
 
-def _mark(item: Slice, name: str) -> str:
+def _discriminator(item: Slice, name: str) -> str:
     return dict(item.plane.discriminators).get(name, "")
 
 
-def _ranks(slices: Sequence[Slice], places: Sequence[int]) -> list[str]:
-    """Return the rank of each slice at its place, if instance numbers run volume by volume or place by place."""
+def _ranks(slices: Sequence[Slice], position_ids: Sequence[int]) -> list[str]:
+    """Return the rank of each slice at its position, if instances are numbered by volume or by position."""
     numbers = [(item.header.instance, item.plane.frame) for item in slices]
     if any(number[0] is None for number in numbers) or len(set(numbers)) < len(numbers):
         return [""] * len(slices)
@@ -209,23 +209,23 @@ def _ranks(slices: Sequence[Slice], places: Sequence[int]) -> list[str]:
     seen: Counter[int] = Counter()
     ranks = [0] * len(slices)
     for index in order:
-        ranks[index] = seen[places[index]]
-        seen[places[index]] += 1
+        ranks[index] = seen[position_ids[index]]
+        seen[position_ids[index]] += 1
     by_rank = [ranks[index] for index in order]
-    by_place = [places[index] for index in order]
-    runs = sum(a != b for a, b in pairwise(by_place)) + 1
+    by_position = [position_ids[index] for index in order]
+    runs = sum(a != b for a, b in pairwise(by_position)) + 1
     if by_rank == sorted(by_rank) or runs == len(seen):
         return [str(rank) for rank in ranks]
     return [""] * len(slices)
 
 
-def _parted(slices: Sequence[Slice], places: Sequence[int], key: Sequence[str]) -> list[list[Slice]]:
-    """Part slices by a key, if each part then has one slice at every place; empty if not."""
+def _split_by(slices: Sequence[Slice], position_ids: Sequence[int], key: Sequence[str]) -> list[list[Slice]]:
+    """Split slices by a key if each part then has one slice at every position; otherwise return an empty list."""
     parts: dict[str, list[int]] = {}
     for index, value in enumerate(key):
         parts.setdefault(value, []).append(index)
-    everywhere = sorted(set(places))
-    if len(parts) > 1 and all(sorted(places[index] for index in part) == everywhere for part in parts.values()):
+    everywhere = sorted(set(position_ids))
+    if len(parts) > 1 and all(sorted(position_ids[index] for index in part) == everywhere for part in parts.values()):
         return [[slices[index] for index in part] for part in parts.values()]
     return []
 
@@ -241,7 +241,7 @@ def _axes(item: Slice, source: object) -> tuple[NDArray[np.float64], NDArray[np.
     if np.abs(lengths - 1).max() > _UNIT_TOLERANCE or abs(np.dot(row, column)) > MAX_SHEAR:
         shown = ", ".join(f"{number:g}" for number in (*row, *column))
         raise GeometryError(
-            f"{source} has the ImageOrientationPatient [{shown}]: expected two unit vectors at a right angle. Its "
+            f"{source} has an invalid ImageOrientationPatient [{shown}]: expected two orthogonal unit vectors. Its "
             "header is wrong."
         )
     row, column = row / lengths[0], column / lengths[1]
@@ -253,7 +253,7 @@ def _spacing(item: Slice, source: object) -> tuple[float, float]:
     spacing = item.plane.spacing
     if spacing is None or min(spacing) <= 0:
         found = "no PixelSpacing" if spacing is None else f"the PixelSpacing {spacing[0]:g} x {spacing[1]:g}"
-        raise GeometryError(f"{source} has {found}: its size is undefined. Export it again with its geometry.")
+        raise GeometryError(f"{source} has {found}: expected two positive values. Export it again with its geometry.")
     return spacing[0], spacing[1]
 
 
@@ -271,12 +271,12 @@ def _step(
     return step
 
 
-def _straight(
+def _orthogonal_step(
     step: NDArray[np.float64], count: int, pixel: float, normal: NDArray[np.float64], source: object
 ) -> NDArray[np.float64]:
-    """Return the step from slice to slice; refuse one that leans sideways, and drop what is rounding alone.
+    """Return the step between slices along the normal; refuse a sheared stack, and ignore rounding errors.
 
-    Positions rounded to a hundredth of a millimeter lean; over the whole stack that stays below a tenth of a pixel.
+    Positions rounded to 0.01 mm deviate sideways by less than a tenth of a pixel over the whole stack.
     """
     along = float(np.dot(step, normal))
     aside = float(np.linalg.norm(step - along * normal))
@@ -285,16 +285,16 @@ def _straight(
     if aside * count <= GRID_TOLERANCE * pixel:
         return along * normal
     raise GeometryError(
-        f"{source} is sheared: its slices shift by {aside:.3g} mm sideways for every {along:.3g} mm, as with a gantry "
-        f"tilted by {math.degrees(math.atan2(aside, along)):.1f} degrees. Resample it to a rectangular grid "
-        "first, as dcm2niix does."
+        f"{source} is sheared: its slices shift sideways by {aside:.3g} mm per {along:.3g} mm, which is a gantry tilt "
+        f"of {math.degrees(math.atan2(aside, along)):.1f} degrees. Resample it to an orthogonal grid first, as "
+        "dcm2niix does."
     )
 
 
 def _refuse_uneven(
     positions: NDArray[np.float64], axes: NDArray[np.float64], normal: NDArray[np.float64], source: object
 ) -> None:
-    """Refuse stacks of which a slice lies more than a tenth of a voxel off the even grid."""
+    """Refuse stacks with a slice more than a tenth of a voxel off the regular grid."""
     due = positions[0] + np.arange(len(positions))[:, None] * axes[:, 2]
     off = np.abs(np.linalg.solve(axes, (positions - due).T))
     if off.max() <= GRID_TOLERANCE:
@@ -303,24 +303,24 @@ def _refuse_uneven(
     if off[2].max() <= GRID_TOLERANCE:
         worst = int(off[:2].max(axis=0).argmax())
         raise GeometryError(
-            f"{source} has a slice that lies {off[:2].max():.2g} pixels beside the line of the others, at "
-            f"{along[worst]:.6g} mm: expected slices that lie straight on each other."
+            f"{source} has a misaligned slice, {off[:2].max():.2g} pixels off the line of the others, at "
+            f"{along[worst]:.6g} mm: expected aligned slices."
         )
-    raise GeometryError(f"{source} has slices at uneven distances: {_gaps(along)}. Export all slices, or resample it.")
+    raise GeometryError(f"{source} has unevenly spaced slices: {_gaps(along)}. Export all slices, or resample it.")
 
 
 def _gaps(along: NDArray[np.float64]) -> str:
-    """Say between which positions along the normal the distance is not the usual one."""
+    """Describe the positions along the normal between which the distance is not the usual one."""
     steps = np.diff(along)
     usual = float(np.median(steps))
     odd = [index for index, step in enumerate(steps) if abs(step - usual) > GRID_TOLERANCE * usual]
-    told = []
+    gaps = []
     for index in odd[:_SHOWN]:
         missing = round(steps[index] / usual) - 1
         even = missing > 0 and abs(steps[index] - (missing + 1) * usual) <= GRID_TOLERANCE * usual
         hint = f", as if {missing} slice{'s' if missing > 1 else ''} were missing" if even else ""
-        told.append(f"{steps[index]:.4g} mm between {along[index]:.6g} and {along[index + 1]:.6g}{hint}")
+        gaps.append(f"{steps[index]:.4g} mm between {along[index]:.6g} and {along[index + 1]:.6g}{hint}")
     more = f", and {len(odd) - _SHOWN} more" if len(odd) > _SHOWN else ""
-    if not told:
-        told = [f"they drift from {steps.min():.4g} to {steps.max():.4g} mm"]
-    return f"usually {usual:.4g} mm, but {'; '.join(told)}{more} (along the normal)"
+    if not gaps:
+        gaps = [f"they drift from {steps.min():.4g} to {steps.max():.4g} mm"]
+    return f"usually {usual:.4g} mm, but {'; '.join(gaps)}{more} (along the normal)"

@@ -1,8 +1,8 @@
-"""What a label is, in the words of DICOM: a name, and codes for its category and type.
+"""DICOM terms of labels: a name, and codes for its category and type.
 
-Codes come from the dictionary that pydicom takes out of the standard (context groups 7159, 7166 and 7192), not from a
-table of ours. A name is looked up by its words: "liver", "adrenal_gland_right", "lung nodule". A name that is not found
-there gets a code of our own, which says no more than the name does, instead of a guess.
+Codes come from the dictionary of the standard in pydicom (context groups 7159, 7166 and 7192), not from a private
+table. A name is looked up by its words: "liver", "adrenal_gland_right", "lung nodule". An unknown name gets a private
+code with no other meaning than the name, instead of a guess.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["OWN_SCHEME", "Coded", "SegmentTerm", "TermLike", "default_color", "l
 OWN_SCHEME = "99MEDSEG"
 _MAX_TEXT = 64
 _MAX_CODE = 16
-# How people call what the dictionary calls otherwise.
+# Synonyms of terms in the dictionary.
 _OTHER_WORDS = {
     "tumor": "neoplasm",
     "tumour": "neoplasm",
@@ -46,7 +46,7 @@ _SIDES = ("left", "right")
 
 
 class Coded(NamedTuple):
-    """A term of a coding scheme: its code (16 characters at most), the scheme ("SCT", "DCM"), and its meaning."""
+    """A coded concept: code value (at most 16 characters), coding scheme ("SCT", "DCM"), and code meaning."""
 
     value: str
     scheme: str
@@ -55,15 +55,15 @@ class Coded(NamedTuple):
 
 @dataclass(frozen=True)
 class SegmentTerm:
-    """A label in the words of DICOM.
+    """The DICOM term of a label.
 
     Attributes:
-        name: what users see, 64 characters at most.
-        category: the kind of thing it is, such as `("91723000", "SCT", "Anatomical Structure")`.
-        type: the thing, such as `("10200004", "SCT", "Liver")`.
-        color: red, green and blue for display, 0 to 255; by default one that follows from the label's value.
-        side: what `type` is narrowed by, such as `("7771000", "SCT", "Left")`.
-        region: where in the body it lies, for a lesion.
+        name: Displayed name, at most 64 characters.
+        category: Property category, such as `("91723000", "SCT", "Anatomical Structure")`.
+        type: Property type, such as `("10200004", "SCT", "Liver")`.
+        color: Display color (red, green, blue), 0 to 255; by default derived from the label value.
+        side: Type modifier, such as `("7771000", "SCT", "Left")`.
+        region: Anatomic region of a lesion.
     """
 
     name: str
@@ -90,37 +90,37 @@ def segment_term(given: TermLike) -> SegmentTerm:
     """Return the term of a label.
 
     Args:
-        given: a term as it is; a mapping with `name` and any other field of `SegmentTerm` (codes as lists of three
-            texts), where `category` and `type` are given both or not at all; or a name, which is looked up.
+        given: A term; a mapping with `name` and other fields of `SegmentTerm` (codes as lists of three strings), with
+            both `category` and `type` or neither; or a name, which is looked up.
 
     Raises:
-        RequestError: a field is unknown or malformed.
+        RequestError: A field is unknown or malformed.
     """
     if isinstance(given, SegmentTerm):
         return given
     if isinstance(given, str):
         return _by_name(given)
     if not isinstance(given, Mapping) or not isinstance(given.get("name"), str):
-        raise RequestError(f"A label's term is {given!r}: expected its name, or a mapping with 'name'.")
+        raise RequestError(f"Invalid term of a label {given!r}: expected its name, or a mapping with 'name'.")
     fields = {str(key): value for key, value in given.items()}
     unknown = set(fields) - set(SegmentTerm.__dataclass_fields__)
     if unknown or ("category" in fields) != ("type" in fields):
         raise RequestError(
             f"The term of label '{fields['name']}' has the fields {', '.join(sorted(fields))}: expected "
-            f"{', '.join(SegmentTerm.__dataclass_fields__)}, with 'category' and 'type' both or none."
+            f"{', '.join(SegmentTerm.__dataclass_fields__)}, with both 'category' and 'type' or neither."
         )
     return SegmentTerm(**fields) if "type" in fields else replace(_by_name(fields["name"]), **fields)
 
 
 def default_color(value: int) -> tuple[int, int, int]:
-    """Return a clear color for a label value; neighbors in value get hues far apart."""
+    """Return a saturated color for a label value; consecutive values have distant hues."""
     golden = 0.618033988749895
     red, green, blue = colorsys.hsv_to_rgb((value * golden) % 1.0, 0.75, 0.95)
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
 def lab_color(rgb: tuple[int, int, int]) -> tuple[float, float, float]:
-    """Return a color (sRGB, 0 to 255) as CIE L*a*b* under D50, the form in which DICOM stores display colors."""
+    """Convert an sRGB color (0 to 255) to CIE L*a*b* under D50, in which DICOM stores display colors."""
     linear = [(c / 255 / 12.92 if c / 255 <= 0.04045 else ((c / 255 + 0.055) / 1.055) ** 2.4) for c in rgb]
     # sRGB to XYZ, adapted to D50 (Bradford), divided by the white point 0.9642, 1, 0.8249: white becomes (1, 1, 1).
     rows = ((0.43607, 0.38515, 0.14308), (0.22249, 0.71687, 0.06061), (0.01392, 0.09708, 0.71410))
@@ -146,7 +146,7 @@ def _by_name(name: str) -> SegmentTerm:
 
 
 def _found(words: str) -> tuple[Coded, Coded, Coded | None] | None:
-    """Return category, type and region of a name: a structure, a tissue, a lesion, or a lesion of a structure."""
+    """Return category, type and region for the name of a structure, tissue, lesion, or lesion of a structure."""
     for group, category in (("cid7192", "AnatomicalStructure"), ("cid7166", "Tissue")):
         if (kind := _look_up(group, words)) is not None:
             return _category(category), kind, None
@@ -173,7 +173,7 @@ def _look_up(group: str, words: str) -> Coded | None:
 def _category(keyword: str) -> Coded:
     from pydicom.sr.codedict import codes
 
-    # In lower case, and by group: older versions of pydicom know no other way.
+    # In lower case, and by context group, for older versions of pydicom.
     code = getattr(codes.cid7150, keyword)
     return Coded(str(code.value), str(code.scheme_designator), str(code.meaning))
 
@@ -188,23 +188,29 @@ def _own_code(name: str) -> Coded:
 def _check_text(text: Any, what: str) -> None:
     wrong = not isinstance(text, str) or not text.strip() or len(text) > _MAX_TEXT
     if wrong or "\\" in text or not text.isprintable():
-        raise RequestError(f"In DICOM {what} cannot be {text!r}: expected 1 to {_MAX_TEXT} characters without '\\'.")
+        raise RequestError(
+            f"Invalid DICOM text {text!r} for {what}: expected 1 to {_MAX_TEXT} characters without '\\'."
+        )
 
 
 def _checked_code(given: Any, what: str) -> Coded:
     parts: Sequence[Any] = given if isinstance(given, Sequence) and not isinstance(given, str) else ()
     if len(parts) != 3 or not all(isinstance(part, str) and part for part in parts):
-        raise RequestError(f"{what[0].upper()}{what[1:]} is {given!r}: expected a code, its scheme and its meaning.")
+        raise RequestError(
+            f"{what[0].upper()}{what[1:]} is {given!r}: expected code value, coding scheme and code meaning."
+        )
     code = Coded(*parts)
     for part in code:
         _check_text(part, what)
     if len(code.value) > _MAX_CODE or len(code.scheme) > _MAX_CODE:
-        raise RequestError(f"{what[0].upper()}{what[1:]} is {given!r}: codes and schemes have {_MAX_CODE} characters.")
+        raise RequestError(
+            f"{what[0].upper()}{what[1:]} is {given!r}: expected at most {_MAX_CODE} characters for value and scheme."
+        )
     return code
 
 
 def _checked_color(given: Any, name: str) -> tuple[int, int, int]:
     parts = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else ()
     if len(parts) != 3 or not all(isinstance(part, int) and 0 <= part <= 255 for part in parts):
-        raise RequestError(f"The color of label '{name}' is {given!r}: expected red, green and blue, 0 to 255.")
+        raise RequestError(f"Invalid color {given!r} of label '{name}': expected red, green and blue, 0 to 255.")
     return parts

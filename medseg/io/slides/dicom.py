@@ -99,7 +99,9 @@ def _check_frames(path: Path) -> None:
             due = count * int(header.Rows) * int(header.Columns) * int(header.SamplesPerPixel)
             there = path.stat().st_size - stream.tell()
             if min(length, there) < due:
-                raise CaseError(f"{path} has {min(length, there):,} bytes of pixels: expected {due:,}. Copy it again.")
+                raise CaseError(
+                    f"{path} is truncated: {min(length, there):,} bytes of pixel data, expected {due:,}. Copy it again."
+                )
             return
         table = _basic_offset_table(stream, path) or _extended_offset_table(header, path)
         items = _fragment_offsets(stream, path)
@@ -147,14 +149,14 @@ def _fragment_offsets(stream: BinaryIO, path: Path) -> set[int]:
     offsets: set[int] = set()
     size = path.stat().st_size
     while True:
-        place = stream.tell()
+        position = stream.tell()
         head = stream.read(8)
         if len(head) < 8:
             raise CaseError(f"{path} is truncated: it ends within its frames. Copy it again.")
         group, element, length = struct.unpack("<HHI", head)
         if (group, element) == _END:
             return offsets
-        if (group, element) != _ITEM or place + 8 + length > size:
-            raise CaseError(f"{path} is damaged: invalid fragment at byte {place:,}. Copy it again.")
-        offsets.add(place - begin)
+        if (group, element) != _ITEM or position + 8 + length > size:
+            raise CaseError(f"{path} is damaged: invalid fragment at byte {position:,}. Copy it again.")
+        offsets.add(position - begin)
         stream.seek(length, 1)

@@ -152,9 +152,9 @@ class GeoJSONWriter:
     def _coordinates(self, ring: Points) -> list[list[float]]:
         points = np.concatenate([ring, ring[:1]]) * self._style.scale + self._style.origin
         whole = np.rint(points)
-        places: list[list[float]]
-        places = (whole.astype(np.int64) if np.array_equal(whole, points) else points.round(_DECIMALS)).tolist()
-        return places
+        positions: list[list[float]]
+        positions = (whole.astype(np.int64) if np.array_equal(whole, points) else points.round(_DECIMALS)).tolist()
+        return positions
 
     def _write(self, text: str) -> None:
         if self._stream is None:
@@ -238,8 +238,8 @@ def read_geojson(
         for number, feature in enumerate(_features(json.loads(_text(file))), start=1):
             found = _outlines(feature, number, values, others, file)
             for rings in found[1]:
-                places = [(ring - origin) / scale - 0.5 for ring in rings]
-                _fill(out, places, number if instances else found[0], f"Feature {number} of {file}")
+                points = [(ring - origin) / scale - 0.5 for ring in rings]
+                _fill(out, points, number if instances else found[0], f"Feature {number} of {file}")
     return out
 
 

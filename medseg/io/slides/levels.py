@@ -276,8 +276,8 @@ class _ImageLevels:
 
 def _location(index: int, factor: float) -> int:
     """Return the position at level 0 that tiffslide, which divides by `factor` and truncates, maps to `index`."""
-    place = math.ceil(index * factor)
-    return place if int(place / factor) == index else place + 1
+    position = math.ceil(index * factor)
+    return position if int(position / factor) == index else position + 1
 
 
 def _as_rgb(pixels: NDArray[Any], file: Path) -> NDArray[np.uint8]:

@@ -176,8 +176,8 @@ def _corners(
     x = np.concatenate([start, stop, start, stop])
     kind = np.tile(np.repeat([_START, _STOP], len(runs)), 2)
     below = np.repeat([True, False], 2 * len(runs))
-    place = (line * (int(stop.max()) + 1) + x) * 2 + kind
-    _, group, counts = np.unique(place, return_inverse=True, return_counts=True)
+    key = (line * (int(stop.max()) + 1) + x) * 2 + kind
+    _, group, counts = np.unique(key, return_inverse=True, return_counts=True)
     single = counts[group] == 1
     return line[single], x[single], kind[single], below[single], np.tile(np.arange(len(runs)), 4)[single]
 

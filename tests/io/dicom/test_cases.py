@@ -210,5 +210,5 @@ def test_a_slide_in_an_archive_says_where_it_is_read_from(tmp_path):
 def test_a_slide_is_no_volume_and_says_what_takes_it(tmp_path):
     folder = write_slides(tmp_path / "s", ONE)
     for path in (folder, folder / "0_b.dcm"):
-        with pytest.raises(CaseError, match="a whole-slide image, which only bundles for color pictures take"):
+        with pytest.raises(CaseError, match="a whole-slide image, which needs a bundle for 2D color images"):
             load(path)

@@ -160,7 +160,7 @@ def test_names_come_from_the_loader_where_the_set_has_none_and_else_are_asked_fo
 ) -> None:
     (dicom_set / "dataset.json").unlink()
     (case,) = find_dataset(dicom_set, "val")
-    with pytest.raises(CaseError, match=r"c\.dcm: nothing says which value .* 11 'small', 12 'large'"):
+    with pytest.raises(CaseError, match=r"c\.dcm: no label values are given .* 11 'small', 12 'large'"):
         LoadCased(["image", "label"])(case)
     loaded = LoadCased(["image", "label"], label_names={"small": 1, "large": 2})(case)
     assert np.array_equal(loaded["label"][0].numpy(), masks["c"])
@@ -269,7 +269,7 @@ def test_the_doctor_says_of_each_label_what_training_would_refuse(dicom_set: Pat
     assert {item.cases for item in found} == {("a",), ("b",), ("c",)}
     assert all("has no" in item.message and "'huge'" in item.message for item in found)
     (dicom_set / "dataset.json").unlink()
-    assert "nothing says" in examine(dicom_set).findings[0].message
+    assert "no label values are given" in examine(dicom_set).findings[0].message
     needs = Needs("b", 3, 1, {"0": 0, "1": 1, "2": 2}, "MR", {"small": 1, "large": 2})
     assert examine(dicom_set, needs=needs).errors == 0
 

@@ -43,17 +43,17 @@ SPACING = rb"0.75\0.375"
 @pytest.mark.parametrize(
     ("changes", "part"),
     [
-        ({"a": (ROWS, ROWS[:-2] + b"\xff\xff"), "b": (COLUMNS, COLUMNS[:-2] + b"\xff\xff")}, "cut short"),
+        ({"a": (ROWS, ROWS[:-2] + b"\xff\xff"), "b": (COLUMNS, COLUMNS[:-2] + b"\xff\xff")}, "truncated"),
         ({"a": (ROWS, ROWS[:-2] + b"\0\0")}, "0 rows"),
-        ({"a": (ROWS, ROWS[:6] + b"\0\0")}, "cannot be|cannot be parsed|expected a whole number|cut short|no image"),
-        ({"a": (SAMPLES, SAMPLES[:-2] + b"\x02\0")}, "2 values per pixel"),
-        ({"a": (ALLOCATED, ALLOCATED[:-2] + b"\x0c\0")}, "12 bits"),
-        ({"a": (STORED, STORED[:-2] + b"\x11\0")}, "of which 17 are in use"),
-        ({"a": (STORED, STORED[:-2] + b"\0\0")}, "of which 0 are in use"),
+        ({"a": (ROWS, ROWS[:6] + b"\0\0")}, "cannot be|cannot be parsed|expected an integer|truncated|no image"),
+        ({"a": (SAMPLES, SAMPLES[:-2] + b"\x02\0")}, "2 samples per pixel"),
+        ({"a": (ALLOCATED, ALLOCATED[:-2] + b"\x0c\0")}, "BitsAllocated 12"),
+        ({"a": (STORED, STORED[:-2] + b"\x11\0")}, "BitsStored 17"),
+        ({"a": (STORED, STORED[:-2] + b"\0\0")}, "BitsStored 0"),
         ({"a": (POSITION, rb"nan\0.25\0.125")}, r"ImagePositionPatient is \[nan, 0.25, 0.125\]"),
         ({"a": (POSITION, rb"0.5\0.25\1e999")}, "ImagePositionPatient is"),
         ({"a": (POSITION, rb"0.5\0.25000125")}, "expected 3 finite numbers"),
-        ({"a": (POSITION, rb"0,5\0.25\0.125")}, "ImagePositionPatient holds something else"),
+        ({"a": (POSITION, rb"0,5\0.25\0.125")}, "ImagePositionPatient is not numeric"),
         ({"a": (SPACING, rb"0.00\0.000")}, "PixelSpacing 0 x 0"),
         ({"a": (SPACING, rb"-.75\0.375")}, "PixelSpacing -0.75 x 0.375"),
         ({"a": (SPACING, rb"          ")}, "no PixelSpacing"),
@@ -77,7 +77,7 @@ def test_a_number_of_frames_that_cannot_be_is_refused_before_memory_is_taken(sli
     new = b"\x28\x00\x08\x00IS" + length.to_bytes(2, "little") + frames.encode().ljust(length)
     path.write_bytes(path.read_bytes().replace(old, new))
     tracemalloc.start()
-    with pytest.raises(CaseError, match=r"frames|NumberOfFrames|cannot be parsed|cut short"):
+    with pytest.raises(CaseError, match=r"frames|NumberOfFrames|cannot be parsed|truncated"):
         load(path)
     assert tracemalloc.get_traced_memory()[1] < 10 << 20
     tracemalloc.stop()
@@ -90,13 +90,13 @@ def test_compressed_pixels_that_cannot_hold_what_is_claimed_are_refused(slice_of
     ds.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.4.90"
     ds.PixelData = b"\xfe\xff\x00\xe0\0\0\0\0\xfe\xff\x00\xe0\x04\0\0\0\xff\x4f\xff\x51\xfe\xff\xdd\xe0\0\0\0\0"
     ds["PixelData"].is_undefined_length = True
-    with pytest.raises(CaseError, match="compressed pixels"):
+    with pytest.raises(CaseError, match="compressed bytes"):
         load(save_image(ds, tmp_path / "a.dcm"))
 
 
 def test_a_limit_on_voxels_counts_for_series(write_series, tmp_path):
     series = write_series(tmp_path)
-    with pytest.raises(GeometryError, match="claims 120 voxels"):
+    with pytest.raises(GeometryError, match="120 voxels"):
         load(series.folder, max_voxels=119)
     assert load(series.folder, max_voxels=120).numel() == 120
 

@@ -89,7 +89,7 @@ def test_missing_names_are_refused_with_those_found_unless_they_are_optional(
         load_label(path, like=source.folder, names=names)
     found = load_label(path, like=source.folder, names=names, optional=["spleen"])
     assert np.array_equal(found[0].numpy(), random_mask(source.values.shape) == 2)
-    with pytest.raises(CaseError, match=r"nothing says which value .* 'liver', .* of its dataset\.json"):
+    with pytest.raises(CaseError, match=r"no label values are given .* 'liver'.* in dataset\.json"):
         load_label(path, like=source.folder, names={})
 
 

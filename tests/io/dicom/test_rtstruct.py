@@ -178,7 +178,7 @@ def test_regions_are_chosen_by_name_in_any_case_or_by_number(source: Any, struct
     mask = random_mask(source.values.shape)
     found, _ = read_rtstruct(structures, like=source.folder, labels={"LIVER ": 1, 7: 2})
     assert np.array_equal(found, (mask == 2) + 2 * (mask == 7))
-    with pytest.raises(CaseError, match="no region 'spleen': it has 2 'liver', 4 'kidney_left', 7"):
+    with pytest.raises(CaseError, match="no ROI 'spleen': it has 2 'liver', 4 'kidney_left', 7"):
         read_rtstruct(structures, like=source.folder, labels={"spleen": 1})
 
 
@@ -211,9 +211,9 @@ def along(source: Any, axis: int, voxels: float) -> NDArray[np.float64]:
 @pytest.mark.parametrize(
     ("axis", "voxels", "told"),
     [
-        (2, 0.4, r"contours that lie between the slices .* around slice 1.40"),
-        (2, 2.0, "slice 5, counted from 0: the series has 5"),
-        (2, -3.0, "slice -2, counted"),
+        (2, 0.4, r"contours between or across the slices .* around slice index 1.40"),
+        (2, 2.0, "slice index 5: the series has 5 slices"),
+        (2, -3.0, "slice index -2:"),
         (0, 1e7, "far away"),
     ],
 )
@@ -237,7 +237,7 @@ def test_what_reaches_beyond_the_image_is_clipped_with_a_warning(
     path = edited(structures, lambda dataset: move(dataset, along(source, 0, 3)))
     found, _ = read_rtstruct(path, like=source.folder, labels={"liver": 1})
     assert np.array_equal(found[3:], random_mask(found.shape)[:-3] == 2)
-    assert "edited.dcm: region 'liver' reaches 3.0 voxels beyond the image" in caplog.text
+    assert "edited.dcm: ROI 'liver' extends 3.0 voxels beyond the image" in caplog.text
     assert_warns(lambda: read_rtstruct(path, like=source.folder, labels={"liver": 1}), "contour-clipped")
 
 
@@ -298,8 +298,8 @@ def be_a_plan(dataset: Dataset) -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (other_frame, r"'liver' .* lies in frame of reference 1\.2\.3\.99"),
-        (two_points, "a contour of 6 coordinates"),
+        (other_frame, r"'liver' .* has frame of reference 1\.2\.3\.99"),
+        (two_points, "an invalid contour of 6 coordinates"),
         (odd_number, "coordinates: expected x, y and z"),
         (unknown_type, "type 'SPLINE'"),
         (draw_twice, "several items with the ReferencedROINumber"),

@@ -103,7 +103,7 @@ def test_a_folder_that_cannot_be_searched_is_not_passed_over(write_series, tmp_p
         return scan(folder)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(CaseError, match=r"more cannot be searched \(Permission denied\)"):
+    with pytest.raises(CaseError, match=r"more cannot be read \(Permission denied\)"):
         load(series.folder)
 
 
@@ -126,11 +126,11 @@ def test_an_archive_reads_as_its_folder_and_is_not_unpacked(write_series, tmp_pa
 @pytest.mark.parametrize(
     ("files", "part"),
     [
-        ({"inner.zip": b"x"}, "archive within an archive"),
-        ({"inner": b"PK\x03\x04" + b"\0" * 200}, "archive within an archive"),
-        ({"a/inner.tar.GZ": b"x"}, "archive within an archive"),
-        ({"bomb.dcm": b"\0" * (17 << 20)}, "packed"),
-        ({"notes.txt": b"x"}, "holds no DICOM image"),
+        ({"inner.zip": b"x"}, "a nested archive"),
+        ({"inner": b"PK\x03\x04" + b"\0" * 200}, "a nested archive"),
+        ({"a/inner.tar.GZ": b"x"}, "a nested archive"),
+        ({"bomb.dcm": b"\0" * (17 << 20)}, "a compression ratio of"),
+        ({"notes.txt": b"x"}, "has no DICOM image"),
     ],
 )
 def test_archives_that_hide_something_are_refused(tmp_path, files, part):
@@ -162,7 +162,7 @@ def test_encrypted_links_and_repeated_members_are_refused(write_series, tmp_path
         load(pack(tmp_path / "b.zip", {link: b"/etc/passwd"}))
     twice = pack(tmp_path / "c.zip", {"a.dcm": content, "b.dcm": content}, zipfile.ZIP_STORED)
     twice.write_bytes(twice.read_bytes().replace(b"b.dcm", b"a.dcm"))
-    with pytest.raises(CaseError, match="one name"):
+    with pytest.raises(CaseError, match="the same name"):
         load(tmp_path / "c.zip")
 
 
@@ -204,7 +204,7 @@ def test_a_dicomdir_of_implicit_types_is_read(write_series, tmp_path):
 def test_a_dicomdir_that_climbs_out_is_refused(tmp_path, parts):
     (tmp_path / "in").mkdir()
     directory = write_directory(tmp_path / "in", [parts])
-    with pytest.raises(CaseError, match="leads out"):
+    with pytest.raises(CaseError, match="is outside its folder"):
         load(directory)
 
 
@@ -212,7 +212,7 @@ def test_a_dicomdir_with_links_out_of_its_folder_is_refused(write_series, tmp_pa
     series = write_series(tmp_path / "secret")
     (tmp_path / "medium").mkdir()
     (tmp_path / "medium" / "LINK").symlink_to(series.files[0])
-    with pytest.raises(CaseError, match="link out"):
+    with pytest.raises(CaseError, match="link to outside"):
         load(write_directory(tmp_path / "medium", [["LINK"]]))
 
 
@@ -232,7 +232,7 @@ def test_a_broken_dicomdir_is_refused(tmp_path, content):
 
 def test_what_is_no_dicom_file_is_refused(tmp_path):
     (tmp_path / "a.dcm").write_bytes(b"not DICOM at all")
-    with pytest.raises(CaseError, match="no DICOM file"):
+    with pytest.raises(CaseError, match="not a DICOM file"):
         load(tmp_path / "a.dcm")
-    with pytest.raises(CaseError, match="is a folder that holds no DICOM image"):
+    with pytest.raises(CaseError, match="is a folder that has no DICOM image"):
         load(tmp_path)

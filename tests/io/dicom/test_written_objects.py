@@ -85,14 +85,14 @@ def test_equal_masks_give_equal_bytes_and_other_masks_other_objects(source: Any,
 @pytest.mark.parametrize(
     ("mask", "labels", "error", "told"),
     [
-        (lambda shape: np.full(shape, 3), LABELS, CaseError, "holds 3, for which no label"),
-        (lambda shape: np.full(shape, 0.5), LABELS, CaseError, "holds 0.5"),
-        (lambda shape: np.full(shape, -1), LABELS, CaseError, "holds -1"),
-        (lambda shape: np.zeros(shape[::-1]), LABELS, GeometryError, r"has the shape \(5, 8, 9\)"),
+        (lambda shape: np.full(shape, 3), LABELS, CaseError, "values without a label: 3"),
+        (lambda shape: np.full(shape, 0.5), LABELS, CaseError, "values without a label: 0.5"),
+        (lambda shape: np.full(shape, -1), LABELS, CaseError, "values without a label: -1"),
+        (lambda shape: np.zeros(shape[::-1]), LABELS, GeometryError, r"has shape \(5, 8, 9\)"),
         (np.zeros, {}, RequestError, "one or more"),
         (np.zeros, {0: "background"}, RequestError, "from 1 to 65535"),
-        (np.zeros, {1: ""}, RequestError, "cannot be"),
-        (np.zeros, {1: "a\\b"}, RequestError, "cannot be"),
+        (np.zeros, {1: ""}, RequestError, "Invalid DICOM text"),
+        (np.zeros, {1: "a\\b"}, RequestError, "Invalid DICOM text"),
     ],
 )
 def test_masks_and_labels_that_do_not_fit_are_refused_and_nothing_is_written(

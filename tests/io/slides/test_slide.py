@@ -270,7 +270,7 @@ def test_a_compressed_dicom_slide_is_read_and_one_with_a_wrong_table_of_frames_r
 def test_an_uncompressed_dicom_slide_that_is_cut_off_is_refused(tmp_path):
     path = write_dicom_slide(tmp_path / "a.dcm", picture(300, 200))
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(CaseError, match="bytes of pixels"):
+    with pytest.raises(CaseError, match=r"is truncated: .* bytes of pixel data"):
         open_slide(path)
 
 
@@ -391,11 +391,11 @@ def test_16_bit_and_many_channels_are_refused(tmp_path):
     for name in ("deep.tif", "deep.ome.tif"):
         deep = tmp_path / name
         tifffile.imwrite(deep, picture(300, 200).astype(np.uint16) * 256, tile=(64, 64), photometric="rgb")
-        with pytest.raises(CaseError, match="8 bit color"):
+        with pytest.raises(CaseError, match=r"8 bits per channel|8 bit color"):
             open_slide(deep)
     stains = tmp_path / "stains.ome.tif"
     tifffile.imwrite(stains, np.zeros((5, 200, 300), np.uint8), tile=(64, 64), metadata={"axes": "CYX"})
-    with pytest.raises(CaseError, match="5 values per pixel"):
+    with pytest.raises(CaseError, match="5 channels"):
         open_slide(stains)
 
 
