@@ -1,4 +1,4 @@
-"""Losses: functions of a network's training output and the labels."""
+"""Losses of a training output and a label."""
 
 from medseg.lazy import room
 

@@ -1,4 +1,4 @@
-"""The multi-task loss of BA-Net (arXiv 2005.00966) and the edge truth that it learns from."""
+"""Multi-task loss of BA-Net (arXiv 2005.00966), and the edge labels it is trained on."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ __all__ = ["BoundaryMultiTaskLoss", "SumOfTasksLoss", "edge_truth"]
 
 
 def edge_truth(label: Tensor, *, edge_width: int | Sequence[int] = 1, border_is_edge: bool = False) -> Tensor:
-    """Mark the voxels in whose neighborhood a label changes: a band on both sides of every border.
+    """Return the edges of a label: a band on both sides of every boundary.
 
-    On binary masks this is the authors' rule, "differs from its 3^d box mean"; unlike a mean it also finds the class 1
-    between the classes 0 and 2.
+    On binary masks this equals the rule of the authors, "differs from its 3^d box mean"; unlike a mean it also detects
+    class 1 between the classes 0 and 2.
 
     Args:
-        label: `(B, C, *spatial)`, class indices or 0 and 1; each channel by itself.
-        edge_width: voxels of the band on each side, diagonals included; a number, or one per axis (0 looks for no
-            borders along that axis, e.g. across thick slices).
-        border_is_edge: whether an object that touches the image's rim has an edge there, as in the authors' code,
-            which sees zeros outside.
+        label: Class indices or binary masks `(B, C, *spatial)`; channels are processed independently.
+        edge_width: Width of the band on each side in voxels, including diagonals; one number or one per axis. 0 ignores
+            boundaries along an axis, for example across thick slices.
+        border_is_edge: Whether an object has an edge at the image border, as in the authors' code, which pads with
+            zeros.
 
     Returns:
         Boolean tensor of the shape of `label`.
 
     Raises:
-        RequestError: a width below 0, or not one for each axis.
+        RequestError: Negative width, or a number of widths that does not match the axes.
     """
     widths = _widths(edge_width, label.dim() - 2)
     values = label.float()
     if border_is_edge:
         values = F.pad(values, _padding(widths))
-    # Outside the image max_pool sees minus infinity, which is no label.
+    # max_pool pads with minus infinity, which never counts as a label.
     padding = 0 if border_is_edge else widths
     pool = Pool[Pool.MAX, len(widths)](kernel_size=tuple(2 * w + 1 for w in widths), stride=1, padding=padding)
     found: Tensor = pool(values) != -pool(-values)
@@ -52,14 +52,14 @@ def edge_truth(label: Tensor, *, edge_width: int | Sequence[int] = 1, border_is_
 
 
 class SumOfTasksLoss(nn.Module):
-    """The sum over any number of tasks of weight times loss: the article's general form.
+    """Weighted sum of the losses of several tasks, the general form in the article.
 
     Args:
-        losses: one per task; each takes a prediction and a target and returns a scalar.
-        weights: one per task; 1 by default.
+        losses: Loss of each task, from a prediction and a target to a scalar.
+        weights: Weight of each task; 1 by default.
 
     Raises:
-        RequestError: not as many weights as losses.
+        RequestError: Different numbers of losses and weights, or no losses.
     """
 
     def __init__(self, losses: Sequence[nn.Module], weights: Sequence[float] | None = None) -> None:
@@ -67,55 +67,56 @@ class SumOfTasksLoss(nn.Module):
         self.losses = nn.ModuleList(losses)
         self.weights = [1.0] * len(losses) if weights is None else [float(w) for w in weights]
         if len(self.weights) != len(losses) or not losses:
-            raise RequestError(f"{len(losses)} losses came with {len(self.weights)} weights: give one for each.")
+            raise RequestError(f"{len(losses)} losses and {len(self.weights)} weights: expected one weight per loss.")
 
     def forward(self, predictions: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-        """Return the scalar sum.
+        """Return the weighted sum, a scalar.
 
         Args:
-            predictions: one per task.
-            targets: one per task.
+            predictions: Prediction of each task.
+            targets: Target of each task.
 
         Raises:
-            RequestError: not as many predictions and targets as tasks.
+            RequestError: Number of predictions or targets different from the number of tasks.
         """
         if not len(predictions) == len(targets) == len(self.losses):
             raise RequestError(
-                f"{len(self.losses)} tasks got {len(predictions)} predictions and {len(targets)} targets: give one of "
-                "each for every task."
+                f"{len(predictions)} predictions and {len(targets)} targets: expected one of each for "
+                f"{len(self.losses)} tasks."
             )
         tasks = zip(self.weights, self.losses, predictions, targets, strict=True)
         return torch.stack([weight * loss(found, truth) for weight, loss, found, truth in tasks]).sum()
 
 
 class BoundaryMultiTaskLoss(nn.Module):
-    """`main(logits) + sum_i weight_i * (seg(aux_i) + edge(edges_i))` over the stages of a BA-Net.
+    """Loss of BA-Net: `main(logits) + sum_i weight_i * (seg(aux_i) + edge(edges_i))` over its stages.
 
-    The edge truth is made from the label on the fly (`edge_truth`). The presets:
+    The edge labels are computed from the label on the fly (`edge_truth`). The presets:
 
-    - "paper": binary cross-entropy with logits everywhere. One channel stands for all foreground, several for the
-      classes in order. Of edge channels there may be one (borders between any classes), as many as classes, or one
-      fewer (without the background).
-    - "official", as the authors coded it: cross-entropy, in the main task plus their Dice loss, in whose quotient the
-      smoothing of 1 is doubled (a perfect prediction gives a little less than 0, an empty pair -1). Edges have two
-      channels, and objects at the image's rim have edges there.
+    - "paper": binary cross-entropy for all tasks. A single channel represents the whole foreground, several channels
+      the classes in order. There may be one edge channel (boundaries between any classes), one per class, or one per
+      foreground class.
+    - "official", as in the authors' code: cross-entropy, plus Dice loss in the main task. Their Dice counts the
+      smoothing of 1 twice (slightly below 0 for a perfect prediction, -1 for an empty pair). Edges have two channels,
+      and objects have edges at the image border.
 
     Args:
         preset: "paper" or "official".
-        main_loss: in place of the preset's: takes logits and the label `(B, 1, *spatial)`.
-        seg_loss: the same, for the segmentation maps of the stages.
-        edge_loss: the same, for their edge maps; its target is 0 or 1, `(B, edge_channels, *spatial)` for "paper" and
-            `(B, 1, *spatial)` for "official".
-        weights: of the stages, one number for all or one each, finest first.
-        class_weights: of the classes in the cross-entropies of "official".
-        edge_class_weights: of "no edge" and "edge" in the cross-entropy of "official".
-        seg_edge_loss: adds for each stage the cross-entropy of the edge truth and `|seg - box mean of seg|` (an option
-            of the authors, off there too); for "official" with two classes.
-        edge_width: see `edge_truth`.
-        border_is_edge: see `edge_truth`; by default so for "official" and not for "paper".
+        main_loss: Replacement for the main loss of the preset, from logits and the label `(B, 1, *spatial)`.
+        seg_loss: Replacement for the loss of the segmentation maps of the stages.
+        edge_loss: Replacement for the loss of the edge maps; the target is binary, `(B, edge_channels, *spatial)` for
+            "paper" and `(B, 1, *spatial)` for "official".
+        weights: Weights of the stages, one number for all or one per stage, finest first.
+        class_weights: Class weights of the cross-entropy for "official".
+        edge_class_weights: Weights of "no edge" and "edge" in the cross-entropy for "official".
+        seg_edge_loss: Whether to add the cross-entropy of the edge labels and `|seg - box mean of seg|` for each stage
+            (an option of the authors, off by default); for "official" with two classes.
+        edge_width: Width of the edges, see `edge_truth`.
+        border_is_edge: Whether objects have edges at the image border, see `edge_truth`; by default True for "official"
+            and False for "paper".
 
     Raises:
-        RequestError: unknown preset, or options that do not belong to it.
+        RequestError: Unknown preset, or options of the other preset.
     """
 
     def __init__(
@@ -134,12 +135,12 @@ class BoundaryMultiTaskLoss(nn.Module):
     ) -> None:
         super().__init__()
         if preset not in ("paper", "official"):
-            raise RequestError(f"preset={preset!r} is not known; choose 'paper' or 'official'.")
+            raise RequestError(f"invalid preset={preset!r}; choose 'paper' or 'official'.")
         self.official = preset == "official"
         if not self.official and (class_weights or edge_class_weights or seg_edge_loss):
             raise RequestError(
-                'class_weights, edge_class_weights and seg_edge_loss belong to preset="official". Leave them out, or '
-                "give main_loss, seg_loss and edge_loss of your own."
+                'class_weights, edge_class_weights and seg_edge_loss require preset="official". Remove them, or set '
+                "main_loss, seg_loss and edge_loss instead."
             )
         seg = _CrossEntropy(class_weights) if self.official else _BinaryCrossEntropy()
         edge = _CrossEntropy(edge_class_weights) if self.official else _BinaryCrossEntropy()
@@ -155,27 +156,27 @@ class BoundaryMultiTaskLoss(nn.Module):
         """Return the scalar loss; half-precision outputs are widened to float32 first.
 
         Args:
-            output: with "logits", "aux" and "edges".
-            label: class indices, `(B, 1, *spatial)`; or `(B, 2, *spatial)` with the weights that
-                `WeightedCrossEntropyLoss` reads, where it is among the losses; the others do not get them.
+            output: Training output with "logits", "aux" and "edges".
+            label: Class indices `(B, 1, *spatial)`; or `(B, 2, *spatial)` with a weight map if
+                `WeightedCrossEntropyLoss` is one of the losses.
 
         Raises:
-            RequestError: the output lacks maps of the stages, or their channels do not fit the preset.
-            SizeError: label and logits differ in size.
+            RequestError: Missing maps of the stages, or channels that do not match the preset.
+            SizeError: Shape mismatch between label and logits.
         """
         whole = label.as_tensor() if isinstance(label, MetaTensor) else label
         truth = whole[:, :1]
         logits = output["logits"].float()
         if "aux" not in output or "edges" not in output:
             raise RequestError(
-                f"BoundaryMultiTaskLoss needs the stages' maps 'aux' and 'edges', but the output holds "
-                f"{', '.join(output)}. Use a network with heads for both (use_mtl=True), or TrainingLoss for the "
-                "logits alone."
+                f"BoundaryMultiTaskLoss requires 'aux' and 'edges' of the stages, but the output contains "
+                f"{', '.join(output)}. Use a network with both heads (use_mtl=True), or TrainingLoss for the logits "
+                "only."
             )
         if truth.shape != (len(logits), 1, *logits.shape[2:]) or whole.shape[1] not in self._channels():
             raise SizeError(
-                f"The label has shape {tuple(whole.shape)} and the logits {tuple(logits.shape)}: expected a label "
-                f"{(len(logits), 1, *logits.shape[2:])} of class indices."
+                f"Shape mismatch: label {tuple(whole.shape)}, logits {tuple(logits.shape)}; expected class indices "
+                f"{(len(logits), 1, *logits.shape[2:])}."
             )
         segs, edges = ([m.float() for m in maps] for maps in (output["aux"], output["edges"]))
         edge = self._edge_target(truth, segs[0].shape[1], edges[0].shape[1])
@@ -189,16 +190,16 @@ class BoundaryMultiTaskLoss(nn.Module):
         return torch.stack(terms).sum()
 
     def _channels(self) -> tuple[int, ...]:
-        """Return how many channels a label may have."""
+        """Return the allowed numbers of label channels."""
         return (1, 2) if any(_reads_weights(loss) for loss in self.modules()) else (1,)
 
     def _edge_target(self, label: Tensor, classes: int, channels: int) -> Tensor:
         allowed = {2} if self.official else {1, classes, classes - 1}
         if channels not in allowed:
             raise RequestError(
-                f"The edge maps have {channels} channel(s), {classes} classes and preset "
-                f'"{"official" if self.official else "paper"}" allow {" or ".join(map(str, sorted(allowed - {0})))}: '
-                "build the network with such edge_channels."
+                f"The edge maps have {channels} channel(s), expected "
+                f"{' or '.join(map(str, sorted(allowed - {0})))} for {classes} classes and preset "
+                f'"{"official" if self.official else "paper"}": set edge_channels of the network accordingly.'
             )
         masks = label if classes > 1 else label > 0
         if not self.official and channels > 1:
@@ -209,13 +210,15 @@ class BoundaryMultiTaskLoss(nn.Module):
         if isinstance(self.weights, int | float):
             return [float(self.weights)] * stages
         if len(self.weights) != stages:
-            raise RequestError(f"weights={list(self.weights)} came for {stages} stages: give one number, or {stages}.")
+            raise RequestError(
+                f"invalid weights={list(self.weights)}; expected one number, or {stages} for {stages} stages."
+            )
         return [float(w) for w in self.weights]
 
     def _edges_of(self, seg: Tensor) -> Tensor:
-        """Return what the two segmentation channels differ by from their means over the edge's neighborhood."""
+        """Return the absolute difference of the two segmentation channels from their box means."""
         if seg.shape[1] != 2:
-            raise RequestError(f"seg_edge_loss reads two classes as edge and no edge; the maps have {seg.shape[1]}.")
+            raise RequestError(f"seg_edge_loss requires two classes; the maps have {seg.shape[1]}.")
         widths = _widths(self.edge_width, seg.dim() - 2)
         pool = Pool[Pool.AVG, len(widths)](kernel_size=tuple(2 * w + 1 for w in widths), stride=1)
         means: Tensor = pool(F.pad(seg, _padding(widths)))
@@ -223,13 +226,13 @@ class BoundaryMultiTaskLoss(nn.Module):
 
 
 class _BinaryCrossEntropy(nn.Module):
-    """Mean binary cross-entropy of logits; the target has their shape, or holds class indices in one channel."""
+    """Mean binary cross-entropy; the target has the shape of the logits, or one channel of class indices."""
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         channels = logits.shape[1]
         if target.shape[1] != channels:
             target = one_hot(target, channels)
-        # A single channel is all foreground, whatever its class.
+        # A single channel represents the whole foreground.
         wanted = (target > 0).to(logits.dtype)
         return F.binary_cross_entropy_with_logits(logits, wanted)
 
@@ -248,7 +251,7 @@ class _CrossEntropy(nn.Module):
 
 
 class _CrossEntropyDice(_CrossEntropy):
-    """Cross-entropy plus the authors' Dice loss, the mean over images and foreground classes."""
+    """Cross-entropy plus the Dice loss of the authors, averaged over images and foreground classes."""
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         found = logits.softmax(1)[:, 1:].flatten(2)
@@ -258,7 +261,7 @@ class _CrossEntropyDice(_CrossEntropy):
 
 
 def _label_for(loss: nn.Module, label: Tensor) -> Tensor:
-    """Return the classes of a label; with the weights, where there are any, for a loss that reads them."""
+    """Return the class channel of a label, plus its weight map for a loss that uses it."""
     return label if _reads_weights(loss) else label[:, :1]
 
 
@@ -270,7 +273,7 @@ def _widths(edge_width: int | Sequence[int], dims: int) -> tuple[int, ...]:
     widths = (edge_width,) * dims if isinstance(edge_width, int) else tuple(edge_width)
     if len(widths) != dims or min(widths) < 0:
         raise RequestError(
-            f"edge_width={edge_width!r} does not fit: expected a number from 0 up or {dims} of them (one per axis)."
+            f"invalid edge_width={edge_width!r}; expected one number of at least 0, or {dims} (one per axis)."
         )
     return widths
 

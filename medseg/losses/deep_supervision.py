@@ -22,15 +22,15 @@ __all__ = ["BCEDiceLoss", "DeepSupervision"]
 
 
 class BCEDiceLoss(nn.Module):
-    """Binary cross-entropy plus soft Dice loss of sigmoid outputs, as on each head of UNet++.
+    """Binary cross-entropy plus soft Dice loss of sigmoid outputs, as used for each head of UNet++.
 
     The value is `bce_weight * BCE + 1 - Dice`; BCE is the mean over voxels and `Dice = (2*sum(y*p) + smooth) /
-    (sum(y) + sum(p) + smooth)` with sums over the whole batch and all channels. (The paper prints the positive half of
-    the cross-entropy and no sums; this is what its authors computed, plus 1.)
+    (sum(y) + sum(p) + smooth)` with sums over the whole batch and all channels. (The paper prints only the positive
+    half of the cross-entropy and no sums; this is the loss of the authors' code, plus 1.)
 
     Args:
-        bce_weight: of the cross-entropy.
-        smooth: added to both sides of the fraction, so that two empty masks agree.
+        bce_weight: Weight of the binary cross-entropy.
+        smooth: Smoothing added to numerator and denominator, so that two empty masks have Dice 1.
     """
 
     def __init__(self, *, bce_weight: float = 0.5, smooth: float = 1.0) -> None:
@@ -39,16 +39,16 @@ class BCEDiceLoss(nn.Module):
         self.smooth = smooth
 
     def forward(self, logits: Tensor, label: Tensor) -> Tensor:
-        """Return the scalar loss of logits `(B, C, *spatial)` and labels 0 or 1 of the same shape.
+        """Return the scalar loss of logits `(B, C, *spatial)` and a binary label of the same shape.
 
         Raises:
-            RequestError: the shapes differ, e.g. because the label counts classes.
+            RequestError: Shape mismatch, for example with a label of class indices.
         """
         if logits.shape != label.shape:
             raise RequestError(
-                f"BCEDiceLoss compares logits and 0/1 labels of one shape; it got {tuple(logits.shape)} and "
-                f"{tuple(label.shape)}. For a map of class numbers use monai.losses.DiceCELoss with softmax and "
-                "to_onehot_y, or give one label channel per class."
+                f"Shape mismatch: BCEDiceLoss requires logits and a binary label of the same shape, found "
+                f"{tuple(logits.shape)} and {tuple(label.shape)}. For class indices use monai.losses.DiceCELoss with "
+                "softmax and to_onehot_y, or provide one label channel per class."
             )
         target = label.to(logits.dtype)
         bce = F.binary_cross_entropy_with_logits(logits, target)
@@ -58,19 +58,21 @@ class BCEDiceLoss(nn.Module):
 
 
 class DeepSupervision(nn.Module):
-    """Average a loss over the heads (`aux`) of a `TrainingOutput`; without heads, take it of the logits.
+    """Deep supervision: weighted mean of a loss over the heads (`aux`), or the loss of the logits without heads.
 
-    The weighted mean keeps the scale of the loss, so a learning rate stays right when heads come or go. Any loss of
-    logits and labels fits; the paper's for several exclusive classes is `monai.losses.DiceCELoss(softmax=True,
-    to_onehot_y=True, include_background=False, batch=True, smooth_nr=1, smooth_dr=1, lambda_ce=0.5)`.
+    The weighted mean keeps the scale of the loss independent of the number of heads, and so the learning rate. Any loss
+    of logits and labels can be used; that of the paper for several exclusive classes is
+    `monai.losses.DiceCELoss(softmax=True, to_onehot_y=True, include_background=False, batch=True, smooth_nr=1,
+    smooth_dr=1, lambda_ce=0.5)`.
 
     Args:
-        loss: takes logits `(B, C, *spatial)` in float32 and labels `(B, 1, *spatial)`, returns a scalar;
-            `BCEDiceLoss()` by default.
-        weights: one per head, shallow first, from 0 up; equal by default. With 0 a head is computed, not trained.
+        loss: Loss of float32 logits `(B, C, *spatial)` and labels `(B, 1, *spatial)`, a scalar; `BCEDiceLoss()` by
+            default.
+        weights: Weight of each head, at least 0, shallowest first; equal by default. A head with weight 0 is computed
+            but not trained.
 
     Raises:
-        RequestError: a negative weight, or none above 0.
+        RequestError: Negative weight, or all weights 0.
     """
 
     def __init__(
@@ -78,7 +80,9 @@ class DeepSupervision(nn.Module):
     ) -> None:
         super().__init__()
         if weights is not None and (any(w < 0 for w in weights) or not any(weights)):
-            raise RequestError(f"weights={list(weights)} must be 0 or more per head, and one of them above 0.")
+            raise RequestError(
+                f"invalid weights={list(weights)}; expected values of at least 0, and at least one above 0."
+            )
         self.head_loss = TrainingLoss(BCEDiceLoss() if loss is None else loss)
         self.weights = None if weights is None else list(weights)
 
@@ -86,14 +90,14 @@ class DeepSupervision(nn.Module):
         """Return the scalar loss; half-precision logits are widened to float32 first.
 
         Raises:
-            RequestError: another number of heads than of weights.
+            RequestError: Different numbers of heads and weights.
         """
         heads = output.get("aux") or [output["logits"]]
         weights = self.weights or [1.0] * len(heads)
         if len(weights) != len(heads):
             raise RequestError(
-                f"weights={weights} are {len(weights)} and the network has {len(heads)} head(s); give one weight per "
-                "head, shallow first, or none for the plain mean."
+                f"{len(weights)} weights={weights} for {len(heads)} head(s); expected one weight per head, shallowest "
+                "first, or None for the unweighted mean."
             )
         losses = torch.stack([w * self.head_loss({"logits": h}, label) for w, h in zip(weights, heads, strict=True)])
         return losses.sum() / sum(weights)

@@ -1,4 +1,4 @@
-"""Soft Dice plus cross-entropy of class indices, without copies of the logits."""
+"""Memory-efficient soft Dice plus cross-entropy loss of class indices."""
 
 from __future__ import annotations
 
@@ -16,35 +16,34 @@ if TYPE_CHECKING:
 
 __all__ = ["SoftDiceCELoss", "check_classes"]
 
-# Values that are worked on at once: they stay in the processor's cache. A GPU takes an image at a time.
+# Values per block, small enough for the CPU cache. On a GPU a block is one image.
 _BLOCK = 1 << 19
 
 
 class SoftDiceCELoss(nn.Module):
-    """`lambda_dice * (1 - mean Dice) + lambda_ce * cross-entropy`; softmax of several channels, sigmoid of one.
+    """Loss `lambda_dice * (1 - mean Dice) + lambda_ce * cross-entropy`, with softmax, or sigmoid for a single channel.
 
-    Values and gradients are those of `monai.losses.DiceCELoss(to_onehot_y=True, softmax=True)` with the same options,
-    to rounding. The label's one-hot form and maps of the logits' size are made block by block, not whole; the backward
-    pass computes the softmax again. There is no second derivative.
+    Values and gradients equal those of `monai.losses.DiceCELoss(to_onehot_y=True, softmax=True)` with the same options,
+    up to rounding. One-hot labels and intermediate maps are computed block by block to save memory, and the backward
+    pass recomputes the softmax. Second derivatives are not supported.
 
-    With `batch=True` in a process group of several processes (`torch.distributed`) the sums are taken over all of them
-    by an all-reduce that gradients pass through, so every process returns the loss of the whole batch. Its gradient is
-    scaled for the mean over the processes that `DistributedDataParallel` takes: after that mean it is the gradient of
-    one process with the whole batch, also where the processes' voxels differ in number. Every process has to call the
-    loss as often. Without gradients (`torch.no_grad`) each process is on its own.
+    With `batch=True` in distributed training, the sums are all-reduced with gradients, so every process returns the
+    loss of the whole batch. The gradient is scaled for `DistributedDataParallel`, which averages over the processes:
+    the average equals the gradient of a single process with the whole batch, even for different numbers of voxels per
+    process. All processes must call the loss equally often. Without gradients (`torch.no_grad`) nothing is reduced.
 
     Args:
-        include_background: whether the Dice of class 0 counts; a single channel counts always.
-        batch: take the sums of Dice over the batch. Otherwise each image has its Dice, and nothing is exchanged.
-        squared_pred: square the probabilities in the denominator.
-        smooth_nr: added to the numerator.
-        smooth_dr: added to the denominator.
-        lambda_dice: weight of Dice, 0 or more.
-        lambda_ce: weight of the cross-entropy, 0 or more.
-        ignore_label: a value of the label that marks voxels that do not count.
+        include_background: Whether to include class 0 in the Dice; a single channel is always included.
+        batch: Whether to sum Dice over the batch; otherwise the Dice is computed per image, without an all-reduce.
+        squared_pred: Whether to square the probabilities in the denominator.
+        smooth_nr: Smoothing added to the numerator.
+        smooth_dr: Smoothing added to the denominator.
+        lambda_dice: Weight of the Dice loss, at least 0.
+        lambda_ce: Weight of the cross-entropy, at least 0.
+        ignore_label: Label value of voxels to ignore.
 
     Raises:
-        RequestError: a negative weight.
+        RequestError: Negative weight.
     """
 
     def __init__(
@@ -62,7 +61,7 @@ class SoftDiceCELoss(nn.Module):
         super().__init__()
         for name, value in {"lambda_dice": lambda_dice, "lambda_ce": lambda_ce}.items():
             if not value >= 0:
-                raise RequestError(f"{name}={value} is negative; give 0 or more.")
+                raise RequestError(f"{name}={value} is negative; expected at least 0.")
         self.include_background = include_background
         self.batch = batch
         self.squared_pred = squared_pred
@@ -76,12 +75,12 @@ class SoftDiceCELoss(nn.Module):
         """Return the scalar loss; half-precision logits are widened to float32 first.
 
         Args:
-            logits: `(B, C, *spatial)`.
-            label: class indices `(B, 1, *spatial)` of any number type; of one channel 0 or 1.
+            logits: Logits `(B, C, *spatial)`.
+            label: Class indices `(B, 1, *spatial)` of any numeric type; 0 or 1 for a single channel of logits.
 
         Raises:
-            SizeError: the label is not of that shape.
-            RequestError: it holds a value that is no class (found on the CPU; CUDA stops by itself).
+            SizeError: Shape mismatch.
+            RequestError: Label value out of range (checked on the CPU; CUDA raises its own error).
         """
         truth, counted = self._truth(logits, label)
         scores = logits if logits.dtype == torch.float64 else logits.float()
@@ -97,11 +96,11 @@ class SoftDiceCELoss(nn.Module):
         return loss.to(scores.dtype)
 
     def _truth(self, logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the classes `(B, N)`, and which voxels count, where not all do."""
+        """Return the classes `(B, N)` and the mask of the voxels to count; None if all are."""
         if label.shape != (len(logits), 1, *logits.shape[2:]):
             raise SizeError(
-                f"The label has shape {tuple(label.shape)} and the logits {tuple(logits.shape)}: expected a label "
-                f"{(len(logits), 1, *logits.shape[2:])} of class indices."
+                f"Shape mismatch: label {tuple(label.shape)}, logits {tuple(logits.shape)}; expected class indices "
+                f"{(len(logits), 1, *logits.shape[2:])}."
             )
         truth = label.detach().flatten(1).long()
         counted = None
@@ -113,10 +112,10 @@ class SoftDiceCELoss(nn.Module):
 
 
 def check_classes(label: Tensor, channels: int) -> None:
-    """Refuse a label on the CPU that holds what is no class of so many channels.
+    """Check that the values of a label on the CPU are valid classes for a number of channels.
 
     Raises:
-        RequestError: a value is negative or too large.
+        RequestError: Negative or too large value.
     """
     if label.device.type != "cpu" or not label.numel():
         return
@@ -124,20 +123,21 @@ def check_classes(label: Tensor, channels: int) -> None:
     last = max(channels, 2) - 1
     if least < 0 or most > last:
         raise RequestError(
-            f"The label holds the value {least if least < 0 else most}, but {channels} channel(s) of logits stand for "
-            f"the classes 0 to {last}: map the values to classes (medseg.transforms.MapLabelsd), or tell the loss to "
-            "ignore the value where it marks voxels without annotation."
+            f"The label contains the value {least if least < 0 else most}, expected classes 0 to {last} for "
+            f"{channels} channel(s) of logits: map the values to classes (medseg.transforms.MapLabelsd), or set "
+            "ignore_label if the value marks unannotated voxels."
         )
 
 
 class _Sums(torch.autograd.Function):
-    """Sums over voxels that make up Dice and cross-entropy, and their gradient.
+    """Sums over voxels for Dice and cross-entropy, with their gradient.
 
-    In: logits `(B, C, N)`, classes `(B, N)`, which voxels count `(B, N)` or None, whether to square probabilities.
+    Inputs: logits `(B, C, N)`, classes `(B, N)`, mask of the voxels to count `(B, N)` or None, and whether to square
+    probabilities.
 
-    Out, in float64: of each image and channel the sum of probabilities where the class is the truth, the sum of all
-    (squared) probabilities, and the number of voxels of the class, `(B, C)` each; over all images the cross-entropy and
-    the number of voxels that count.
+    Outputs in float64: per image and channel `(B, C)`, the sum of probabilities at voxels of the class, the sum of all
+    (squared) probabilities, and the number of voxels of the class; over all images, the sum of the cross-entropy and
+    the number of counted voxels.
     """
 
     @staticmethod
@@ -192,18 +192,18 @@ def _blocks(logits: Tensor) -> Iterator[tuple[int, slice]]:
 
 
 def _by_class(values: Tensor, truth: Tensor, channels: int) -> Tensor:
-    """Return the sums `(channels,)` of values `(n,)` where each class is the truth; of one channel those of class 1."""
+    """Return the sums `(channels,)` of values `(n,)` per class; for a single channel the sum of class 1."""
     kinds = max(channels, 2)
     if values.device.type == "cpu":
         sums = torch.bincount(truth, values.double(), kinds)
     else:
-        # There bincount adds in no fixed order.
+        # On CUDA bincount is not deterministic.
         sums = torch.stack([torch.where(truth == kind, values, 0).sum() for kind in range(kinds)]).double()
     return sums[kinds - channels :]
 
 
 def _probabilities(logits: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the probabilities `(C, n)` of a block, and the logarithm of that of the truth `(n,)`."""
+    """Return the probabilities `(C, n)` of a block, and the log probability of the true class `(n,)`."""
     if len(logits) == 1:
         positive = logits[0]
         return positive.sigmoid()[None], F.logsigmoid(torch.where(truth > 0, positive, -positive))
@@ -215,7 +215,7 @@ def _probabilities(logits: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
 def _slope_of_many(
     logits: Tensor, truth: Tensor, of_common: Tensor, of_found: Tensor, of_entropy: Tensor, squared: bool
 ) -> Tensor:
-    """Return the gradient of a block; through the softmax `p` it is `p_c * (g_c - sum_k p_k g_k)`, `g` that of `p`."""
+    """Return the gradient of a block, `p_c * (g_c - sum_k p_k g_k)` for the softmax `p` with gradient `g`."""
     p = logits.softmax(0)
     at_truth = of_common.index_select(0, truth) * p.gather(0, truth[None])[0]
     used = p * p if squared else p
@@ -237,7 +237,7 @@ def _slope_of_one(
 
 
 def _over_processes(sums: Tensor) -> Tensor:
-    """Add up the sums of all processes, where there are several and gradients are wanted."""
+    """All-reduce the sums in distributed training with gradients."""
     grouped = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
     if not grouped or not torch.is_grad_enabled():
         return sums
@@ -246,7 +246,7 @@ def _over_processes(sums: Tensor) -> Tensor:
 
 
 class _AllReduce(torch.autograd.Function):
-    """The sum of a tensor over all processes. Each process's loss depends on it, so gradients are added up as well."""
+    """Sum of a tensor over all processes; gradients are summed too, since the loss of each process depends on it."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:

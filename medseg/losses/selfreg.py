@@ -1,8 +1,8 @@
-"""SelfReg (Zhu et al., MICCAI 2024, arXiv 2406.14896): regularize the features of a network while it trains.
+"""SelfReg (Zhu et al., MICCAI 2024, arXiv 2406.14896): regularization of the features of a network during training.
 
-The last decoder block teaches the others (semantic consistency), and the channels of a block teach each other (feature
-distillation). Nothing is added to the network; the terms read the `features` of its training output. Measured on small
-networks, both terms make channels more alike: take them as regularizers, not as removers of redundancy.
+The last decoder block is the teacher of the other blocks (semantic consistency), and the channels of a block are
+distilled into each other (feature distillation). The network is unchanged; the terms use the `features` of its training
+output. On small networks both terms made channels more similar: they act as regularizers and do not reduce redundancy.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ _POOLS: dict[int, Callable[[Tensor, Any], Tensor]] = {
 
 
 class SelfRegTerms(TypedDict):
-    """What `SelfRegLoss` returns.
+    """Result of `SelfRegLoss`.
 
     Attributes:
-        total: the weighted sum, to be added to the segmentation loss.
-        scr: semantic consistency over all blocks, unweighted; 0 where its weight is 0.
-        ifd: feature distillation over all blocks, unweighted; 0 where its weight is 0.
-        per_block: tap name -> `scr` and `ifd` of that block, without gradient.
+        total: Weighted sum, to be added to the segmentation loss.
+        scr: Unweighted semantic consistency over all blocks; 0 if its weight is 0.
+        ifd: Unweighted feature distillation over all blocks; 0 if its weight is 0.
+        per_block: `scr` and `ifd` of each block by tap name, without gradient.
     """
 
     total: Tensor
@@ -58,21 +58,21 @@ class SelfRegTerms(TypedDict):
 
 
 class SemanticConsistencyLoss(nn.Module):
-    """Pull the channels of a block to those of the teacher block (SCR).
+    """Semantic consistency regularization (SCR): align the channels of a block with those of the teacher block.
 
-    On each axis the larger map is average-pooled to the smaller one's size. Of the C and C' channels of student and
-    teacher, `min(C, C')` are paired; the loss is the mean squared difference of the pairs. The teacher gets no
+    On each axis the larger feature map is average-pooled to the smaller size. Of the C and C' channels of student and
+    teacher, `min(C, C')` are paired; the loss is the mean squared difference of the pairs. The teacher receives no
     gradient.
 
     Args:
-        channel_mode: "random" pairs channels drawn anew in every call, the same for the whole batch; "expected" is
-            the mean over all draws in closed form, so each channel is pulled to the mean teacher map; "first" pairs the
+        channel_mode: "random" pairs randomly drawn channels, drawn in every call and shared by the batch; "expected" is
+            the mean over all draws in closed form, which pulls each channel to the mean teacher map; "first" pairs the
             first channels in order.
-        feature_scale: "raw", or "l2" to bring each channel map to a root mean square of 1 before the comparison.
-        generator: of the draws, on the CPU; None takes torch's global one.
+        feature_scale: "raw", or "l2" to scale each channel map to a root mean square of 1 before the comparison.
+        generator: Random generator on the CPU; None uses the global generator of torch.
 
     Raises:
-        RequestError: an unknown option.
+        RequestError: Unknown option.
     """
 
     def __init__(
@@ -95,21 +95,21 @@ class SemanticConsistencyLoss(nn.Module):
         """Return the scalar loss.
 
         Args:
-            student: `(B, C, *spatial)`.
-            teacher: `(B, C', *spatial')` of as many axes.
-            idx_student: channels of the student in the order of their pairing; takes the place of `channel_mode`.
-            idx_teacher: their partners.
+            student: Student feature map `(B, C, *spatial)`.
+            teacher: Teacher feature map `(B, C', *spatial')` with the same number of axes.
+            idx_student: Paired channels of the student; overrides `channel_mode`.
+            idx_teacher: Paired channels of the teacher, in the same order.
 
         Raises:
-            SizeError: the maps are not of one batch and as many axes.
-            RequestError: one of the two lists of channels is missing.
+            SizeError: Different batch sizes or numbers of axes.
+            RequestError: Only one of the two lists of channels.
         """
         _check_pair(student, teacher)
         student, teacher = _aligned(student.float(), teacher.detach().float())
         if self.feature_scale == "l2":
             student, teacher = _unit(student), _unit(teacher)
         if (idx_student is None) != (idx_teacher is None):
-            raise RequestError("channels were given for one side only; give both idx_student and idx_teacher, or none.")
+            raise RequestError("only one of idx_student and idx_teacher is set: set both or neither.")
         if idx_student is None and self.channel_mode == "expected":
             mean = teacher.mean(1, keepdim=True)
             return (student - mean).square().mean() + (teacher - mean).square().mean()
@@ -126,19 +126,19 @@ class SemanticConsistencyLoss(nn.Module):
 
 
 class InternalFeatureDistillationLoss(nn.Module):
-    """Pull one half of a block's channels to the other half (IFD).
+    """Internal feature distillation (IFD): align one half of the channels of a block with the other half.
 
-    Channels are ranked by their mean activation relative to their norm; the k-th of the upper half is compared with the
-    k-th of the lower half. With an odd number of channels the middle one is left out.
+    Channels are ranked by the ratio of their mean activation to their norm; the k-th channel of the upper half is
+    compared with the k-th of the lower half. With an odd number of channels the middle one is skipped.
 
     Args:
-        one_way: only the lower half moves.
-        p: exponent of the absolute differences, from 1 up.
-        ranking: "l2" as above, or "none" to cut the channels in their own order.
-        feature_scale: "raw", or "l2" to bring each channel map to a root mean square of 1 before the comparison.
+        one_way: Whether only the lower half receives gradients.
+        p: Exponent of the absolute differences, at least 1.
+        ranking: "l2" as above, or "none" to keep the order of the channels.
+        feature_scale: "raw", or "l2" to scale each channel map to a root mean square of 1 before the comparison.
 
     Raises:
-        RequestError: an unknown option.
+        RequestError: Unknown option, or an exponent below 1.
     """
 
     def __init__(
@@ -148,17 +148,17 @@ class InternalFeatureDistillationLoss(nn.Module):
         _check_choice("ranking", ranking, ("l2", "none"))
         _check_choice("feature_scale", feature_scale, ("raw", "l2"))
         if not p >= 1:
-            raise RequestError(f"p={p} is no exponent of this loss; choose 1 or more, 2 as in the paper's code.")
+            raise RequestError(f"invalid exponent p={p}; expected at least 1 (2 in the code of the paper).")
         self.one_way = one_way
         self.p = p
         self.ranking = ranking
         self.feature_scale = feature_scale
 
     def forward(self, feature: Tensor) -> Tensor:
-        """Return the scalar loss of a map `(B, C, *spatial)`; 0 for a single channel.
+        """Return the scalar loss of a feature map `(B, C, *spatial)`; 0 for a single channel.
 
         Raises:
-            SizeError: the map has no spatial axis.
+            SizeError: No spatial axis.
         """
         _check_map("feature", feature)
         feature = feature.float()
@@ -174,7 +174,7 @@ class InternalFeatureDistillationLoss(nn.Module):
 
     @torch.no_grad()
     def order(self, feature: Tensor) -> Tensor:
-        """Return the channels `(C,)` by falling score; equal ones keep their order."""
+        """Return the channels `(C,)` by descending score, in a stable order."""
         if self.ranking == "none":
             return torch.arange(feature.shape[1], device=feature.device)
         maps = feature.float().flatten(2)
@@ -183,34 +183,34 @@ class InternalFeatureDistillationLoss(nn.Module):
 
 
 class SelfRegLoss(nn.Module):
-    """Both terms over the taps of a network.
+    """Weighted sum of semantic consistency and feature distillation over the taps of a network.
 
-    Students are all taps but the teacher `D1` and, as in the authors' code, the first encoder block `E1`. Computed in
-    float32 also under autocast. A term whose weight is 0 is not computed and draws nothing.
+    Students are all taps except the teacher `D1` and, as in the authors' code, the first encoder block `E1`. The loss
+    is computed in float32 even under autocast. A term with weight 0 is not computed and draws no random numbers.
 
-    Channels are drawn from torch's global generator, so that a run seeded per step (`medseg.components.SeedSteps`)
-    repeats its draws when resumed. The count of warm-up steps and the state of a private generator are part of
+    Channels are drawn from the global generator of torch, so a run seeded per step (`medseg.components.SeedSteps`)
+    is reproducible when resumed. The number of warm-up steps and the state of a separate generator are part of
     `state_dict`.
 
     Args:
-        lambda_scr: weight of the semantic consistency.
-        lambda_ifd: weight of the feature distillation. (The paper and its authors' answers number the two weights
-            differently, so they go by name here.)
-        channel_mode: see `SemanticConsistencyLoss`.
-        one_way: see `InternalFeatureDistillationLoss`; likewise `p` and `ranking`.
-        p: exponent of the feature distillation.
-        ranking: of channels, in the feature distillation.
-        normalization: "code" averages the consistency over all taps and adds the distillation's averages over the
-            encoder and over the decoder; for two taps per block (`E2_0`, `E2_1`) it does so for the first and the last
-            layers and adds the results. "paper" averages over all taps, in the distillation with the teacher.
-        groups: names of the student taps of "encoder" and "decoder", where they differ from the above.
-        include_e1: make `E1` a student too.
-        feature_scale: "raw", or "l2" to make the loss independent of the scale of activations.
-        warmup_steps: training steps over which both weights rise from 0; 0 for none.
-        generator: a private generator of the draws, on the CPU.
+        lambda_scr: Weight of the semantic consistency, at least 0.
+        lambda_ifd: Weight of the feature distillation, at least 0. (The paper and the answers of its authors number the
+            two weights differently, hence the names.)
+        channel_mode: Pairing of channels, see `SemanticConsistencyLoss`.
+        one_way: Whether only the lower half receives gradients, see `InternalFeatureDistillationLoss`.
+        p: Exponent of the feature distillation.
+        ranking: Ranking of channels in the feature distillation.
+        normalization: "code" averages the consistency over all taps and sums the averages of the distillation over the
+            encoder and the decoder; with two taps per block (`E2_0`, `E2_1`) the results of the first and the last
+            layers are summed. "paper" averages over all taps, including the teacher in the distillation.
+        groups: Names of the student taps of "encoder" and "decoder", if different from the default.
+        include_e1: Whether `E1` is a student too.
+        feature_scale: "raw", or "l2" to make the loss independent of the scale of the activations.
+        warmup_steps: Training steps over which both weights increase linearly from 0; 0 for no warm-up.
+        generator: Separate random generator on the CPU; None uses the global generator of torch.
 
     Raises:
-        RequestError: an unknown option or a negative weight.
+        RequestError: Unknown option or negative weight.
     """
 
     def __init__(
@@ -233,7 +233,7 @@ class SelfRegLoss(nn.Module):
         _check_choice("normalization", normalization, ("code", "paper"))
         for name, value in {"lambda_scr": lambda_scr, "lambda_ifd": lambda_ifd, "warmup_steps": warmup_steps}.items():
             if not value >= 0:
-                raise RequestError(f"{name}={value} is negative; give 0 or more.")
+                raise RequestError(f"{name}={value} is negative; expected at least 0.")
         self.lambda_scr = lambda_scr
         self.lambda_ifd = lambda_ifd
         self.normalization = normalization
@@ -257,13 +257,13 @@ class SelfRegLoss(nn.Module):
         """Return the terms for the features of one step.
 
         Args:
-            features: taps `(B, C, *spatial)` by name.
-            teacher: the teacher's map; the tap `D1` if None.
-            indices: tap -> paired channels of student and teacher, in place of drawn ones.
+            features: Feature maps `(B, C, *spatial)` by tap name.
+            teacher: Feature map of the teacher; the tap `D1` if None.
+            indices: Paired channels of student and teacher by tap name, instead of random ones.
 
         Raises:
-            RequestError: a tap is missing, or its name does not tell where it belongs.
-            SizeError: the maps are not of one batch and as many axes.
+            RequestError: Missing tap, or a tap name that is neither encoder nor decoder.
+            SizeError: Different batch sizes or numbers of axes.
         """
         if teacher is None:
             teacher = _tap(features, _TEACHER)
@@ -296,17 +296,17 @@ class SelfRegLoss(nn.Module):
         return loss
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Return what a resumed run needs: steps done and the private generator's state."""
+        """Return the state for resuming: the number of steps and the state of the separate generator."""
         return {"steps": self.steps, "generator": self.generator.get_state() if self.generator else None}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take over the state of an earlier run."""
+        """Restore the state of an earlier run."""
         self.steps = int(state["steps"])
         if self.generator is not None and state["generator"] is not None:
             self.generator.set_state(state["generator"])
 
     def _students(self, features: Mapping[str, Tensor]) -> list[dict[str, list[str]]]:
-        """Names of taps by group, for each layer that is tapped in a block."""
+        """Return the tap names by group, for each tapped layer of the blocks."""
         chosen = self.groups if self.groups is not None else _groups(features, self.include_e1)
         layers: dict[str, dict[str, list[str]]] = {}
         for group, names in chosen.items():
@@ -316,7 +316,9 @@ class SelfRegLoss(nn.Module):
                 layer = layers.setdefault((match and match[2]) or "", {})
                 layer.setdefault(group, []).append(name)
         if not layers:
-            raise RequestError(f"no student taps among {_listed(features)}; SelfReg needs one besides the teacher.")
+            raise RequestError(
+                f"no student taps among {_listed(features)}; SelfReg requires one in addition to the teacher."
+            )
         return list(layers.values())
 
     def _totals(
@@ -332,7 +334,7 @@ class SelfRegLoss(nn.Module):
         return scr_total, ifd_total
 
     def _warmth(self) -> float:
-        """Return the share of the weights that this step gets, and count it."""
+        """Return the warm-up factor of this step, and count the step."""
         share = min(1.0, self.steps / self.warmup_steps) if self.warmup_steps else 1.0
         if self.training and torch.is_grad_enabled():
             self.steps += 1
@@ -340,15 +342,15 @@ class SelfRegLoss(nn.Module):
 
 
 class SelfRegularizedLoss(nn.Module):
-    """A loss over a training output, plus SelfReg over its features.
+    """Sum of a loss of a training output and SelfReg of its features.
 
     The authors' segmentation loss for many organs is `monai.losses.DiceCELoss` with `softmax`, `to_onehot_y`,
     `squared_pred` and `batch` on, `smooth_nr` and `smooth_dr` 1e-5, `lambda_dice` 0.6 and `lambda_ce` 0.4.
 
     Args:
-        loss: takes a training output and labels `(B, 1, *spatial)`, returns a scalar: `medseg.components.TrainingLoss`
-            around a loss of logits, or any other loss over training outputs.
-        regularizer: the SelfReg terms; the authors' weights by default.
+        loss: Loss of a training output and labels `(B, 1, *spatial)`, a scalar: `medseg.components.TrainingLoss`
+            wrapping a loss of logits, or any other loss of training outputs.
+        regularizer: SelfReg loss; by default with the weights of the authors.
     """
 
     def __init__(self, loss: TrainingOutputLoss, regularizer: SelfRegLoss | None = None) -> None:
@@ -360,13 +362,12 @@ class SelfRegularizedLoss(nn.Module):
         """Return the scalar loss.
 
         Raises:
-            RequestError: the training output holds no features.
+            RequestError: Training output without features.
         """
         if "features" not in output:
             raise RequestError(
-                "SelfReg reads the features of a training output, but there are none, only "
-                f"{_listed(output)}. Wrap the network in medseg.components.TrainingWrapper, with taps='auto' for one "
-                "of another library."
+                f"SelfReg requires the features of a training output, found only {_listed(output)}. Wrap the network "
+                "in medseg.components.TrainingWrapper, with taps='auto' for networks of other libraries."
             )
         terms: SelfRegTerms = self.regularizer(output["features"])
         return self.loss(output, label) + terms["total"]
@@ -374,36 +375,38 @@ class SelfRegularizedLoss(nn.Module):
 
 def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise RequestError(f"{option}={value!r} is not known; choose one of {', '.join(map(repr, choices))}.")
+        raise RequestError(f"invalid {option}={value!r}; choose one of {', '.join(map(repr, choices))}.")
 
 
 def _check_map(what: str, feature: Tensor) -> None:
     if feature.dim() not in _POOLS:
-        raise SizeError(f"{what} is {tuple(feature.shape)}; expected (B, C, *spatial) of 1 to 3 spatial axes.")
+        raise SizeError(
+            f"invalid {what} shape {tuple(feature.shape)}; expected (B, C, *spatial) with 1 to 3 spatial axes."
+        )
 
 
 def _check_pair(student: Tensor, teacher: Tensor) -> None:
     _check_map("student", student)
     if student.dim() != teacher.dim() or len(student) != len(teacher):
         raise SizeError(
-            f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} cannot be compared; "
-            "give maps of one batch with as many spatial axes."
+            f"shape mismatch: student {tuple(student.shape)}, teacher {tuple(teacher.shape)}; "
+            "expected the same batch size and number of spatial axes."
         )
 
 
 def _aligned(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Pool each map, on each axis, to the smaller of the two sizes."""
+    """Pool both maps to the smaller of the two sizes on each axis."""
     size = [min(pair) for pair in zip(student.shape[2:], teacher.shape[2:], strict=True)]
     return _pooled(student, size), _pooled(teacher, size)
 
 
 def _pooled(feature: Tensor, size: list[int]) -> Tensor:
-    # Pooling to the size at hand would only copy the map.
+    # Pooling to the same size would only copy the map.
     return feature if list(feature.shape[2:]) == size else _POOLS[feature.dim()](feature, size)
 
 
 def _unit(feature: Tensor) -> Tensor:
-    """Divide each map by its root mean square, with a floor that keeps the gradient of dead channels small."""
+    """Divide each map by its root mean square, with an epsilon that limits the gradient of dead channels."""
     dims = tuple(range(2, feature.dim()))
     return feature / (feature.square().mean(dims, keepdim=True) + 1e-5).sqrt()
 
@@ -419,8 +422,8 @@ def _groups(features: Mapping[str, Tensor], include_e1: bool) -> dict[str, list[
         match = _TAP.fullmatch(name)
         if match is None:
             raise RequestError(
-                f"tap '{name}' is none of E1..En, B, Dn..D1, so its place is not known; "
-                'name the taps so, or say groups={"encoder": [...], "decoder": [...]}.'
+                f"unknown tap name '{name}'; expected E1..En, B, Dn..D1. "
+                'Rename the taps, or set groups={"encoder": [...], "decoder": [...]}.'
             )
         if match[1] != _TEACHER and (include_e1 or match[1] != "E1"):
             groups["decoder" if name.startswith("D") else "encoder"].append(name)
@@ -429,7 +432,7 @@ def _groups(features: Mapping[str, Tensor], include_e1: bool) -> dict[str, list[
 
 def _tap(features: Mapping[str, Tensor], name: str) -> Tensor:
     if name not in features:
-        raise RequestError(f"the features hold no tap '{name}', only {_listed(features)}.")
+        raise RequestError(f"missing tap '{name}'; the features are {_listed(features)}.")
     return features[name]
 
 

@@ -1,4 +1,4 @@
-"""A loss over what `forward_train` returns."""
+"""Loss of the training output of a network."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ class TrainingLoss(nn.Module):
     """Apply a loss of logits and labels to the logits of a `TrainingOutput`.
 
     Args:
-        loss: takes logits `(B, C, *spatial)` in float32 and labels `(B, 1, *spatial)`, returns a scalar.
-        margin: voxels that an unpadded network takes off each side, one number or one per axis. So much of the labels
-            (and of weights beside them) is cut off, since no logit stands there; it was context alone.
+        loss: Loss of float32 logits `(B, C, *spatial)` and labels `(B, 1, *spatial)`, a scalar.
+        margin: Voxels that an unpadded network loses on each side, one number or one per axis. Labels and weight maps
+            are cropped by this margin, since it has no logits.
 
     Raises:
-        RequestError: a margin below 0.
+        RequestError: Negative margin.
     """
 
     def __init__(self, loss: Callable[[Tensor, Tensor], Tensor], *, margin: Sequence[int] | int = 0) -> None:
         super().__init__()
         if min([margin] if isinstance(margin, int) else margin) < 0:
-            raise RequestError(f"margin={margin} is below 0; give what the network takes off each side.")
+            raise RequestError(f"margin={margin} is negative; set the voxels that the network loses on each side.")
         self.loss = loss
         self.margin = margin
 
@@ -42,19 +42,19 @@ class TrainingLoss(nn.Module):
         """Return the scalar loss; half-precision logits are widened to float32 first.
 
         Raises:
-            SizeError: the labels without the margin are not as large as the logits.
+            SizeError: Size mismatch between the cropped labels and the logits.
         """
         target = label.as_tensor() if isinstance(label, MetaTensor) else label
         logits = output["logits"].float()
         return self.loss(logits, self._inner(target, logits.shape[2:]))
 
     def _inner(self, target: Tensor, size: Sequence[int]) -> Tensor:
-        """Return the part of the labels `(B, C, *spatial)` that the logits of a spatial size stand for."""
+        """Crop the labels `(B, C, *spatial)` to the spatial size of the logits."""
         margin = (self.margin,) * len(size) if isinstance(self.margin, int) else tuple(self.margin)
         if tuple(target.shape[2:]) != tuple(n + 2 * lost for n, lost in zip(size, margin, strict=False)):
             raise SizeError(
-                f"Labels of {by(target.shape[2:])} do not fit logits of {by(size)} with a margin of {by(margin)} on "
-                "each side. The margin must be what the network takes off: 0 for padded networks, see the attribute "
+                f"Size mismatch: labels of {by(target.shape[2:])}, logits of {by(size)} with a margin of {by(margin)} "
+                "on each side. Set margin to the voxels that the network loses: 0 for padded networks, the attribute "
                 "`margin` of unpadded ones."
             )
         for axis, (n, lost) in enumerate(zip(size, margin, strict=False), start=2):

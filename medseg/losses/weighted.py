@@ -1,4 +1,4 @@
-"""Cross-entropy with a weight for each voxel (arXiv 1505.04597, section 3)."""
+"""Voxelwise weighted cross-entropy (arXiv 1505.04597, section 3)."""
 
 from __future__ import annotations
 
@@ -15,42 +15,42 @@ _REDUCTIONS = ("mean", "weighted_mean", "sum")
 
 
 class WeightedCrossEntropyLoss(nn.Module):
-    """`-sum_x w(x) log p_l(x)(x)`, with the softmax of several channels or the sigmoid of one.
+    """Loss `-sum_x w(x) log p_l(x)(x)`, with softmax, or sigmoid for a single channel.
 
-    A voxel of weight 0 does not count at all, whatever its label; that is how unlabeled regions are left out.
+    Voxels with weight 0 are ignored whatever their label, for example in unannotated regions.
 
     Args:
         reduction: "mean" divides the sum by the number of voxels with a weight above 0, "weighted_mean" by the sum of
-            the weights, "sum" by nothing.
+            the weights; "sum" does not divide.
 
     Raises:
-        RequestError: an unknown reduction.
+        RequestError: Unknown reduction.
     """
 
-    # Losses that are given a label for several tasks pass the weights on where this is set.
+    # Multi-task losses pass the weight map only to losses with this attribute.
     reads_weights = True
 
     def __init__(self, reduction: str = "mean") -> None:
         super().__init__()
         if reduction not in _REDUCTIONS:
-            raise RequestError(f"reduction={reduction!r} is not known; choose one of {', '.join(_REDUCTIONS)}.")
+            raise RequestError(f"invalid reduction={reduction!r}; choose one of {', '.join(_REDUCTIONS)}.")
         self.reduction = reduction
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Return the scalar loss.
 
         Args:
-            logits: `(B, C, *spatial)`.
-            target: `(B, 2, *spatial)`: the class (of one channel: 0 or 1) and the weight, 0 or more, as
-                `medseg.components.BorderWeightMapd` makes them.
+            logits: Logits `(B, C, *spatial)`.
+            target: Classes (0 or 1 for a single channel of logits) and non-negative weights `(B, 2, *spatial)`, as
+                computed by `medseg.components.BorderWeightMapd`.
 
         Raises:
-            SizeError: the target is not of that shape.
-            RequestError: it holds a value that is no class (found on the CPU).
+            SizeError: Shape mismatch.
+            RequestError: Label value out of range (checked on the CPU).
         """
         if target.shape != (len(logits), 2, *logits.shape[2:]):
             raise SizeError(
-                f"The target has shape {tuple(target.shape)} and the logits {tuple(logits.shape)}: expected "
+                f"Shape mismatch: target {tuple(target.shape)}, logits {tuple(logits.shape)}; expected "
                 f"{(len(logits), 2, *logits.shape[2:])}, the class and the weight of each voxel (see "
                 "medseg.transforms.BorderWeightMapd)."
             )
@@ -60,12 +60,12 @@ class WeightedCrossEntropyLoss(nn.Module):
         if self.reduction == "sum":
             return total
         divisor = weight.sum() if self.reduction == "weighted_mean" else counted.sum()
-        # Without a voxel that counts the loss is 0, not 0/0.
+        # If all weights are 0, the loss is 0 rather than 0/0.
         return total / torch.where(divisor > 0, divisor, torch.ones_like(divisor))
 
 
 def _cross_entropy(logits: Tensor, label: Tensor, counted: Tensor) -> Tensor:
-    """Return the cross-entropy of every voxel `(B, *spatial)`; where it does not count, any finite number."""
+    """Return the cross-entropy of every voxel `(B, *spatial)`; ignored voxels have an arbitrary finite value."""
     check_classes(torch.where(counted, label, 0), logits.shape[1])
     if logits.shape[1] == 1:
         wanted = torch.where(counted, label, 0).to(logits.dtype)

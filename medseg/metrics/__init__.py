@@ -1,4 +1,4 @@
-"""Metrics that configs name, and in `features` measures of what a network has learned."""
+"""Metrics for configs, and in `features` measures of the features that a network has learned."""
 
 from medseg.lazy import room
 

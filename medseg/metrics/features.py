@@ -1,6 +1,6 @@
-"""What the features of a network look like: alike channels, alike blocks, and where a block looks.
+"""Measures of network features: similarity of channels, similarity of blocks, and attention maps.
 
-The questions are those of SelfReg (Zhu et al., MICCAI 2024, arXiv 2406.14896, figure 1). All functions take `features`
+The measures are those of SelfReg (Zhu et al., MICCAI 2024, arXiv 2406.14896, figure 1). All functions take `features`
 as in `medseg.types.TrainingOutput`: from `forward_train`, or recorded by `medseg.training.taps.FeatureTaps`.
 """
 
@@ -40,20 +40,20 @@ _LINEAR = {3: "linear", 4: "bilinear", 5: "trilinear"}
 
 
 def channel_similarity(feature: Tensor) -> Tensor:
-    """Return the cosine similarity of each two channel maps, averaged over the batch.
+    """Return the cosine similarity of all pairs of channels, averaged over the batch.
 
     Args:
-        feature: `(B, C, *spatial)`.
+        feature: Feature map `(B, C, *spatial)`.
 
     Returns:
-        `(C, C)`, -1 to 1; 1 on the diagonal unless a channel is 0 everywhere.
+        Similarity matrix `(C, C)`, -1 to 1; 1 on the diagonal unless a channel is 0 everywhere.
     """
     maps = F.normalize(feature.float().flatten(2), dim=2)
     return (maps @ maps.transpose(1, 2)).mean(0)
 
 
 def redundancy(feature: Tensor) -> Tensor:
-    """Return the mean similarity of two different channels of a map `(B, C, *spatial)`; 0 for a single channel."""
+    """Return the mean similarity between channels of a feature map `(B, C, *spatial)`; 0 for a single channel."""
     similarity = channel_similarity(feature)
     channels = len(similarity)
     if channels == 1:
@@ -62,24 +62,24 @@ def redundancy(feature: Tensor) -> Tensor:
 
 
 def linear_cka(first: Tensor, second: Tensor) -> Tensor:
-    """Return the linear centered kernel alignment of two maps (Kornblith et al., arXiv 1905.00414, section 3).
+    """Return the linear centered kernel alignment of two feature maps (Kornblith et al., arXiv 1905.00414, section 3).
 
-    It does not change when the channels of a map are rotated or scaled together.
+    It is invariant to orthogonal transforms and isotropic scaling of the channels.
 
     Args:
-        first: `(B, C, *spatial)`.
-        second: `(B, C', *spatial)`.
+        first: Feature map `(B, C, *spatial)`.
+        second: Feature map `(B, C', *spatial)`.
 
     Returns:
-        A scalar, 0 (nothing in common) to 1.
+        Similarity, a scalar from 0 to 1.
 
     Raises:
-        SizeError: batch or spatial sizes differ.
+        SizeError: Different batch or spatial sizes.
     """
     if first.shape[2:] != second.shape[2:] or len(first) != len(second):
         raise SizeError(
-            f"maps of {tuple(first.shape)} and {tuple(second.shape)} have no common positions; "
-            "pool them to one size, as tap_similarity does."
+            f"shape mismatch: feature maps {tuple(first.shape)} and {tuple(second.shape)}; "
+            "pool them to the same size, as tap_similarity does."
         )
     x, y = _positions(first), _positions(second)
     scale: Tensor = torch.linalg.norm(x.T @ x) * torch.linalg.norm(y.T @ y)
@@ -87,13 +87,13 @@ def linear_cka(first: Tensor, second: Tensor) -> Tensor:
 
 
 def tap_similarity(features: Mapping[str, Tensor]) -> Tensor:
-    """Return `linear_cka` of each two taps, average-pooled to the smallest size among them.
+    """Return `linear_cka` of all pairs of taps, average-pooled to the smallest size among them.
 
     Args:
-        features: n taps `(B, C, *spatial)`, of one batch.
+        features: Feature maps `(B, C, *spatial)` of n taps from the same batch.
 
     Returns:
-        `(n, n)` in the order of the taps.
+        Similarity matrix `(n, n)` in the order of the taps.
     """
     maps = list(features.values())
     size = [min(lengths) for lengths in zip(*(m.shape[2:] for m in maps), strict=True)]
@@ -102,41 +102,41 @@ def tap_similarity(features: Mapping[str, Tensor]) -> Tensor:
 
 
 def grad_cam(activation: Tensor, gradient: Tensor) -> Tensor:
-    """Return where a map raises a score (Grad-CAM; Selvaraju et al., ICCV 2017, section 3).
+    """Return the Grad-CAM of a feature map (Selvaraju et al., ICCV 2017, section 3).
 
     Args:
-        activation: `(B, C, *spatial)`.
-        gradient: of the score, of the same shape.
+        activation: Feature map `(B, C, *spatial)`.
+        gradient: Gradient of the score with respect to the feature map, of the same shape.
 
     Returns:
-        `(B, *spatial)`, 0 and up: channels weighted by their mean gradient, summed, negative values cut off.
+        Non-negative map `(B, *spatial)`: the ReLU of the sum of the channels, weighted by their mean gradients.
     """
     weights = gradient.float().flatten(2).mean(2)
     return torch.einsum("bc,bc...->b...", weights, activation.float()).relu()
 
 
 def attention_maps(output: TrainingOutput, label: Tensor | None = None) -> dict[str, Tensor]:
-    """Return where each tap looks for the foreground: Grad-CAM per class, each from 0 to 1, then joined.
+    """Return the attention of each tap to the foreground: the combined Grad-CAM maps of all foreground classes.
 
-    The score of a class is the sum of its logits over its voxels. The maps of the classes are resized linearly to the
-    image, scaled to 0..1, summed, and divided by the largest value per image.
+    The score of a class is the sum of its logits over its voxels. The maps of the classes are interpolated linearly to
+    the size of the logits, scaled to 0..1, summed, and divided by the maximum per image.
 
     Args:
-        output: of the network in evaluation mode, computed with gradients on.
-        label: class numbers `(B, 1, *spatial)` whose voxels count; the prediction if None. With one logit channel,
-            class 1 is the foreground.
+        output: Training output of the network in evaluation mode, computed with gradients enabled.
+        label: Class indices `(B, 1, *spatial)` that define the voxels of each class; the prediction if None. For a
+            single channel of logits, class 1 is the foreground.
 
     Returns:
-        Tap name -> `(B, *spatial)` at the size of the logits, 0 to 1; all 0 where no class was found.
+        Map `(B, *spatial)` from 0 to 1 at the size of the logits, by tap name; all 0 if no class was found.
 
     Raises:
-        RequestError: the output holds no features, or was computed without gradients.
+        RequestError: Training output without features or without gradients.
     """
     logits, features = output["logits"], output.get("features")
     if not features:
-        raise RequestError("the training output holds no features; record them with medseg.training.taps.FeatureTaps.")
+        raise RequestError("the training output has no features; record them with medseg.training.taps.FeatureTaps.")
     if not logits.requires_grad:
-        raise RequestError("attention maps need gradients; run the network outside torch.no_grad().")
+        raise RequestError("attention maps require gradients; run the network outside torch.no_grad().")
     summed = {name: logits.new_zeros(len(logits), *logits.shape[2:], dtype=torch.float32) for name in features}
     for score in _class_scores(logits, label):
         gradients = torch.autograd.grad(score, list(features.values()), retain_graph=True, materialize_grads=True)
@@ -146,28 +146,28 @@ def attention_maps(output: TrainingOutput, label: Tensor | None = None) -> dict[
 
 
 def energy_inside(attention: Tensor, mask: Tensor) -> Tensor:
-    """Return the share of an attention map's mass that lies inside a mask.
+    """Return the fraction of the energy of an attention map inside a mask.
 
     Args:
-        attention: `(B, *spatial)`, 0 and up.
-        mask: of the same shape; inside where it is not 0.
+        attention: Non-negative attention map `(B, *spatial)`.
+        mask: Mask of the same shape; nonzero inside.
 
     Returns:
-        `(B,)`, 0 to 1; NaN where the map is 0 everywhere.
+        Fraction `(B,)`, 0 to 1; NaN if the map is 0 everywhere.
     """
     return _share(attention, mask != 0)
 
 
 def boundary_share(attention: Tensor, mask: Tensor, width: int = 3) -> Tensor:
-    """Return the share of an attention map's mass that lies near the surface of a mask.
+    """Return the fraction of the energy of an attention map near the surface of a mask.
 
     Args:
-        attention: `(B, *spatial)`, 2D or 3D, 0 and up.
-        mask: of the same shape; inside where it is not 0.
-        width: how many voxels count on either side of the surface, along axes and diagonals alike.
+        attention: Non-negative attention map `(B, *spatial)`, 2D or 3D.
+        mask: Mask of the same shape; nonzero inside.
+        width: Distance to the surface on either side in voxels, including diagonals.
 
     Returns:
-        `(B,)`, 0 to 1; NaN where the map is 0 everywhere.
+        Fraction `(B,)`, 0 to 1; NaN if the map is 0 everywhere.
     """
     inside = (mask != 0).float()[:, None]
     pool = _MAX_POOLS[inside.dim()]
@@ -176,13 +176,13 @@ def boundary_share(attention: Tensor, mask: Tensor, width: int = 3) -> Tensor:
 
 
 def _positions(feature: Tensor) -> Tensor:
-    """Return `(positions, C)` with centered columns; float64, for sums over many positions."""
+    """Return a centered matrix `(positions, C)`, in float64 for sums over many positions."""
     columns = feature.double().movedim(1, -1).flatten(0, -2)
     return columns - columns.mean(0)
 
 
 def _class_scores(logits: Tensor, label: Tensor | None) -> list[Tensor]:
-    """Sum each foreground class' logits over the voxels of that class."""
+    """Return the sum of the logits of each foreground class over the voxels of that class."""
     if logits.shape[1] == 1:
         found = logits > 0 if label is None else label != 0
         return [(logits * found).sum()]

@@ -254,11 +254,11 @@ def test_a_sum_of_tasks_takes_any_number_of_them():
     maps = [torch.zeros(1)] * 3
     assert SumOfTasksLoss(losses)(maps, maps) == 7
     assert SumOfTasksLoss(losses, [1, 0.5, 0.25])(maps, maps) == 3
-    with pytest.raises(RequestError, match="3 losses came with 2 weights"):
+    with pytest.raises(RequestError, match="3 losses and 2 weights"):
         SumOfTasksLoss(losses, [1, 2])
     with pytest.raises(RequestError, match="0 losses"):
         SumOfTasksLoss([])
-    with pytest.raises(RequestError, match="3 tasks got 2 predictions and 3 targets"):
+    with pytest.raises(RequestError, match="2 predictions and 3 targets: expected one of each for 3 tasks"):
         SumOfTasksLoss(losses)(maps[:2], maps)
 
 
@@ -282,9 +282,9 @@ def test_options_that_cannot_be_are_refused(options, message):
 @pytest.mark.parametrize(
     ("options", "channels", "edge_channels", "message"),
     [
-        ({"preset": "official"}, 2, 1, 'edge maps have 1 channel.*"official" allow 2'),
-        ({}, 2, 3, 'edge maps have 3 channel.*"paper" allow 1 or 2'),
-        ({"weights": [1.0]}, 2, 2, r"weights=\[1.0\] came for 2 stages"),
+        ({"preset": "official"}, 2, 1, 'edge maps have 1 channel.*expected 2 for 2 classes.*"official"'),
+        ({}, 2, 3, 'edge maps have 3 channel.*expected 1 or 2 for 2 classes.*"paper"'),
+        ({"weights": [1.0]}, 2, 2, r"weights=\[1.0\].*2 for 2 stages"),
         ({"preset": "official", "seg_edge_loss": True}, 3, 2, "two classes"),
         ({"edge_width": (1, 1, 1)}, 2, 2, "edge_width"),
     ],
@@ -299,14 +299,14 @@ def test_outputs_that_do_not_fit_the_preset_are_refused(options, channels, edge_
 def test_an_output_without_maps_of_the_stages_is_refused(missing):
     output, label = random_output(2, 2, (6, 6))
     del output[missing]
-    with pytest.raises(RequestError, match="use_mtl=True, or TrainingLoss"):
+    with pytest.raises(RequestError, match=r"use_mtl=True\), or TrainingLoss"):
         BoundaryMultiTaskLoss()(output, label)
 
 
 @pytest.mark.parametrize("shape", [(2, 6, 6), (2, 1, 6, 5), (2, 2, 6, 6)])
 def test_a_label_of_another_shape_is_refused(shape):
     output, _ = random_output(2, 2, (6, 6))
-    with pytest.raises(SizeError, match=r"expected a label \(2, 1, 6, 6\)"):
+    with pytest.raises(SizeError, match=r"expected class indices \(2, 1, 6, 6\)"):
         BoundaryMultiTaskLoss()(output, torch.zeros(shape, dtype=torch.long))
 
 

@@ -112,7 +112,7 @@ def test_every_weighted_head_gets_gradient():
 
 def test_another_number_of_weights_than_heads_is_refused():
     heads = logits(1)
-    with pytest.raises(RequestError, match=r"are 2 and the network has 3 head"):
+    with pytest.raises(RequestError, match=r"2 weights=.* for 3 head"):
         DeepSupervision(weights=(1, 1))({"logits": heads[-1], "aux": heads}, classes(2))
 
 

@@ -60,7 +60,7 @@ def test_labels_that_are_not_the_logits_and_their_margin_are_refused(
 
 @pytest.mark.parametrize("margin", [-1, (2, -1)])
 def test_a_margin_below_0_is_refused(margin: int | tuple[int, ...]) -> None:
-    with pytest.raises(RequestError, match="below 0"):
+    with pytest.raises(RequestError, match="is negative"):
         TrainingLoss(DiceCELoss(), margin=margin)
 
 

@@ -146,7 +146,7 @@ def test_attention_without_a_class_is_empty_and_one_channel_is_foreground():
 
 def test_attention_says_what_it_lacks():
     network, image = UNet(2, 1, 2, (4, 6)).eval(), torch.randn(1, 1, 16, 16)
-    with torch.no_grad(), pytest.raises(RequestError, match="need gradients"):
+    with torch.no_grad(), pytest.raises(RequestError, match="require gradients"):
         attention_maps(network.forward_train(image))
     with pytest.raises(RequestError, match="no features"):
         attention_maps({"logits": network(image)})
