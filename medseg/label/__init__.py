@@ -1,7 +1,7 @@
 """The MONAI Label app: annotate with a bundle, correct its masks, train it further.
 
-The modules of this folder know MONAI Label's requests and data, but not MONAI Label: they are imported and tested
-without it. What is made of its classes is in `app/`, which is imported only in the environment that
+The modules of this package handle MONAI Label's requests and records but do not import MONAI Label, so they run and are
+tested without it. Subclasses of its classes are in `app/`, which is imported only in the environment that
 `make label-environment` sets up, since MONAI Label and medseg need different versions of pydicom.
 """
 

@@ -1,4 +1,4 @@
-"""Who may use a label server: names and hashed passwords in one file that only its owner can read."""
+"""Accounts of a label server: names and hashed passwords in one file that only its owner can read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["Accounts"]
 
 MIN_LENGTH: Final = 12
-# Memory 16 MiB, well under a second: what a guess costs, too.
+# One login costs 16 MiB of memory and well under a second, and so does each guess of an attacker.
 _SCRYPT: Final = {"n": 2**14, "r": 8, "p": 1}
 
 
@@ -26,7 +26,7 @@ class Accounts:
     """The accounts in a file.
 
     Args:
-        path: JSON file, made with the first account.
+        path: JSON file, created with the first account.
     """
 
     def __init__(self, path: Path) -> None:
@@ -38,20 +38,20 @@ class Accounts:
         return sorted(self._read())
 
     def add(self, name: str, password: str | None = None) -> str:
-        """Add an account, or give one another password; return the password.
+        """Add an account, or change the password of an existing one, and return the password.
 
         Args:
-            name: letters, digits, and `.`, `_`, `-`, `@` within.
-            password: at least `MIN_LENGTH` characters; a random one if not given.
+            name: Name of letters, digits, `.`, `_`, `-` and `@`.
+            password: Password of at least `MIN_LENGTH` characters; generated randomly by default.
 
         Raises:
-            RequestError: the name or the password will not do.
+            RequestError: Invalid name, or password too short.
         """
         if not name or not all(letter.isalnum() or letter in "._-@" for letter in name):
-            raise RequestError(f"'{name}' is no name for an account: use letters, digits and . _ - @")
+            raise RequestError(f"invalid account name '{name}': use letters, digits and . _ - @")
         chosen = secrets.token_urlsafe(12) if password is None else password
         if len(chosen) < MIN_LENGTH:
-            raise RequestError(f"the password has {len(chosen)} characters: use {MIN_LENGTH} or more")
+            raise RequestError(f"password too short: {len(chosen)} characters, expected {MIN_LENGTH} or more")
         salt = secrets.token_bytes(16)
         accounts = self._read() | {name: {"salt": _text(salt), "hash": _text(_hashed(chosen, salt))}}
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +61,7 @@ class Accounts:
         return chosen
 
     def check(self, name: str, password: str) -> bool:
-        """Whether there is an account of that name and password. Takes as long for an unknown name."""
+        """Return whether the name and the password match an account, in the same time for an unknown name."""
         account = self._read().get(name)
         salt = base64.b64decode(account["salt"]) if account else bytes(16)
         expected = base64.b64decode(account["hash"]) if account else bytes(64)
@@ -73,9 +73,11 @@ class Accounts:
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise RequestError(f"the accounts in '{self.path}' cannot be read ({error}): remove the file") from error
+            raise RequestError(
+                f"'{self.path}': cannot read the accounts ({error}): restore the file, or remove it"
+            ) from error
         if not isinstance(content, dict):
-            raise RequestError(f"'{self.path}' holds no accounts: remove the file, or restore it")
+            raise RequestError(f"'{self.path}': expected a JSON object of accounts: restore the file, or remove it")
         return content
 
 

@@ -1,4 +1,4 @@
-"""Which image to label next."""
+"""Active learning: selecting the next image to label."""
 
 from __future__ import annotations
 
@@ -11,23 +11,28 @@ if TYPE_CHECKING:
 
 __all__ = ["INFO_KEY", "choose_randomly", "choose_unsure", "known_values"]
 
-# Under this name the uncertainty of an image is kept in MONAI Label's record of it.
+# Key of an image's uncertainty in MONAI Label's record of the image.
 INFO_KEY = "medseg_uncertainty"
 
 
 def choose_randomly(images: Sequence[str], seed: int | None = None) -> str:
-    """Return one of the image ids; an empty text where there are none."""
-    chooser = random.Random(seed)  # noqa: S311  (no secret)
+    """Return a random one of the image ids, or an empty string if there are none.
+
+    Args:
+        images: Ids of the images without a label.
+        seed: Seed of the random choice.
+    """
+    chooser = random.Random(seed)  # noqa: S311  (not a secret)
     return chooser.choice(sorted(images)) if images else ""
 
 
 def known_values(infos: Mapping[str, Mapping[str, Any]], model: str, weights: str) -> dict[str, float]:
-    """Return the uncertainties that were found with these very weights of a model, by image id.
+    """Return the recorded uncertainties that were computed with the given weights, by image id.
 
     Args:
-        infos: MONAI Label's record of each image.
-        model: name of the bundle.
-        weights: SHA-256 of its weights.
+        infos: MONAI Label's record of each image, by id.
+        model: Name of the bundle.
+        weights: SHA-256 hash of its weights.
     """
     found: dict[str, float] = {}
     for image, info in infos.items():
@@ -47,19 +52,20 @@ def choose_unsure(
     seconds: float = 30.0,
     seed: int | None = None,
 ) -> str:
-    """Return the image that the network is least sure of, among those measured before and some more.
+    """Return the image with the highest uncertainty, or an empty string if no image could be evaluated.
 
-    An empty text where there are no images, or none could be measured.
+    Images with a known uncertainty are compared without evaluating them again.
 
     Args:
-        images: ids of the images without a label.
-        known: uncertainties that were measured before.
-        measure: measures an image, which takes longer than predicting it; None for one that cannot be used.
-        candidates: how many images to measure now, at most, chosen at random.
-        seconds: after which no further image is measured, since somebody waits.
-        seed: of that choice.
+        images: Ids of the images without a label.
+        known: Uncertainties that were computed before, by image id.
+        measure: Function that returns the uncertainty of an image, or None if the image cannot be used. It takes longer
+            than a prediction.
+        candidates: Largest number of images to evaluate now, drawn at random.
+        seconds: Time in seconds after which no further image is evaluated, since a user is waiting.
+        seed: Seed of that draw.
     """
-    chooser = random.Random(seed)  # noqa: S311  (no secret)
+    chooser = random.Random(seed)  # noqa: S311  (not a secret)
     unknown = sorted(set(images) - set(known))
     values = {image: known[image] for image in images if image in known}
     start, measured = time.monotonic(), 0
@@ -70,5 +76,5 @@ def choose_unsure(
             measured += 1
         if measured == candidates or time.monotonic() - start > seconds:
             break
-    # Of equal ones the first by name, so that the answer does not depend on the order of the list.
+    # Ties are broken by name, so that the result does not depend on the order of the list.
     return min(values, key=lambda image: (-values[image], image)) if values else ""

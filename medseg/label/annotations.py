@@ -1,4 +1,4 @@
-"""Saved labels as a data set: on the image's own grid, in the bundle's values, under pseudonyms."""
+"""Data sets of saved labels: in the image's geometry, with the bundle's label values, under pseudonyms."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _LONGEST_HEAD: Final = 2**20
 
 @dataclass(frozen=True)
 class Annotation:
-    """A label that somebody saved.
+    """A saved label.
 
     Attributes:
-        name: the image's id.
-        image: file or DICOM folder.
-        label: file, in any format that medseg reads.
-        info: what the viewer said of the values in the file: `[{"name": "liver", "idx": 1}, ...]`. Empty where it said
-            nothing; then the values count as they are.
+        name: Id of the image.
+        image: File or DICOM folder of the image.
+        label: File of the label, in any format that medseg reads.
+        info: Names that the viewer gave to the values in the file: `[{"name": "liver", "idx": 1}, ...]`. If empty, the
+            values are those of the bundle.
     """
 
     name: str
@@ -49,13 +49,13 @@ class Annotation:
 
 @dataclass
 class Collected:
-    """A data set that was made of saved labels.
+    """A data set of saved labels.
 
     Attributes:
-        root: its folder, for `medseg.components.find_dataset`.
-        train: pseudonyms of the cases to train on.
-        val: pseudonyms of the cases to validate on.
-        left_out: pseudonym of each label that cannot be used, to the reason.
+        root: Folder of the data set, for `medseg.components.find_dataset`.
+        train: Pseudonyms of the training cases.
+        val: Pseudonyms of the validation cases.
+        left_out: Reason for each skipped label, by pseudonym.
     """
 
     root: Path
@@ -65,17 +65,17 @@ class Collected:
 
 
 def label_mapping(info: Sequence[Mapping[str, Any]], labels: Mapping[str, int]) -> dict[int, int] | None:
-    """Return a value in a saved file -> the bundle's value, or None where the values are the bundle's own.
+    """Return the mapping of values in a saved file to the bundle's values, or None if they are the bundle's already.
 
-    Viewers number the segments of a file by their place in a list, so only the names tell what a value means. The list
-    may name more than the bundle knows, since viewers list the labels of every bundle; those names are left out here.
+    Viewers number the segments of a file by their position in a list, so only the names define what a value means. The
+    list may contain names unknown to the bundle, since viewers list the labels of every bundle; these are skipped.
 
     Args:
-        info: names and values, as the viewer gave them; a value may stand under "idx", "id" or "labelID".
-        labels: the bundle's names and values.
+        info: Names and values from the viewer; the key of a value may be "idx", "id" or "labelID".
+        labels: Value of each label of the bundle, by name.
 
     Raises:
-        CaseError: a value that is no whole number.
+        CaseError: A value is not an integer.
     """
     known = {name.lower(): value for name, value in labels.items()} | {"background": 0}
     named = _named_values(info)
@@ -85,26 +85,26 @@ def label_mapping(info: Sequence[Mapping[str, Any]], labels: Mapping[str, int]) 
 
 
 def _named_values(info: Sequence[Mapping[str, Any]]) -> dict[int, str] | None:
-    """Return the name of each value; None where the viewer gave none."""
+    """Return the name of each value, or None if the viewer gave no values."""
     named: dict[int, str] = {}
     for entry in info:
         name, value = str(entry.get("name", "")), _value(entry)
         if value is None:
             return None
         if isinstance(value, bool) or not str(value).lstrip("-").isdigit():
-            raise CaseError(f"the saved label gives {name!r} the value {value!r}: expected a whole number")
+            raise CaseError(f"invalid value {value!r} of {name!r} in the saved label: expected an integer")
         named[int(value)] = name
     return named or None
 
 
 def segment_infos(info: Sequence[Mapping[str, Any]], values: Sequence[int]) -> list[dict[str, Any]]:
-    """Return what a viewer said of the values that a mask holds, in their order.
+    """Return the viewer's description of each value in a mask, in the order of the values.
 
-    MONAI Label names the first value of a mask by the first entry, whatever value the entry is about.
+    MONAI Label itself assigns entries to values by position and ignores the values of the entries.
 
     Args:
-        info: as for `label_mapping`; entries without a value are about 1, 2, ... in turn.
-        values: that the mask holds, without 0.
+        info: Descriptions as for `label_mapping`; entries without a value describe 1, 2, ... in turn.
+        values: Values in the mask, without 0.
     """
     named = {_value(entry): entry for entry in info if _value(entry) is not None}
     if not named:
@@ -118,17 +118,17 @@ def _value(entry: Mapping[str, Any]) -> Any:
 
 
 def read_annotation(annotation: Annotation, labels: Mapping[str, int]) -> NDArray[np.int32]:
-    """Return a saved label `(*spatial)` in the bundle's values, on the grid of its image.
+    """Return a saved label `(*spatial)` with the bundle's values, in the geometry of its image.
 
-    Viewers and converters may store the axes in another order or direction than the image; they are brought back.
+    Viewers and converters may store the axes in another order or direction than the image; the array is reoriented.
 
     Args:
-        annotation: what was saved.
-        labels: the bundle's names and values.
+        annotation: Saved label.
+        labels: Value of each label of the bundle, by name.
 
     Raises:
-        CaseError: the file cannot be used, or holds values that nothing explains.
-        GeometryError: its voxels are not those of the image.
+        CaseError: Unreadable file, or values without a name.
+        GeometryError: Geometry mismatch between label and image.
     """
     grid = read_grid(annotation.image)
     loaded = load(annotation.label, label=True)
@@ -143,10 +143,10 @@ def read_annotation(annotation: Annotation, labels: Mapping[str, int]) -> NDArra
     foreign = [f"{named[value]!r} ({value})" for value in surplus if value in named]
     if foreign:
         raise CaseError(
-            f"the saved label has voxels of {', '.join(foreign)}, which the bundle does not know: {list(labels)}"
+            f"unknown labels {', '.join(foreign)} in the saved label: expected the bundle's labels {list(labels)}"
         )
     if surplus:
-        raise CaseError(f"the saved label holds the values {surplus}, which have no name: expected {sorted(known)}")
+        raise CaseError(f"values {surplus} of the saved label have no name: expected {sorted(known)}")
     if mapping is None:
         return array.astype(np.int32)
     recoded: NDArray[np.int32] = np.zeros(array.shape, np.int32)
@@ -156,9 +156,9 @@ def read_annotation(annotation: Annotation, labels: Mapping[str, int]) -> NDArra
 
 
 def _names_in_file(label: Path) -> list[dict[str, Any]]:
-    """Return names and values of a segmentation that 3D Slicer stored as such (.seg.nrrd).
+    """Return names and values from the header of a 3D Slicer segmentation (.seg.nrrd).
 
-    Its values are its own, whatever the places in the list are that comes with it.
+    They take precedence over the values in the viewer's list, which are positions.
     """
     if not label.name.lower().endswith(".nrrd"):
         return []
@@ -170,7 +170,7 @@ def _names_in_file(label: Path) -> list[dict[str, Any]]:
 
 
 def _aligned(array: NDArray[Any], affine: NDArray[np.float64], grid: Grid) -> NDArray[Any]:
-    """Return the array with its axes in the order and direction of the grid."""
+    """Return the array reoriented to the axes of the grid."""
     if array.ndim == len(grid.shape) == 3:
         turn = nibabel.orientations.io_orientation(np.linalg.solve(grid.affine, affine))
         affine = affine @ nibabel.orientations.inv_ornt_aff(turn, array.shape)
@@ -179,7 +179,7 @@ def _aligned(array: NDArray[Any], affine: NDArray[np.float64], grid: Grid) -> ND
         array = array[..., 0]
     difference = grid_difference(Grid(array.shape, affine if array.ndim == 3 else grid.affine), grid)
     if difference:
-        raise GeometryError(f"the saved label does not lie on its image: {difference}")
+        raise GeometryError(f"geometry mismatch between the saved label and its image: {difference}")
     return array
 
 
@@ -192,24 +192,24 @@ def collect(
     pseudonym: Callable[[str], str],
     trained_on: Collection[str] = (),
 ) -> Collected:
-    """Lay saved labels out as a data set that `medseg train` takes.
+    """Write saved labels as a data set for `medseg train`.
 
-    Which part a case belongs to depends on the pseudonyms and on earlier trainings alone: equal labels give an equal
-    split, and a case that weights were trained on does not judge them as long as there are others.
+    The split depends only on the pseudonyms and on earlier trainings: the same labels produce the same split, and cases
+    that the weights were trained on are used for validation only if there are no others.
 
     Args:
-        annotations: all that was saved.
-        labels: the bundle's names and values.
-        folder: made if missing; images are linked, labels written anew.
-        val_split: share of the cases that are for validation, above 0 and below 1.
-        pseudonym: gives the name of a case.
-        trained_on: pseudonyms of cases that the present weights were trained on.
+        annotations: All saved labels.
+        labels: Value of each label of the bundle, by name.
+        folder: Folder of the data set, created if missing. Images are linked, labels are rewritten.
+        val_split: Fraction of the cases for validation, above 0 and below 1.
+        pseudonym: Function that returns the pseudonym of an image id.
+        trained_on: Pseudonyms of the cases that the current weights were trained on.
 
     Raises:
-        RequestError: fewer than two labels can be used, or an unknown share.
+        RequestError: Fewer than two usable labels, or an invalid fraction.
     """
     if isinstance(val_split, bool) or not isinstance(val_split, int | float) or not 0 < val_split < 1:
-        raise RequestError(f"val_split is {val_split!r}: use a share above 0 and below 1")
+        raise RequestError(f"invalid val_split {val_split!r}: use a fraction above 0 and below 1")
     collected, used = Collected(folder), []
     for annotation in annotations:
         name = pseudonym(annotation.name)
@@ -221,7 +221,7 @@ def collect(
     if len(used) < 2:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in collected.left_out.items())
         raise RequestError(
-            f"{len(used)} saved label(s) can be used, and training needs two: one to train on and one to validate on. "
+            f"{len(used)} saved label(s) usable, training needs at least two: one for training and one for validation. "
             + (reasons or "Save more corrected labels first.")
         )
     used.sort(key=lambda name: (name in trained_on, name))
@@ -234,7 +234,7 @@ def collect(
 def _add(annotation: Annotation, labels: Mapping[str, int], folder: Path, name: str) -> None:
     kind = file_kind(annotation.image)
     if kind is None:
-        raise CaseError("the image is no single file; training needs one of the formats that medseg reads")
+        raise CaseError("the image is not a single file: training needs a file in a format that medseg reads")
     suffix = split_suffix(annotation.image.name)[1]
     label = folder / "labels" / mask_name(f"{name}{suffix}")
     write_mask(read_annotation(annotation, labels), label, like=annotation.image)
@@ -244,7 +244,7 @@ def _add(annotation: Annotation, labels: Mapping[str, int], folder: Path, name: 
 
 
 def dice(truth: NDArray[Any], predicted: NDArray[Any], labels: Mapping[str, int]) -> dict[str, float | None]:
-    """Return the Dice overlap of each label, `2 |A n B| / (|A| + |B|)`; None where both masks lack it."""
+    """Return the Dice coefficient of each label, `2 |A n B| / (|A| + |B|)`, or None if both masks lack it."""
     found: dict[str, float | None] = {}
     for name, value in labels.items():
         a, b = truth == value, predicted == value

@@ -1,4 +1,4 @@
-"""What a label server is started with, and how its processes are told."""
+"""Options of a label server, and how they are passed to its child processes."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 __all__ = ["ENDINGS", "LabelOptions", "default_state", "is_loopback", "is_remote_store"]
 
-# Trainings run in processes of their own, which read their options from the environment.
+# Trainings run in child processes, which read their options from the environment.
 _STATE: Final = "MEDSEG_LABEL_STATE"
 _BUNDLES: Final = "MEDSEG_LABEL_BUNDLES"
 _MODELS: Final = "MEDSEG_LABEL_MODELS"
 
-# How the files of a folder end that count as images; volumes that are one file, and pictures, as cameras name them too.
+# Suffixes of image files: single-file volumes and 2D images, in the upper case of cameras as well.
 _IMAGES: Final = tuple(
     ending for entry in FORMATS.values() for ending in (entry.images if entry.kind == "image" else entry.written)
 )
@@ -32,13 +32,13 @@ ENDINGS: Final = (*_IMAGES, *(ending.upper() for ending in _IMAGES))
 
 
 def default_state() -> Path:
-    """Return the folder for accounts, trained copies and logs: `medseg-label` among the user's data."""
+    """Return the folder of accounts, trained copies and logs: `medseg-label` in the user's data folder."""
     data = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
     return Path(data).expanduser() / "medseg-label"
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only programs on this machine can reach an address."""
+    """Return whether only programs on this machine can reach an address."""
     if host == "localhost":
         return True
     try:
@@ -48,7 +48,7 @@ def is_loopback(host: str) -> bool:
 
 
 def is_remote_store(studies: str) -> bool:
-    """Whether the studies are in a DICOMweb store and not in a folder."""
+    """Return whether the studies are in a DICOMweb store rather than in a folder."""
     return studies.startswith(("http://", "https://"))
 
 
@@ -57,14 +57,14 @@ class LabelOptions:
     """Options of a label server.
 
     Attributes:
-        studies: folder of images, or address of a DICOMweb store.
-        state: folder for accounts, trained copies, masks and logs.
-        bundles: bundle folders, or folders of such; the shipped bundles if there are none.
-        models: names of the bundles to offer; all if there are none.
-        host: address to listen on.
-        port: port to listen on.
-        login: whether viewers have to log in.
-        encrypted: whether the server speaks TLS itself, or something before it does.
+        studies: Folder of images, or URL of a DICOMweb store.
+        state: Folder of accounts, trained copies, masks and logs.
+        bundles: Bundle folders, or folders of bundles; the shipped bundles if empty.
+        models: Names of the bundles to serve; all if empty.
+        host: Address to listen on.
+        port: Port to listen on, 1 to 65535.
+        login: Whether viewers must log in.
+        encrypted: Whether connections are encrypted by TLS, of this server or of a proxy in front of it.
     """
 
     studies: str
@@ -78,17 +78,17 @@ class LabelOptions:
 
     @property
     def accounts(self) -> Path:
-        """File of accounts."""
+        """File of the accounts."""
         return self.state / "accounts.json"
 
     @property
     def key(self) -> Path:
-        """File of the secret of pseudonyms."""
+        """File of the pseudonyms' secret key."""
         return self.state / "pseudonyms.key"
 
     @property
     def tuned(self) -> Path:
-        """Folder of trained copies."""
+        """Folder of the bundle copies trained on this server."""
         return self.state / "models"
 
     @property
@@ -98,57 +98,57 @@ class LabelOptions:
 
     @property
     def results(self) -> Path:
-        """Folder of masks on their way to a viewer."""
+        """Folder of masks that are sent to viewers."""
         return self.state / "results"
 
     @property
     def app(self) -> Path:
-        """Folder that MONAI Label takes for the app: an entry file and the log."""
+        """Folder of MONAI Label's app: an entry file and the log."""
         return self.state / "app"
 
     @property
     def sessions(self) -> Path:
-        """Folder of images that viewers sent along for a while."""
+        """Folder of images that viewers uploaded for a session."""
         return self.state / "sessions"
 
     @property
     def temporary(self) -> Path:
-        """Folder for what is sent along with one request, which others on this machine shall not see."""
+        """Folder of uploads for a single request, private to the user of the server."""
         return self.state / "tmp"
 
     def check(self) -> None:
-        """Refuse what is not safe or cannot be.
+        """Refuse unsafe or invalid options.
 
         Raises:
-            RequestError: says what, and what to do.
+            RequestError: An option is unsafe or invalid.
         """
         if not is_remote_store(self.studies) and not Path(self.studies).is_dir():
             raise RequestError(
-                f"no folder of studies '{self.studies}': give a folder of images, or the address of a DICOMweb store "
+                f"no such folder of studies '{self.studies}': give a folder of images, or the URL of a DICOMweb store "
                 "that starts with http:// or https://"
             )
         if not is_remote_store(self.studies):
             check_folder(Path(self.studies))  # labels are saved there
         if not 0 < self.port < 2**16:
-            raise RequestError(f"port {self.port} is none: use 1 to 65535")
+            raise RequestError(f"invalid port {self.port}: use 1 to 65535")
         if is_loopback(self.host):
             return
         if not self.login:
             raise RequestError(
-                f"'{self.host}' can be reached from other machines, and without login anybody there could read and "
-                "change the images: leave out --no-login, or listen on 127.0.0.1"
+                f"no login on '{self.host}', which other machines can reach: anyone could read and change the images. "
+                "Remove --no-login, or listen on 127.0.0.1"
             )
         if not self.encrypted:
             raise RequestError(
-                f"'{self.host}' can be reached from other machines, and passwords and images would go in the clear: "
-                "give --tls-certificate and --tls-key, or --behind-proxy if something before this server encrypts"
+                f"no encryption on '{self.host}', which other machines can reach: passwords and images would be sent "
+                "unencrypted. Give --tls-certificate and --tls-key, or --behind-proxy if a proxy terminates TLS"
             )
 
     def check_port(self) -> None:
-        """Refuse an address that cannot be listened on.
+        """Refuse an address that the server cannot listen on.
 
         Raises:
-            RequestError: another program listens there, or it is none of this machine's.
+            RequestError: The port is in use, or the address does not belong to this machine.
         """
         try:
             family, kind, _, _, address = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
@@ -157,24 +157,24 @@ class LabelOptions:
                 probe.bind(address)
         except OSError as error:
             raise RequestError(
-                f"cannot listen on port {self.port} of '{self.host}' ({error.strerror}): stop the program that does, "
-                "or give another --port or --host"
+                f"cannot listen on port {self.port} of '{self.host}' ({error.strerror}): stop the program that uses "
+                "it, or give another --port or --host"
             ) from error
 
     @property
     def origin(self) -> str:
-        """Address of the server's own pages."""
+        """URL origin of the server's own pages."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{'https' if self.encrypted else 'http'}://{host}:{self.port}"
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Keep other servers from the state folder while the block runs: each empties parts of it when it starts.
+        """Lock the state folder while the block runs, since each server clears parts of it at its start.
 
         Raises:
-            RequestError: another server has it.
+            RequestError: Another server holds the lock.
         """
-        import fcntl  # not on Windows, where MONAI Label's environment cannot be set up anyway
+        import fcntl  # missing on Windows, where MONAI Label's environment cannot be installed either
 
         check_folder(self.state)
         with (self.state / "lock").open("w") as lock:
@@ -187,7 +187,7 @@ class LabelOptions:
             yield
 
     def environment(self) -> dict[str, str]:
-        """Return the variables that tell another process of this server its options."""
+        """Return the environment variables that pass the options to a child process."""
         return {
             _STATE: str(self.state),
             _BUNDLES: os.pathsep.join(map(str, self.bundles)),
@@ -196,8 +196,8 @@ class LabelOptions:
 
     @classmethod
     def from_environment(cls, studies: str, environment: Mapping[str, str] | None = None) -> LabelOptions:
-        """Return the options that `environment` told; addresses and login are the server's own affair."""
-        told = os.environ if environment is None else environment
-        bundles = tuple(Path(part) for part in told.get(_BUNDLES, "").split(os.pathsep) if part)
-        models = tuple(part for part in told.get(_MODELS, "").split(os.pathsep) if part)
-        return cls(studies, Path(told.get(_STATE) or default_state()), bundles, models)
+        """Return the options in the environment variables; address and login are not passed to child processes."""
+        variables = os.environ if environment is None else environment
+        bundles = tuple(Path(part) for part in variables.get(_BUNDLES, "").split(os.pathsep) if part)
+        models = tuple(part for part in variables.get(_MODELS, "").split(os.pathsep) if part)
+        return cls(studies, Path(variables.get(_STATE) or default_state()), bundles, models)

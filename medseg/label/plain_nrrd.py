@@ -1,4 +1,4 @@
-"""NRRD masks in the type and packing that a viewer asks for, with every field of their place as it was."""
+"""Conversion of NRRD masks to the data type and encoding that a viewer requests; their geometry is kept."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _TYPES: Final = ("uint8", "uint16", "int16", "int32")
 
 
 def to_viewer_nrrd(path: Path, *, dtype: str | None = None, compress: bool | None = None) -> None:
-    """Rewrite a mask that medseg wrote, where it is NRRD and not yet as asked for.
+    """Rewrite an NRRD mask that medseg wrote in the requested data type and encoding.
 
-    Viewers in a browser read plain NRRD of one type only. Other formats hold any type, and are left as they are.
+    Browser viewers read uncompressed NRRD of one data type only. Masks in other formats are not changed.
 
     Args:
-        path: the mask.
-        dtype: type of the labels.
-        compress: False for plain voxels; anything else leaves them packed.
+        path: File of the mask.
+        dtype: Data type of the labels, such as "uint16"; unchanged by default.
+        compress: False for raw voxels; any other value keeps gzip.
 
     Raises:
-        RequestError: an unknown type, or one that cannot hold the labels.
+        RequestError: Unsupported data type, or labels beyond its range.
     """
     if not path.name.endswith(".nrrd") or (dtype is None and compress is not False):
         return
@@ -51,8 +51,10 @@ def to_viewer_nrrd(path: Path, *, dtype: str | None = None, compress: bool | Non
 
 def _type(name: str, labels: NDArray[Any]) -> np.dtype[Any]:
     if name not in _TYPES:
-        raise RequestError(f"a mask cannot be of type {name!r}: use one of {', '.join(_TYPES)}")
+        raise RequestError(f"unsupported data type {name!r} of a mask: use one of {', '.join(_TYPES)}")
     wanted = np.dtype(name)
     if labels.size and int(labels.max()) > np.iinfo(wanted).max:
-        raise RequestError(f"the mask holds the label {int(labels.max())}, which {name} cannot: ask for another type")
+        raise RequestError(
+            f"label {int(labels.max())} of the mask exceeds the range of {name}: request a larger data type"
+        )
     return wanted

@@ -1,4 +1,4 @@
-"""A bundle that stays loaded: masks exactly as `medseg predict` writes them, and how sure the network is."""
+"""A bundle that stays loaded between requests: the masks of `medseg predict`, and the uncertainty of images."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from medseg.bundle.catalog import Bundle
-    from medseg.label.served_bundles import Offer
+    from medseg.label.served_bundles import ServedBundle
 
 __all__ = ["Predictor"]
 
-# What viewers ask a result to end in, where that is not the ending of a format of ours.
+# Suffixes that viewers request and that differ from the suffixes of medseg's formats.
 _ENDINGS = {".nii": "nifti", ".seg.nrrd": "nrrd"}
 
 
 class Predictor:
-    """Runs one bundle on one image after the other.
+    """Predicts with one bundle, one image at a time.
 
-    The config is checked, and the network built, when the first image comes and again when the weights have changed,
-    as they do when a training on the server is finished. One image runs at a time.
+    The config is checked and the network built for the first image, and again when the weights change, as they do at
+    the end of a training on the server.
 
     Args:
-        offer: the bundle.
-        results: folder for masks; made if missing.
+        served: Bundle to predict with.
+        results: Folder of the masks, created if missing.
     """
 
-    def __init__(self, offer: Offer, results: Path) -> None:
-        self.offer = offer
+    def __init__(self, served: ServedBundle, results: Path) -> None:
+        self.served = served
         self.results = results
         self._lock = threading.Lock()
         self._key: tuple[object, ...] = ()
@@ -48,16 +48,16 @@ class Predictor:
         self._hashed: tuple[tuple[object, ...], str] | None = None
 
     def predict(self, image: Path, *, ending: str = "", settings: Mapping[str, Any] | None = None) -> Path:
-        """Return a new file with the mask of an image, on the image's grid.
+        """Return a new file with the mask of an image, in the image's geometry.
 
         Args:
-            image: file or DICOM folder.
-            ending: of the result, such as ".nrrd"; by default the format of the image.
-            settings: knobs of the bundle to change.
+            image: File or DICOM folder of the image.
+            ending: Suffix of the result, such as ".nrrd"; by default that of the image's format.
+            settings: Settings of the bundle to override.
 
         Raises:
-            RequestError: an ending that no format has, an unknown knob, or no weights.
-            CaseError: the image cannot be used.
+            RequestError: Unsupported suffix, unknown setting, or no weights.
+            CaseError: The image cannot be used.
         """
         case = self._case(image, ending)
         with self._lock:
@@ -65,11 +65,15 @@ class Predictor:
         return self.results / case["name"]
 
     def uncertainty(self, image: Path, *, settings: Mapping[str, Any] | None = None) -> float:
-        """Return how unsure the network is of an image, 0 to 1 (see `medseg.label.uncertainty`).
+        """Return the network's uncertainty about an image, 0 to 1 (see `medseg.label.uncertainty`).
+
+        Args:
+            image: File or DICOM folder of the image.
+            settings: Settings of the bundle to override.
 
         Raises:
-            RequestError: an unknown knob, or no weights.
-            CaseError: the image cannot be used.
+            RequestError: Unknown setting, or no weights.
+            CaseError: The image cannot be used.
         """
         case = self._case(image, "")
         with self._lock:
@@ -80,37 +84,37 @@ class Predictor:
                 raise own_error(error) or CaseError(f"{case['image']}: {in_a_line(error)}") from error
 
     def weights_sha256(self) -> str:
-        """Return the hash of the weights that count now; empty where there are none."""
-        state = _state(self.offer.current.weights)
+        """Return the hash of the current weights, or an empty string if there are none."""
+        state = _state(self.served.current.weights)
         if self._hashed is None or self._hashed[0] != state:
-            weights = self.offer.current.weights
+            weights = self.served.current.weights
             self._hashed = (state, sha256_file(weights) if weights.is_file() else "")
         return self._hashed[1]
 
     def _case(self, image: Path, ending: str) -> dict[str, str]:
         cases = find_cases(image)
         if len(cases) != 1:
-            raise RequestError(f"'{image}' holds {len(cases)} images: expected one")
-        # The name of the result must not be that of the image, which may name the patient.
+            raise RequestError(f"expected one image in '{image}', found {len(cases)}")
+        # The image's name may contain the patient's name, so the result has another one.
         known = mask_name(cases[0]["name"])
         name = uuid.uuid4().hex + split_suffix(known)[1]
         return {"image": cases[0]["image"], "name": mask_name(name, _format(ending)) if ending else name}
 
     def _ready(self, image: str, settings: Mapping[str, Any]) -> LoadedBundle:
-        """Return the bundle with its current weights and these settings, loaded anew if another one is loaded."""
-        bundle = self.offer.current
+        """Return the bundle with its current weights and these settings, loaded again if any of them changed."""
+        bundle = self.served.current
         key = (*_state(bundle.weights), *_state(bundle.config_path("inference")), repr(sorted(settings.items())))
         if self._loaded is None or self._key != key:
             self._loaded = None
             self.results.mkdir(parents=True, exist_ok=True)
             paths = {"dataset_dir": image, "output_dir": str(self.results)}
-            job = prepare("predict", bundle, {**_classes_alone(bundle), **settings}, paths=paths)
+            job = prepare("predict", bundle, {**_classes_only(bundle), **settings}, paths=paths)
             self._loaded, self._key = LoadedBundle(job), key
         return self._loaded
 
 
-def _classes_alone(bundle: Bundle) -> dict[str, Any]:
-    """Return the setting by which a bundle that numbers objects writes their class, which viewers have names for."""
+def _classes_only(bundle: Bundle) -> dict[str, Any]:
+    """Return the setting that makes an instance-segmentation bundle write classes, for which viewers have names."""
     (config,) = bundle.load_configs("inference").values()
     return {"number_objects": False} if "number_objects" in config else {}
 
@@ -128,5 +132,5 @@ def _format(ending: str) -> str:
     formats = {suffix: name for entry in label_maps for name, suffix in entry.outputs.items()}
     formats |= _ENDINGS
     if wanted not in formats:
-        raise RequestError(f"no result can end in '{ending}': use one of {', '.join(formats)}")
+        raise RequestError(f"unsupported suffix '{ending}' of a result: use one of {', '.join(formats)}")
     return formats[wanted]

@@ -1,4 +1,4 @@
-"""Keeping names of patients out of logs: file names, image ids and DICOM UIDs become pseudonyms."""
+"""Pseudonyms in logs: file names, image ids and DICOM UIDs, which may identify patients, are replaced."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 __all__ = ["HidingFilter", "Pseudonyms", "read_key"]
 
-# Shorter names would be found within ordinary words and numbers.
+# Shorter names would match within ordinary words and numbers.
 _SHORTEST: Final = 3
 _UID: Final = re.compile(r"(?<![\w.])[0-2](?:\.(?:0|[1-9]\d*)){4,}(?![\w])")
 _QUERY: Final = re.compile(r"(?<=\?)[^\s\"']+")
 
 
 def read_key(path: Path) -> bytes:
-    """Return the secret that pseudonyms are made with, made on first use and readable by its owner alone."""
+    """Return the secret key of the pseudonyms; the file is created on first use and readable by its owner only."""
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o600)
@@ -33,13 +33,13 @@ def read_key(path: Path) -> bytes:
 
 
 class Pseudonyms:
-    """Replaces what it was told to hide, and everything that is a DICOM UID or the query of an address.
+    """Replaces known names, DICOM UIDs and the query strings of URLs.
 
-    The same name gives the same pseudonym as long as the key stays, so the lines on one image can be found. Without the
-    key nobody can try names until one fits.
+    As long as the key stays, a name always has the same pseudonym, so all log lines about one image can be found.
+    Without the key, a pseudonym cannot be reversed by trying names.
 
     Args:
-        key: secret.
+        key: Secret key, as returned by `read_key`.
     """
 
     def __init__(self, key: bytes) -> None:
@@ -52,7 +52,7 @@ class Pseudonyms:
         return "case-" + hmac.new(self._key, name.encode(), hashlib.sha256).hexdigest()[:10]
 
     def learn(self, names: Iterable[str]) -> None:
-        """Hide these names from now on: image ids, paths, or names of files."""
+        """Hide these names from now on: image ids, paths or file names."""
         new = {
             part for name in names for part in (name, Path(name).name, case_stem(name)) if len(part) >= _SHORTEST
         } - self._names
@@ -62,7 +62,7 @@ class Pseudonyms:
             self._pattern = re.compile(rf"(?<![^\W_])(?:{'|'.join(map(re.escape, longest_first))})(?![^\W_])")
 
     def hide(self, text: str) -> str:
-        """Return the text without the names."""
+        """Return the text with each name replaced by its pseudonym."""
         if self._pattern is not None:
             text = self._pattern.sub(lambda found: self.of(found.group()), text)
         text = _UID.sub(lambda found: self.of(found.group()), text)
@@ -70,10 +70,10 @@ class Pseudonyms:
 
 
 class HidingFilter(logging.Filter):
-    """Lets every record pass, with names hidden in its message and its traceback. For handlers.
+    """Filter for handlers that passes every record, with names hidden in its message and traceback.
 
     Args:
-        pseudonyms: what to hide.
+        pseudonyms: Names to hide.
     """
 
     def __init__(self, pseudonyms: Pseudonyms) -> None:
@@ -81,9 +81,9 @@ class HidingFilter(logging.Filter):
         self.pseudonyms = pseudonyms
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Change the record; return True."""
+        """Hide the names in the record and return True."""
         record.msg, record.args = self.pseudonyms.hide(record.getMessage()), ()
         if record.exc_info:
-            # A formatter takes the text that is there instead of making it anew.
+            # A formatter uses an existing `exc_text` instead of formatting the traceback again.
             record.exc_text = self.pseudonyms.hide(logging.Formatter().formatException(record.exc_info))
         return True

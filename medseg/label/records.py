@@ -1,4 +1,4 @@
-"""What MONAI Label's store has of saved labels. No import of MONAI Label, whose objects come as arguments."""
+"""Saved labels in MONAI Label's datastore. MONAI Label is not imported; its objects are arguments."""
 
 from __future__ import annotations
 
@@ -28,9 +28,12 @@ _UID: Final = re.compile(r"[0-9.]*[0-9]")
 
 
 def annotations_of(datastore: Any) -> list[Annotation]:
-    """Return the final labels of a store, each with what its viewer said of the values.
+    """Return the final labels of a datastore, each with the names that its viewer gave to the label values.
 
-    Images are called by their ids: a file may be a link to one of another name.
+    Images are named by their ids, since a file may be a link to a file of another name.
+
+    Args:
+        datastore: MONAI Label's datastore.
     """
     found = []
     for image, record in _labeled(datastore):
@@ -45,25 +48,25 @@ def _labeled(datastore: Any) -> list[tuple[str, dict[str, str]]]:
     """Return the id and the paths of each image with a final label.
 
     Raises:
-        RequestError: the store changes all the time.
+        RequestError: The datastore kept changing while it was read.
     """
     for _ in range(_TRIALS):
         records = datastore.datalist()
         images = [image for image, entry in datastore.json()["objects"].items() if _FINAL in entry["labels"]]
-        # A store that watches its folder may change between the two answers.
+        # A datastore that watches its folder may change between the two calls.
         if len(images) == len(records):
             return list(zip(images, records, strict=True))
-    raise RequestError("the saved labels change while they are being listed: try again when nobody saves any")
+    raise RequestError("the saved labels changed while they were being listed: try again when no label is being saved")
 
 
 def on_the_series(convert: Callable[..., str | None]) -> Callable[..., str | None]:
-    """Return MONAI Label's converter of DICOM, with our reading of the DICOM SEG that a store holds.
+    """Wrap MONAI Label's DICOM converter so that medseg reads the DICOM SEG objects of a store.
 
-    Viewers leave out the frames without voxels, of which its own reading makes a smaller volume than the image, and it
-    stops at the first object that it cannot read.
+    Viewers omit empty frames, so MONAI Label's own reader returns a volume smaller than the image, and it stops at the
+    first object that it cannot read.
 
     Args:
-        convert: takes a series' folder and `is_seg`, and returns a file.
+        convert: MONAI Label's converter: it takes the folder of a series and `is_seg`, and returns a file.
     """
 
     def converted(folder: str, is_seg: bool = False) -> str | None:
@@ -71,29 +74,29 @@ def on_the_series(convert: Callable[..., str | None]) -> Callable[..., str | Non
             return convert(folder, is_seg)
         try:
             return str(_on_image(Path(folder)))
-        except Exception as error:  # one object of somebody else's must not hide all other labels
-            logger.warning("a DICOM SEG of the store was left out: %s", own_error(error) or in_a_line(error))
+        except Exception as error:  # one unreadable object must not hide all other labels
+            logger.warning("skipped a DICOM SEG object of the store: %s", own_error(error) or in_a_line(error))
             return None
 
     return converted
 
 
 def _on_image(folder: Path) -> Path:
-    """Write a segmentation, each segment with its number, on the grid of the series that lies in the same cache."""
+    """Write a segmentation, each segment with its number, in the geometry of its series, which is in the same cache."""
     file = min(folder.iterdir())
     series = str(_header(file).ReferencedSeriesSequence[0].SeriesInstanceUID)
     if not _UID.fullmatch(series):
-        raise CaseError(f"it refers to the series {visible(series)!r}, which is no UID")
+        raise CaseError(f"invalid UID of the referenced series: {visible(series)!r}")
     image = folder.parents[2] / series
     labels, _ = read_seg(file, like=image)
-    # NRRD, since NIfTI would be taken for a label that a viewer sent, which no object of the store replaces.
+    # NRRD, since MONAI Label takes a NIfTI file for a label sent by a viewer, which objects of the store never replace.
     target = Path(tempfile.gettempdir()) / f"{folder.name}.nrrd"
     write_mask(labels, target, like=image)
     return target
 
 
 def _names_in_store(label: Path, series: str) -> list[dict[str, Any]]:
-    """Return names and values of a label that came from a DICOMweb store, which keeps the object beside the label."""
+    """Return names and values of a label from a DICOMweb store, whose DICOM SEG object is cached beside it."""
     folder = label.parent / series
     files = sorted(folder.iterdir()) if series and folder.is_dir() else []
     segments = _header(files[0]).get("SegmentSequence", []) if files else []

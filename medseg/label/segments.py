@@ -1,4 +1,4 @@
-"""What DICOM SEG says of each segment, in the form in which MONAI Label hands it to dcmqi."""
+"""DICOM SEG attributes of each segment, in the form that MONAI Label passes to dcmqi."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ _ALGORITHM = "medseg"
 
 
 def with_terms(info: Mapping[str, Any], value: int, *, corrected: bool) -> dict[str, Any]:
-    """Return what a viewer said of a segment, with the codes of what its name means.
+    """Return the viewer's description of a segment, completed by the DICOM codes of its name.
 
-    MONAI Label's own default is the code of the spleen, whatever the segment is.
+    MONAI Label's own default for every segment is the code of the spleen.
 
     Args:
-        info: with "name", and perhaps "color" (red, green, blue, 0 to 255) or a "segmentAttribute" of the viewer's,
-            which stays.
-        value: of the segment in the mask.
-        corrected: whether a person has saved it; otherwise it is the network's alone.
+        info: Description of the segment: its "name", optionally a "color" (RGB, 0 to 255) or a "segmentAttribute",
+            which is kept.
+        value: Value of the segment in the mask.
+        corrected: Whether a user has saved the segment (semi-automatic) or the network predicted it (automatic).
 
     Raises:
-        RequestError: a name that is too long for DICOM.
+        RequestError: Name too long for DICOM.
     """
     term = segment_term(str(info.get("name", "")))
     attribute = {

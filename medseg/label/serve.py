@@ -1,7 +1,7 @@
 """Start a label server: `medseg label serve`.
 
-Options and bundles are checked before MONAI Label is imported. It listens on this machine only and asks for a login,
-unless its options say otherwise.
+Options and bundles are checked before MONAI Label is imported. By default the server listens on this machine only and
+requires a login.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING, Any, Final
 
 from medseg.errors import RequestError
 from medseg.label.accounts import Accounts
-from medseg.label.served_bundles import find_offers
+from medseg.label.served_bundles import find_served_bundles
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
     from medseg.label.options import LabelOptions
-    from medseg.label.served_bundles import Offers
+    from medseg.label.served_bundles import ServedBundles
 
 __all__ = ["serve"]
 
 _FIRST_ACCOUNT: Final = "annotator"
-_NO_ENVIRONMENT: Final = """no module '{name}' in this environment: the label server needs one of its own, with Python \
-3.11, since MONAI Label requires other versions than medseg does. In medseg's source folder run
+_NO_ENVIRONMENT: Final = """no module '{name}' in this environment: the label server needs its own environment with \
+Python 3.11, since MONAI Label and medseg require different versions of pydicom. In medseg's source folder run
 
   make label-environment
   .venv-label/bin/medseg label serve --studies FOLDER
@@ -44,22 +44,22 @@ def serve(
     """Serve until the process is stopped.
 
     Args:
-        options: Where to listen, what to serve, who may use it.
-        say: Called with each line for the person who starts the server.
-        certificate: PEM file, to speak TLS.
+        options: Options of the server.
+        say: Function that prints a line on the terminal.
+        certificate: PEM file of the TLS certificate; without one, the server does not encrypt.
         key: PEM file of the certificate's key.
 
     Raises:
         RequestError: An option is unsafe or invalid, no bundle can be served, or MONAI Label is not installed.
     """
     options.check()
-    offers = find_offers(options.tuned, folders=options.bundles, names=options.models)
+    bundles = find_served_bundles(options.tuned, folders=options.bundles, names=options.models)
     options.check_port()
     _check_environment()
     with options.alone():
-        _describe(offers, options, say)
-        if not offers.offered:
-            raise RequestError("no bundle to serve: every one was refused, for the reasons above")
+        _describe(bundles, options, say)
+        if not bundles.served:
+            raise RequestError("no bundle to serve: all were refused, for the reasons above")
         _server().run(options, certificate=certificate, key=key)
 
 
@@ -68,16 +68,16 @@ def _check_environment() -> None:
         raise RequestError(_NO_ENVIRONMENT.format(name="monailabel"))
 
 
-def _describe(offers: Offers, options: LabelOptions, say: Callable[[str], None]) -> None:
-    """List what is served and how to log in; a password is shown once and logged nowhere."""
-    for name, offer in offers.offered.items():
-        state = "trained here" if offer.current is offer.tuned else "" if offer.ready else "no weights yet: train it"
+def _describe(bundles: ServedBundles, options: LabelOptions, say: Callable[[str], None]) -> None:
+    """Print the served bundles and the login; a new password is shown once and never logged."""
+    for name, served in bundles.served.items():
+        state = "trained here" if served.current is served.tuned else "" if served.ready else "no weights yet: train it"
         say(f"serving: {name}{f' ({state})' if state else ''}")
-    for name, reason in offers.refused.items():
+    for name, reason in bundles.refused.items():
         say(f"refused: {name}: {reason}")
     if options.login and not Accounts(options.accounts).names:
         password = Accounts(options.accounts).add(_FIRST_ACCOUNT)
-        again = f"`medseg label add-account {_FIRST_ACCOUNT}` sets another"
+        again = f"`medseg label add-account {_FIRST_ACCOUNT}` sets a new one"
         say(f"login: {_FIRST_ACCOUNT}, password: {password} (shown once; {again})")
 
 

@@ -1,4 +1,4 @@
-"""Which bundles a label server offers, and which it refuses. No import of torch or MONAI."""
+"""Bundles that a label server serves, and bundles that it refuses. Imports neither torch nor MONAI."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
-__all__ = ["Offer", "Offers", "find_offers"]
+__all__ = ["ServedBundle", "ServedBundles", "find_served_bundles"]
 
 _OVER_TRAIN = ("evaluate", "multi_gpu_train", "multi_gpu_evaluate")
 
 
 @dataclass(frozen=True)
-class Offer:
+class ServedBundle:
     """A bundle that passed the trust check.
 
     Attributes:
-        source: the bundle as it was found; a label server never changes it.
-        tuned: folder of the copy that training on the server makes, which need not exist.
-        labels: name of each label, without the background, to its value in a mask.
-        spatial_dims: 2 or 3.
-        description: one or two sentences for people.
-        trainable: whether it has a config for training.
+        source: Original bundle, which a label server never changes.
+        tuned: Copy that was trained on the server; its folder need not exist.
+        labels: Value of each label in a mask, by name, without the background.
+        spatial_dims: Number of spatial dimensions, 2 or 3.
+        description: Description of one or two sentences.
+        trainable: Whether the bundle has a training config.
     """
 
     source: Bundle
@@ -40,12 +40,12 @@ class Offer:
 
     @property
     def name(self) -> str:
-        """The bundle's name, by which viewers ask for it."""
+        """Name of the bundle in the requests of viewers."""
         return self.source.name
 
     @property
     def current(self) -> Bundle:
-        """The bundle whose weights count now: the trained copy, where there is one."""
+        """Bundle whose weights are in use: the trained copy if there is one."""
         return self.tuned if self.tuned.weights.is_file() else self.source
 
     @property
@@ -55,49 +55,49 @@ class Offer:
 
 
 @dataclass(frozen=True)
-class Offers:
-    """What a label server found.
+class ServedBundles:
+    """The bundles that a label server found.
 
     Attributes:
-        offered: bundles that are plain data, by name.
-        refused: name of each other bundle, to the reason.
+        served: Bundles that contain no code, by name.
+        refused: Reason for refusing each other bundle, by name.
     """
 
-    offered: dict[str, Offer]
+    served: dict[str, ServedBundle]
     refused: dict[str, str]
 
 
-def find_offers(tuned: Path, *, folders: Sequence[Path] = (), names: Sequence[str] = ()) -> Offers:
-    """Look at bundles without importing or evaluating anything of them.
+def find_served_bundles(tuned: Path, *, folders: Sequence[Path] = (), names: Sequence[str] = ()) -> ServedBundles:
+    """Check bundles without importing or evaluating any of their content.
 
-    There is no way to trust a bundle here: one that is not declarative is refused.
+    A label server has no option to trust a bundle: every bundle that contains code is refused.
 
     Args:
-        tuned: folder of the copies that training makes.
-        folders: bundle folders, or folders of such; the shipped bundles if there are none.
-        names: of the bundles to offer; all if there are none.
+        tuned: Folder of the copies trained on the server.
+        folders: Bundle folders, or folders of bundles; the shipped bundles if empty.
+        names: Names of the bundles to serve; all if empty.
 
     Raises:
-        RequestError: a folder holds no bundle, or a named bundle was not found.
+        RequestError: A folder contains no bundle, or a named bundle was not found.
     """
     bundles = _unique([found for folder in folders for found in _bundles(folder)] if folders else shipped_bundles())
     missing = sorted(set(names) - set(bundles))
     if missing:
-        raise RequestError(f"no bundle {', '.join(map(repr, missing))} to offer; found: {', '.join(bundles) or 'none'}")
-    offered, refused = {}, {}
+        raise RequestError(f"no bundle {', '.join(map(repr, missing))} to serve; found: {', '.join(bundles) or 'none'}")
+    served, refused = {}, {}
     for name in names or bundles:
         try:
-            offered[name] = _offer(bundles[name], Bundle(tuned / name))
+            served[name] = _served(bundles[name], Bundle(tuned / name))
         except MedsegError as error:
             refused[name] = str(error)
-    return Offers(offered, refused)
+    return ServedBundles(served, refused)
 
 
 def _bundles(folder: Path) -> Iterator[Bundle]:
     root = folder.resolve()
     inside = [root] if _is_bundle(root) else [path for path in sorted(root.glob("*")) if _is_bundle(path)]
     if not inside:
-        raise RequestError(f"'{folder}' holds no bundle: expected a folder with configs/, or a folder of such folders")
+        raise RequestError(f"no bundle in '{folder}': expected a folder with configs/, or a folder of such folders")
     return (Bundle(path) for path in inside)
 
 
@@ -115,7 +115,7 @@ def _unique(bundles: Iterable[Bundle]) -> dict[str, Bundle]:
 
 
 def _jobs(bundle: Bundle) -> list[tuple[str, ...]]:
-    """Return the configs of each job that a bundle may be used for, as they are laid over each other."""
+    """Return the configs of each job that a bundle supports, in the order in which they are merged."""
     jobs: list[tuple[str, ...]] = [("inference",)]
     if bundle.config_path("train").is_file():
         jobs.append(("train",))
@@ -123,7 +123,7 @@ def _jobs(bundle: Bundle) -> list[tuple[str, ...]]:
     return jobs
 
 
-def _offer(source: Bundle, tuned: Bundle) -> Offer:
+def _served(source: Bundle, tuned: Bundle) -> ServedBundle:
     trainable = source.config_path("train").is_file()
     for bundle in (source, tuned):
         if (bundle.root / "configs").is_dir():
@@ -132,17 +132,17 @@ def _offer(source: Bundle, tuned: Bundle) -> Offer:
     dimensions, labels = _described(source)
     if tuned.weights.is_file() and _described(tuned) != (dimensions, labels):
         raise RequestError(
-            f"bundle '{source.name}' has the labels {list(labels)}, and the copy that was trained here, "
-            f"'{tuned.root}', {list(_described(tuned)[1])}: it is of another bundle of that name; move it away"
+            f"labels of bundle '{source.name}', {list(labels)}, differ from those of its copy trained on this server, "
+            f"'{tuned.root}', {list(_described(tuned)[1])}: the copy is of another bundle of that name; move it away"
         )
-    return Offer(source, tuned, labels, dimensions, str(source.metadata.get("description", "")), trainable)
+    return ServedBundle(source, tuned, labels, dimensions, str(source.metadata.get("description", "")), trainable)
 
 
 def _described(bundle: Bundle) -> tuple[int, dict[str, int]]:
-    """Return the dimensions of a bundle's images, and its labels with their values.
+    """Return the number of spatial dimensions of a bundle's images, and the value of each label by name.
 
     Raises:
-        BundleError: the metadata do not say.
+        BundleError: Missing or invalid metadata.
     """
     try:
         inputs = bundle.metadata.get("network_data_format", {}).get("inputs", {})
@@ -150,9 +150,9 @@ def _described(bundle: Bundle) -> tuple[int, dict[str, int]]:
         labels = {str(name): value for value, name in sorted(bundle.label_names.items())}
     except (AttributeError, TypeError, ValueError) as error:
         raise BundleError(
-            f"bundle '{bundle.name}' has a network_data_format that is not as MONAI's schema wants it "
-            f"({in_a_line(error)}): see `medseg bundle check`"
+            f"invalid network_data_format in the metadata of bundle '{bundle.name}' ({in_a_line(error)}): "
+            "see `medseg bundle check`"
         ) from error
     if not labels:
-        raise BundleError(f"bundle '{bundle.name}' names no labels: its metadata has no channel_def for 'pred'")
+        raise BundleError(f"no labels in the metadata of bundle '{bundle.name}': it has no channel_def for 'pred'")
     return dimensions, labels

@@ -1,7 +1,7 @@
-"""How unsure a network is of an image, to ask people for the labels that teach it most.
+"""Predictive uncertainty of a network about an image, for active learning.
 
-The network sees the image and its mirror image, whose mean probabilities also tell how much the predictions differ: the
-entropy of the mean is the expected entropy of one prediction plus their mutual information.
+The uncertainty is the entropy of the probabilities averaged over the image and its mirror image. That entropy is the
+expected entropy of one prediction plus their mutual information, so it also measures how much the two differ.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
 
 __all__ = ["mean_entropy", "uncertainty"]
 
-# Voxels that are surely background would only dilute the mean, the more the larger the image.
+# Voxels of certain background would dilute the mean, more in larger images.
 _FOREGROUND = 0.1
 
 
 def uncertainty(workflow: Any, case: Mapping[str, str]) -> float:
-    """Return the mean entropy of a network's predictions of an image, 0 (sure) to 1.
+    """Return the mean entropy of a network's predictions for an image, 0 (certain) to 1.
 
     Args:
-        workflow: MONAI's workflow of a bundle's `inference.json`, initialized, with its weights loaded.
-        case: `{"image": path, "name": ...}`.
+        workflow: MONAI workflow of a bundle's `inference.json`, initialized, with its weights loaded.
+        case: Case to evaluate: `{"image": path, "name": ...}`.
 
     Raises:
-        CaseError: the image cannot be used.
+        CaseError: The image cannot be used.
     """
     inferer, activation = _logits_inferer(workflow.inferer)
     network = workflow.parser.get_parsed_content("network")
@@ -50,15 +50,15 @@ def uncertainty(workflow: Any, case: Mapping[str, str]) -> float:
 
 
 def mean_entropy(probability: Tensor, activation: str) -> float:
-    """Return the mean entropy of the voxels that may be foreground, as a share of the largest possible.
+    """Return the mean entropy over the possible foreground voxels, as a fraction of the maximum entropy.
 
     Args:
-        probability: `(B, K, *spatial)`; of K classes with the background first ("softmax"), or of K labels that do not
-            exclude each other ("sigmoid").
-        activation: "softmax" or "sigmoid".
+        probability: Probabilities `(B, K, *spatial)` of K exclusive classes, the background first ("softmax"), or of K
+            overlapping labels ("sigmoid").
+        activation: Activation of the network's output, "softmax" or "sigmoid".
 
     Returns:
-        0 to 1; over all voxels where none may be foreground.
+        Mean entropy, 0 to 1; over all voxels if none is possibly foreground.
     """
     if activation == "sigmoid":
         both = torch.stack([probability, 1 - probability], dim=1)
@@ -71,13 +71,13 @@ def mean_entropy(probability: Tensor, activation: str) -> float:
 
 
 def _logits_inferer(inferer: Any) -> tuple[Any, str]:
-    """Return an inferer that gives logits on the model's grid, and what makes probabilities of them."""
+    """Return an inferer that returns logits on the model's grid, and the activation for their probabilities."""
     if isinstance(inferer, NativeInferer):
         return inferer.inferer, _known(inferer.result.activation)
     if hasattr(inferer, "native") and hasattr(inferer, "output"):
         plainer = copy.copy(inferer)
         plainer.output, plainer.foreground = "logits", None
-        # A backend rebuilds the network; several passes through one window are not what it expects.
+        # A backend rebuilds the network and does not support several passes per window.
         plainer.backend, plainer.precision, plainer.memory_format = None, "float32", "contiguous"
         return plainer, _known(inferer.native.activation)
     return inferer, "softmax"

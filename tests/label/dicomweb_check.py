@@ -1,4 +1,4 @@
-"""The label server before a DICOMweb store: series in, DICOM SEG back. Part of `server_check.py`.
+"""End-to-end check of the label server with a DICOMweb store. Part of `server_check.py`.
 
 The store is Orthanc with its DICOMweb plug-in: Debian's packages `orthanc` and `orthanc-dicomweb`.
 """
@@ -36,7 +36,7 @@ def check_dicomweb(
     orthanc = shutil.which("Orthanc")
     plugin = next((path for folder in PLUGINS for path in Path(folder).glob("libOrthancDicomWeb.so*")), None)
     if orthanc is None or plugin is None:
-        checks.say("SKIPPED: no Orthanc here; on Debian: apt-get install orthanc orthanc-dicomweb")
+        checks.say("SKIPPED: Orthanc not found; on Debian: apt-get install orthanc orthanc-dicomweb")
         return
     place.mkdir(parents=True)
     port = free_port()
@@ -60,7 +60,9 @@ def check_dicomweb(
             checks.hold(len(listed) == 3, f"OHIF sees {len(listed)} series through the server")
             viewer.call("POST", f"/infer/{MODEL}?image=1.2.3.4", expect=400, note="no such series")
             others = next(iter(series))
-            viewer.call("GET", "/proxy/dicom/%252e%252e/system", expect=400, note="out of the store's DICOMweb")
+            viewer.call(
+                "GET", "/proxy/dicom/%252e%252e/system", expect=400, note="path traversal out of the store's DICOMweb"
+            )
             for uid, case in series.items():
                 path, mask = _check_series(checks, viewer, uid, case, place, wanted[case.name])
                 if uid == others:
@@ -76,13 +78,17 @@ def check_dicomweb(
             checks.hold(
                 end == "DONE" and stats["published"], f"fine-tuned in {seconds:.0f} s: {json.dumps(stats)[:150]}"
             )
-            checks.hold(stats["train"] + stats["val"] == len(series), f"on all labels, left out: {stats['left_out']}")
+            checks.hold(
+                stats["train"] + stats["val"] == len(series), f"trained on all labels, skipped: {stats['left_out']}"
+            )
             uid, case = next(iter(series.items()))
             found, _ = viewer.infer(MODEL, uid, place / "tuned", result_extension=".nii.gz")
             tuned = predict(place / "state" / "models" / MODEL, [place / "series" / case.name], place / "command-tuned")
             _same(checks, found, tuned[case.name], "fine-tuned, server against `medseg predict` on the DICOM folder")
             text = printed.read_text()
-            checks.hold(not any(u in text for u in series) and "DOE^" not in text, "the log holds no UID and no name")
+            checks.hold(
+                not any(u in text for u in series) and "DOE^" not in text, "the log contains no UID and no patient name"
+            )
 
 
 def _store(folder: Path, plugin: Path, port: int) -> dict[str, Any]:
@@ -161,11 +167,11 @@ def _same(checks: Checks, found: Path, wanted: Path, what: str) -> None:
     checks.hold(
         bool(second.any()) and first.shape == second.shape and bool((first == second).all()), f"{what}: same voxels"
     )
-    checks.hold(np.allclose(a.affine, b.affine, atol=1e-4), f"{what}: same place in space")
+    checks.hold(np.allclose(a.affine, b.affine, atol=1e-4), f"{what}: same affine")
 
 
 def _check_series(checks: Checks, viewer: Any, uid: str, case: Any, place: Path, wanted: Path) -> tuple[Path, Path]:
-    """Check the mask of a series against the command's; return it as DICOM SEG and as NIfTI."""
+    """Check the mask of a series against that of the command, and return it as DICOM SEG and NIfTI."""
     found, _ = viewer.infer(MODEL, uid, place / f"server-{case.name}", result_extension=".nii.gz")
     _same(checks, found, wanted, "server on a series of the store against `medseg predict` on its folder")
     info = [{"name": "anterior", "idx": 1}, {"name": "posterior", "idx": 2}]
@@ -187,7 +193,7 @@ def _store_as_ohif(viewer: Any, content: bytes) -> None:
 
 
 def _without_empty_frames(path: Path) -> bytes:
-    """Return a DICOM SEG as another object that holds only the frames with voxels."""
+    """Return a DICOM SEG as a new object with the non-empty frames only."""
     header = pydicom.dcmread(path)
     bits = np.unpackbits(np.frombuffer(header.PixelData, np.uint8), bitorder="little")
     planes = bits[: int(header.NumberOfFrames) * header.Rows * header.Columns].reshape(int(header.NumberOfFrames), -1)
@@ -207,7 +213,7 @@ def _without_empty_frames(path: Path) -> bytes:
 def _check_segmentations(
     checks: Checks, viewer: Any, series: dict[str, Any], place: Path, address: str, wanted: dict[str, Path]
 ) -> None:
-    """What the store holds now: one DICOM SEG for each series, with the voxels of the mask."""
+    """Check that the store holds one DICOM SEG for each series, with the voxels of the mask."""
     listed = requests.get(f"{address}/dicom-web/series?Modality=SEG", timeout=30).json()
     checks.hold(len(listed) == len(series), f"the store holds {len(listed)} DICOM SEG series")
     for number in requests.get(f"{address}/instances", timeout=30).json():
@@ -225,15 +231,15 @@ def _check_segmentations(
 
 
 def _check_terms(checks: Checks, header: Any, made: str) -> None:
-    """Check that no segment is called something that it is not, and how it came to be."""
+    """Check the codes of the segments and their algorithm type."""
     types = [item.SegmentedPropertyTypeCodeSequence[0].CodeMeaning for item in header.SegmentSequence]
     codes = {item.SegmentedPropertyTypeCodeSequence[0].CodeValue for item in header.SegmentSequence}
     checks.hold(types == ["anterior", "posterior"] and len(codes) == 2, f"each segment has its own code: {types}")
-    checks.hold({item.SegmentAlgorithmType for item in header.SegmentSequence} == {made}, f"made {made}")
+    checks.hold({item.SegmentAlgorithmType for item in header.SegmentSequence} == {made}, f"algorithm type {made}")
 
 
 def _check_object(checks: Checks, header: Any, folder: Path, mask: Path, what: str) -> None:
-    """Check each frame of a DICOM SEG against the slice of the mask that lies where the frame says."""
+    """Check each frame of a DICOM SEG against the slice of the mask at its position."""
     image = nibabel.load(mask)
     labels = np.asarray(image.dataobj)
     planes = np.unpackbits(np.frombuffer(header.PixelData, np.uint8), bitorder="little")

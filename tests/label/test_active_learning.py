@@ -1,4 +1,4 @@
-"""Which image is offered next."""
+"""Selection of the next image to label."""
 
 from __future__ import annotations
 

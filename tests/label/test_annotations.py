@@ -93,10 +93,10 @@ def test_values_without_names_are_the_bundles_own(image, truth, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("info", "message"),
     [
-        ([{"name": "tumor", "idx": 1}], r"voxels of 'tumor' \(1\)"),
-        ([{"name": "anterior", "idx": 1}, {"name": "tumor", "idx": 2}], r"voxels of 'tumor' \(2\)"),
-        ([{"name": "anterior", "idx": "x"}], "expected a whole number"),
-        ([{"name": "anterior", "idx": 1}], r"the values \[2\]"),
+        ([{"name": "tumor", "idx": 1}], r"unknown labels 'tumor' \(1\)"),
+        ([{"name": "anterior", "idx": 1}, {"name": "tumor", "idx": 2}], r"unknown labels 'tumor' \(2\)"),
+        ([{"name": "anterior", "idx": "x"}], "expected an integer"),
+        ([{"name": "anterior", "idx": 1}], r"values \[2\]"),
     ],
 )
 def test_values_that_nothing_explains_are_refused(info, message, image, truth, tmp_path: Path) -> None:
@@ -108,9 +108,9 @@ def test_values_that_nothing_explains_are_refused(info, message, image, truth, t
 def test_a_label_elsewhere_is_refused(image, truth, tmp_path: Path) -> None:
     moved = AFFINE.copy()
     moved[0, 3] += 5
-    with pytest.raises(GeometryError, match="does not lie on its image"):
+    with pytest.raises(GeometryError, match="geometry mismatch"):
         read_annotation(_annotation(image, _write(tmp_path / "a.nii.gz", truth, moved)), LABELS)
-    with pytest.raises(GeometryError, match="does not lie on its image"):
+    with pytest.raises(GeometryError, match="geometry mismatch"):
         read_annotation(_annotation(image, _write(tmp_path / "b.nii.gz", truth[:-1], AFFINE)), LABELS)
 
 

@@ -13,7 +13,7 @@ from medseg.errors import RequestError
 from medseg.files import sha256_file
 from medseg.label.annotations import Annotation
 from medseg.label.fine_tuning import TuningRequest, tune
-from medseg.label.served_bundles import Offer, find_offers
+from medseg.label.served_bundles import ServedBundle, find_served_bundles
 
 
 @pytest.fixture
@@ -22,8 +22,8 @@ def annotations(tiny_data: Path) -> list[Annotation]:
     return [Annotation(path.name, path, tiny_data / "labelsTr" / path.name) for path in images]
 
 
-def _offer(bundle: Bundle, tmp_path: Path) -> Offer:
-    return find_offers(tmp_path / "tuned", folders=[bundle.root]).offered[bundle.name]
+def _served(bundle: Bundle, tmp_path: Path) -> ServedBundle:
+    return find_served_bundles(tmp_path / "tuned", folders=[bundle.root]).served[bundle.name]
 
 
 def _pseudonym(name: str) -> str:
@@ -34,11 +34,11 @@ def test_a_bundle_without_weights_is_trained_and_put_into_use(
     trained_copy: Bundle, annotations, tmp_path: Path
 ) -> None:
     trained_copy.weights.unlink()
-    offer = _offer(trained_copy, tmp_path)
+    served = _served(trained_copy, tmp_path)
     heard: list[float] = []
     request = TuningRequest(max_epochs=2, settings={"device_name": "cpu"})
     found = tune(
-        offer,
+        served,
         annotations,
         request,
         work=tmp_path / "work",
@@ -48,28 +48,28 @@ def test_a_bundle_without_weights_is_trained_and_put_into_use(
     assert found.published
     assert math.isnan(found.before)
     assert (found.train, found.val) == (3, 1)
-    assert offer.current.root == tmp_path / "tuned" / trained_copy.name
-    assert found.weights_sha256 == sha256_file(offer.tuned.weights)
+    assert served.current.root == tmp_path / "tuned" / trained_copy.name
+    assert found.weights_sha256 == sha256_file(served.tuned.weights)
     assert heard[-1] == 2
-    assert json.loads((offer.tuned.root / "trained_on.json").read_text()) == ["case-1", "case-2", "case-3"]
-    assert find_offers(tmp_path / "tuned", folders=[trained_copy.root]).offered
+    assert json.loads((served.tuned.root / "trained_on.json").read_text()) == ["case-1", "case-2", "case-3"]
+    assert find_served_bundles(tmp_path / "tuned", folders=[trained_copy.root]).served
     assert not trained_copy.weights.exists()
     assert not list((tmp_path / "work").iterdir())
     assert [path.name for path in (tmp_path / "tuned").iterdir()] == [trained_copy.name]
 
 
 def test_worse_weights_are_thrown_away_unless_asked_for(trained: Bundle, annotations, tmp_path: Path) -> None:
-    offer = _offer(trained, tmp_path)
+    served = _served(trained, tmp_path)
     before = sha256_file(trained.weights)
     spoiled = {"learning_rate": 1e-9, "ema_decay": 0.0}
     request = TuningRequest(max_epochs=1, pretrained=False, settings=spoiled)
-    found = tune(offer, annotations, request, work=tmp_path / "work", pseudonym=_pseudonym)
+    found = tune(served, annotations, request, work=tmp_path / "work", pseudonym=_pseudonym)
     assert not found.published
     assert found.after < found.before
-    assert found.weights_sha256 == before == sha256_file(offer.current.weights)
+    assert found.weights_sha256 == before == sha256_file(served.current.weights)
     request = TuningRequest(max_epochs=1, pretrained=False, publish="always", settings=spoiled)
-    assert tune(offer, annotations, request, work=tmp_path / "work", pseudonym=_pseudonym).published
-    assert offer.current.root == offer.tuned.root
+    assert tune(served, annotations, request, work=tmp_path / "work", pseudonym=_pseudonym).published
+    assert served.current.root == served.tuned.root
     assert sha256_file(trained.weights) == before
 
 
@@ -80,11 +80,11 @@ def test_requests_that_cannot_be_are_refused_before_anything_is_written(
     request_: TuningRequest, trained: Bundle, annotations, tmp_path: Path
 ) -> None:
     with pytest.raises(RequestError):
-        tune(_offer(trained, tmp_path), annotations, request_, work=tmp_path / "work", pseudonym=_pseudonym)
+        tune(_served(trained, tmp_path), annotations, request_, work=tmp_path / "work", pseudonym=_pseudonym)
     assert not (tmp_path / "work").exists()
 
 
 def test_unknown_knobs_are_refused(trained: Bundle, annotations, tmp_path: Path) -> None:
     request = TuningRequest(settings={"learnin_rate": 1})
     with pytest.raises(RequestError, match="learnin_rate"):
-        tune(_offer(trained, tmp_path), annotations, request, work=tmp_path / "work", pseudonym=_pseudonym)
+        tune(_served(trained, tmp_path), annotations, request, work=tmp_path / "work", pseudonym=_pseudonym)

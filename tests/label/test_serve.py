@@ -41,14 +41,14 @@ def test_addresses_of_this_machine_are_told_from_others(host: str, loopback: boo
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"studies": "missing"}, "no folder of studies"),
+        ({"studies": "missing"}, "no such folder of studies"),
         pytest.param(
             *({"studies": "/proc"}, "cannot write to '/proc'"),
             marks=pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder that nobody may write to"),
         ),
         ({"port": 0}, "port 0"),
-        ({"host": "0.0.0.0", "login": False, "encrypted": True}, "without login"),
-        ({"host": "0.0.0.0"}, "in the clear"),
+        ({"host": "0.0.0.0", "login": False, "encrypted": True}, "no login"),
+        ({"host": "0.0.0.0"}, "no encryption"),
     ],
 )
 def test_what_is_not_safe_or_cannot_be_is_refused(changes: dict[str, object], message: str, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Which bundles a label server offers, and that hostile ones are refused and named."""
+"""The bundles that a label server serves; hostile ones are refused and named."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from medseg.bundle.catalog import Bundle
 from medseg.errors import RequestError
-from medseg.label.served_bundles import find_offers
+from medseg.label.served_bundles import find_served_bundles
 
 
 def _edit(bundle: Path, config: str, **entries: object) -> None:
@@ -93,68 +93,68 @@ def folder(trained: Bundle, tmp_path: Path) -> Path:
 )
 def test_a_hostile_bundle_is_refused_by_name_and_the_others_are_offered(spoil, folder: Path, tmp_path: Path) -> None:
     spoil(folder / "evil_mri_unet")
-    offers = find_offers(tmp_path / "tuned", folders=[folder])
-    assert list(offers.offered) == ["balls_mri_unet"]
-    assert list(offers.refused) == ["evil_mri_unet"]
-    assert "evil_mri_unet" in offers.refused["evil_mri_unet"]
+    bundles = find_served_bundles(tmp_path / "tuned", folders=[folder])
+    assert list(bundles.served) == ["balls_mri_unet"]
+    assert list(bundles.refused) == ["evil_mri_unet"]
+    assert "evil_mri_unet" in bundles.refused["evil_mri_unet"]
     assert not list(tmp_path.rglob("owned"))
 
 
 def test_a_hostile_trained_copy_is_refused_too(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "balls_mri_unet", tmp_path / "tuned" / "balls_mri_unet")
     _expression(tmp_path / "tuned" / "balls_mri_unet")
-    assert list(find_offers(tmp_path / "tuned", folders=[folder]).refused) == ["balls_mri_unet"]
+    assert list(find_served_bundles(tmp_path / "tuned", folders=[folder]).refused) == ["balls_mri_unet"]
 
 
 def test_a_copy_that_was_trained_for_a_bundle_of_other_labels_is_not_used(folder: Path, tmp_path: Path) -> None:
     copy = tmp_path / "tuned" / "balls_mri_unet"
     shutil.copytree(folder / "balls_mri_unet", copy)
-    assert list(find_offers(tmp_path / "tuned", folders=[folder], names=["balls_mri_unet"]).offered)
+    assert list(find_served_bundles(tmp_path / "tuned", folders=[folder], names=["balls_mri_unet"]).served)
     metadata = json.loads((copy / "configs" / "metadata.json").read_text())
     metadata["network_data_format"]["outputs"]["pred"]["channel_def"] = {"0": "background", "1": "large", "2": "small"}
     (copy / "configs" / "metadata.json").write_text(json.dumps(metadata))
-    refused = find_offers(tmp_path / "tuned", folders=[folder], names=["balls_mri_unet"]).refused
+    refused = find_served_bundles(tmp_path / "tuned", folders=[folder], names=["balls_mri_unet"]).refused
     assert str(copy) in refused["balls_mri_unet"]
 
 
 def test_an_offer_knows_labels_size_and_weights(trained: Bundle, tmp_path: Path) -> None:
-    offer = find_offers(tmp_path, folders=[trained.root]).offered["balls_mri_unet"]
-    assert offer.labels == {"small": 1, "large": 2}
-    assert (offer.spatial_dims, offer.trainable, offer.ready) == (3, True, True)
-    assert offer.current == trained
+    served = find_served_bundles(tmp_path, folders=[trained.root]).served["balls_mri_unet"]
+    assert served.labels == {"small": 1, "large": 2}
+    assert (served.spatial_dims, served.trainable, served.ready) == (3, True, True)
+    assert served.current == trained
 
 
 def test_a_trained_copy_counts_as_soon_as_it_has_weights(trained: Bundle, tmp_path: Path) -> None:
-    offer = find_offers(tmp_path, folders=[trained.root]).offered["balls_mri_unet"]
+    served = find_served_bundles(tmp_path, folders=[trained.root]).served["balls_mri_unet"]
     shutil.copytree(trained.root, tmp_path / "balls_mri_unet")
-    assert offer.current.root == tmp_path / "balls_mri_unet"
+    assert served.current.root == tmp_path / "balls_mri_unet"
 
 
 def test_a_bundle_without_weights_is_offered_for_training(trained_copy: Bundle, tmp_path: Path) -> None:
     trained_copy.weights.unlink()
-    offer = find_offers(tmp_path / "tuned", folders=[trained_copy.root]).offered["balls_mri_unet"]
-    assert offer.trainable
-    assert not offer.ready
+    served = find_served_bundles(tmp_path / "tuned", folders=[trained_copy.root]).served["balls_mri_unet"]
+    assert served.trainable
+    assert not served.ready
 
 
 def test_shipped_bundles_are_found_by_default_and_by_name(tmp_path: Path) -> None:
-    assert "hippocampus_mri_unet" in find_offers(tmp_path).offered
-    assert list(find_offers(tmp_path, names=["phantom_ct_unet"]).offered) == ["phantom_ct_unet"]
+    assert "hippocampus_mri_unet" in find_served_bundles(tmp_path).served
+    assert list(find_served_bundles(tmp_path, names=["phantom_ct_unet"]).served) == ["phantom_ct_unet"]
 
 
 def test_what_cannot_be_found_is_an_error(tmp_path: Path, trained: Bundle) -> None:
-    with pytest.raises(RequestError, match="holds no bundle"):
-        find_offers(tmp_path, folders=[tmp_path])
+    with pytest.raises(RequestError, match="no bundle in"):
+        find_served_bundles(tmp_path, folders=[tmp_path])
     with pytest.raises(RequestError, match="no bundle 'spleen'"):
-        find_offers(tmp_path, folders=[trained.root], names=["spleen"])
+        find_served_bundles(tmp_path, folders=[trained.root], names=["spleen"])
     with pytest.raises(RequestError, match="two bundles are named"):
-        find_offers(tmp_path, folders=[trained.root, trained.root])
+        find_served_bundles(tmp_path, folders=[trained.root, trained.root])
 
 
 def test_looking_at_bundles_imports_nothing_heavy(trained: Bundle, tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom pathlib import Path\nfrom medseg.label.served_bundles import find_offers\n"
-        f"assert find_offers(Path({str(tmp_path)!r}), folders=[Path({str(trained.root)!r})]).offered\n"
+        "import sys\nfrom pathlib import Path\nfrom medseg.label.served_bundles import find_served_bundles\n"
+        f"assert find_served_bundles(Path({str(tmp_path)!r}), folders=[Path({str(trained.root)!r})]).served\n"
         "print(sorted({'torch', 'monai', 'numpy', 'nibabel'} & set(sys.modules)))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, timeout=60)

@@ -11,7 +11,7 @@ import torch
 from medseg.bundle.catalog import Bundle
 from medseg.errors import CaseError
 from medseg.label.predictor import Predictor
-from medseg.label.served_bundles import find_offers
+from medseg.label.served_bundles import find_served_bundles
 from medseg.label.uncertainty import mean_entropy
 
 
@@ -41,8 +41,8 @@ def test_background_does_not_dilute() -> None:
 
 @pytest.fixture
 def predictor(trained: Bundle, tmp_path: Path) -> Predictor:
-    offer = find_offers(tmp_path / "tuned", folders=[trained.root]).offered[trained.name]
-    return Predictor(offer, tmp_path / "results")
+    served = find_served_bundles(tmp_path / "tuned", folders=[trained.root]).served[trained.name]
+    return Predictor(served, tmp_path / "results")
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A label server in a process, and what a viewer does with it over HTTP: each step is logged with status and time."""
+"""A label server in a child process, and a client that logs each HTTP request with its status and time."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _PATIENCE = 180.0
 
 
 class CheckError(Exception):
-    """A step did not do what it should."""
+    """A check failed."""
 
 
 class Checks:
-    """The log of a run, on standard output: HTTP steps, and what was found."""
+    """Log of a run on standard output: HTTP requests and checks."""
 
     def __init__(self) -> None:
         self.steps = 0
@@ -46,10 +46,10 @@ class Checks:
         self.say(f"{self.steps:3d}  {method:6s} {path:78.78s} {status} {seconds:7.2f} s  {note}")
 
     def hold(self, fact: bool, text: str) -> None:
-        """Log what was found.
+        """Log a check that passed.
 
         Raises:
-            CheckError: it is not so.
+            CheckError: The check failed.
         """
         if not fact:
             raise CheckError(text)
@@ -58,11 +58,11 @@ class Checks:
 
 
 class Viewer:
-    """Talks to a server as 3D Slicer does.
+    """HTTP client that behaves like 3D Slicer.
 
     Args:
-        checks: where steps are logged.
-        address: of the server.
+        checks: Log of the requests.
+        address: Address of the server.
     """
 
     def __init__(self, checks: Checks, address: str) -> None:
@@ -74,7 +74,7 @@ class Viewer:
         """Send a request and return the response.
 
         Raises:
-            CheckError: the status is another one than expected.
+            CheckError: Unexpected status.
         """
         start = time.perf_counter()
         response = requests.request(
@@ -93,7 +93,7 @@ class Viewer:
         self.headers = {"Authorization": f"Bearer {answer['access_token']}"}
 
     def infer(self, model: str, image: str, target: Path, **params: Any) -> tuple[Path, dict[str, Any]]:
-        """Ask for a mask; return its file, below `target`, and the answer's other part."""
+        """Request a mask and return its file, below `target`, and the parameters of the response."""
         form = {"params": json.dumps({"device": "cpu", **params})}
         response = self.call("POST", f"/infer/{model}?image={image}", data=form)
         parts = {}
@@ -114,21 +114,21 @@ class Viewer:
             self.call("PUT", f"/datastore/label?image={image}", data=form, files={"label": (label.name, file)})
 
     def wait(self, path: str, *, seconds: float) -> tuple[str, float]:
-        """Poll a job until it is over; return what became of it ("DONE", "ERROR", "STOPPED") and the time it took."""
+        """Poll a job until it ends; return its status ("DONE", "ERROR", "STOPPED") and duration in seconds."""
         start = time.perf_counter()
         while time.perf_counter() - start < seconds:
             status = self.call("GET", path).json()["status"]
             if status not in ("SUBMITTED", "RUNNING"):
                 return status, time.perf_counter() - start
             time.sleep(5)
-        raise CheckError(f"{path} still runs after {seconds} s")
+        raise CheckError(f"{path} is still running after {seconds} s")
 
 
 @contextmanager
 def server(
     checks: Checks, studies: str, state: Path, *arguments: str, environment: Mapping[str, str] | None = None
 ) -> Iterator[tuple[Viewer, Path]]:
-    """Run a label server; yield a viewer that is not logged in, and the file of what the server prints."""
+    """Run a label server; yield a client that is not logged in, and the file of the server's output."""
     add = [sys.executable, "-m", "medseg", "label", "add-account", ACCOUNT, "--state", str(state)]
     subprocess.run(add, input=PASSWORD + "\n", text=True, check=True, stdout=subprocess.DEVNULL)
     port = free_port()
@@ -141,14 +141,14 @@ def server(
             yield viewer, printed
         except CheckError as error:
             raise CheckError(f"{error}\nThe server printed:\n{printed.read_text(errors='replace')[-4000:]}") from error
-    checks.hold(process.returncode in (0, -15, 143), f"the server stopped when it was told to ({process.returncode})")
+    checks.hold(process.returncode in (0, -15, 143), f"the server stopped on request ({process.returncode})")
 
 
 @contextmanager
 def running(
     command: Sequence[str], printed: Path, environment: Mapping[str, str] | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a program while the block runs; what it prints goes into a file."""
+    """Run a program while the block runs, with its output in a file."""
     with printed.open("wb") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **(environment or {})}
@@ -175,7 +175,7 @@ def _wait(process: subprocess.Popen[bytes], printed: Path, ready: Callable[[], b
         except requests.RequestException:
             pass
         time.sleep(0.5)
-    raise CheckError(f"no answer; what was printed:\n{printed.read_text(errors='replace')[-3000:]}")
+    raise CheckError(f"the server does not answer; its output:\n{printed.read_text(errors='replace')[-3000:]}")
 
 
 def free_port() -> int:

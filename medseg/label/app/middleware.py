@@ -1,4 +1,4 @@
-"""What stands before MONAI Label's HTTP interface: checks, answers for our errors, logs; and two mends."""
+"""Middleware of MONAI Label's HTTP interface: request checks, error responses and logs; and two patches."""
 
 from __future__ import annotations
 
@@ -35,33 +35,33 @@ if TYPE_CHECKING:
     from medseg.label.options import LabelOptions
     from medseg.label.privacy import Pseudonyms
 
-__all__ = ["guard", "patch_monailabel"]
+__all__ = ["add_request_checks", "patch_monailabel"]
 
 logger = logging.getLogger("medseg.label")
 
-# Open to everybody in MONAI Label, and it builds the whole app anew.
+# MONAI Label requires no login for it, and it rebuilds the whole app.
 _CLOSED = ("/reload",)
 
 
 def patch_monailabel() -> None:
-    """Replace two functions of MONAI Label 0.8.5 that do not do what they should."""
+    """Replace two functions of MONAI Label 0.8.5 that are incorrect: token decoding and DICOM SEG writing."""
     auth.from_token = _user_of
     convert = dicom_store.nifti_to_dicom_seg
     dicom_store.nifti_to_dicom_seg = _with_names(convert, corrected=True)
     infer.nifti_to_dicom_seg = _with_names(convert, corrected=False)
 
 
-def guard(app: Any, options: LabelOptions, pseudonyms: Pseudonyms, *, learn: Callable[[], None]) -> None:
-    """Look at every request before MONAI Label does, answer errors with their text, and log without names.
+def add_request_checks(app: Any, options: LabelOptions, pseudonyms: Pseudonyms, *, learn: Callable[[], None]) -> None:
+    """Check every request before MONAI Label handles it, answer errors with their messages, and log pseudonyms.
 
     Args:
-        app: FastAPI's.
-        options: of the server.
-        pseudonyms: what logs show instead of names.
-        learn: takes up the names of the images that there are now.
+        app: FastAPI application.
+        options: Options of the server.
+        pseudonyms: Pseudonyms that logs show instead of names.
+        learn: Function that adds the names of the current images to the pseudonyms.
     """
     if is_loopback(options.host):
-        # A page from elsewhere must not reach this server under a name of its own.
+        # Against DNS rebinding: a foreign page must not reach this server under its own host name.
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]", options.host])
     if options.login:
         add_login_page(app, encrypted=options.encrypted)
@@ -73,7 +73,7 @@ def guard(app: Any, options: LabelOptions, pseudonyms: Pseudonyms, *, learn: Cal
         start = time.perf_counter()
         query = request.query_params.multi_items()
         if request.method == "POST" and not is_remote_store(options.studies):
-            learn()  # a job may log the name of a file that came after the start
+            learn()  # a job may log the name of a file that was added after the start
         pseudonyms.learn([value for name, value in query if name in ("image", "label", "id", "session_id")])
         answer = _refusal(request.url.path, query) or (needs_login_page(request) if options.login else None)
         if answer is None:
@@ -82,7 +82,7 @@ def guard(app: Any, options: LabelOptions, pseudonyms: Pseudonyms, *, learn: Cal
                 answer = await proceed(request)
             except Exception:
                 logger.exception("a request failed")
-                answer = JSONResponse({"detail": "an error in the server; its log says which"}, 500)
+                answer = JSONResponse({"detail": "internal server error: see the log of the server"}, 500)
         if options.login and answer.status_code == HTTPStatus.UNAUTHORIZED:
             answer = needs_login_page(request, refused=True) or answer
         seconds = time.perf_counter() - start
@@ -92,7 +92,7 @@ def guard(app: Any, options: LabelOptions, pseudonyms: Pseudonyms, *, learn: Cal
 
 def _refusal(path: str, query: Sequence[tuple[str, str]]) -> Any:
     if path.rstrip("/") in _CLOSED:
-        return JSONResponse({"detail": "closed"}, 404)
+        return JSONResponse({"detail": "disabled on this server"}, 404)
     try:
         check_path(path)
         check_query(query)
@@ -102,31 +102,31 @@ def _refusal(path: str, query: Sequence[tuple[str, str]]) -> Any:
 
 
 async def _answer(request: Any, error: Exception) -> Any:
-    """Return what a viewer is told of an error."""
+    """Return the response for an error."""
     text = str(getattr(error, "msg", "") or error)
     if isinstance(error, requests.HTTPError):
-        # Of the login, or of a DICOMweb store.
+        # From the login server, or from a DICOMweb store.
         refused = error.response is not None and error.response.status_code == 401
         if refused and request.url.path.startswith("/auth"):
             return JSONResponse({"detail": "unknown name or wrong password"}, 401)
         return JSONResponse({"detail": text}, 502)
     if isinstance(error, requests.RequestException):
-        other = "the server of logins" if request.url.path.startswith(("/auth", "/login")) else "the DICOMweb store"
+        other = "the login server" if request.url.path.startswith(("/auth", "/login")) else "the DICOMweb store"
         return JSONResponse({"detail": f"{other} does not answer: {in_a_line(error)}"}, 502)
     if isinstance(error, json.JSONDecodeError):
-        return JSONResponse({"detail": f"the request's parameters are no JSON: {error}"}, 400)
+        return JSONResponse({"detail": f"the request's parameters are not valid JSON: {error}"}, 400)
     if isinstance(error, (RequestError, MONAILabelException)):
         return JSONResponse({"detail": text}, 400)
     return JSONResponse({"detail": text}, 422 if isinstance(error, CaseError) else 500)
 
 
 def _user_of(token: str) -> Any:
-    """Return whom a token names.
+    """Return the user of a token.
 
-    MONAI Label's own function names no algorithm, which PyJWT refuses since version 2.
+    MONAI Label's own function passes no algorithm, which PyJWT requires since version 2.
 
     Raises:
-        jwt.InvalidTokenError: the token is not signed by the realm, or has run out.
+        jwt.InvalidTokenError: The token is not signed by the realm, or has expired.
     """
     if not settings.MONAI_LABEL_AUTH_ENABLE:
         return auth.DEFAULT_USER
@@ -144,17 +144,17 @@ def _user_of(token: str) -> Any:
 
 
 def _with_names(convert: Callable[..., str], *, corrected: bool) -> Callable[..., str]:
-    """Return MONAI Label's writer of DICOM SEG, with each segment under the name and codes of its own value."""
+    """Wrap MONAI Label's writer of DICOM SEG so that each segment has the name and codes of its value."""
 
     def converted(series: str, label: str, label_info: Any, *args: Any, **kwargs: Any) -> str:
         values = [int(value) for value in np.unique(to_numpy(load(label, label=True))) if value]
         if not values:
-            raise CaseError("the mask is empty, and DICOM SEG has no way to say so: nothing was written")
+            raise CaseError("empty mask: DICOM SEG cannot represent it, nothing was written")
         infos = zip(segment_infos(label_info or [], values), values, strict=True)
         named = [with_terms(info, value, corrected=corrected) for info, value in infos]
         written = convert(series, label, named, *args, **kwargs)
         if not Path(written).is_file():
-            raise CaseError("the mask could not be written as DICOM SEG: it does not lie on the slices of the series")
+            raise CaseError("cannot write the mask as DICOM SEG: its geometry does not match the slices of the series")
         return written
 
     return converted

@@ -1,4 +1,4 @@
-"""Login for viewers in a browser, such as OHIF, which send no token of their own: a form, and a cookie."""
+"""Login form and session cookie for browser viewers such as OHIF, which send no token."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _PAGE: Final = """<!doctype html><html lang="en"><meta charset="utf-8"><title>me
 
 
 def add_login_page(app: Any, *, encrypted: bool) -> None:
-    """Add `/login` to the server; the cookie goes to this server only, and is out of reach of scripts.
+    """Add the page `/login` to the server; its cookie is restricted to this server and hidden from scripts.
 
     Args:
-        app: FastAPI's.
-        encrypted: whether browsers reach the server through TLS, and may be told to send the cookie only so.
+        app: FastAPI application.
+        encrypted: Whether browsers connect through TLS, so that the cookie can be marked as secure.
     """
 
     async def form(request: Any) -> HTMLResponse:
@@ -55,7 +55,7 @@ def add_login_page(app: Any, *, encrypted: bool) -> None:
 
 
 def with_token(request: Any) -> None:
-    """Give a request that brings the cookie, and no token of its own, the token in the cookie."""
+    """Add the cookie's token to the headers of a request that has the cookie but no token."""
     token = request.cookies.get(_COOKIE)
     if token and "authorization" not in request.headers:
         header = (b"authorization", f"Bearer {token}".encode("latin-1", "replace"))
@@ -63,12 +63,11 @@ def with_token(request: Any) -> None:
 
 
 def needs_login_page(request: Any, *, refused: bool = False) -> Any:
-    """Return a redirection to the form for a browser that opens OHIF without a login; None for all else.
+    """Return a redirect to the login page if a browser opens OHIF without a valid login, otherwise None.
 
     Args:
-        request: a browser's, or any other.
-        refused: whether the login that it brings does not count any more: it is from before the server's last start,
-            or too old.
+        request: HTTP request.
+        refused: Whether the token of the request was refused, because it has expired or the server was restarted.
     """
     asked = request.method == "GET" and request.url.path.startswith("/ohif")
     known = not refused and (request.cookies.get(_COOKIE) or "authorization" in request.headers)

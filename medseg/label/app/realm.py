@@ -1,8 +1,8 @@
-"""The login that MONAI Label asks for: accounts in a file, and tokens that this process signs.
+"""Login server for MONAI Label, with accounts in a file and tokens signed by this process.
 
-MONAI Label leaves logins to an OpenID server such as Keycloak, of which it uses three answers: the public key, the
-address for tokens, and tokens for a name and a password. This is a server of just these answers, on a loopback address
-and a free port, for machines that have no other.
+MONAI Label delegates logins to an OpenID server such as Keycloak, of which it uses three endpoints: the public key, the
+configuration with the token endpoint, and tokens for a name and a password. This server implements only these, on a
+loopback address and a free port, for machines without an OpenID server.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ _CONFIGURATION: Final = "/.well-known/openid-configuration"
 
 
 class Realm:
-    """A login server for one process; tokens end with it, since its key is in memory only.
+    """Login server of one process. Its key is in memory only, so its tokens are invalid after a restart.
 
     Args:
-        accounts: who may log in.
-        roles: what everybody who is logged in may do, in MONAI Label's names.
+        accounts: Accounts that may log in.
+        roles: MONAI Label roles of every account.
     """
 
     def __init__(self, accounts: Accounts, roles: Sequence[str]) -> None:
@@ -51,22 +51,22 @@ class Realm:
 
     @property
     def address(self) -> str:
-        """Address of the realm, for `MONAI_LABEL_AUTH_REALM_URI`."""
+        """URL of the realm, for `MONAI_LABEL_AUTH_REALM_URI`."""
         return f"http://127.0.0.1:{self._server.server_address[1]}/realms/medseg"
 
     def start(self) -> None:
-        """Answer from now on, in a thread that ends with the process."""
+        """Serve in a daemon thread."""
         threading.Thread(target=self._server.serve_forever, name="realm", daemon=True).start()
 
     def public_key(self) -> str:
-        """Return the key that tokens are checked with: base64 of its DER form."""
+        """Return the public key of the tokens' signatures, base64-encoded DER."""
         encoded = self._key.public_key().public_bytes(
             serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
         )
         return base64.b64encode(encoded).decode("ascii")
 
     def token(self, name: str) -> str:
-        """Return a token for somebody whose password was right."""
+        """Return a signed token of an account whose password has been verified."""
         now = int(time.time())
         claims = {
             "preferred_username": name,
@@ -88,15 +88,15 @@ def _handler(realm: Realm) -> type[BaseHTTPRequestHandler]:
                 self.answer({"realm": "medseg", "public_key": realm.public_key()})
 
         def do_POST(self) -> None:
-            told = self.headers.get("Content-Length", "")
-            length = int(told) if told.isdecimal() else 0
+            content_length = self.headers.get("Content-Length", "")
+            length = int(content_length) if content_length.isdecimal() else 0
             if not self.path.endswith("/token") or not 0 < length <= _LONGEST_FORM:
                 self.answer({"error": "invalid_request"}, HTTPStatus.BAD_REQUEST)
                 return
             form = parse_qs(self.rfile.read(length).decode("utf-8", "replace"))
             name, password = (form.get(field, [""])[0] for field in ("username", "password"))
             if not realm.accounts.check(name, password):
-                logger.warning("a login was refused")
+                logger.warning("login refused: unknown name or wrong password")
                 self.answer({"error": "invalid_grant"}, HTTPStatus.UNAUTHORIZED)
                 return
             self.answer({"access_token": realm.token(name), "token_type": "bearer", "expires_in": _SECONDS})
@@ -110,6 +110,6 @@ def _handler(realm: Realm) -> type[BaseHTTPRequestHandler]:
             self.wfile.write(body)
 
         def log_message(self, format: str, *args: object) -> None:
-            """Log nothing: the form holds names."""
+            """Log nothing, since requests contain names."""
 
     return Handler

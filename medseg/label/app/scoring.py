@@ -1,4 +1,4 @@
-"""Scores of saved labels and of images, as MONAI Label asks for them."""
+"""MONAI Label scoring methods: Dice of saved labels, and uncertainty of images."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ logger = logging.getLogger("medseg.label")
 
 
 class DiceScoring(ScoringMethod):  # type: ignore[misc]  # MONAI Label publishes no types
-    """Dice of the saved labels against what a bundle predicts now.
+    """Dice of the saved labels against the current predictions of a bundle.
 
     Args:
-        predictors: by the name of the bundle.
+        predictors: Predictor of each bundle, by name.
     """
 
     def __init__(self, predictors: Mapping[str, Predictor]) -> None:
-        super().__init__("Dice of each saved label against the bundle's present prediction")
+        super().__init__("Dice of each saved label against the bundle's current prediction")
         self.predictors = predictors
 
     def __call__(self, request: dict[str, Any], datastore: Any) -> dict[str, Any]:
-        """Return the Dice of each label for each image with a saved label, and their means; kept in the records."""
+        """Return the Dice of each label for each image with a saved label, and the means; store them as records."""
         predictor = chosen_predictor(self.predictors, request.get("model"))
-        labels = predictor.offer.labels
+        labels = predictor.served.labels
         scores: dict[str, dict[str, float | None]] = {}
         for annotation in annotations_of(datastore):
             try:
@@ -47,27 +47,27 @@ class DiceScoring(ScoringMethod):  # type: ignore[misc]  # MONAI Label publishes
                 mask.unlink()
                 score = dice(read_annotation(annotation, labels), predicted, labels)
                 scores[annotation.name] = score
-                datastore.update_label_info(annotation.name, "final", {"medseg_dice": {predictor.offer.name: score}})
+                datastore.update_label_info(annotation.name, "final", {"medseg_dice": {predictor.served.name: score}})
             except MedsegError as error:
-                logger.warning("a label could not be scored: %s", error)
+                logger.warning("skipped the scoring of a label: %s", error)
         found = {name: [each for image in scores.values() if (each := image[name]) is not None] for name in labels}
         means = {name: nanmean(values) if values else None for name, values in found.items()}
-        return {"model": predictor.offer.name, "images": scores, "mean": means}
+        return {"model": predictor.served.name, "images": scores, "mean": means}
 
 
 class UncertaintyScoring(ScoringMethod):  # type: ignore[misc]
-    """How unsure a bundle is of each image without a label, kept for the strategy of that name.
+    """Uncertainty of a bundle about each image without a label, stored for the strategy of the same name.
 
     Args:
-        predictors: by the name of the bundle.
+        predictors: Predictor of each bundle, by name.
     """
 
     def __init__(self, predictors: Mapping[str, Predictor]) -> None:
-        super().__init__("How unsure the network is of each image without a label")
+        super().__init__("Uncertainty of the network about each image without a label")
         self.predictors = predictors
 
     def __call__(self, request: dict[str, Any], datastore: Any) -> dict[str, Any]:
-        """Return the uncertainty of each image that could be read."""
+        """Return the uncertainty of each image without a label; None for images that cannot be used."""
         predictor = chosen_predictor(self.predictors, request.get("model"))
         values = {image: measured(predictor, datastore, image) for image in datastore.get_unlabeled_images()}
-        return {"model": predictor.offer.name, "images": values}
+        return {"model": predictor.served.name, "images": values}

@@ -1,4 +1,4 @@
-"""The server process: MONAI Label's HTTP interface with our app, our login and our logs."""
+"""Server process: MONAI Label's HTTP interface with medseg's app, login and logs."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ __all__ = ["run"]
 
 logger = logging.getLogger("medseg.label")
 
-# What MONAI Label looks for in the app's folder.
+# Entry module that MONAI Label expects in the app's folder.
 _ENTRY = (
-    '"""Entry of MONAI Label: written anew at each start."""\n\n'
+    '"""Entry module for MONAI Label, rewritten at each start."""\n\n'
     'from medseg.label.app.main import MedsegApp\n\n__all__ = ["MedsegApp"]\n'
 )
 _ROLES = ("monailabel-admin", "monailabel-reviewer", "monailabel-annotator", "monailabel-user")
@@ -38,23 +38,23 @@ def run(options: LabelOptions, *, certificate: Path | None = None, key: Path | N
     """Serve until the process is stopped.
 
     Args:
-        options: checked before.
-        certificate: PEM file, to speak TLS.
-        key: PEM file of its key.
+        options: Checked options of the server.
+        certificate: PEM file of the TLS certificate; without one, the server does not encrypt.
+        key: PEM file of the certificate's key.
 
     Raises:
-        RequestError: the app cannot be built, or the studies have records that cannot be read.
+        RequestError: The app cannot be built, or the studies' records cannot be read.
     """
     _prepare(options, _realm(options))
     pseudonyms = Pseudonyms(read_key(options.key))
     logging.config.dictConfig(_logging(options, pseudonyms))
-    # MONAI Label reads its settings when it is imported.
+    # MONAI Label reads its settings at import.
     from monailabel.app import app
     from monailabel.interfaces.utils.app import app_instance
 
     from medseg.label.app import middleware
 
-    # Its own processes cannot print this setting, and stop.
+    # MONAI Label's child processes fail when they print this setting.
     os.environ.pop("MONAI_LABEL_CORS_ORIGINS", None)
     middleware.patch_monailabel()
     try:
@@ -62,12 +62,12 @@ def run(options: LabelOptions, *, certificate: Path | None = None, key: Path | N
     except (OSError, ValueError) as error:
         raise RequestError(
             f"MONAI Label cannot open the studies '{options.studies}' ({in_a_line(error)}): check that its records "
-            "there (datastore_v2.json, labels/) can be read and written, or move them away"
+            "there (datastore_v2.json, labels/) are readable and writable, or move them away"
         ) from error
     instance.pseudonyms = pseudonyms
     instance.learn_names()
-    middleware.guard(app, options, pseudonyms, learn=instance.learn_names)
-    _tell_images(instance.datastore(), options)
+    middleware.add_request_checks(app, options, pseudonyms, learn=instance.learn_names)
+    _log_images(instance.datastore(), options)
     logger.info("serving on %s:%s, login %s", options.host, options.port, "on" if options.login else "off")
     uvicorn.run(
         app,
@@ -81,12 +81,12 @@ def run(options: LabelOptions, *, certificate: Path | None = None, key: Path | N
     )
 
 
-def _tell_images(datastore: Any, options: LabelOptions) -> None:
-    """Log how many images there are, or what is wrong."""
+def _log_images(datastore: Any, options: LabelOptions) -> None:
+    """Log the number of images, or why the store does not answer."""
     try:
         count = len(datastore.list_images())
     except Exception as error:
-        # The server starts all the same: the store may come later.
+        # The server starts anyway: the store may be started later.
         logger.warning("the DICOMweb store '%s' does not answer yet: %s", options.studies, in_a_line(error))
         return
     where = "series match the filter of the store" if is_remote_store(options.studies) else "images in the folder"
@@ -94,7 +94,7 @@ def _tell_images(datastore: Any, options: LabelOptions) -> None:
 
 
 def _realm(options: LabelOptions) -> str:
-    """Return the address of the login: one that the environment names, or our own; empty without login."""
+    """Return the URL of the login realm: from the environment, or medseg's own; empty without login."""
     if not options.login:
         return ""
     given = os.environ.get("MONAI_LABEL_AUTH_REALM_URI", "")
@@ -108,10 +108,10 @@ def _realm(options: LabelOptions) -> str:
 
 
 def _prepare(options: LabelOptions, realm: str) -> None:
-    """Make the folders, and tell MONAI Label and the processes it starts what they need."""
+    """Create the folders, and set the environment of MONAI Label and of its child processes."""
     options.state.mkdir(parents=True, exist_ok=True)
     options.state.chmod(0o700)
-    # Sessions of viewers, too: MONAI Label does not start where the upload of one was cut short.
+    # Including viewers' sessions: MONAI Label does not start after an interrupted upload.
     for folder in (options.results, options.temporary, options.work, options.sessions):
         shutil.rmtree(folder, ignore_errors=True)
     for folder in (options.app / "logs", options.results, options.temporary, options.work, options.sessions):
@@ -128,7 +128,7 @@ def _prepare(options: LabelOptions, realm: str) -> None:
             "MONAI_LABEL_AUTH_REALM_URI": realm or "http://127.0.0.1/none",
             "MONAI_LABEL_TRACKING_ENABLED": "False",
             "TMPDIR": str(options.temporary),
-            # Programs of this environment, such as the writer of DICOM SEG.
+            # Programs of this environment, such as dcmqi.
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
         }
     )
@@ -136,22 +136,22 @@ def _prepare(options: LabelOptions, realm: str) -> None:
         "MONAI_LABEL_CORS_ORIGINS": f'["{options.origin}"]',
         "MONAI_LABEL_DATASTORE_FILE_EXT": json.dumps([f"*{ending}" for ending in ENDINGS]),
         "MONAI_LABEL_DICOMWEB_CACHE_PATH": str(options.state / "dicomweb"),
-        # Seconds for which lists of a store are believed; MONAI Label's two hours hide labels that were just saved.
+        # Lifetime of a store's cached lists, in seconds; MONAI Label's two hours would hide newly saved labels.
         "MONAI_LABEL_DICOMWEB_CACHE_EXPIRY": "5",
-        # Our scores are measured when they are asked for, not after each choice of an image.
+        # Scores are computed on request, not after each selection of an image.
         "MONAI_LABEL_AUTO_UPDATE_SCORING": "False",
-        # MONAI Label takes it for granted.
+        # MONAI Label requires the variable to exist.
         "PYTHONPATH": "",
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
-    # Ids of images shall not meet files of the folder that the server was started in.
+    # Image ids must not match files in the folder where the server was started.
     os.chdir(options.app)
     tempfile.tempdir = None
 
 
 def _logging(options: LabelOptions, pseudonyms: Pseudonyms) -> dict[str, Any]:
-    """Return the set-up of logs: warnings of others, what is ours, and names hidden in all of it."""
+    """Return the logging config: warnings of other packages, messages of medseg, and names hidden in both."""
     handler = {"filters": ["hide"], "formatter": "line"}
     jobs = ("train", "batch_infer", "scoring")
     return {
@@ -161,7 +161,7 @@ def _logging(options: LabelOptions, pseudonyms: Pseudonyms) -> dict[str, Any]:
         "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s"}},
         "handlers": {
             "terminal": {"class": "logging.StreamHandler", "stream": sys.stderr, **handler},
-            # MONAI Label sends this file to viewers that ask for the log.
+            # MONAI Label sends this file to viewers that request the log.
             "file": {
                 "class": "logging.handlers.RotatingFileHandler",
                 "filename": str(options.app / "logs" / "app.log"),
@@ -175,7 +175,7 @@ def _logging(options: LabelOptions, pseudonyms: Pseudonyms) -> dict[str, Any]:
         "loggers": {
             "medseg": {"level": "INFO"},
             "uvicorn.error": {"level": "INFO"},
-            # It tells of a decoder that is not needed, with each image.
+            # It warns about an optional decoder with each image.
             "monai.data.nvimgcodec_pydicom_plugin": {"level": "ERROR"},
             **{f"task_{job}": {"level": "INFO", "filters": ["ours"]} for job in jobs},
         },
@@ -183,9 +183,9 @@ def _logging(options: LabelOptions, pseudonyms: Pseudonyms) -> dict[str, Any]:
 
 
 class _OursFilter(logging.Filter):
-    """Of what a job's process prints, lets our own lines pass, and errors."""
+    """Passes the lines of medseg and the errors in the output of a job's process."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the line is meant for the log."""
+        """Return whether the line belongs in the log."""
         text = record.getMessage()
         return "medseg: " in text or "Error: " in text

@@ -1,4 +1,4 @@
-"""Which image to label next, as MONAI Label asks for it."""
+"""MONAI Label strategies of active learning."""
 
 from __future__ import annotations
 
@@ -24,46 +24,46 @@ _CANDIDATES = 10
 
 
 class RandomStrategy(Strategy):  # type: ignore[misc]  # MONAI Label publishes no types
-    """Any image without a label."""
+    """Selects a random image without a label."""
 
     def __init__(self) -> None:
-        super().__init__("An image without a label, at random")
+        super().__init__("Random image without a label")
 
     def __call__(self, request: dict[str, Any], datastore: Any) -> dict[str, str]:
-        """Return the id of an image; nothing where all have labels."""
+        """Return the id of an image, or an empty dict if all images have labels."""
         return _found(choose_randomly(datastore.get_unlabeled_images(), request.get("seed")))
 
 
 class UncertaintyStrategy(Strategy):  # type: ignore[misc]
-    """The image without a label that a network is least sure of.
+    """Selects the image without a label about which a network is most uncertain.
 
     Args:
-        predictors: by the name of the bundle.
+        predictors: Predictor of each bundle, by name.
     """
 
     def __init__(self, predictors: Mapping[str, Predictor]) -> None:
         super().__init__(
-            "The image that the network is least sure of: the mean entropy over the image and its mirror image"
+            "Image with the highest uncertainty: mean entropy of the predictions of the image and its mirror image"
         )
         self.predictors = predictors
 
     def info(self) -> dict[str, Any]:
-        """Return what viewers show, with what a user may change: the first of several is the default."""
-        ready = [name for name, predictor in self.predictors.items() if predictor.offer.ready]
+        """Return the description for viewers, with the user's settings; the first value of a list is the default."""
+        ready = [name for name, predictor in self.predictors.items() if predictor.served.ready]
         return {**super().info(), "config": {"model": ready, "candidates": _CANDIDATES} if ready else {}}
 
     def __call__(self, request: dict[str, Any], datastore: Any) -> dict[str, str]:
-        """Return the id of an image; nothing where all have labels."""
+        """Return the id of an image, or an empty dict if all images have labels."""
         predictor = chosen_predictor(self.predictors, request.get("model"))
         images = list(datastore.get_unlabeled_images())
         known = known_values(
             {image: datastore.get_image_info(image) for image in images},
-            predictor.offer.name,
+            predictor.served.name,
             predictor.weights_sha256(),
         )
         candidates = request.get("candidates", _CANDIDATES)
         if isinstance(candidates, bool) or not isinstance(candidates, int) or candidates < 1:
-            raise RequestError(f"candidates is {candidates!r}: use a whole number of 1 or more")
+            raise RequestError(f"invalid candidates {candidates!r}: use an integer of 1 or more")
         reasons: list[str] = []
         chosen = choose_unsure(
             images,
@@ -74,8 +74,8 @@ class UncertaintyStrategy(Strategy):  # type: ignore[misc]
         )
         if images and not chosen:
             raise RequestError(
-                f"bundle '{predictor.offer.name}' could measure none of {len(reasons)} images: {reasons[-1]} Choose "
-                "another one as 'model' of this strategy, or choose at random"
+                f"bundle '{predictor.served.name}' cannot use any of {len(reasons)} images: {reasons[-1]} Choose "
+                "another bundle as 'model' of this strategy, or use the strategy 'random'"
             )
         return _found(chosen)
 
@@ -85,33 +85,44 @@ def _found(image: str) -> dict[str, str]:
 
 
 def chosen_predictor(predictors: Mapping[str, Predictor], name: Any) -> Predictor:
-    """Return the predictor of a bundle by name, or the first name of a list; without one, the first with weights.
+    """Return the predictor of a bundle, or the first with weights if no bundle is named.
+
+    Args:
+        predictors: Predictor of each bundle, by name.
+        name: Name of the bundle, or a list whose first entry is used.
 
     Raises:
-        RequestError: there is none.
+        RequestError: No such bundle with weights.
     """
     name = name[0] if isinstance(name, list) and name else name
-    ready = {own: predictor for own, predictor in predictors.items() if predictor.offer.ready}
+    ready = {own: predictor for own, predictor in predictors.items() if predictor.served.ready}
     if name and name not in ready:
-        raise RequestError(f"no bundle '{name}' with weights: use one of {', '.join(ready) or '(none has any)'}")
+        raise RequestError(f"no bundle '{name}' with weights: use one of {', '.join(ready) or '(none has weights)'}")
     if not ready:
         raise RequestError("no bundle has weights: train one first")
     return ready[name or next(iter(ready))]
 
 
 def measured(predictor: Predictor, datastore: Any, image: str, reasons: list[str] | None = None) -> float | None:
-    """Return how unsure a network is of an image, and keep it in the record of the image.
+    """Return the uncertainty of a network about an image, and store it in the image's record.
 
-    None if the image cannot be used; why is added to the reasons.
+    Args:
+        predictor: Predictor of the bundle.
+        datastore: MONAI Label's datastore.
+        image: Id of the image.
+        reasons: List to which the reason is appended if the image cannot be used.
+
+    Returns:
+        Uncertainty, 0 to 1, or None if the image cannot be used.
     """
     try:
         value = predictor.uncertainty(Path(datastore.get_image_uri(image)))
     except MedsegError as error:
-        logger.warning("an image could not be measured: %s", error)
+        logger.warning("no uncertainty of an image: %s", error)
         if reasons is not None:
             reasons.append(str(error))
         return None
     record = datastore.get_image_info(image).get(INFO_KEY, {})
-    entry = {predictor.offer.name: {"weights": predictor.weights_sha256(), "value": value}}
+    entry = {predictor.served.name: {"weights": predictor.weights_sha256(), "value": value}}
     datastore.update_image_info(image, {INFO_KEY: {**record, **entry}})
     return value

@@ -1,4 +1,4 @@
-"""Inference and training of one bundle, as MONAI Label asks for them."""
+"""MONAI Label tasks for the inference and training of a bundle."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from medseg.label.records import annotations_of
 if TYPE_CHECKING:
     from medseg.label.predictor import Predictor
     from medseg.label.privacy import Pseudonyms
-    from medseg.label.served_bundles import Offer
+    from medseg.label.served_bundles import ServedBundle
 
 __all__ = ["BundleInfer", "BundleTrain", "device_setting"]
 
@@ -35,75 +35,75 @@ _SET_HERE = ("device_name", "max_epochs", "pretrained", "val_interval", "label_m
 
 
 class BundleInfer(InferTask):  # type: ignore[misc]  # MONAI Label publishes no types
-    """Masks of one bundle.
+    """Inference task of one bundle.
 
     Args:
-        predictor: the bundle, loaded when it is first needed.
-        from_store: whether the images are copies of series in a DICOMweb store.
+        predictor: Predictor of the bundle, which is loaded on first use.
+        from_store: Whether the images are cached copies of series in a DICOMweb store.
     """
 
     def __init__(self, predictor: Predictor, *, from_store: bool = False) -> None:
-        offer = predictor.offer
+        served = predictor.served
         super().__init__(
             type=InferType.SEGMENTATION,
-            labels=offer.labels,
-            dimension=offer.spatial_dims,
-            description=offer.description,
+            labels=served.labels,
+            dimension=served.spatial_dims,
+            description=served.description,
             config={"device": _devices()},
         )
         self.predictor = predictor
         self.from_store = from_store
 
     def is_valid(self) -> bool:
-        """Whether the bundle has weights."""
-        return self.predictor.offer.ready
+        """Return whether the bundle has weights."""
+        return self.predictor.served.ready
 
     def info(self) -> dict[str, Any]:
-        """Return what viewers show of the bundle."""
-        metadata = self.predictor.offer.current.metadata
+        """Return the description of the bundle for viewers."""
+        metadata = self.predictor.served.current.metadata
         return {
             **super().info(),
             "version": metadata.get("version"),
             "weights": self.predictor.weights_sha256(),
-            "trained_here": self.predictor.offer.current is self.predictor.offer.tuned,
+            "trained_here": self.predictor.served.current is self.predictor.served.tuned,
         }
 
     def __call__(self, request: dict[str, Any], callbacks: Any = None) -> tuple[str, dict[str, Any]]:
-        """Return the file of a mask, and what there is to say of it."""
+        """Return the file of the mask, and its label names and latencies."""
         start = time.perf_counter()
         image = request.get("image")
         if image == "":
-            raise RequestError("there is no image of that id among the studies")
+            raise RequestError("no image with this id among the studies")
         if not isinstance(image, str):
-            raise RequestError("this bundle reads images from files, not regions of a slide that a viewer sends")
+            raise RequestError("regions of whole-slide images are not supported: the bundle reads image files")
         source = _dicom_folder(Path(image)) if self.from_store else Path(image)
         mask = self.predictor.predict(
             source, ending=request.get("result_extension") or "", settings=device_setting(request)
         )
         to_viewer_nrrd(mask, dtype=request.get("result_dtype"), compress=request.get("result_compress"))
         seconds = round(time.perf_counter() - start, 2)
-        logger.info("%s predicted an image in %.2f s", self.predictor.offer.name, seconds)
+        logger.info("%s predicted an image in %.2f s", self.predictor.served.name, seconds)
         return str(mask), {"label_names": self.labels, "latencies": {"total": seconds}, "centroids": {}}
 
 
 class BundleTrain(TrainTask):  # type: ignore[misc]
-    """Training of one bundle on the saved labels.
+    """Training task of one bundle on the saved labels.
 
     Args:
-        offer: the bundle.
-        work: folder of running trainings.
-        pseudonyms: names of cases in records.
+        served: Bundle to train.
+        work: Folder of running trainings.
+        pseudonyms: Pseudonyms of the cases in records.
     """
 
-    def __init__(self, offer: Offer, work: Path, pseudonyms: Pseudonyms) -> None:
-        super().__init__(f"Train {offer.name} on the saved labels: {offer.description}")
-        self.offer = offer
+    def __init__(self, served: ServedBundle, work: Path, pseudonyms: Pseudonyms) -> None:
+        super().__init__(f"Train {served.name} on the saved labels: {served.description}")
+        self.served = served
         self.work = work
         self.pseudonyms = pseudonyms
 
     def config(self) -> dict[str, Any]:
-        """Return what a user may change, with its default."""
-        known = knobs(self.offer.source.load_configs("train")["train.json"])
+        """Return the settings that a user may change, with their defaults."""
+        known = knobs(self.served.source.load_configs("train")["train.json"])
         chosen: dict[str, Any] = {name: known[name] for name in ("learning_rate", "batch_size") if name in known}
         fields = TuningRequest()
         return {
@@ -116,33 +116,33 @@ class BundleTrain(TrainTask):  # type: ignore[misc]
         }
 
     def info(self) -> dict[str, Any]:
-        """Return what viewers show of the training."""
-        return {**super().info(), "version": self.offer.source.metadata.get("version")}
+        """Return the description of the training for viewers."""
+        return {**super().info(), "version": self.served.source.metadata.get("version")}
 
     def stats(self) -> dict[str, Any]:
-        """Return what came of the last training; empty before the first."""
-        path = self.offer.tuned.root.parent / f"{self.offer.name}.{_STATS}"
+        """Return the result of the last training; empty before the first."""
+        path = self.served.tuned.root.parent / f"{self.served.name}.{_STATS}"
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         return found
 
     def __call__(self, request: dict[str, Any], datastore: Any) -> dict[str, Any]:
-        """Train, and put the weights into use where they are not worse; return what came of it."""
+        """Train, publish the weights as requested, and return the result."""
         tuned = tune(
-            self.offer,
+            self.served,
             annotations_of(datastore),
             self._request(request),
             work=self.work,
             pseudonym=self.pseudonyms.of,
-            report=_Lines(self.offer.name),
+            report=_Lines(self.served.name),
         )
         stats = _plain(tuned)
-        replace_text(self.offer.tuned.root.parent / f"{self.offer.name}.{_STATS}", json.dumps(stats, indent=2) + "\n")
-        _line(f"{self.offer.name}: {json.dumps(stats)}")
+        replace_text(self.served.tuned.root.parent / f"{self.served.name}.{_STATS}", json.dumps(stats, indent=2) + "\n")
+        _line(f"{self.served.name}: {json.dumps(stats)}")
         return stats
 
     def _request(self, request: dict[str, Any]) -> TuningRequest:
         publish = request.get("publish", "better")
-        known = knobs(self.offer.source.load_configs("train")["train.json"])
+        known = knobs(self.served.source.load_configs("train")["train.json"])
         own = (*_SET_HERE, "bundle_root", "dataset_dir", "resume", "split", "split_file")
         settings = {name: value for name, value in request.items() if name in known and name not in own}
         return TuningRequest(
@@ -155,9 +155,9 @@ class BundleTrain(TrainTask):  # type: ignore[misc]
 
 
 def device_setting(request: dict[str, Any]) -> dict[str, str]:
-    """Return the knob that chooses the device; what a viewer asks for and the machine lacks becomes "auto"."""
-    asked = request.get("device")
-    first = asked[0] if isinstance(asked, list) and asked else asked
+    """Return the device setting of a request; empty (automatic) if the requested device does not exist."""
+    device = request.get("device")
+    first = device[0] if isinstance(device, list) and device else device
     return {"device_name": first} if isinstance(first, str) and first in _devices() else {}
 
 
@@ -168,19 +168,19 @@ def _devices() -> list[str]:
 
 
 def _dicom_folder(image: Path) -> Path:
-    """Return the series that a store's copy was converted from, where it lies beside the copy."""
+    """Return the DICOM series from which the cached copy was converted, if it is in the cache as well."""
     folder = image.with_name(image.name.removesuffix(".gz").removesuffix(".nii"))
     return folder if image.name.endswith(".nii.gz") and folder.is_dir() and any(folder.iterdir()) else image
 
 
 def _plain(tuned: Tuned) -> dict[str, Any]:
     stats = asdict(tuned)
-    # NaN is no JSON.
+    # JSON has no NaN.
     return {name: None if value != value else value for name, value in stats.items()}
 
 
 class _Lines:
-    """Says now and then how far a training is, in lines that the server logs."""
+    """Progress callback that prints a line every few seconds for the server's log."""
 
     def __init__(self, name: str) -> None:
         self.name = name
