@@ -16,22 +16,22 @@ from medseg.version import __version__
 
 __all__ = ["app", "main"]
 
-# The exit code that Typer gives an interruption by Ctrl-C, which it does not pass on.
+# Exit code of Typer after Ctrl-C; it does not re-raise KeyboardInterrupt.
 _INTERRUPTED: Final = 130
 
 _USE: Final = "Use"
 _TRAIN: Final = "Train"
-_JUDGE: Final = "Judge"
+_EVALUATE: Final = "Evaluate"
 _SHARE: Final = "Share"
 _EXIT_CODES: Final = """[bold]Exit codes[/]
-0 done
-1 some cases failed, or faults were found
+0 success
+1 some cases failed, or a check found errors
 2 invalid request"""
 
 app = typer.Typer(
     name="medseg",
     cls=Group,
-    help="Segment medical images with U-Net families, as MONAI bundles.",
+    help="Segment medical images with networks of the U-Net family, as MONAI bundles.",
     epilog=examples(
         "medseg demo",
         "medseg predict hippocampus_mri_unet scan.nii.gz -o masks",
@@ -80,16 +80,16 @@ for _name, _function, _panel, _lines in (
     (
         "evaluate",
         evaluate.evaluate,
-        _JUDGE,
+        _EVALUATE,
         ("medseg evaluate my_bundle --data data", "medseg evaluate my_bundle --data data --split test -o scores"),
     ),
     (
         "compare",
         compare.compare,
-        _JUDGE,
+        _EVALUATE,
         ("medseg compare unet_folds banet_folds", "medseg compare scores_a scores_b --json table.json"),
     ),
-    ("prune", prune.prune, _JUDGE, ("medseg prune my_bundle --data data --select 0.005 -o smaller",)),
+    ("prune", prune.prune, _EVALUATE, ("medseg prune my_bundle --data data --select 0.005 -o smaller",)),
     (
         "export",
         export.export,
@@ -105,8 +105,8 @@ app.add_typer(label.app, name="label", rich_help_panel=_USE)
 app.add_typer(bundle.app, name="bundle", rich_help_panel=_SHARE)
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(given: bool) -> None:
+    if given:
         output.print(f"medseg {__version__}", highlight=False)
         raise typer.Exit
 
@@ -114,17 +114,17 @@ def _version(asked: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
     log_format: LogFormatOption = LogFormat.text,
 ) -> None:
-    """Segment medical images with U-Net families, as MONAI bundles."""
+    """Segment medical images with networks of the U-Net family, as MONAI bundles."""
 
 
 def main() -> None:
-    """Run the command line; errors of ours become one message and an exit code."""
+    """Run the command line; medseg errors become a message and an exit code."""
     reset()
     try:
         with warnings_at_the_end():
@@ -134,5 +134,5 @@ def main() -> None:
         sys.exit(error.exit_code)
     except SystemExit as ended:
         if ended.code == _INTERRUPTED:
-            errors.print("Stopped. What was finished is kept; the same command with --resume goes on.")
+            errors.print("Stopped. Finished results are kept; repeat the command with --resume to continue.")
         raise

@@ -36,22 +36,22 @@ app = typer.Typer(
 Names = Annotated[
     list[str] | None,
     typer.Argument(
-        help="Bundle folders, or names of shipped bundles.",
+        help="Folders of bundles, or names of shipped bundles.",
         metavar="BUNDLE",
         show_default=False,
         autocompletion=completion.bundle_names,
     ),
 ]
-All = Annotated[bool, typer.Option("--all", help="Take all shipped bundles.")]
+All = Annotated[bool, typer.Option("--all", help="Use all shipped bundles.")]
 
 _COLORS: Final = {"ok": "green", "failed": "bold red", "skipped": "yellow"}
-# A bundle has about a hundred parts.
+# A bundle has about a hundred findings.
 _MAX_LINES: Final = 2000
 
 
 @app.command(cls=Command, epilog=examples("medseg bundle build my_bundle", "medseg bundle build --all"))
 def build(names: Names = None, every: All = False) -> None:
-    """Write the configs of bundles from their bundle.json."""
+    """Generate the configs of bundles from their bundle.json."""
     for bundle in _chosen(names, every=every):
         for path in build_bundle(bundle):
             output.print(str(path))
@@ -64,12 +64,13 @@ def check(
     full: Annotated[
         bool,
         typer.Option(
-            "--full", help="Also train, score, predict and export copies, by medseg and by MONAI: minutes per bundle."
+            "--full",
+            help="Also train, evaluate, predict and export copies, with medseg and MONAI; takes minutes per bundle.",
         ),
     ] = False,
     json_target: JsonTarget = None,
 ) -> None:
-    """Check that bundles are built, declarative, as MONAI expects, and, with --full, that they run.
+    """Check that bundles are built, declarative and valid for MONAI, and with --full that they run.
 
     The exit code is 1 if a check failed.
     """
@@ -91,7 +92,7 @@ def check(
 
 
 def _print_outcomes(found: dict[str, dict[str, Outcome]]) -> None:
-    """Print a row for each bundle, or each check of a single one; below it what failed or was skipped, and why."""
+    """Print a row for each bundle, or for each check of a single one, and the reasons of failed and skipped checks."""
     if len(found) == 1:
         ((name, row),) = found.items()
         show_table(
@@ -115,7 +116,7 @@ def _status(outcome: Outcome) -> Text:
 
 @app.command("list", cls=Command, epilog=examples("medseg bundle list", "medseg bundle list --json"))
 def list_bundles(json_target: JsonTarget = None) -> None:
-    """List the shipped bundles and those in the folders of MEDSEG_BUNDLES."""
+    """List the shipped bundles, and those in the folders named by the variable MEDSEG_BUNDLES."""
     rows = [
         {
             "bundle": bundle.name,
@@ -126,9 +127,7 @@ def list_bundles(json_target: JsonTarget = None) -> None:
         }
         for bundle in shipped_bundles()
     ]
-    cells = [
-        [row["bundle"], "yes" if row["weights"] else "train it", _joined(row["labels"]), row["task"]] for row in rows
-    ]
+    cells = [[row["bundle"], "yes" if row["weights"] else "none", _joined(row["labels"]), row["task"]] for row in rows]
     show_table(["bundle", "weights", "labels", "task"], cells)
     write_json(rows, json_target)
 
@@ -142,25 +141,25 @@ def _joined(names: object) -> str:
     epilog=examples("medseg bundle inspect downloaded_bundle", "medseg bundle inspect hippocampus_mri_unet --json"),
 )
 def inspect(name: BundleName, json_target: JsonTarget = None) -> None:
-    """Show every callable and expression of a bundle, and its fingerprint, without running any of it.
+    """List the callables and expressions of a bundle, and its fingerprint, without running any code.
 
-    The exit code is 1 if the bundle holds anything that a declarative bundle may not.
+    The exit code is 1 if the bundle is not declarative, that is, contains executable code.
     """
     bundle = find_bundle(name)
     findings = archive.find_all(bundle)
     try:
-        vouched = fingerprint(bundle.root)
+        digest = fingerprint(bundle.root)
     except BundleError as error:
-        vouched = f"none: {error}"
+        digest = f"none: {error}"
     counts = Counter(finding.allowed for _, finding in findings)
     for file, finding in sorted(findings, key=lambda item: item[1].allowed)[:_MAX_LINES]:
         output.print(f"{'ok ' if finding.allowed else 'NOT'} {file:15} {finding}")
     if len(findings) > _MAX_LINES:
         output.print(f"... and {len(findings) - _MAX_LINES} more; --json lists all")
-    output.print(f"{counts[True]} allowed, {counts[False]} not")
-    output.print(f"SHA-256 of the bundle: {vouched}")
+    output.print(f"{counts[True]} allowed, {counts[False]} not allowed")
+    output.print(f"SHA-256 of the bundle: {digest}")
     rows = [{"file": file, **vars(finding)} for file, finding in findings]
-    write_json({"bundle": bundle.name, "sha256": vouched, "findings": rows}, json_target)
+    write_json({"bundle": bundle.name, "sha256": digest, "findings": rows}, json_target)
     raise typer.Exit(1 if counts[False] else 0)
 
 
@@ -175,28 +174,28 @@ def pack(
         typer.Option("--output", "-o", metavar="FILE", show_default="BUNDLE.zip", help="Zip archive to write."),
     ] = None,
 ) -> None:
-    """Write a bundle into one zip archive with hashes; equal bundles give equal bytes."""
+    """Write a bundle to a reproducible zip archive with the hashes of its files."""
     bundle = find_bundle(name)
     packed = archive.pack(bundle, Path(f"{bundle.name}.zip") if out is None else out)
     for left, reason in packed.left_out:
         notes.print(f"skipped: {left} ({reason})")
     if not bundle.weights.is_file():
-        notes.print("no weights in this bundle: it has to be trained after unpacking, or given a models/model.pt")
+        notes.print("no weights in this bundle: train it after unpacking, or add a models/model.pt")
     output.print(f"{packed.path}: {len(packed.files)} files, {packed.path.stat().st_size:,} bytes")
     output.print(f"SHA-256 of the archive: {packed.sha256}")
 
 
 @app.command(cls=Command, epilog=examples("medseg bundle unpack my_bundle.zip -o bundles/my_bundle"))
 def unpack(
-    path: Annotated[Path, typer.Argument(help="Zip archive that `medseg bundle pack` wrote.", metavar="ARCHIVE")],
+    path: Annotated[Path, typer.Argument(help="Zip archive of `medseg bundle pack`.", metavar="ARCHIVE")],
     out: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", metavar="FOLDER", show_default="its packed name", help="New folder of the bundle."
+            "--output", "-o", metavar="FOLDER", show_default="name of the bundle", help="New folder of the bundle."
         ),
     ] = None,
 ) -> None:
-    """Unpack a bundle, checking names, sizes, hashes and contents, without running any of it."""
+    """Unpack a bundle after checking its names, sizes, hashes and contents, without running any code."""
     bundle = archive.unpack(path, out)
     counts = Counter(finding.kind for _, finding in archive.find_all(bundle))
     output.print(f"{bundle.root}: {counts['callable']} callables, all allowed")
@@ -206,6 +205,6 @@ def unpack(
 def _chosen(names: list[str] | None, *, every: bool) -> list[Bundle]:
     if bool(names) == every:
         raise RequestError(
-            "no bundles given: name some, or give --all" if not every else "bundles and --all given: use one of them"
+            "no bundles given: name them, or give --all" if not every else "bundles and --all given: use one of them"
         )
     return shipped_bundles() if every else [find_bundle(name) for name in names or ()]

@@ -1,4 +1,4 @@
-"""`medseg compare`: which of several runs is the best."""
+"""`medseg compare`: statistical comparison of scored runs."""
 
 from __future__ import annotations
 
@@ -18,13 +18,11 @@ __all__ = ["compare"]
 def compare(
     runs: Annotated[
         list[Path],
-        typer.Argument(
-            help="Folders of cross-validations, or of bundles that `medseg evaluate` has scored.", metavar="RUN"
-        ),
+        typer.Argument(help="Folders of cross-validations, or of bundles scored by `medseg evaluate`.", metavar="RUN"),
     ],
     json_target: JsonTarget = None,
 ) -> None:
-    """Compare scored bundles on the cases they share, and name the best."""
+    """Compare scored bundles on their common cases, and report which is best."""
     found = comparison.compare(runs)
     print_comparison(found)
     write_json(found.to_dict(), json_target)

@@ -1,4 +1,4 @@
-"""What the shell offers to complete: names of bundles, settings, formats and devices."""
+"""Shell completion of bundles, settings, formats and devices."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def bundle_names(incomplete: str) -> list[str]:
 
 
 def setting_names(ctx: typer.Context, incomplete: str) -> list[str]:
-    """Return the settings of the bundle that the command line names, each with its equals sign."""
+    """Return the settings of the bundle on the command line, each with an equals sign."""
     try:
         bundle = find_bundle(str(ctx.params.get("bundle") or ""))
         config = merged(bundle.load_configs(*_CONFIGS.get(str(ctx.info_name), ("train",))))
@@ -59,27 +59,27 @@ def export_formats(incomplete: str) -> list[str]:
 
 
 def weight_sources(incomplete: str) -> list[str]:
-    """Return whose weights `convert` reads."""
+    """Return the code bases whose weights `convert` reads."""
     return _starting(convert.SOURCE_NAMES, incomplete)
 
 
 def networks(incomplete: str) -> list[str]:
-    """Return the networks that `plan` knows."""
+    """Return the networks of `plan`."""
     return _starting([f"{name.lower()}{end}" for name in NETWORKS for end in ("", "+selfreg")], incomplete)
 
 
 def devices(incomplete: str) -> list[str]:
-    """Return devices to compute on."""
+    """Return the computing devices."""
     return _starting(("auto", "cpu", "cuda"), incomplete)
 
 
 def splits(incomplete: str) -> list[str]:
-    """Return the parts of a data set."""
+    """Return the splits of a data set."""
     return _starting(("val", "train", "test"), incomplete)
 
 
 def _can_be_set(config: Config, name: str) -> bool:
-    """Tell whether the command leaves a setting to the user."""
+    """Return whether the user may override a setting."""
     try:
         changed(config, {name: config[name]})
     except MedsegError:

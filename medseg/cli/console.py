@@ -1,6 +1,6 @@
-"""How the commands talk to people: results on standard output, messages on standard error.
+"""Output of the commands: results on standard output, messages on standard error.
 
-With `--log-format json` every message is one JSON object on a line of its own.
+With `--log-format json`, each message is a JSON object on a separate line.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ _STDOUT: Final = "-"
 
 @dataclass
 class Verbosity:
-    """What the global options choose.
+    """Values of the global options.
 
     Attributes:
-        quiet: Errors and results only.
-        verbose: Every skipped file, and the debug log of medseg.
-        as_json: Messages and progress as JSON objects.
+        quiet: Whether only errors and results are printed.
+        verbose: Whether every skipped file and medseg's debug log are printed.
+        as_json: Whether messages and progress are JSON objects.
     """
 
     quiet: bool = False
@@ -58,13 +58,13 @@ verbosity = Verbosity()
 
 
 class PlainConsole(Console):
-    """A console that prints names and messages from files as they are: no markup unless asked for, no controls."""
+    """Console that prints file names and messages literally: without markup by default, with controls escaped."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"markup": False, "emoji": False, "soft_wrap": True, **options})
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Turn a text into what is printed."""
+        """Return the text to print, with control characters escaped."""
         return super().render_str(visible(text), **options)
 
 
@@ -93,7 +93,7 @@ class Messages:
             stderr.print(text, markup=markup, **options)
 
     def event(self, kind: str, **content: Any) -> None:
-        """Write a JSON object on a line of its own."""
+        """Write a JSON object on a separate line."""
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         sys.stderr.write(json.dumps({"time": now, "level": self.level, "event": kind, **content}) + "\n")
         sys.stderr.flush()
@@ -105,7 +105,7 @@ alerts = Messages("warning")
 
 
 def print_error(error: MedsegError) -> None:
-    """Print an error of ours that ends the command."""
+    """Print the medseg error that ends a command."""
     if verbosity.as_json:
         errors.event("error", **error.to_json())
     else:
@@ -113,9 +113,9 @@ def print_error(error: MedsegError) -> None:
 
 
 def reset() -> None:
-    """Start a command line afresh: the options of an earlier one in this process no longer count.
+    """Reset the global options, which an earlier command in this process may have set.
 
-    A stream that cannot encode a character of a name, such as a pipe on Windows, prints a replacement.
+    Characters that a stream cannot encode, such as a pipe on Windows, are replaced.
     """
     verbosity.quiet = verbosity.verbose = verbosity.as_json = output.quiet = False
     for stream in (sys.stdout, sys.stderr):
@@ -124,7 +124,7 @@ def reset() -> None:
 
 
 def reserve_stdout(target: str | None) -> None:
-    """Keep standard output for JSON where that is its target."""
+    """Reserve standard output for JSON if that is the target."""
     output.quiet = target == _STDOUT
 
 
@@ -132,15 +132,15 @@ def write_json(content: Any, target: str | None) -> None:
     """Write a result as JSON.
 
     Args:
-        content: JSON values without NaN or Inf; paths become texts.
-        target: Path of a file, "-" for standard output, None for nowhere.
+        content: JSON values without NaN or Inf; paths become strings.
+        target: Path of a file, "-" for standard output, or None to write nothing.
 
     Raises:
         OutputError: The file cannot be written.
     """
     if target is None:
         return
-    # In a terminal even hidden characters of file names are shown: ASCII alone
+    # Invisible characters of file names are escaped in a terminal.
     text = json.dumps(content, indent=2, ensure_ascii=target == _STDOUT, allow_nan=False, default=str) + "\n"
     if target == _STDOUT:
         sys.stdout.write(text)

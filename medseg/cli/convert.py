@@ -1,4 +1,4 @@
-"""`medseg convert`: weights of public code into a bundle."""
+"""`medseg convert`: published weights for a bundle."""
 
 from __future__ import annotations
 
@@ -19,15 +19,13 @@ _SOURCES: Final = ", ".join(conversion.SOURCE_NAMES)
 
 
 def convert(
-    weights: Annotated[
-        Path, typer.Argument(help="State dict: .npz, or a file that torch.save wrote.", metavar="WEIGHTS")
-    ],
+    weights: Annotated[Path, typer.Argument(help="State dict, as .npz or in a file of torch.save.", metavar="WEIGHTS")],
     source: Annotated[
         str,
         typer.Option(
             "--from",
             metavar="SOURCE",
-            help=f"Code that the weights come from: {_SOURCES}.",
+            help=f"Code base of the weights: {_SOURCES}.",
             autocompletion=completion.weight_sources,
         ),
     ],
@@ -40,7 +38,7 @@ def convert(
         typer.Option(
             metavar="BUNDLE",
             show_default="--to names a bundle",
-            help="Bundle whose template, channels, labels, blocks and settings the new one gets.",
+            help="Bundle from which the new one takes template, channels, labels, blocks and settings.",
             autocompletion=completion.bundle_names,
         ),
     ] = None,
@@ -49,7 +47,7 @@ def convert(
         typer.Option(
             metavar="TEXT",
             show_default="all tensors",
-            help="Read only tensors whose names begin with this; it is removed from the names.",
+            help="Use only tensors whose names start with TEXT, and remove it from the names.",
         ),
     ] = "",
     settings: Annotated[
@@ -57,17 +55,17 @@ def convert(
         typer.Option(
             "--set",
             metavar="NAME=VALUE",
-            show_default="as the tensors show",
-            help="Argument of the network that tensors do not show. Repeatable.",
+            show_default="derived from the tensors",
+            help="Set an argument of the network that the tensors do not determine. Repeatable.",
         ),
     ] = None,
     reverse_channels: Annotated[
         bool,
-        typer.Option("--reverse-channels", help="The code reads images as BGR, and the bundle as RGB."),
+        typer.Option("--reverse-channels", help="Convert the first layer from BGR to RGB input."),
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the weights that the bundle has.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing weights of the bundle.")] = False,
 ) -> None:
-    """Convert a published checkpoint into the weights of a bundle; every tensor has to fit."""
+    """Convert a published checkpoint to the weights of a bundle; every tensor must match."""
     with progress(""):
         done = conversion.convert(
             weights,

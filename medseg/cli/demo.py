@@ -1,4 +1,4 @@
-"""`medseg phantoms` and `medseg demo`: the whole circle without any download."""
+"""`medseg phantoms` and `medseg demo`: the whole workflow on generated data, without downloads."""
 
 from __future__ import annotations
 
@@ -26,29 +26,27 @@ Try it on your own file:
 
 
 def phantoms(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to write the data set to.")],
-    cases: Annotated[int, typer.Option(metavar="N", help="Number of cases for training and validation.", min=2)] = 8,
-    validation: Annotated[int, typer.Option(metavar="N", help="Number of these for validation.", min=1)] = 2,
-    seed: Annotated[
-        int, typer.Option(metavar="N", help="Seed of the random shapes; equal seeds give equal bytes.", min=0)
-    ] = 0,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of the data set, created if missing.")],
+    cases: Annotated[int, typer.Option(metavar="N", help="Number of training and validation cases.", min=2)] = 8,
+    validation: Annotated[int, typer.Option(metavar="N", help="Number of validation cases among them.", min=1)] = 2,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the random shapes.", min=0)] = 0,
 ) -> None:
     """Write a data set of CT-like phantoms with exact labels (lung, liver, nodule)."""
     check_folder(folder)
     from medseg.studies.phantoms import write_phantoms
 
     write_phantoms(folder, cases=cases, validation=validation, seed=seed)
-    output.print(f"{cases - validation} cases for training, {validation} for validation, and test cases: {folder}")
+    output.print(f"{cases - validation} training, {validation} validation and some test cases: {folder}")
 
 
 def demo(
     folder: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FOLDER", help="Folder for everything that the demo makes.")
+        Path, typer.Option("--output", "-o", metavar="FOLDER", help="New folder of all files of the demo.")
     ] = Path("demo"),
 ) -> None:
-    """Generate phantoms, train a small 3D network on them, predict an unseen volume and score it.
+    """Generate phantoms, train a small 3D network, predict an unseen volume and evaluate the result.
 
-    Every step is a public command, printed before it runs.
+    Every step is a medseg command, which is printed before it runs.
     """
     if folder.is_dir() and any(folder.iterdir()):
         raise RequestError(f"'{folder}' is not empty; remove it or choose another folder with --output")

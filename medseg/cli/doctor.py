@@ -1,4 +1,4 @@
-"""`medseg doctor`: what is wrong with images and labels, and repaired copies."""
+"""`medseg doctor`: faults of images and labels, and repaired copies."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ __all__ = ["doctor"]
 
 
 def doctor(
-    path: Annotated[str, typer.Argument(help="Image, folder, data set, or its dataset.json.", metavar="PATH")],
+    path: Annotated[str, typer.Argument(help="Image, folder of images, data set, or dataset.json.", metavar="PATH")],
     fix: Annotated[
         Path | None,
         typer.Option(
-            "--fix", metavar="FOLDER", show_default="no repair", help="Write a repaired copy into this new folder."
+            "--fix", metavar="FOLDER", show_default="no repair", help="Write a repaired copy to this new folder."
         ),
     ] = None,
     bundle: Annotated[
@@ -30,14 +30,14 @@ def doctor(
         typer.Option(
             "--bundle",
             metavar="BUNDLE",
-            show_default="any",
-            help="Also check the data against the needs of a bundle.",
+            show_default="none",
+            help="Also check whether the data suit this bundle.",
             autocompletion=completion.bundle_names,
         ),
     ] = None,
     json_target: JsonTarget = None,
 ) -> None:
-    """Open every image and label, and list what is wrong, suspicious or unsuitable for a bundle.
+    """Check every image and label for errors, suspicious values and unsuitability for a bundle.
 
     The exit code is 1 if there are errors, or with --fix if errors remain in the copy.
     """

@@ -1,4 +1,4 @@
-"""`medseg evaluate`: how good a bundle is on labeled cases."""
+"""`medseg evaluate`: scores of a bundle on labeled cases."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def evaluate(
             "-o",
             metavar="FOLDER",
             show_default="runs/evaluate in the bundle",
-            help="Folder for manifest.json.",
+            help="Folder of manifest.json with the scores.",
         ),
     ] = None,
     settings: Settings = None,
@@ -37,7 +37,7 @@ def evaluate(
     trust: Trust = None,
     json_target: JsonTarget = None,
 ) -> None:
-    """Predict labeled cases and print the Dice of each label, in the labels' geometry.
+    """Predict labeled cases and print the Dice of each label, computed in the labels' geometry.
 
     The exit code is 1 if a case failed.
     """

@@ -1,4 +1,4 @@
-"""`medseg export`: a bundle's network as a file for other programs."""
+"""`medseg export`: a bundle's network for other runtimes."""
 
 from __future__ import annotations
 
@@ -27,29 +27,31 @@ def export(
         typer.Option(
             "--format",
             metavar="FORMAT",
-            help=f"Format of the file: {_FORMATS}.",
+            help=f"Format: {_FORMATS}.",
             autocompletion=completion.export_formats,
         ),
     ],
     out: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE", help="File to write: .ts, .onnx, .pt2 or .xml.")
+        Path,
+        typer.Option("--output", "-o", metavar="FILE", help="File to write, with suffix .ts, .onnx, .pt2 or .xml."),
     ],
-    half: Annotated[bool, typer.Option("--half", help="Use 16-bit weights and arithmetic; not for openvino.")] = False,
-    random: Annotated[bool, typer.Option("--random", help="Use random weights, for a bundle that has none.")] = False,
+    half: Annotated[bool, typer.Option("--half", help="Use float16 weights and arithmetic; not for openvino.")] = False,
+    random: Annotated[bool, typer.Option("--random", help="Use random weights, for a bundle without weights.")] = False,
     tolerance: Annotated[
         float | None,
         typer.Option(
-            metavar="SHARE",
+            metavar="FRACTION",
             show_default=f"{exporting.TOLERANCE[False]:g}, with --half {exporting.TOLERANCE[True]:g}",
-            help="Largest difference allowed, as a share of the largest logit.",
+            help="Largest accepted difference of the logits, relative to the largest logit.",
         ),
     ] = None,
     trust: Trust = None,
     json_target: JsonTarget = None,
 ) -> None:
-    """Write the network of a bundle for another program, and compare both on random images.
+    """Export the network of a bundle to a file for another runtime, and verify the file on random images.
 
-    ts: TorchScript, as MONAI's ckpt_export. onnx: ONNX. pt2: torch.export. openvino: OpenVINO (.xml and .bin).
+    Formats: ts is TorchScript (as of MONAI's ckpt_export), onnx is ONNX, pt2 is torch.export, openvino is OpenVINO IR
+    (.xml and .bin).
     """
     with progress(""):
         done = exporting.export(bundle, file_format, out, half=half, random=random, tolerance=tolerance, trust=trust)

@@ -1,4 +1,4 @@
-"""`medseg label serve | add-account`: annotate with bundles in 3D Slicer or OHIF."""
+"""`medseg label serve | add-account`: annotation with bundles in 3D Slicer or OHIF."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["add_account", "app", "serve"]
 
 app = typer.Typer(
     cls=Group,
-    help="Annotate with bundles in 3D Slicer or OHIF, by MONAI Label.",
+    help="Annotate images in 3D Slicer or OHIF with bundles, through MONAI Label.",
     epilog=examples("medseg label serve --studies scans", "medseg label add-account ann"),
     no_args_is_help=True,
 )
@@ -31,7 +31,9 @@ app = typer.Typer(
 State = Annotated[
     Path,
     typer.Option(
-        metavar="FOLDER", show_default="~/.local/share/medseg-label", help="Folder for accounts, models and logs."
+        metavar="FOLDER",
+        show_default="~/.local/share/medseg-label",
+        help="Folder of accounts, trained bundles and logs.",
     ),
 ]
 
@@ -44,15 +46,13 @@ State = Annotated[
     ),
 )
 def serve(
-    studies: Annotated[
-        str, typer.Option(metavar="FOLDER|URL", help="Folder of images, or address of a DICOMweb store.")
-    ],
+    studies: Annotated[str, typer.Option(metavar="FOLDER|URL", help="Folder of images, or URL of a DICOMweb store.")],
     bundles: Annotated[
         list[Path] | None,
         typer.Option(
             metavar="FOLDER",
             show_default="the shipped bundles",
-            help="Bundle folder, or folder of bundles, to serve. Repeatable.",
+            help="Folder of a bundle, or of several bundles. Repeatable.",
         ),
     ] = None,
     models: Annotated[
@@ -68,7 +68,7 @@ def serve(
     host: Annotated[str, typer.Option(metavar="ADDRESS", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(metavar="PORT", help="Port to listen on, 1 to 65535.")] = 8000,
     no_login: Annotated[
-        bool, typer.Option("--no-login", help="Let everyone on this machine in without a password.")
+        bool, typer.Option("--no-login", help="Require no password; only for addresses of this machine.")
     ] = False,
     tls_certificate: Annotated[
         Path | None, typer.Option(metavar="FILE", show_default="no TLS", help="PEM file of the server's certificate.")
@@ -77,13 +77,13 @@ def serve(
         Path | None, typer.Option(metavar="FILE", show_default="no TLS", help="PEM file of the certificate's key.")
     ] = None,
     behind_proxy: Annotated[
-        bool, typer.Option("--behind-proxy", help="A proxy in front of this server encrypts the connections.")
+        bool, typer.Option("--behind-proxy", help="A proxy in front of this server terminates TLS.")
     ] = False,
 ) -> None:
-    """Serve bundles to viewers: they segment, annotators correct, and the bundles are trained further.
+    """Serve bundles to viewers for segmentation, correction of the masks, and fine-tuning on them.
 
-    It listens on this machine only and asks for a login, unless the options say otherwise. It needs MONAI Label, in an
-    environment of its own.
+    By default the server listens on this machine only and requires a login. It needs MONAI Label, in a separate
+    environment.
     """
     _check_tls(tls_certificate, tls_key)
     options = LabelOptions(
@@ -100,15 +100,15 @@ def serve(
     try:
         label_server.serve(options, say=output.print, certificate=tls_certificate, key=tls_key)
     except KeyboardInterrupt:
-        notes.print("The label server is stopped.")
+        notes.print("Label server stopped.")
 
 
 def _check_tls(certificate: Path | None, key: Path | None) -> None:
     if (certificate is None) != (key is None):
-        raise RequestError("--tls-certificate and --tls-key belong together: give both, or neither")
+        raise RequestError("TLS needs both --tls-certificate and --tls-key: give both, or neither")
     for path in (certificate, key):
         if path is not None and not path.is_file():
-            raise RequestError(f"no file '{path}': TLS needs a certificate and its key, as PEM files")
+            raise RequestError(f"no such file '{path}': TLS needs a certificate and its key, as PEM files")
 
 
 @app.command(
@@ -117,12 +117,12 @@ def _check_tls(certificate: Path | None, key: Path | None) -> None:
     epilog=examples("medseg label add-account ann", "medseg label add-account ann < password.txt"),
 )
 def add_account(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Letters, digits, and . _ - @")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of letters, digits, and . _ - @")],
     state: State = default_state(),  # noqa: B008  (read once, at start)
 ) -> None:
-    """Add an account for the label server, or give one another password.
+    """Add an account of the label server, or change its password.
 
-    The password is asked for, or read from standard input.
+    The password is read from the terminal without echo, or from standard input.
     """
     folder = state.expanduser()
     check_folder(folder)

@@ -1,7 +1,7 @@
-"""Tables that fit the terminal without cutting anything.
+"""Tables that fit the width of the terminal without truncating anything.
 
-A table that is too wide first wraps its names and texts, then has its columns printed as rows, and at last becomes a
-paragraph for each row. Numbers are never wrapped. Where standard output is no terminal, nothing is squeezed.
+In a table that is too wide, names and texts are wrapped first, then the table is transposed, and finally each row
+becomes a paragraph. Numbers are never wrapped. If standard output is not a terminal, the width is unlimited.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ __all__ = ["Column", "layout", "show_table", "wrap"]
 
 _GAP: Final = "  "
 _INDENT: Final = "  "
-# Narrower than this a name is hard to read.
+# Narrower names are hard to read.
 _NARROWEST: Final = 12
-# With more rows than this, columns printed as rows are hard to read.
+# Transposed tables of more rows are hard to read.
 _MAX_TRANSPOSED: Final = 8
-# Names break after these signs if they have to.
+# Long names break after these characters.
 _PIECES: Final = re.compile(r"[^\s_/.,:-]*[_/.,:-]*")
 
 
@@ -34,8 +34,8 @@ class Column:
     """A column of a table.
 
     Attributes:
-        name: Head of the column.
-        number: Whether it holds numbers, which are aligned to the right and never wrapped.
+        name: Header of the column.
+        number: Whether the cells are numbers, which are right-aligned and never wrapped.
     """
 
     name: str
@@ -54,22 +54,22 @@ class _Cell:
 
     @property
     def narrowest(self) -> int:
-        """Width below which it is cut, or hard to read."""
+        """Smallest width at which the cell is not truncated and still readable."""
         return self.width if self.number else min(self.width, _NARROWEST)
 
     @property
     def whole(self) -> int:
-        """Width at which it is wrapped between words alone."""
+        """Smallest width at which the cell is wrapped between words only."""
         return max(self.narrowest, *map(cell_len, self.text.split()), 0)
 
 
 def show_table(columns: Sequence[Column | str], rows: Sequence[Sequence[Any]], *, title: str = "") -> None:
-    """Print a table to standard output, as wide as the terminal at most.
+    """Print a table to standard output, at most as wide as the terminal.
 
     Args:
-        columns: Heads; a text is the head of a column of names or texts.
-        rows: For each row as many cells as there are columns: texts, or `rich.text.Text` with a style.
-        title: Printed above the table.
+        columns: Headers; a string is the header of a text column.
+        rows: Rows with one cell per column: strings, or `rich.text.Text` with a style.
+        title: Title above the table.
     """
     width = output.width if output.is_terminal else None
     if title:
@@ -79,12 +79,12 @@ def show_table(columns: Sequence[Column | str], rows: Sequence[Sequence[Any]], *
 
 
 def layout(columns: Sequence[Column | str], rows: Sequence[Sequence[Any]], *, width: int | None) -> list[Text]:
-    """Return the lines of a table, none wider than `width` cells as far as its numbers allow.
+    """Return the lines of a table, none wider than `width` unless its numbers need more.
 
     Args:
-        columns: Heads, as for `show_table`.
+        columns: Headers, as for `show_table`.
         rows: Cells, as for `show_table`.
-        width: Cells of a line; None for any.
+        width: Width in terminal cells, or None if unlimited.
     """
     known = [column if isinstance(column, Column) else Column(column) for column in columns]
     head = [_Cell(visible(column.name), "bold") for column in known]
@@ -93,10 +93,10 @@ def layout(columns: Sequence[Column | str], rows: Sequence[Sequence[Any]], *, wi
     if width is None or _narrowest(head, body) <= width:
         return _lines(head, body, right, width)
     first, *others = zip(*body, strict=True)
-    turned = [[name, *cells] for name, cells in zip(head[1:], others, strict=True)]
-    turned_head = [head[0], *(_Cell(cell.text, "bold") for cell in first)]
-    if len(body) <= _MAX_TRANSPOSED and _narrowest(turned_head, turned) <= width:
-        return _lines(turned_head, turned, [False, *(True for _ in body)], width)
+    transposed = [[name, *cells] for name, cells in zip(head[1:], others, strict=True)]
+    transposed_head = [head[0], *(_Cell(cell.text, "bold") for cell in first)]
+    if len(body) <= _MAX_TRANSPOSED and _narrowest(transposed_head, transposed) <= width:
+        return _lines(transposed_head, transposed, [False, *(True for _ in body)], width)
     return [line for row in body for line in _paragraph(head, row, width)]
 
 
@@ -107,7 +107,7 @@ def _cell(value: Any, number: bool) -> _Cell:
 
 
 def _narrowest(head: Sequence[_Cell], body: Sequence[Sequence[_Cell]]) -> int:
-    """Return the width below which a table would have to cut something."""
+    """Return the smallest width at which no cell of a table is truncated."""
     return sum(_smallest_widths(head, body)) + len(_GAP) * (len(head) - 1)
 
 
@@ -118,14 +118,14 @@ def _smallest_widths(head: Sequence[_Cell], body: Sequence[Sequence[_Cell]]) -> 
 def _lines(
     head: Sequence[_Cell], body: Sequence[Sequence[_Cell]], right: Sequence[bool], width: int | None
 ) -> list[Text]:
-    """Return head, rule and rows."""
+    """Return header, rule and rows."""
     widths = _widths(head, body, width)
     rule = Text(_GAP.join("─" * each for each in widths), style="dim")
     return [*_row(head, widths, right), rule, *(line for row in body for line in _row(row, widths, right))]
 
 
 def _widths(head: Sequence[_Cell], body: Sequence[Sequence[_Cell]], width: int | None) -> list[int]:
-    """Return the widths of the columns: as needed, the widest ones narrowed until all fit, those of names last."""
+    """Return the column widths; the widest text columns are narrowed until the table fits."""
     columns = list(zip(head, *body, strict=True))
     widths = [max(cell.width for cell in column) for column in columns]
     if width is None:
@@ -139,7 +139,7 @@ def _widths(head: Sequence[_Cell], body: Sequence[Sequence[_Cell]], width: int |
 
 
 def _row(cells: Sequence[_Cell], widths: Sequence[int], right: Sequence[bool]) -> list[Text]:
-    """Return the lines of a row, of which wrapped cells need several."""
+    """Return the lines of a row, several if cells are wrapped."""
     wrapped = [wrap(cell.text, width) for cell, width in zip(cells, widths, strict=True)]
     lines = []
     for number in range(max(map(len, wrapped))):
@@ -155,7 +155,7 @@ def _row(cells: Sequence[_Cell], widths: Sequence[int], right: Sequence[bool]) -
 
 
 def _paragraph(head: Sequence[_Cell], row: Sequence[_Cell], width: int) -> list[Text]:
-    """Return a row as its first cell and below it the others, each with its head."""
+    """Return a row as a paragraph: its first cell, and below it the other cells, each after its header."""
     lines = [Text(piece, style="bold") for piece in wrap(row[0].text, width)]
     items = [f"{name.text} {cell.text}" for name, cell in zip(head[1:], row[1:], strict=True) if cell.text]
     line = ""
@@ -169,7 +169,7 @@ def _paragraph(head: Sequence[_Cell], row: Sequence[_Cell], width: int) -> list[
 
 
 def wrap(text: str, width: int) -> list[str]:
-    """Break a text at spaces, within words after signs such as `_`, and within their parts if it must be."""
+    """Break a text at spaces, within long words after characters such as `_`, and elsewhere only if necessary."""
     lines = [""]
     for word in text.split():
         gap = " " if lines[-1] else ""

@@ -1,4 +1,4 @@
-"""What a command's loggers print: the warnings of medseg at its end, each kind once; nothing of other packages."""
+"""Logging of the commands: warnings of medseg once per kind at the end, nothing of other packages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _OURS: Final = "medseg"
 
 @contextmanager
 def warnings_at_the_end() -> Iterator[None]:
-    """Gather the warnings of medseg's loggers, and print them when the command ends, however it ends."""
+    """Collect the warnings of medseg's loggers, and print them when the command ends, even with an error."""
     gathered = _Gathered()
     logger = logging.getLogger(_OURS)
     logger.addHandler(gathered)
@@ -35,14 +35,14 @@ def warnings_at_the_end() -> Iterator[None]:
 
 
 def show_debug_log() -> None:
-    """Print, until the command ends, what medseg's loggers write below warnings."""
+    """Print the records of medseg's loggers below warnings until the command ends."""
     logger = logging.getLogger(_OURS)
     logger.setLevel(logging.DEBUG)
     logger.addHandler(_debug_log)
 
 
 def let_everyone_log() -> None:
-    """Leave all records to the log of a server, which begins here, for the rest of the command."""
+    """Stop collecting records, since a server configures its own logging for the rest of the command."""
     _QuietLogger.quiet = False
     logger = logging.getLogger(_OURS)
     for handler in list(logger.handlers):
@@ -51,7 +51,7 @@ def let_everyone_log() -> None:
 
 
 class _DebugLog(logging.Handler):
-    """Prints records; warnings come at the end of the command."""
+    """Prints records below warnings, which are printed at the end of the command."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno < logging.WARNING:
@@ -62,7 +62,7 @@ _debug_log = _DebugLog()
 
 
 class _Gathered(logging.Handler):
-    """Keeps warnings, with the names of their cases."""
+    """Collects warnings with the names of their cases."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -74,7 +74,7 @@ class _Gathered(logging.Handler):
 
 
 class _QuietLogger(logging.Logger):
-    """A logger that prints nothing while a command runs, unless it is ours; libraries bring handlers of their own."""
+    """Logger that drops records of other packages while a command runs, even for handlers of these packages."""
 
     quiet = False
 
@@ -85,14 +85,14 @@ class _QuietLogger(logging.Logger):
 
 @contextmanager
 def _without_libraries() -> Iterator[None]:
-    """Keep what other packages log and warn of out of the terminal; our errors and warnings say what matters."""
+    """Hide logs and Python warnings of other packages; medseg reports relevant problems itself."""
     usual, no_handler = logging.getLoggerClass(), logging.NullHandler()
-    # Loggers are made whenever a package is imported, which for most comes later.
+    # Existing loggers are changed here; most packages are imported later and use the new logger class.
     for logger in logging.root.manager.loggerDict.values():
         if type(logger) is logging.Logger:
             logger.__class__ = _QuietLogger
     logging.setLoggerClass(_QuietLogger)
-    # Without any handler Python would print what reaches the root.
+    # Without a handler, Python would print records that reach the root logger.
     logging.root.addHandler(no_handler)
     _QuietLogger.quiet = True
     try:

@@ -1,4 +1,4 @@
-"""What the commands share on the command line: global options, `--json [FILE]`, common options, pages with examples."""
+"""Options shared by the commands: global options, `--json [FILE]`, common options, and help pages with examples."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ __all__ = [
 
 _GLOBAL: Final = ("quiet", "verbose", "log_format")
 _PANEL: Final = "Messages"
-# Typer has no public name for it
+# Typer exports no public name for it.
 _UsageError: Any = typer.BadParameter.__base__
 
 
 class LogFormat(str, Enum):
-    """Form of the messages on standard error."""
+    """Format of the messages on standard error."""
 
     text = "text"
     json = "json"
@@ -62,7 +62,7 @@ def _be_verbose(given: bool) -> None:
 
 def _check_verbosity() -> None:
     if verbosity.quiet and verbosity.verbose:
-        raise RequestError("--quiet and --verbose exclude each other: give one of them")
+        raise RequestError("--quiet and --verbose are mutually exclusive: give one of them")
 
 
 def _set_format(given: LogFormat) -> None:
@@ -70,15 +70,13 @@ def _set_format(given: LogFormat) -> None:
 
 
 def _check_json(target: str | None) -> str | None:
-    """Refuse a file that is hardly meant to be replaced, before any work is done."""
+    """Refuse a target that is probably an input, such as an image, before any work is done."""
     if target not in (None, "-"):
         path = Path(str(target))
         if path.suffix.lower() != ".json":
-            raise RequestError(
-                f"--json {target}: the name of the file must end in .json; for standard output put --json last"
-            )
+            raise RequestError(f"--json {target}: the file name must end in .json; for standard output put --json last")
         if not path.absolute().parent.is_dir():
-            raise RequestError(f"--json {target}: no folder '{path.parent}'; make it first")
+            raise RequestError(f"--json {target}: no folder '{path.parent}'; create it first")
     reserve_stdout(target)
     return target
 
@@ -103,7 +101,7 @@ Verbose = Annotated[
         is_eager=True,
         expose_value=False,
         rich_help_panel=_PANEL,
-        help="List every skipped file, and print medseg's debug log.",
+        help="List every skipped file, and print the debug log.",
     ),
 ]
 LogFormatOption = Annotated[
@@ -114,13 +112,15 @@ LogFormatOption = Annotated[
         is_eager=True,
         expose_value=False,
         rich_help_panel=_PANEL,
-        help="Form of progress, warnings and errors on standard error; json: one JSON object per line.",
+        help="Format of progress, warnings and errors on standard error; json writes one object per line.",
     ),
 ]
 BundleName = Annotated[
     str,
     typer.Argument(
-        help="Bundle folder, or name of a shipped bundle.", metavar="BUNDLE", autocompletion=completion.bundle_names
+        help="Folder of a bundle, or name of a shipped bundle.",
+        metavar="BUNDLE",
+        autocompletion=completion.bundle_names,
     ),
 ]
 Settings = Annotated[
@@ -129,7 +129,7 @@ Settings = Annotated[
         "--set",
         metavar="NAME=VALUE",
         show_default="the bundle's settings",
-        help="Change a setting of the bundle; the value is JSON or text. Repeatable.",
+        help="Override a setting of the bundle; VALUE is JSON or text. Repeatable.",
         autocompletion=completion.setting_names,
     ),
 ]
@@ -138,29 +138,32 @@ Device = Annotated[
     typer.Option(
         metavar="DEVICE",
         show_default="device_name of the bundle",
-        help="Device to compute on: auto, cpu, cuda or cuda:N.",
+        help="Computing device: auto, cpu, cuda or cuda:N.",
         autocompletion=completion.devices,
     ),
 ]
 DataSet = Annotated[
     Path,
     typer.Option(
-        "--data", "-d", metavar="DATASET", help="Folder with dataset.json, or with images/, labels/ and split.json."
+        "--data",
+        "-d",
+        metavar="DATASET",
+        help="Folder of the data set, with dataset.json, or with images/, labels/ and split.json.",
     ),
 ]
 Split = Annotated[
-    str, typer.Option(metavar="SPLIT", help="Cases to use: val, train or test.", autocompletion=completion.splits)
+    str, typer.Option(metavar="SPLIT", help="Split to use: val, train or test.", autocompletion=completion.splits)
 ]
 Strict = Annotated[
     bool,
-    typer.Option("--strict", help="Treat warnings as errors: a case with one fails, and nothing is written for it."),
+    typer.Option("--strict", help="Treat warnings as errors: a case with a warning fails without output."),
 ]
 Trust = Annotated[
     str | None,
     typer.Option(
         metavar="SHA256",
         show_default="declarative bundles only",
-        help="Run this bundle although it contains executable code, if it has this fingerprint.",
+        help="Run a bundle that contains executable code, if its fingerprint (see bundle inspect) is SHA256.",
     ),
 ]
 JsonTarget = Annotated[
@@ -170,22 +173,21 @@ JsonTarget = Annotated[
         metavar="[FILE]",
         callback=_check_json,
         show_default=False,
-        help="Write the result as JSON to FILE (.json); without FILE to standard output, which then holds nothing "
-        "else.",
+        help="Write the result as JSON to FILE (.json), or without FILE to standard output, in place of the tables.",
     ),
 ]
 
 
 class Command(TyperCommand):
-    """A command that takes the global options too, and `--json` with or without a file."""
+    """Command that also accepts the global options, and `--json` with or without a file."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        # Typer keeps the line breaks of all paragraphs but the first
+        # Typer keeps the line breaks of all paragraphs except the first.
         self.help = "\n\n".join(" ".join(each.split()) for each in (self.help or "").split("\n\n"))
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Read the command line; errors in it are ours."""
+        """Parse the command line and raise usage errors as `RequestError`."""
         try:
             return list(super().parse_args(ctx, _with_json_target(args)))
         except _UsageError as error:
@@ -197,17 +199,17 @@ class Command(TyperCommand):
 
 
 class Group(TyperGroup):
-    """A group of commands that takes the global options too."""
+    """Group of commands that also accepts the global options."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Read the command line up to the name of the command; errors in it are ours."""
+        """Parse the command line up to the command's name and raise usage errors as `RequestError`."""
         try:
             return list(super().parse_args(ctx, args))
         except _UsageError as error:
             raise _refused(error, ctx) from error
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Find the command; an unknown one is an error of ours."""
+        """Find the command and raise `RequestError` if it is unknown."""
         try:
             return super().resolve_command(ctx, args)
         except _UsageError as error:
@@ -220,7 +222,7 @@ class Group(TyperGroup):
 
 def _refused(error: Any, ctx: Any) -> Exception:
     if type(error).__name__ == "NoArgsIsHelpError":
-        return error  # type: ignore[no-any-return]  # not an error: the help page
+        return error  # type: ignore[no-any-return]  # no error: Typer prints the help page
     fault = error.format_message()
     return RequestError(f"{fault}{'' if fault.endswith(('.', '?')) else '.'} See `{ctx.command_path} --help`")
 
@@ -230,14 +232,20 @@ def _with_global_options(params: list[Any], ctx: Any) -> list[Any]:
     root = ctx.find_root().command
     known = params + [param for param in root.params if param.name in _GLOBAL and param.name not in own]
     for param in known:
-        # A switch takes no value, whose type could be named
-        if getattr(param, "is_flag", False) and param.metavar is None:
+        # Typer would print Python types, such as list[Path], for arguments, and a type even for flags.
+        if param.param_type_name == "argument":
+            param.display_type_rich = _no_type
+        elif getattr(param, "is_flag", False) and param.metavar is None:
             param.metavar = ""
     return known
 
 
+def _no_type(ctx: Any) -> None:
+    """Show no type of an argument on help pages."""
+
+
 def _with_json_target(args: list[str]) -> list[str]:
-    """Give `--json` standard output as its value where none follows."""
+    """Insert `-` (standard output) as the value of `--json` if none follows."""
     found: list[str] = []
     for number, argument in enumerate(args):
         if argument == "--":
@@ -248,12 +256,12 @@ def _with_json_target(args: list[str]) -> list[str]:
 
 
 def examples(*commands: str) -> str:
-    """Return the end of a help page: the commands as they are typed."""
+    """Return the section of a help page with example commands."""
     return "\n".join(["[bold]Examples[/]", *map(escape, commands)])
 
 
 def with_options(settings: list[str] | None, **values: str | float | None) -> list[str]:
-    """Return the settings with those among them that have options of their own, as far as these were given."""
+    """Return the settings, extended by the values of options that set one, if given."""
     return [
         *(settings or []),
         *(f"{name}={json.dumps(value)}" for name, value in values.items() if value not in (None, "")),

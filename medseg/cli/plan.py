@@ -1,4 +1,4 @@
-"""`medseg plan`: from a labeled data set to a bundle that can be trained."""
+"""`medseg plan`: a bundle for training, planned from a labeled data set."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def plan(
     data: Annotated[
         Path,
         typer.Argument(
-            help="Folder with dataset.json, with imagesTr/ and labelsTr/, or with images/ and labels/.",
+            help="Folder of the data set, with dataset.json, imagesTr/ and labelsTr/, or images/ and labels/.",
             metavar="DATASET",
         ),
     ],
@@ -32,14 +32,14 @@ def plan(
         str,
         typer.Option(
             metavar="NETWORK",
-            help=f"{', '.join(NETWORKS).lower()}; with +selfreg its features are regularized.",
+            help=f"Network: {', '.join(NETWORKS).lower()}; with +selfreg for self-regularized training.",
             autocompletion=completion.networks,
         ),
     ] = "unet",
     dims: Annotated[
         int | None,
         typer.Option(
-            min=2, max=3, metavar="N", show_default="those of the images", help="Refuse data of other dimensions."
+            min=2, max=3, metavar="N", show_default="as the images", help="Spatial dimensions that the data must have."
         ),
     ] = None,
     memory: Annotated[
@@ -47,7 +47,7 @@ def plan(
         typer.Option(
             metavar="SIZE",
             show_default="8G",
-            help="Limit of the device memory for training, in bytes, or with K, M, G or T (powers of 1024).",
+            help="Device memory for training, in bytes or with K, M, G or T (powers of 1024).",
         ),
     ] = "",
     budget: Annotated[
@@ -55,26 +55,26 @@ def plan(
         typer.Option(
             metavar="TIME",
             show_default="no limit",
-            help="Limit of the time for training and validation here, in seconds, or with m, h or d.",
+            help="Time for training and validation on this machine, in seconds or with m, h or d.",
         ),
     ] = "",
     name: Annotated[
         str,
         typer.Option(
             metavar="NAME",
-            show_default="made from data set and network",
+            show_default="from data set and network",
             help="Name of the bundle: TARGET_MODALITY_NETWORK.",
         ),
     ] = "",
     settings: Settings = None,
     device: Device = None,
     measure: Annotated[
-        bool, typer.Option("--measure/--no-measure", help="Measure a training step of the planned network.")
+        bool, typer.Option("--measure/--no-measure", help="Measure time and memory of a training step.")
     ] = True,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an untrained bundle.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing untrained bundle.")] = False,
     json_target: JsonTarget = None,
 ) -> None:
-    """Choose grid, patch size, network and schedule for a data set, and write them as an untrained bundle."""
+    """Plan spacing, patch size, network and schedule for a data set, and write an untrained bundle."""
     with progress("cases") as report:
         made = api.plan(
             data,

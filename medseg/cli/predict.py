@@ -32,7 +32,7 @@ def predict(
         list[Path], typer.Argument(help="Images, a folder of images, or a dataset.json.", metavar="INPUT")
     ],
     out: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FOLDER", help="Folder for the masks and manifest.json.")
+        Path, typer.Option("--output", "-o", metavar="FOLDER", help="Folder of the masks and manifest.json.")
     ],
     also: Annotated[
         list[str] | None,
@@ -40,7 +40,7 @@ def predict(
             "--with",
             metavar="BUNDLE",
             show_default="no ensemble",
-            help="Ensemble with BUNDLE. Repeatable.",
+            help="Ensemble with this bundle. Repeatable.",
             autocompletion=completion.bundle_names,
         ),
     ] = None,
@@ -52,7 +52,7 @@ def predict(
             "--max-memory",
             metavar="SIZE",
             show_default="max_memory of the bundle",
-            help="Largest memory use in bytes, or with K, M, G or T (powers of 1024), such as 2G.",
+            help="Memory limit, in bytes or with K, M, G or T (powers of 1024), such as 2G.",
         ),
     ] = None,
     output_format: Annotated[
@@ -61,7 +61,7 @@ def predict(
             "--format",
             metavar="FORMAT",
             show_default="the format of the input",
-            help="Format of the masks.",
+            help="File format of the masks, such as nifti, nrrd or dicom-seg.",
             autocompletion=completion.mask_formats,
         ),
     ] = None,
@@ -71,16 +71,18 @@ def predict(
             "--mpp",
             metavar="MICROMETERS",
             show_default="microns_per_pixel of the bundle",
-            help="Resolution (µm/px) the model was trained at, for slides.",
+            help="Resolution (µm/px) the model was trained at, for whole-slide images.",
         ),
     ] = None,
-    overlay: Annotated[bool, typer.Option("--overlay", help="Also draw each mask over its image.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Skip what an earlier run has finished.")] = False,
+    overlay: Annotated[
+        bool, typer.Option("--overlay", help="Also write an overlay of each mask on its image, as PNG.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Skip the cases that an earlier run has finished.")] = False,
     strict: Strict = False,
     trust: Trust = None,
     json_target: JsonTarget = None,
 ) -> None:
-    """Write a mask for every image, in the image's geometry and under its name.
+    """Segment images: write a mask for each image, with the image's geometry and file name.
 
     The exit code is 1 if a case failed.
     """
@@ -107,7 +109,7 @@ def predict(
 
 
 def print_skipped(items: Sequence[Skipped]) -> None:
-    """List what is not predicted: by reason, with the first names, or with `--verbose` every file."""
+    """List the skipped inputs: each reason with the first names, or every file with `--verbose`."""
     reasons: dict[str, list[str]] = {}
     for item in items:
         reasons.setdefault(item.reason, []).append(item.path)
@@ -123,7 +125,7 @@ def print_skipped(items: Sequence[Skipped]) -> None:
 
 
 class _Announcement:
-    """Prints before the work what it will take: for the first image, since the others are mostly alike."""
+    """Prints the forecast of the first image before it runs; those of the others are usually similar."""
 
     def __init__(self) -> None:
         self.said = False
@@ -139,7 +141,7 @@ def _summarize(manifest: Manifest, out: Path) -> None:
         notes.print(note)
     print_failures(manifest)
     counts, before = manifest.counts, len(manifest.earlier)
-    skipped = f", {before} done before" if before else ""
+    skipped = f", {before} finished earlier" if before else ""
     output.print(
         f"{counts['done'] - before} masks written{skipped}, {counts['failed']} failed; see {out / 'manifest.json'}"
     )

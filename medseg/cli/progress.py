@@ -1,4 +1,4 @@
-"""Progress with the time elapsed and left: a bar in a terminal, a line now and then in a log, or JSON objects."""
+"""Progress with elapsed and remaining time: a bar in a terminal, periodic lines in a log, or JSON objects."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ __all__ = ["progress"]
 _SECONDS_BETWEEN_LINES: Final = 20.0
 _BAR_WIDTH: Final = 20
 _LOADING: Final = "loading ..."
-# Invalid requests are refused sooner, and torch takes longer to import.
+# Invalid requests fail before this, and importing torch takes longer.
 _SECONDS_BEFORE_LOADING: Final = 0.3
 
 
 @contextmanager
 def progress(unit: str) -> Iterator[Report]:
-    """Show how far the work is, from the moment it starts.
+    """Show the progress of the body.
 
     Args:
-        unit: What is counted, in the plural; "" where the notes say it, since it changes on the way.
+        unit: Unit of the count, in the plural; empty if it varies and the notes name it.
 
     Yields:
-        A function that takes the amount done, the total and a note.
+        Function that takes the amount done, the total and a note.
     """
     if verbosity.quiet:
         yield lambda *_: None
@@ -48,7 +48,7 @@ def progress(unit: str) -> Iterator[Report]:
             try:
                 yield _Bar(bar, unit)
             except BaseException:
-                bar.live.transient = True  # only the error stays
+                bar.live.transient = True  # only the error remains
                 raise
     else:
         lines = _Lines(unit)
@@ -59,7 +59,7 @@ def progress(unit: str) -> Iterator[Report]:
 
 
 class _Times:
-    """Time since the start, and time left at the mean speed of what is counted now."""
+    """Elapsed time, and remaining time at the mean speed of the current count."""
 
     def __init__(self) -> None:
         self.began = time.monotonic()
@@ -68,10 +68,10 @@ class _Times:
         self._end: float | None = None
 
     def update(self, done: float, total: int) -> None:
-        """Take in how much is done now."""
+        """Update the amount done."""
         now = time.monotonic()
         if done < self._last[0] or total != self._last[1]:
-            # Something else is counted now, or for the first time
+            # A new count starts.
             self._start = (now, done)
         self._last = (done, total)
         since, first = self._start
@@ -79,12 +79,12 @@ class _Times:
 
     @property
     def elapsed(self) -> float:
-        """Seconds since the start."""
+        """Elapsed time in seconds."""
         return time.monotonic() - self.began
 
     @property
     def left(self) -> float | None:
-        """Seconds left; None as long as the speed is unknown."""
+        """Remaining time in seconds, or None while the speed is unknown."""
         return None if self._end is None else max(0.0, self._end - time.monotonic())
 
     def __str__(self) -> str:
@@ -99,10 +99,10 @@ class _TimesColumn(ProgressColumn):
 
 
 class _Display(Progress):
-    """A bar, and the note on a line of its own, so that neither is cut."""
+    """Bar with the note on a separate line, so that neither is truncated."""
 
     def get_renderables(self) -> Iterator[RenderableType]:
-        """Give the lines."""
+        """Yield the lines."""
         yield self.make_tasks_table(self.tasks)
         for task in self.tasks:
             yield Text("\n".join(wrap(task.description, stderr.width)))
@@ -121,7 +121,7 @@ class _Bar:
         self.unit = unit
         self.times = _Times()
         self.task = bar.add_task(_LOADING, total=None, count="", times=self.times)
-        bar.refresh()  # the import of torch may hold up the thread that does so
+        bar.refresh()  # the refresh thread may be blocked by the import of torch
 
     def __call__(self, done: float, total: int, note: str) -> None:
         self.bar.live.transient = False
@@ -131,7 +131,7 @@ class _Bar:
 
 
 class _Lines:
-    """Progress for logs: a line soon after the start, then one every twenty seconds."""
+    """Progress for logs: a line shortly after the start, then one every twenty seconds."""
 
     def __init__(self, unit: str) -> None:
         self.unit = unit
@@ -172,7 +172,7 @@ def _write(line: str) -> None:
 
 
 def _clock(seconds: float) -> str:
-    """Return a time as minutes and seconds, or hours, minutes and seconds."""
+    """Format a time as `M:SS`, or as `H:MM:SS` from one hour."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,4 +1,4 @@
-"""`medseg prune`: which level of a trained UNet++ is enough."""
+"""`medseg prune`: accuracy and cost of the pruning levels of a trained UNet++."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def prune(
         float | None,
         typer.Option(
             metavar="DICE",
-            show_default="levels are compared only",
-            help="Write the smallest level whose Dice is at most this much below the best.",
+            show_default="only compare levels",
+            help="Write the smallest level whose Dice is at most DICE below the best.",
         ),
     ] = None,
     out: Annotated[
@@ -35,8 +35,8 @@ def prune(
             "--output",
             "-o",
             metavar="FOLDER",
-            show_default="none; needed with --select",
-            help="New folder for the bundle of the selected level.",
+            show_default="none; required with --select",
+            help="New folder of the bundle with the selected level.",
         ),
     ] = None,
     settings: Settings = None,
@@ -44,9 +44,9 @@ def prune(
     trust: Trust = None,
     json_target: JsonTarget = None,
 ) -> None:
-    """Compare the levels that a trained UNet++ can be pruned to, and write the smallest that is accurate enough.
+    """Compare the pruning levels of a trained UNet++, and write the smallest that is accurate enough.
 
-    Each level runs in a process of its own. Dice and IoU are means over labels and cases, in the labels' geometry.
+    Each level runs in a separate process. Dice and IoU are means over labels and cases, in the labels' geometry.
     """
     with progress("passes") as report:
         table = pruning.prune(

@@ -1,9 +1,10 @@
-"""What commands print of their typed results."""
+"""Tables and summaries of the typed results of commands."""
 
 from __future__ import annotations
 
 import math
 import shlex
+from pathlib import PurePosixPath
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Final, TypeGuard
 
@@ -41,7 +42,7 @@ _KEY: Final = "val_mean_dice"
 
 
 def print_plan(made: Plan, data: Path) -> None:
-    """Print the choices with their reasons, the forecast and the next command."""
+    """Print the plan's choices with their reasons, the forecast and the next command."""
     from medseg.planning.model_card import choice_lines, forecast_rows
 
     for line in choice_lines(made):
@@ -56,7 +57,7 @@ def print_plan(made: Plan, data: Path) -> None:
 
 
 def print_next(*arguments: str) -> None:
-    """Print the command that is usually next."""
+    """Print the suggested next command."""
     output.print("next:")
     output.print(f"  {shlex.join(['medseg', *arguments])}", highlight=False)
 
@@ -72,7 +73,7 @@ def print_comparison(found: Comparison) -> None:
     title = f"Dice, {found.cases} cases of {found.patients} patients"
     show_table([Column("run"), *(Column(name, number=True) for name in columns)], rows, title=title)
     if found.left_out:
-        output.print(f"{len(found.left_out)} cases are skipped: not all runs have scored them")
+        output.print(f"skipped {len(found.left_out)} cases that not all runs have scored")
     output.print(found.verdict)
 
 
@@ -84,7 +85,7 @@ def _difference(difference: Difference | None) -> tuple[str, str, str]:
 
 
 def print_prune(result: PruneTable) -> None:
-    """Print the levels, the selected one in bold."""
+    """Print the pruning levels, the selected one in bold."""
     memory = "on the CUDA device" if result.device.startswith("cuda") else "process, libraries included"
     numbers = ("weights", "MB", f"peak MiB ({memory})", "ms/case (network, median)", "Dice", "IoU")
     rows = []
@@ -96,27 +97,29 @@ def print_prune(result: PruneTable) -> None:
     title = f"{result.bundle}, {result.cases} cases of '{result.split}', {result.device}"
     show_table([Column("level"), *(Column(name, number=True) for name in numbers)], rows, title=title)
     if result.selected is not None:
-        output.print(f"{result.selected} is written: {result.root}")
+        output.print(f"{result.selected} written: {result.root}")
 
 
 def print_export(done: ExportResult) -> None:
-    """Print the file, its free axes and its differences from the network."""
+    """Print the file, its dynamic axes and its differences from the network."""
     output.print(f"{done.path}: {done.bytes / 1e6:.2f} MB")
-    output.print(f"free: {done.free or 'nothing: batch and size are fixed'}")
+    output.print(f"dynamic axes: {done.free or 'none: batch and size are fixed'}")
     for one in done.differences:
         output.print(
-            f"{by(one.shape)}: largest difference {one.difference:.1e} of logits up to {one.largest:.1f}, "
-            f"{one.changed:.4%} of the voxels get another label"
+            f"{by(one.shape)}: largest difference {one.difference:.1e} for logits up to {one.largest:.1f}, "
+            f"{one.changed:.4%} of the voxels change their label"
         )
 
 
 def print_conversion(done: Conversion) -> None:
-    """Print which tensors were taken over, and where the weights are."""
+    """Print the number of converted tensors, the skipped ones and the file of the weights."""
     lines = [f"{done.network} from {done.source}: {done.tensors} tensors with {done.parameters} parameters"]
     if done.left_out:
-        lines.append(f"skipped, because the network never uses them ({len(done.left_out)}): {', '.join(done.left_out)}")
+        lines.append(f"skipped {len(done.left_out)} tensors that the network never uses: {', '.join(done.left_out)}")
     if done.background:
-        lines.append("added: a channel of zeros for the background; softmax then gives what the sigmoid gave")
+        lines.append(
+            "added: a channel of zeros for the background, so that softmax returns the probabilities of the sigmoid"
+        )
     for line in (*lines, f"weights: {done.weights}"):
         output.print(line)
 
@@ -132,7 +135,7 @@ def print_scores(manifest: Manifest) -> None:
 
 
 def _scores(label: str, done: list[CaseRecord]) -> tuple[str, ...]:
-    """Return number of cases with the label, mean, standard deviation, lowest value and its case."""
+    """Return the number of cases with the label, mean, standard deviation, lowest value and its case."""
     values = [(value, r.name) for r in done if _is_known(value := r.metrics[label])]
     if not values:
         return "0", "-", "-", "-", "-"
@@ -143,7 +146,7 @@ def _scores(label: str, done: list[CaseRecord]) -> tuple[str, ...]:
 
 
 def print_training(manifest: Manifest, root: Path, data: Path) -> None:
-    """Print the Dice of each label at the best validation, where the weights are, and the next command."""
+    """Print the Dice of each label at the best validation, the file of the weights and the next command."""
     scored = [entry for entry in manifest.validations if _KEY in entry]
     best = max(scored, key=lambda entry: entry[_KEY], default=None)
     if best is not None:
@@ -157,7 +160,7 @@ def print_training(manifest: Manifest, root: Path, data: Path) -> None:
 
 
 def print_folds(scores: Scores, out: Path) -> None:
-    """Print the Dice of each label over all folds, and what is next."""
+    """Print the Dice of each label over all folds, and the next command."""
     heads = ("n", "mean", "SD", *(f"fold {number}" for number in range(scores.folds)))
     rows = [
         [label, str(of["cases"]), *map(_decimals, (of["mean"], of["sd"], *of["folds"]))]
@@ -165,7 +168,7 @@ def print_folds(scores: Scores, out: Path) -> None:
     ]
     title = f"{scores.name}: Dice, {len(scores.rows)} cases"
     show_table([Column("label"), *(Column(head, number=True) for head in heads)], rows, title=title)
-    output.print(f"each case: {out / 'cross_validation.txt'}")
+    output.print(f"scores of each case: {out / 'cross_validation.txt'}")
     print_next("predict", str(out), "INPUT", "--output", "MASKS")
 
 
@@ -181,4 +184,9 @@ def print_failures(manifest: Manifest) -> None:
     """Print the cases that failed, with the reasons."""
     for record in manifest.cases.values():
         if record.status == "failed":
-            errors.print(f"failed: {record.name}: {record.error}")
+            errors.print(f"failed: {record.name}: {_reason(record)}")
+
+
+def _reason(record: CaseRecord) -> str:
+    """Return the error of a case, without the file name at its start if that is the name of the case."""
+    return str(record.error).removeprefix(f"{PurePosixPath(record.name).name}: ")

@@ -28,7 +28,7 @@ _VALUES = 6
 
 
 def print_cases(found: Findings) -> None:
-    """Print a row per case; of many cases without counts and percentiles."""
+    """Print a row for each case; tables of many cases omit counts and percentiles."""
     compact = len(found.cases) > _FULL_ROWS
     numbers = ("min", "median" if compact else "1 / 50 / 99 %", "max")
     columns = [
@@ -41,7 +41,7 @@ def print_cases(found: Findings) -> None:
     rows = [_row(case.name, case.part, case.image, case.label, compact=compact) for case in found.cases[:_MAX_ROWS]]
     show_table(columns, rows, title=f"{len(found.cases)} cases")
     if len(found.cases) > _MAX_ROWS:
-        output.print(f"and {len(found.cases) - _MAX_ROWS} more; --json FILE has them all")
+        output.print(f"and {len(found.cases) - _MAX_ROWS} more; --json FILE lists all")
 
 
 def _row(name: str, part: str, image: FileFacts | None, label: FileFacts | None, *, compact: bool) -> list[str | Text]:
@@ -73,7 +73,7 @@ def _label_text(label: FileFacts | None, *, compact: bool) -> str:
 
 
 def print_findings(findings: Sequence[Finding]) -> None:
-    """Print counts, then each kind once with the first messages."""
+    """Print the number of findings, then each kind with its first messages."""
     groups: dict[tuple[str, str], list[Finding]] = {}
     for finding in findings:
         groups.setdefault((finding.severity, finding.kind), []).append(finding)
@@ -95,7 +95,7 @@ def _named(finding: Finding) -> str:
 
 
 def print_changes(found: Findings, folder: Path) -> None:
-    """Print what a repaired copy changed, and the errors that remain in it."""
+    """Print the changes of a repaired copy, and its remaining errors."""
     changes, remaining = found.changes, found.repaired or found
     for change in changes[:_MAX_ROWS]:
         output.print(f"changed {change.file}: {change.what}")

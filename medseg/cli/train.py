@@ -1,4 +1,4 @@
-"""`medseg train`: weights from images and labels."""
+"""`medseg train`: training and cross-validation of a bundle."""
 
 from __future__ import annotations
 
@@ -30,14 +30,17 @@ def train(
             "--output",
             "-o",
             metavar="FOLDER",
-            show_default="the bundle itself is trained",
-            help="New folder for a copy of the bundle to train.",
+            show_default="train the bundle itself",
+            help="Train a copy of the bundle in this new folder.",
         ),
     ] = None,
     settings: Settings = None,
     device: Device = None,
     devices: Annotated[
-        int, typer.Option(metavar="N", help="Processes that train together, each on a GPU or a share of the cores.")
+        int,
+        typer.Option(
+            metavar="N", help="Number of processes for distributed training, one per GPU or share of the CPU cores."
+        ),
     ] = 1,
     fold_count: Annotated[
         int | None,
@@ -45,7 +48,7 @@ def train(
             "--folds",
             metavar="K",
             show_default="no cross-validation",
-            help="Cross-validate: train on each of K folds, patient by patient.",
+            help="Train a K-fold cross-validation, split by patient.",
         ),
     ] = None,
     fold: Annotated[
@@ -54,16 +57,16 @@ def train(
             "--fold",
             metavar="N",
             show_default="all folds",
-            help=f"Train fold N alone, from 0, for job arrays; of {_FOLDS} without --folds.",
+            help=f"Train only fold N, counted from 0, as in a job array; of {_FOLDS} folds without --folds.",
         ),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where an earlier run stopped.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the weights that the bundle has.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted training.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing weights of the bundle.")] = False,
     strict: Strict = False,
     trust: Trust = None,
     json_target: JsonTarget = None,
 ) -> None:
-    """Train a bundle on your own data; the best weights become its models/model.pt.
+    """Train a bundle on your own data; the best weights are saved as its models/model.pt.
 
     The exit code is 1 if cases of a cross-validation failed.
     """
@@ -83,14 +86,16 @@ def train(
         write_json(manifest.to_dict(), json_target)
         return
     if out is None:
-        raise RequestError("--folds needs --output: the folder that holds one bundle for each fold")
+        raise RequestError("--folds requires --output: the folder of the bundles, one for each fold")
     if trust is not None:
-        raise RequestError("--folds trains copies, which --trust does not cover: use a declarative bundle")
+        raise RequestError(
+            "--folds does not support --trust, since it trains copies of the bundle: use a declarative bundle"
+        )
     count = _FOLDS if fold_count is None else fold_count
     with progress("") as report:
         scores = folds.cross_validate(bundle, data, out, folds=count, fold=fold, report=report, **options)
     if scores is None:
-        output.print(f"still to be trained: {', '.join(_missing(out))}; the last one writes the table and the ensemble")
+        output.print(f"remaining folds: {', '.join(_missing(out))}; the last one writes the table and the ensemble")
         write_json({"missing": _missing(out)}, json_target)
         return
     print_folds(scores, out)

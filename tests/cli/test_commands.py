@@ -72,7 +72,7 @@ def test_resume_tells_what_was_done_before(medseg: Any, trained: Bundle, tmp_pat
     request = ("predict", trained.root, tmp_path / "in", "-o", tmp_path / "out", "--resume")
     assert "1 masks written, 0 failed" in medseg(*request)[1]
     _volume(tmp_path / "in" / "b.nii.gz")
-    assert "1 masks written, 1 done before, 0 failed" in medseg(*request)[1]
+    assert "1 masks written, 1 finished earlier, 0 failed" in medseg(*request)[1]
 
 
 def test_skipped_files_are_listed_by_reason_or_each_with_verbose(capsys: pytest.CaptureFixture[str]) -> None:
@@ -159,6 +159,19 @@ def test_a_bad_image_gives_one_message_and_no_file(
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["manifest.json"]
 
 
+def test_a_strict_error_names_its_file_once(medseg: Any, trained: Bundle, tmp_path: Path) -> None:
+    scan = _volume(tmp_path / "in" / "a.nii.gz")
+    image = nibabel.load(scan)
+    image.set_sform(image.affine, 1)
+    image.set_qform(image.affine @ np.diag([1, -1, 1, 1]), 1)
+    nibabel.save(nibabel.Nifti1Image(np.asarray(image.dataobj), None, image.header), scan)
+    code, _, err = medseg("predict", trained.root, scan, "-o", tmp_path / "out", "--strict")
+    assert code == 1
+    assert "(sform-qform-conflict)" in err
+    assert err.count("failed: a.nii.gz: ") == 1
+    assert "a.nii.gz: a.nii.gz" not in err
+
+
 def test_a_picture_for_a_volume_bundle_is_refused(medseg: Any, trained: Bundle, tmp_path: Path) -> None:
     Image.new("L", (32, 32)).save(tmp_path / "picture.png")
     code, _, err = medseg("predict", trained.root, tmp_path / "picture.png", "-o", tmp_path / "out")
@@ -179,7 +192,7 @@ def test_requests_that_cannot_be_are_refused_before_anything_is_written(
         (["predict", tmp_path, scan, "-o", out], "is not a bundle"),
         (["predict", "gland_pathology_unet", scan, "-o", out], "no weights"),
         (["predict", trained.root, scan, "-o", out, "--set", "overlapp=0"], "did you mean 'overlap'"),
-        (["predict", trained.root, scan, "-o", out, "--set", "overlap"], "no setting"),
+        (["predict", trained.root, scan, "-o", out, "--set", "overlap"], "invalid setting"),
         (["predict", trained.root, scan, "-o", out, "--set", "roi_size=big"], "roi_size: found 'big', expected a list"),
         (["predict", trained.root, scan, "-o", out, "--set", "inferer=$1"], "unknown setting"),
         (["predict", trained.root, scan, "-o", tmp_path / "file" / "out"], "cannot write"),

@@ -40,9 +40,9 @@ def test_requests_that_cannot_be_are_refused(medseg: Any, trained: Bundle, tiny_
     cases: list[tuple[list[object], str]] = [
         (["compare", tmp_path], "two or more runs"),
         (["compare", tmp_path, trained.root / "docs"], "No scores in"),
-        ([*train, "--folds", "3"], "--folds needs --output"),
-        ([*train, "--fold", "1"], "--folds needs --output"),
-        ([*train, "--folds", "3", "-o", out, "--trust", "0" * 64], "--trust does not cover"),
+        ([*train, "--folds", "3"], "--folds requires --output"),
+        ([*train, "--fold", "1"], "--folds requires --output"),
+        ([*train, "--folds", "3", "-o", out, "--trust", "0" * 64], "does not support --trust"),
         ([*train, "--folds", "2", "--fold", "2", "-o", out], "invalid fold number, expected 0 to 1"),
         ([*train, "--folds", "30", "-o", out], "use at most 3 folds"),
         ([*train, "--devices", "0", "-o", out], "1 or more"),

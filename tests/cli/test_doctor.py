@@ -73,7 +73,7 @@ def test_many_findings_of_a_kind_do_not_flood(medseg: Run, data: Path) -> None:
     assert code == 0
     assert "constant image (50)" in out
     assert "and 47 more" in out
-    assert "and 10 more; --json FILE has them all" in out
+    assert "and 10 more; --json FILE lists all" in out
     assert len(out.splitlines()) < 60
 
 

@@ -22,7 +22,7 @@ from medseg.bundle.catalog import Bundle
 def test_export_says_how_near_the_file_is(medseg: Any, trained: Bundle, tmp_path: Path) -> None:
     code, out, err = medseg("export", trained.root, "--format", "ts", "-o", tmp_path / "n.ts")
     assert (code, "Error" in err) == (0, False)
-    assert "free: batch and size" in out
+    assert "dynamic axes: batch and size" in out
     assert out.count("largest difference") == 2
     assert (tmp_path / "n.ts").is_file()
 

@@ -19,8 +19,8 @@ from medseg.label.options import LabelOptions
     [
         ([], "Missing option '--studies'"),
         (["--studies", "missing"], "no folder of studies"),
-        (["--studies", ".", "--tls-key", "x"], "belong together"),
-        (["--studies", ".", "--tls-key", "x", "--tls-certificate", "y"], "no file 'y'"),
+        (["--studies", ".", "--tls-key", "x"], "give both, or neither"),
+        (["--studies", ".", "--tls-key", "x", "--tls-certificate", "y"], "no such file 'y'"),
         (["--studies", ".", "--models", "spleen"], "no bundle 'spleen'"),
         (["--studies", ".", "--host", "0.0.0.0"], "in the clear"),
     ],
@@ -67,7 +67,7 @@ def test_a_store_stays_an_address_and_ctrl_c_ends_the_server(
     served = _served(monkeypatch, end=KeyboardInterrupt)
     code, _, err = medseg("label", "serve", "--studies", "http://pacs/dicom-web", "--state", tmp_path)
     assert code == 0
-    assert "The label server is stopped." in err
+    assert "Label server stopped." in err
     assert served[0][0].studies == "http://pacs/dicom-web"
     assert not served[0][0].encrypted
 

@@ -21,7 +21,7 @@ def test_ctrl_c_says_that_what_was_finished_is_kept(
     monkeypatch.setattr(api, "train", interrupted)
     code, _, err = medseg("train", "hippocampus_mri_unet", "--data", tmp_path)
     assert code == 130
-    assert "Stopped. What was finished is kept" in err
+    assert "Stopped. Finished results are kept" in err
 
 
 def test_the_demo_stops_at_a_step_that_fails(medseg: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

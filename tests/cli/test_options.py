@@ -59,7 +59,7 @@ def test_each_page_ends_with_examples(medseg: Any, path: tuple[str, ...], option
 def test_the_first_page_groups_the_commands_and_lists_the_exit_codes(medseg: Any) -> None:
     _, out, _ = medseg("--help")
     panels = re.findall(r"─ (\w+) ─", out)
-    assert panels[-4:] == ["Use", "Train", "Judge", "Share"]
+    assert panels[-4:] == ["Use", "Train", "Evaluate", "Share"]
     assert "Exit codes" in out
 
 
@@ -99,7 +99,7 @@ def test_global_options_count_wherever_they_stand(medseg: Any, place: str, tmp_p
 def test_quiet_and_verbose_exclude_each_other(medseg: Any) -> None:
     code, _, err = medseg("--quiet", "bundle", "list", "-v")
     assert code == 2
-    assert "exclude each other" in err
+    assert "mutually exclusive" in err
 
 
 @pytest.mark.parametrize(
