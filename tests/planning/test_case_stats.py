@@ -8,28 +8,32 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medseg.planning.case_stats import Fingerprint, quantile, shown
 from tests.planning.synthetic import color_image, fingerprint, image, volume
 
+PROPERTY = settings(max_examples=100, deadline=None, derandomize=True)
 FLOATS = st.floats(-1e6, 1e6)
 SHAPES = st.lists(st.tuples(*[st.integers(1, 400)] * 3), min_size=1, max_size=9)
 SPACINGS = st.tuples(*[st.floats(0.2, 6.0)] * 3)
 
 
+@PROPERTY
 @given(st.lists(FLOATS, min_size=1, max_size=30), st.floats(0, 1))
 def test_a_quantile_is_that_of_numpy(values: list[float], share: float) -> None:
     assert quantile(values, share) == pytest.approx(float(np.quantile(values, share)), rel=1e-9, abs=1e-6)
 
 
+@PROPERTY
 @given(SHAPES)
 def test_the_median_size_is_that_of_numpy_per_axis(shapes: list[tuple[int, ...]]) -> None:
     found = fingerprint(*(volume(shape=shape) for shape in shapes))
     assert found.median_shape() == tuple(np.rint(np.median(shapes, axis=0)))
 
 
+@PROPERTY
 @given(SHAPES, SPACINGS, SPACINGS)
 def test_resampling_keeps_the_extent_in_millimeters(
     shapes: list[tuple[int, ...]], own: tuple[float, ...], new: tuple[float, ...]

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medseg.errors import RequestError
@@ -16,6 +16,7 @@ from medseg.planning.choices import analyze, bundle_name
 from medseg.planning.request import PlanRequest
 from tests.planning.synthetic import TISSUE, color_image, fingerprint, image, volume
 
+PROPERTY = settings(max_examples=100, deadline=None, derandomize=True)
 CT = volume(low=-1000.0, high=1500.0)
 
 
@@ -89,6 +90,7 @@ def test_channel_names_of_the_listing_are_taken_if_they_are_as_many_as_the_chann
     assert color.channels["0"] == "red"
 
 
+@PROPERTY
 @given(st.floats(-1000, 2000), st.floats(0, 2500))
 def test_a_ct_window_holds_the_marked_values_with_a_margin_and_ends_on_tens(low: float, width: float) -> None:
     found = fingerprint(CT, intensities=(replace(TISSUE, low=low, high=low + width),))
@@ -213,6 +215,7 @@ def test_a_bundle_is_named_by_the_user_its_folder_or_its_data(
     assert bundle_name(request, folder, analyze(found, request), found) == name
 
 
+@PROPERTY
 @given(st.text(max_size=30))
 def test_whatever_a_data_set_is_called_the_name_is_a_valid_one(dataset: str) -> None:
     found = fingerprint(volume(), dataset=dataset)

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medseg.errors import RequestError
@@ -67,6 +67,7 @@ def test_times_for_people(seconds: float, text: str) -> None:
     assert shown_time(seconds) == text
 
 
+PROPERTY = settings(max_examples=100, deadline=None, derandomize=True)
 PACES = st.builds(
     Throughput,
     step=st.floats(0.001, 20.0),
@@ -76,6 +77,7 @@ PACES = st.builds(
 )
 
 
+@PROPERTY
 @given(st.floats(60.0, 1e6), PACES)
 def test_any_schedule_fits_its_budget_or_there_is_no_room_for_an_epoch(budget: float, pace: Throughput) -> None:
     least = pace.epoch + pace.validation + pace.load + 20
@@ -92,6 +94,7 @@ def test_any_schedule_fits_its_budget_or_there_is_no_room_for_an_epoch(budget: f
     assert schedule.seconds == pytest.approx(20 + pace.load + work)
 
 
+@PROPERTY
 @given(st.floats(60.0, 1e5), st.floats(1.0, 10.0), PACES)
 def test_more_time_never_gives_fewer_epochs(budget: float, factor: float, pace: Throughput) -> None:
     try:
@@ -103,6 +106,7 @@ def test_more_time_never_gives_fewer_epochs(budget: float, factor: float, pace: 
     assert more.epochs * pace.epoch >= fewer.epochs * pace.epoch - 10 * pace.validation - pace.epoch
 
 
+@PROPERTY
 @given(PACES, st.floats(0.01, 0.99))
 def test_the_budget_that_a_refusal_names_is_enough(pace: Throughput, share: float) -> None:
     least = (pace.epoch + pace.validation + 20 + pace.load) / 0.92
@@ -111,6 +115,7 @@ def test_the_budget_that_a_refusal_names_is_enough(pace: Throughput, share: floa
     assert schedule_for(60 * math.ceil(least / 60) + 1e-3, pace).epochs >= 1
 
 
+@PROPERTY
 @given(st.floats(0.0, 1e6), PACES)
 def test_steps_within_a_budget_leave_a_tenth_for_validation(budget: float, pace: Throughput) -> None:
     steps = steps_within(budget, pace)
