@@ -150,3 +150,104 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
     ]:
         with pytest.raises(RequestError, match=message):
             compare(places)
+
+
+def _table(folder: Path, rows: Any, folds: int = 1) -> Path:
+    folder.mkdir(parents=True)
+    write_scores(Scores(folder.name, folds, tuple(rows)), folder / "cross_validation.json")
+    return folder
+
+
+def _row(case: str, patient: str = "", **metrics: float | None) -> dict[str, Any]:
+    return {"case": case, "patient": patient or case, "fold": 0, "metrics": metrics}
+
+
+def test_standings_are_means_and_deviations_by_hand(tmp_path: Path) -> None:
+    one = _table(tmp_path / "one", [_row("a", liver=0.8, mean=0.8), _row("b", liver=0.6, mean=0.6)])
+    two = _table(tmp_path / "two", [_row("a", liver=0.9, mean=0.9), _row("b", liver=0.6, mean=0.6)])
+    found = compare([one, two])
+    assert [each.name for each in found.standings] == ["two", "one"]
+    assert [each.mean for each in found.standings] == pytest.approx([0.75, 0.7])
+    assert [each.sd for each in found.standings] == pytest.approx(
+        [np.std([0.9, 0.6], ddof=1), np.std([0.8, 0.6], ddof=1)]
+    )
+    (difference,) = found.differences
+    assert (difference.name, difference.better) == ("one", 0.75)
+    assert difference.mean == pytest.approx(0.05)
+    assert 0 <= difference.low <= difference.mean <= difference.high <= 0.1 + 1e-9
+
+
+def test_an_interval_is_that_of_every_possible_draw(tmp_path: Path) -> None:
+    values = [0.02, -0.01, 0.05, 0.03, 0.00, 0.06]
+    one = _run(tmp_path / "one", {f"c{n}": 0.5 + value for n, value in enumerate(values)})
+    two = _run(tmp_path / "two", dict.fromkeys((f"c{n}" for n in range(6)), 0.5))
+    (difference,) = compare([one, two]).differences
+    draws = np.array(np.meshgrid(*[values] * 6)).reshape(6, -1).mean(0)
+    low, high = np.percentile(draws, [2.5, 97.5])
+    assert [difference.low, difference.high] == pytest.approx([low, high], abs=0.002)
+    assert difference.better == pytest.approx((4 + 0.5) / 6)
+
+
+def test_equal_runs_differ_by_nothing_and_are_ordered_by_name(tmp_path: Path) -> None:
+    values = _cases(1, 0.0, 8)
+    found = compare([_run(tmp_path / name, values) for name in ("zeta", "alpha", "mu")])
+    assert [each.name for each in found.standings] == ["alpha", "mu", "zeta"]
+    for difference in found.differences:
+        assert (difference.mean, difference.low, difference.high, difference.better) == (0, 0, 0, 0.5)
+        assert not difference.is_clear
+    assert "mu, zeta" in found.verdict
+
+
+def test_cases_that_a_run_could_not_score_are_left_out_of_all(tmp_path: Path) -> None:
+    one = _table(tmp_path / "one", [_row("a", mean=0.8), _row("b", mean=math.nan), _row("c", mean=0.4)])
+    two = _table(tmp_path / "two", [_row("a", mean=0.7), _row("b", mean=0.9), _row("d", mean=0.1), _row("c", mean=0.5)])
+    found = compare([one, two])
+    assert (found.cases, found.left_out) == (2, ("b", "d"))
+    assert [each.mean for each in found.standings] == pytest.approx([0.6, 0.6])
+
+
+def test_a_single_shared_case_has_no_deviation_and_a_point_interval(tmp_path: Path) -> None:
+    found = compare([_run(tmp_path / "one", {"a": 0.5, "x": 1.0}), _run(tmp_path / "two", {"a": 0.75, "y": 0.0})])
+    assert (found.cases, found.patients) == (1, 1)
+    assert {each.sd for each in found.standings} == {None}
+    (difference,) = found.differences
+    assert (difference.low, difference.mean, difference.high, difference.better) == (0.25, 0.25, 0.25, 1.0)
+    assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["best"] == "two"
+
+
+def test_a_label_counts_over_the_shared_cases_that_have_it(tmp_path: Path) -> None:
+    rows = [_row("a", liver=0.8, tumor=0.2, mean=0.5), _row("b", liver=0.6, tumor=None, mean=0.6)]
+    other = [_row("a", liver=0.7, mean=0.7), _row("b", liver=0.7, mean=0.7), _row("c", liver=0.0, mean=0.0)]
+    found = compare([_table(tmp_path / "one", rows), _table(tmp_path / "two", other)])
+    labels = {each.name: each.labels for each in found.standings}
+    assert labels["one"] == pytest.approx({"liver": 0.7, "tumor": 0.2})
+    assert labels["two"] == pytest.approx({"liver": 0.7})
+
+
+def test_patients_are_those_of_any_run_that_knows_them(tmp_path: Path) -> None:
+    values = _cases(1, 0.0, 8)
+    known = _run(tmp_path / "known", values, patients=2)
+    unknown = _run(tmp_path / "unknown", _cases(2, 0.0, 8))
+    assert compare([known, unknown]).patients == compare([unknown, known]).patients == 2
+
+
+def test_the_order_of_runs_changes_nothing_but_ties(tmp_path: Path) -> None:
+    places = [_run(tmp_path / f"run{n}", _cases(n, 0.01 * n, 12)) for n in range(4)]
+    assert compare(places) == compare(places[::-1])
+    best, *others = compare(places).standings
+    assert all(best.mean >= other.mean for other in others)
+
+
+def test_runs_in_folders_of_one_name_are_told_apart_by_their_paths(tmp_path: Path) -> None:
+    one, two = (_run(tmp_path / parent / "unet", _cases(1, shift, 7)) for parent, shift in (("a", 0.1), ("b", 0.0)))
+    found = compare([one, str(two)])
+    assert [each.name for each in found.standings] == [str(one), str(two)]
+
+
+@pytest.mark.parametrize(("patients", "told"), [(5, False), (6, True)])
+def test_six_patients_are_needed_for_a_clear_difference(patients: int, told: bool, tmp_path: Path) -> None:
+    one, two = _run(tmp_path / "one", _cases(1, 0.1, patients)), _run(tmp_path / "two", _cases(1, 0.0, patients))
+    found = compare([one, two])
+    assert found.differences[0].is_clear
+    assert found.patients == patients
+    assert (str(patients) in found.verdict.partition(")")[2]) != told
