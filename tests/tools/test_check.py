@@ -155,7 +155,7 @@ def test_other_bytes_by_monai_are_red(trained_copy: Bundle, monkeypatch: pytest.
 
 
 def test_what_is_missing_is_skipped_with_the_reason(trained_copy: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checking, "missing_packages", lambda name: ("onnx",) if name == "onnx" else ())
+    monkeypatch.setattr(trials, "missing_packages", lambda name: ("onnx",) if name == "onnx" else ())
     monkeypatch.setattr(checking, "FULL_CHECKS", {"onnx": FULL_CHECKS["onnx"]})
     assert examine(trained_copy, full=True)["onnx"] == Outcome("skipped", "needs onnx")
 

@@ -284,7 +284,7 @@ def test_a_network_with_one_head_is_refused(
         ({"select": float("nan"), "output": "balls_mri_pruned"}, "enough, 0 to 1"),
         ({"select": 0.01, "output": "taken"}, "'.*taken' exists"),
         ({"select": 0.01, "output": "small"}, "small': .*<target>_<modality>_<network>"),
-        ({"split": "valid"}, "no split 'valid'"),
+        ({"split": "valid"}, "split 'valid'"),
         ({"settings": {"overlp": 0.5}}, "did you mean 'overlap'"),
     ],
 )
