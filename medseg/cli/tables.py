@@ -43,11 +43,9 @@ _KEY: Final = "val_mean_dice"
 
 def print_plan(made: Plan, data: Path) -> None:
     """Print the plan's choices with their reasons, the forecast and the next command."""
-    from medseg.planning.model_card import choice_lines, forecast_rows
-
-    for line in choice_lines(made):
+    for line in made.choice_lines():
         output.print(line, highlight=False)
-    show_table(["forecast", ""], forecast_rows(made))
+    show_table(["forecast", ""], made.forecast_rows())
     name = made.bundle["name"]
     if made.root is not None and name != made.root.name:
         notes.print(

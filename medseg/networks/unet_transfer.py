@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -15,9 +15,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from medseg.networks.uctransnet import UCTransNet
 
-__all__ = ["Transfer", "transfer_unet"]
+__all__ = ["LeveledNetwork", "Transfer", "transfer_unet"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,20 @@ class Transfer:
         )
 
 
-def transfer_unet(network: UCTransNet, state: Mapping[str, Tensor], *, cat_order: str | None = None) -> Transfer:
+class LeveledNetwork(Protocol):
+    """A network whose encoder levels match those of a U-Net, such as `UCTransNet`."""
+
+    features: Any
+    strides: Any
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the parameters and buffers by name."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> object:
+        """Load parameters and buffers by name."""
+
+
+def transfer_unet(network: LeveledNetwork, state: Mapping[str, Tensor], *, cat_order: str | None = None) -> Transfer:
     """Start a `UCTransNet` from a trained U-Net, the paper's pre-training; everything stays trainable.
 
     The U-Net is a `medseg.components.UNet` (for a network built with `backbone="unet"`, its `features`, `strides` and,

@@ -13,8 +13,9 @@ from medseg.planning.request import PlanRequest, parse_duration, parse_network, 
 if TYPE_CHECKING:
     from medseg.planning.case_stats import Fingerprint
     from medseg.planning.fingerprint import take_fingerprint
-    from medseg.planning.plan import Plan, make_plan
+    from medseg.planning.plan import make_plan
     from medseg.planning.probe import Measurement, measure
+    from medseg.planning.result import Plan
 
 __all__ = [
     "Fingerprint",
@@ -32,7 +33,7 @@ __all__ = [
 _LATER = {
     "Fingerprint": "case_stats",
     "Measurement": "probe",
-    "Plan": "plan",
+    "Plan": "result",
     "make_plan": "plan",
     "measure": "probe",
     "take_fingerprint": "fingerprint",

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from medseg.planning.case_stats import Fingerprint
-    from medseg.planning.plan import Plan
     from medseg.planning.probe import Measurement
+    from medseg.planning.result import Plan
     from medseg.types import Progress
 
 __all__ = ["plan"]

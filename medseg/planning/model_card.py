@@ -9,11 +9,9 @@ from medseg.machine import shown_bytes
 from medseg.planning.schedule import shown_time
 
 if TYPE_CHECKING:
-    from medseg.planning.plan import Plan
+    from medseg.planning.result import Plan
 
-__all__ = ["card", "choice_lines", "forecast_rows"]
-
-_BUSY = 1.7
+__all__ = ["card"]
 
 
 def card(plan: Plan) -> str:
@@ -42,7 +40,7 @@ def card(plan: Plan) -> str:
         "",
         "| quantity | estimate |",
         "|---|---|",
-        *(f"| {what} | {figure} |" for what, figure in forecast_rows(plan)),
+        *(f"| {what} | {figure} |" for what, figure in plan.forecast_rows()),
         "",
         "To change a setting, pass `--set NAME=VALUE` to `medseg train`, or edit `bundle.json` and run",
         "`medseg bundle build` on the folder. `plan.json` contains the statistics of the training cases and the "
@@ -53,36 +51,6 @@ def card(plan: Plan) -> str:
         "For research only, not for diagnosis or treatment. The accuracy of this bundle has not been evaluated yet.",
     ]
     return "\n".join(lines) + "\n"
-
-
-def choice_lines(plan: Plan) -> list[str]:
-    """Return one line per choice: setting, value and reason."""
-    lines = []
-    for setting, reason in plan.bundle["plan"].items():
-        value = plan.bundle["knobs"].get(setting)
-        lines.append(f"{setting}{'' if value is None else f' = {json.dumps(value)}'}: {reason}")
-    return lines
-
-
-def forecast_rows(plan: Plan) -> list[tuple[str, str]]:
-    """Return the estimated memory and time of training, as pairs of quantity and figure."""
-    forecast = plan.forecast
-    rows = [("memory, estimated", f"{shown_bytes(forecast.memory)} of the limit of {shown_bytes(plan.request.memory)}")]
-    if not forecast.total:
-        return [*rows, ("time", "not measured")]
-    knobs = plan.bundle["knobs"]
-    busy = plan.measured.busy if plan.measured else 1.0
-    if busy > _BUSY:
-        rows.append(("warning", f"other programs use the CPU: a step took {busy:.1f} times as long as on idle cores"))
-    where = "the CPU" if forecast.device == "cpu" else forecast.device
-    return [
-        *rows,
-        ("memory, measured", f"{shown_bytes(forecast.measured_memory)} on {where}"),
-        ("training step", f"{forecast.step:.3g} s, with loading and augmentation"),
-        ("epoch", shown_time(forecast.epoch)),
-        ("validation", f"{shown_time(forecast.validation)}, every {knobs['val_interval']} epochs"),
-        (f"all {knobs['max_epochs']} epochs", f"about {shown_time(forecast.total)}"),
-    ]
 
 
 def _row(plan: Plan, setting: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from medseg.inferers.blend import count_windows
@@ -13,19 +13,18 @@ from medseg.networks.registry import NETWORKS
 from medseg.planning.case_stats import shown
 from medseg.planning.choices import analyze, bundle_name
 from medseg.planning.network_sizing import strides_note
+from medseg.planning.result import Forecast, Plan
 from medseg.planning.schedule import Schedule, epoch_steps, fixed_schedule, schedule_for, schedule_without_limit
 from medseg.planning.search import Candidate, Found, candidates, find, overlap_for, pace_of, positive_integer
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from medseg.planning.case_stats import Fingerprint
     from medseg.planning.choices import DatasetAnalysis
     from medseg.planning.probe import Measurement
     from medseg.planning.request import PlanRequest
     from medseg.planning.schedule import Throughput
 
-__all__ = ["Forecast", "Plan", "make_plan"]
+__all__ = ["make_plan"]
 
 # Composes the content of a bundle.json into configs by name, such as medseg.bundle.compose.compose.
 Compose: TypeAlias = Callable[[dict[str, Any]], Mapping[str, Mapping[str, Any]]]
@@ -36,71 +35,6 @@ _AVERAGES = (0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999)
 _WARMUP_SHARE = 30
 # (lowest fraction of foreground voxels, fraction of patches that are centered on foreground).
 _FOREGROUND = ((0.25, 0.0), (0.1, 0.33), (0.01, 0.5), (0.0, 0.67))
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """Estimated memory and time of training; figures of a measurement are 0 where nothing was measured.
-
-    Attributes:
-        memory: Estimated memory on the device, in bytes.
-        measured_memory: Measured memory on the device, in bytes.
-        step: Time of a training step with its data, in seconds.
-        epoch: Time of an epoch without validation, in seconds.
-        validation: Time of a validation, in seconds.
-        total: Time of the whole training with its validations, in seconds.
-        device: Device of the measurement, "cpu" or the name of the GPU; empty where nothing was measured.
-    """
-
-    memory: int
-    measured_memory: int = 0
-    step: float = 0.0
-    epoch: float = 0.0
-    validation: float = 0.0
-    total: float = 0.0
-    device: str = ""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A planned bundle.
-
-    Attributes:
-        bundle: Content of its `bundle.json`, with the reasons of the choices in `bundle["plan"]`.
-        forecast: Estimated memory and time of training.
-        measured: Measurements of the probe; None where nothing was measured.
-        request: Network, limits and settings of the request.
-        root: Folder of the written bundle; None if it was not written.
-    """
-
-    bundle: dict[str, Any]
-    forecast: Forecast
-    measured: Measurement | None
-    request: PlanRequest
-    root: Path | None = None
-
-    def __str__(self) -> str:
-        from medseg.planning.model_card import choice_lines, forecast_rows
-
-        rows = [f"{what}: {figure}" for what, figure in forecast_rows(self)]
-        return "\n".join([f"{self.bundle['name']} in {self.root}", *choice_lines(self), *rows])
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the plan as JSON values, without the fingerprint of the data."""
-        return {
-            "folder": None if self.root is None else str(self.root),
-            "bundle": self.bundle,
-            "forecast": asdict(self.forecast),
-            "measured": asdict(self.measured) if self.measured else None,
-        }
-
-    def to_json(self, fingerprint: Fingerprint) -> dict[str, Any]:
-        """Return the record of the plan for `plan.json`: forecast, measurements and fingerprint."""
-        return {
-            "forecast": asdict(self.forecast),
-            "measured": asdict(self.measured) if self.measured else None,
-            "fingerprint": fingerprint.to_json(),
-        }
 
 
 def make_plan(

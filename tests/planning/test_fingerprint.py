@@ -225,9 +225,9 @@ def test_pieces_of_a_huge_label_are_counted_on_every_second_voxel(volumes: Any, 
     label = np.zeros((40, 40, 40), np.uint8)
     label[2:12, 2:12, 2:12] = 1
     label[20:36, 20:36, 20:36] = 2
-    exact = fingerprint._pieces(label)
-    monkeypatch.setattr(fingerprint, "_PIECES_LIMIT", 20_000)
-    thinned = fingerprint._pieces(label)
+    exact = fingerprint._components(label)
+    monkeypatch.setattr(fingerprint, "_COMPONENTS_LIMIT", 20_000)
+    thinned = fingerprint._components(label)
     assert exact[:2] == thinned[:2] == (2, 2)
     assert thinned[2] == pytest.approx(exact[2], rel=0.01)
 

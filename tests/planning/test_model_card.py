@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from medseg.bundle.compose import compose
-from medseg.planning.model_card import card, choice_lines, forecast_rows
-from medseg.planning.plan import Forecast, Plan, make_plan
+from medseg.planning.model_card import card
+from medseg.planning.plan import make_plan
 from medseg.planning.probe import Measurement
 from medseg.planning.request import PlanRequest
+from medseg.planning.result import Forecast, Plan
 from tests.planning.synthetic import fingerprint, volume
 
 FOUND = fingerprint(volume(), volume(name="b"), dataset="spleens")
@@ -33,7 +34,7 @@ def plan(forecast: Forecast = FORECAST, measured: Measurement | None = MEASURED,
 
 
 def test_what_was_not_measured_has_no_figures() -> None:
-    rows = forecast_rows(plan(Forecast(3 << 30), None))
+    rows = plan(Forecast(3 << 30), None).forecast_rows()
     assert len(rows) == 2
     assert "3.00 GiB" in rows[0][1]
     assert "4.00 GiB" in rows[0][1]
@@ -41,7 +42,7 @@ def test_what_was_not_measured_has_no_figures() -> None:
 
 
 def test_measured_memory_and_times_have_a_row_each() -> None:
-    rows = forecast_rows(plan())
+    rows = plan().forecast_rows()
     figures = [figure for _, figure in rows]
     assert "2.00 GiB on the CPU" in figures[1]
     assert "0.421 s" in figures[2]
@@ -53,20 +54,20 @@ def test_measured_memory_and_times_have_a_row_each() -> None:
 
 
 def test_a_gpu_is_named() -> None:
-    rows = forecast_rows(plan(replace(FORECAST, device="NVIDIA H200")))
+    rows = plan(replace(FORECAST, device="NVIDIA H200")).forecast_rows()
     assert any("NVIDIA H200" in figure for _, figure in rows)
     assert not any("the CPU" in figure for _, figure in rows)
 
 
 @pytest.mark.parametrize(("busy", "warned"), [(1.0, False), (1.7, False), (2.34, True)])
 def test_a_busy_machine_is_pointed_out(busy: float, warned: bool) -> None:
-    rows = forecast_rows(plan(measured=replace(MEASURED, busy=busy)))
+    rows = plan(measured=replace(MEASURED, busy=busy)).forecast_rows()
     assert any(f"{busy:.1f} times" in figure for _, figure in rows) == warned
     assert len(rows) == (7 if warned else 6)
 
 
 def test_a_choice_is_a_line_with_its_value_and_its_reason() -> None:
-    assert choice_lines(plan()) == ["max_epochs = 40: 40 because", "patch_size = [16, 24, 16]: a | b", "loss: Dice"]
+    assert plan().choice_lines() == ["max_epochs = 40: 40 because", "patch_size = [16, 24, 16]: a | b", "loss: Dice"]
 
 
 def test_the_card_escapes_what_would_break_its_table() -> None:
@@ -98,8 +99,8 @@ def test_a_plan_prints_its_name_choices_and_forecast() -> None:
     made = replace(plan(), root=Path("here"))
     lines = str(made).splitlines()
     assert lines[0] == "spleen_ct_unet in here"
-    assert lines[1:4] == choice_lines(made)
-    assert len(lines) == 4 + len(forecast_rows(made))
+    assert lines[1:4] == made.choice_lines()
+    assert len(lines) == 4 + len(made.forecast_rows())
 
 
 def test_a_plan_as_json_has_no_fingerprint_and_its_record_has() -> None:

@@ -21,8 +21,9 @@ from medseg.networks import NETWORKS
 from medseg.planning.case_stats import Fingerprint
 from medseg.planning.fingerprint import take_fingerprint
 from medseg.planning.model_card import card
-from medseg.planning.plan import Plan, make_plan
+from medseg.planning.plan import make_plan
 from medseg.planning.request import PlanRequest
+from medseg.planning.result import Plan
 
 CT = {"modality": {"0": "CT"}, "labels": {"0": "background", "1": "tumor"}}
 NAMES = list(NETWORKS)

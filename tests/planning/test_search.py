@@ -19,7 +19,7 @@ from medseg.planning.network_sizing import SIZE_LADDER
 from medseg.planning.probe import Measurement
 from medseg.planning.request import PlanRequest
 from medseg.planning.schedule import needed_steps, steps_within
-from medseg.planning.search import PROGRAM_BYTES, Candidate, candidates, find, overlap_for, pace_of, whole_number
+from medseg.planning.search import PROGRAM_BYTES, Candidate, candidates, find, overlap_for, pace_of, positive_integer
 from tests.planning.synthetic import color_image, fingerprint, image, volume
 
 LARGE = (volume(shape=(128, 128, 128)),) * 3
@@ -109,12 +109,12 @@ def test_a_patch_size_of_another_form_is_refused(patch: Any) -> None:
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, "2", True, None, [2]])
-def test_a_count_is_a_whole_number_from_one_up(value: Any) -> None:
+def test_a_count_is_a_positive_integer_from_one_up(value: Any) -> None:
     with pytest.raises(RequestError, match="batch_size="):
         ladder(*LARGE, batch_size=value)
     with pytest.raises(RequestError, match="max_epochs="):
-        whole_number("max_epochs", value)
-    assert whole_number("max_epochs", 1) == 1
+        positive_integer("max_epochs", value)
+    assert positive_integer("max_epochs", 1) == 1
 
 
 def test_on_a_gpu_the_first_that_fits_the_memory_is_taken() -> None:
