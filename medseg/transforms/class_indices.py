@@ -1,4 +1,4 @@
-"""Where each class of a label is, noted once per case for the sampling of patches."""
+"""Voxel indices of the classes of a label, computed once per case for patch sampling."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from medseg.transforms.traits import Traits
 
 __all__ = ["ClassIndicesd", "class_places"]
 
-# Places kept of each class: enough that patches of a whole training differ.
+# Voxels kept per class, enough for varied patches during a whole training.
 _MAX_PLACES = 10_000
 
 
 class ClassIndicesd(MapTransform):  # type: ignore[misc]  # MONAI publishes no types
-    """Note where each class of a label is, so that `RandWarpd` needs not search large volumes for every patch.
+    """Store the voxel indices of each class of a label, so that `RandWarpd` need not search them for every patch.
 
-    It is not random, so a caching data set does it once for each case. `RandWarpd` takes the note away.
+    The transform is deterministic, so a caching dataset runs it once per case. `RandWarpd` removes the entry.
 
     Args:
-        keys: the labels, class indices `(1, *spatial)`; of several channels the first counts.
-        postfix: what is added to a label's key for the key of its note.
-        max_places: voxels kept of each class, evenly drawn; always the same ones.
-        ignore_label: a value that is no class.
-        allow_missing_keys: pass over keys that a case lacks.
+        keys: Keys of the labels, class indices `(1, *spatial)`; of several channels the first is used.
+        postfix: Suffix of the key of the indices.
+        max_places: Maximum number of voxels per class, drawn uniformly with a fixed seed.
+        ignore_label: Label value to ignore.
+        allow_missing_keys: Whether to skip keys missing in a case.
     """
 
     traits = Traits("kept")
@@ -49,7 +49,7 @@ class ClassIndicesd(MapTransform):  # type: ignore[misc]  # MONAI publishes no t
         self.ignore_label = ignore_label
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Return `data` with a list for each label: flat voxel numbers (int64) of every foreground class in it."""
+        """Return `data` with a list for each label: flat voxel indices (int64) of each foreground class."""
         case = dict(data)
         for key in self.key_iterator(case):
             case[f"{key}{self.postfix}"] = class_places(
@@ -59,13 +59,13 @@ class ClassIndicesd(MapTransform):  # type: ignore[misc]  # MONAI publishes no t
 
 
 def class_places(label: torch.Tensor, max_places: int = _MAX_PLACES, *, ignore_label: int | None) -> list[torch.Tensor]:
-    """Return flat voxel numbers, at most `max_places`, of each class above 0, in the order of the classes."""
+    """Return at most `max_places` flat voxel indices of each class above 0, in ascending order of the classes."""
     flat = label[0].reshape(-1)
     voxels = torch.nonzero(flat)[:, 0]
     values = flat[voxels].numpy()
     if not len(values):
         return []
-    # Sorting small whole numbers takes a fraction of the time.
+    # Sorting int16 is several times faster.
     keys = values.astype(np.int16) if 0 <= values.min() <= values.max() < 1 << 15 else values
     order = np.argsort(keys, kind="stable")
     groups = np.split(order, np.flatnonzero(np.diff(keys[order])) + 1)

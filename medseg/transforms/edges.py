@@ -1,4 +1,4 @@
-"""The edge truth of a label, as BA-Net's edge branches learn it."""
+"""Edge labels as used for the edge branches of BA-Net."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ __all__ = ["LabelToEdged"]
 
 
 class LabelToEdged(MapTransform):  # type: ignore[misc]  # MONAI publishes no types
-    """Write the edges of a label beside it, to look at, to measure against, or to weight a loss with.
+    """Add the edges of a label as a separate entry, for visualization, metrics or weight maps.
 
-    `BoundaryMultiTaskLoss` makes the same truth on the fly and needs no transform.
+    `BoundaryMultiTaskLoss` computes the same edges on the fly and does not need this transform.
 
     Args:
-        keys: the labels, whole numbers `(C, *spatial)`; each channel by itself.
-        postfix: what is added to the key of a label for the key of its edges.
-        edge_width: voxels of the band on each side of a border; a number, or one per axis.
-        border_is_edge: whether an object that touches the image's rim has an edge there.
-        allow_missing_keys: pass over keys that a case lacks.
+        keys: Keys of the labels, integers `(C, *spatial)`; channels are processed independently.
+        postfix: Suffix of the key of the edges.
+        edge_width: Width of the band on each side of a boundary in voxels, one number or one per axis.
+        border_is_edge: Whether an object has an edge at the image border.
+        allow_missing_keys: Whether to skip keys missing in a case.
 
     Raises:
-        RequestError: a width below 0, or not one for each axis.
+        RequestError: Negative width, or a number of widths that does not match the axes.
     """
 
     traits = Traits("kept")
@@ -49,7 +49,7 @@ class LabelToEdged(MapTransform):  # type: ignore[misc]  # MONAI publishes no ty
         self.border_is_edge = border_is_edge
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Return `data` with 0 and 1 (uint8) of each label's shape and metadata under `key + postfix`."""
+        """Return `data` with binary edges (uint8) under `key + postfix`, with the shape and metadata of the label."""
         case = dict(data)
         for key in self.key_iterator(case):
             case[f"{key}{self.postfix}"] = self._edges(case[key])

@@ -1,4 +1,4 @@
-"""Elastic deformation on a coarse grid, as the U-Net was trained with (arXiv 1505.04597, section 3.1)."""
+"""Elastic deformation on a coarse grid, as in the training of the U-Net (arXiv 1505.04597, section 3.1)."""
 
 from __future__ import annotations
 
@@ -19,29 +19,28 @@ from medseg.transforms.traits import Traits
 
 __all__ = ["RandElasticd", "check_elastic", "dense_field", "draw_control"]
 
-# Voxels that are warped at once: their places and crops stay in the processor's cache, whatever the image's size.
+# Voxels per block, small enough for the CPU cache.
 _BLOCK = 1 << 19
 
 
 class RandElasticd(RandomizableTransform, MapTransform):  # type: ignore[misc]  # MONAI publishes no types
-    """Deform images and labels by random displacements of the nodes of a coarse grid, smooth in between.
+    """Random elastic deformation by displacements of the nodes of a coarse grid.
 
-    Nodes stand evenly from the first to the last voxel of each axis. Each gets a displacement from a normal
-    distribution along every axis; bicubic interpolation with aligned corners (in 3D its kernel along each axis in
-    turn) makes the field dense. Images are sampled linearly, labels at the nearest voxel, what lies outside is the
-    mirror image. All keys get the same field.
+    Nodes are spaced evenly from the first to the last voxel of each axis. Their displacements are drawn from a normal
+    distribution per axis and interpolated to a dense field, bicubic with aligned corners (separably in 3D). Images are
+    interpolated linearly, labels by nearest neighbor, with reflection at the image border. All keys share one field.
 
     Args:
-        keys: images and labels `(C, *spatial)` of one shape, in 2D or 3D.
-        grid: nodes along each axis, a number or one per axis, from 2 up.
-        sigma: standard deviation of the displacements in voxels, a number or one per axis.
-        prob: probability of a deformation.
-        label_keys: those of `keys` that are labels.
-        allow_missing_keys: pass over keys that a case lacks.
+        keys: Keys of images and labels `(C, *spatial)` of the same shape, in 2D or 3D.
+        grid: Number of nodes along each axis, one number or one per axis, at least 2.
+        sigma: Standard deviation of the displacements in voxels, one number or one per axis.
+        prob: Probability of a deformation.
+        label_keys: Keys among `keys` that are labels.
+        allow_missing_keys: Whether to skip keys missing in a case.
 
     Raises:
-        RequestError: fewer than 2 nodes, a negative deviation, or numbers that are not one for each axis.
-        CaseError: the entries of a case differ in shape.
+        RequestError: Fewer than 2 nodes, a negative deviation, or a number of values that does not match the axes.
+        CaseError: Different shapes within a case.
     """
 
     traits = Traits("unmapped")
@@ -65,12 +64,12 @@ class RandElasticd(RandomizableTransform, MapTransform):  # type: ignore[misc]  
         self.control: torch.Tensor | None = None
 
     def randomize(self, spatial_dims: int) -> None:
-        """Draw whether to deform, and `control`, the displacements `(spatial_dims, *grid)` in voxels."""
+        """Draw whether to deform, and the displacements `control` of the nodes `(spatial_dims, *grid)`, in voxels."""
         super().randomize(None)
         self.control = draw_control(self.R, spatial_dims, self.grid, self.sigma) if self._do_transform else None
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Return `data` with deformed images (float32) and labels (their own type), metadata as before."""
+        """Return `data` with deformed images (float32) and labels (unchanged type), with unchanged metadata."""
         case = dict(data)
         images = {key: plain_tensor(case[key]) for key in self.key_iterator(case)}
         if not images:
@@ -103,34 +102,34 @@ def dense_field(
     """Interpolate displacements from a coarse grid to all voxels, bicubic with aligned corners.
 
     Args:
-        control: `(C, *grid)`, at least 2 nodes along each axis.
-        size: voxels along each axis.
-        first: of the planes of the first axis to return.
-        count: of those planes, all from the first on by default.
+        control: Displacements `(C, *grid)`, at least 2 nodes along each axis.
+        size: Number of voxels along each axis.
+        first: First plane of the first axis to return.
+        count: Number of planes to return; by default all from `first` on.
 
     Returns:
-        `(C, count, *size[1:])`, float32.
+        Dense field `(C, count, *size[1:])`, float32.
     """
     field = control.float()
     for axis, voxels in enumerate(size):
         weights = _cubic_weights(control.shape[axis + 1], voxels)
         if axis == 0:
             weights = weights[first:] if count is None else weights[first : first + count]
-        # The first axis goes and comes back as the last, so that all have had their turn in the end.
+        # tensordot moves the interpolated axis to the end, so each axis is first in turn.
         field = torch.tensordot(field, weights, dims=([1], [1]))
     return field
 
 
 def check_elastic(grid: int | Sequence[int], sigma: float | Sequence[float]) -> None:
-    """Refuse settings of a deformation that no image can have.
+    """Check the settings of a deformation.
 
     Raises:
-        RequestError: fewer than 2 nodes along an axis, or a negative deviation.
+        RequestError: Fewer than 2 nodes along an axis, or a negative deviation.
     """
     if np.min(grid) < 2:
-        raise RequestError(f"grid={grid!r}: expected at least 2 nodes along each axis; the paper has 3.")
+        raise RequestError(f"grid={grid!r}: expected at least 2 nodes along each axis (3 in the paper).")
     if not np.min(sigma) >= 0:
-        raise RequestError(f"sigma={sigma!r}: expected a standard deviation of 0 voxels or more.")
+        raise RequestError(f"sigma={sigma!r}: expected a standard deviation of at least 0 voxels.")
 
 
 def draw_control(
@@ -139,18 +138,18 @@ def draw_control(
     """Draw displacements `(dims, *grid)` in voxels, float32 (see `RandElasticd`).
 
     Raises:
-        RequestError: numbers that are not one for each axis.
+        RequestError: A number of values that does not match the axes.
     """
     nodes = (grid,) * dims if isinstance(grid, int) else tuple(grid)
     deviations = np.broadcast_to(np.asarray(sigma, dtype=float), dims) if np.size(sigma) in (1, dims) else None
     if len(nodes) != dims or deviations is None:
-        raise RequestError(f"grid={grid!r} and sigma={sigma!r} came for {dims} axes: give one number, or {dims}.")
+        raise RequestError(f"grid={grid!r} and sigma={sigma!r}: expected one number, or {dims} for {dims} axes.")
     drawn = random.normal(size=(dims, *nodes)) * deviations.reshape(-1, *[1] * dims)
     return torch.from_numpy(drawn.astype(np.float32))
 
 
 def _block_sampler(control: torch.Tensor, shape: tuple[int, ...], first: int, count: int) -> Sampler:
-    """Return the sampler of some planes of the first axis."""
+    """Return the sampler of a block of planes along the first axis."""
     size = (count, *shape[1:])
     places = dense_field(control, shape, first=first, count=count)
     for axis, voxels in enumerate(size):
@@ -160,6 +159,6 @@ def _block_sampler(control: torch.Tensor, shape: tuple[int, ...], first: int, co
 
 @lru_cache(maxsize=64)
 def _cubic_weights(nodes: int, voxels: int) -> torch.Tensor:
-    """Return what each node adds to each voxel of an axis, `(voxels, nodes)`: torch's answer to one displaced node."""
+    """Return the bicubic weights `(voxels, nodes)` of one axis, computed by interpolating unit displacements."""
     alone = torch.eye(nodes)[None, :, :, None]
     return F.interpolate(alone, (voxels, 1), mode="bicubic", align_corners=True)[0, :, :, 0].T

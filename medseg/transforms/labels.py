@@ -1,4 +1,4 @@
-"""From the values in label files to the classes of a model."""
+"""Mapping of label values to the class indices of a model."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from medseg.transforms.traits import Traits
 __all__ = ["MapLabelsd"]
 
 _OTHER = "other"
-# Above this spread of values a table of all of them costs more than looking for the distinct ones.
+# Above this range of values a lookup table is slower than comparing each value.
 _MAX_TABLE = 1 << 20
 _MAX_CLASS = 2**31 - 2
 _UNKNOWN = 2**31 - 1
 
 
 class MapLabelsd(MapTransform):  # type: ignore[misc]  # MONAI publishes no types
-    """Replace the values of a label by the class indices that a model is trained on.
+    """Map the values of a label to the class indices of a model.
 
-    Label conventions differ: 0 and 255, one number per instance, inverted foreground. The mapping makes them explicit,
-    and a value that it does not name stops the case.
+    Label conventions differ: 0 and 255, one value per instance, inverted foreground. The mapping makes them explicit;
+    a value without an entry is an error.
 
     Args:
-        keys: the labels, whole numbers of any shape and type.
-        mapping: from the value in the file, as text or number, to the class index. The key "other" stands for every
-            value that is not named: `{"0": 0, "other": 1}` makes one foreground of all instances.
-        allow_missing_keys: pass over keys that a case lacks.
+        keys: Keys of the labels, integers of any shape and type.
+        mapping: Class index of each label value; values may be strings. The key "other" applies to all other values:
+            `{"0": 0, "other": 1}` merges all instances into one foreground class.
+        allow_missing_keys: Whether to skip keys missing in a case.
 
     Raises:
-        RequestError: the mapping itself is wrong.
-        CaseError: a label holds a value that the mapping does not name.
+        RequestError: Invalid mapping.
+        CaseError: Label value without an entry in the mapping.
     """
 
     traits = Traits("kept", per_pixel=True)
@@ -49,7 +49,7 @@ class MapLabelsd(MapTransform):  # type: ignore[misc]  # MONAI publishes no type
         self.mapping, self.other = _parse(mapping)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Return `data` with mapped labels, int32, of unchanged shape and metadata."""
+        """Return `data` with mapped labels (int32), with unchanged shape and metadata."""
         case = dict(data)
         for key in self.key_iterator(case):
             case[key] = self._map(case[key], key)
@@ -62,7 +62,7 @@ class MapLabelsd(MapTransform):  # type: ignore[misc]  # MONAI publishes no type
         if unknown.any():
             found = torch.unique(values[unknown])
             raise CaseError(
-                f"{_origin(label, key)} holds the label {_shown(found)}, which the mapping does not name: it knows "
+                f"{_origin(label, key)} contains the unmapped label {_shown(found)}: the mapping has "
                 f"{', '.join(map(str, sorted(self.mapping)))}. Add the value or 'other' to the mapping."
             )
         return with_metadata(mapped, label)
@@ -92,16 +92,18 @@ def _parse(mapping: Mapping[Any, Any]) -> tuple[dict[int, int], int | None]:
     known: dict[int, int] = {}
     other: int | None = None
     if not mapping:
-        raise RequestError('The label mapping is empty: expected for instance {"0": 0, "1": 1}.')
+        raise RequestError('Empty label mapping: expected for example {"0": 0, "1": 1}.')
     for key, index in mapping.items():
         if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index <= _MAX_CLASS:
-            raise RequestError(f"The label mapping gives {key!r} the class {index!r}: expected a number of 0 or more.")
+            raise RequestError(
+                f"Invalid class {index!r} for {key!r} in the label mapping: expected an integer of at least 0."
+            )
         if key == _OTHER:
             other = index
             continue
         value = _value(key)
         if value in known:
-            raise RequestError(f"The label mapping names the value {value} twice.")
+            raise RequestError(f"Duplicate value {value} in the label mapping.")
         known[value] = index
     return known, other
 
@@ -110,7 +112,7 @@ def _value(key: Any) -> int:
     try:
         return int(str(key))
     except ValueError:
-        raise RequestError(f"The label mapping has the key {key!r}: expected a whole number or 'other'.") from None
+        raise RequestError(f"Invalid key {key!r} in the label mapping: expected an integer or 'other'.") from None
 
 
 def _whole_numbers(label: Any, key: Hashable) -> torch.Tensor:
@@ -119,7 +121,7 @@ def _whole_numbers(label: Any, key: Hashable) -> torch.Tensor:
         return values if values.dtype == torch.int64 else values.to(torch.int32)
     wrong = (values != values.round()) | values.isinf()
     if wrong.any():
-        raise CaseError(f"{_origin(label, key)} holds {values[wrong][0].item():g}: expected whole numbers.")
+        raise CaseError(f"{_origin(label, key)} contains the value {values[wrong][0].item():g}: expected integers.")
     return values.to(torch.int64)
 
 

@@ -1,4 +1,4 @@
-"""Reading files within a chain of MONAI transforms."""
+"""Loading of images and labels as a MONAI transform."""
 
 from __future__ import annotations
 
@@ -19,27 +19,26 @@ _OPTIONS = "label_options"
 
 
 class LoadCased(LoadImaged):  # type: ignore[misc]  # MONAI publishes no types
-    """Load the images and labels of a case, channel first, and refuse those that do not belong together.
+    """Load the images and labels of a case, channel first, and check that they have the same geometry.
 
-    It is a `LoadImaged`, by which other programs find the loader of a bundle, but every file is read and checked by
-    `medseg.io.load`. The channel axis comes first; `EnsureChannelFirstd` is not needed after it. A label that is DICOM
-    SEG or RT-STRUCT is laid on the first of the images by `medseg.io.load_label`, with the options that the case has
-    under "label_options" (see `medseg.components.find_dataset`), which are taken out of it.
+    Derived from `LoadImaged`, so that other software recognizes the loader of a bundle, but files are read and checked
+    by `medseg.io.load`. `EnsureChannelFirstd` is not needed afterwards. DICOM SEG and RT-STRUCT labels are rasterized
+    in the geometry of the first image by `medseg.io.load_label`, with the options of the case under "label_options"
+    (see `medseg.components.find_dataset`); that entry is removed.
 
     Args:
-        keys: the entries that hold paths.
-        spatial_dims: 2 or 3 to refuse files of the other kind; by default both are taken.
-        channels: values per voxel that the model expects of an image.
-        dtype: "float32", or "stored" to keep the whole numbers of an image as uint8, int16 or int32 where the file has
-            them unscaled (see `medseg.io.load`).
-        label_keys: those of `keys` that are labels: whole numbers, one channel.
-        label_names: name of a segment or region -> value, for labels that are DICOM SEG or RT-STRUCT in a data set that
-            names none itself.
-        allow_missing_keys: pass over keys that a case lacks, such as the label of a new image.
+        keys: Keys of the file paths.
+        spatial_dims: Required number of spatial dimensions, 2 or 3; both are accepted by default.
+        channels: Required number of image channels.
+        dtype: "float32", or "stored" to keep unscaled integer images as uint8, int16 or int32 (see `medseg.io.load`).
+        label_keys: Keys among `keys` that are labels: integers with one channel.
+        label_names: Label value of each segment or region name in DICOM SEG and RT-STRUCT labels, for datasets that do
+            not define them.
+        allow_missing_keys: Whether to skip keys missing in a case, such as the label of a new image.
 
     Raises:
-        CaseError: a file cannot be used (see `medseg.io.load`), or nothing names the segments of a label.
-        GeometryError: two files of a case do not lie on one grid.
+        CaseError: Unusable file (see `medseg.io.load`), or a DICOM label whose segments have no names.
+        GeometryError: Geometry mismatch between files of a case.
     """
 
     traits = Traits("kept")
@@ -55,7 +54,7 @@ class LoadCased(LoadImaged):  # type: ignore[misc]  # MONAI publishes no types
         label_names: Mapping[str, int] | None = None,
         allow_missing_keys: bool = False,
     ) -> None:
-        # LoadImaged would set up MONAI's readers, which are not used and warn about packages that are not needed.
+        # LoadImaged would create the unused MONAI readers, which warn about missing packages.
         MapTransform.__init__(self, keys, allow_missing_keys)
         self.spatial_dims = spatial_dims
         self.channels = channels
@@ -64,11 +63,17 @@ class LoadCased(LoadImaged):  # type: ignore[misc]  # MONAI publishes no types
         self.label_names = dict(label_names or {})
 
     def register(self, reader: Any) -> None:
-        """Refuse: files are read by medseg."""
-        raise RequestError(f"LoadCased takes no other reader ({type(reader).__name__}): use LoadImaged for that.")
+        """Reject other readers, since medseg reads the files.
+
+        Raises:
+            RequestError: Always.
+        """
+        raise RequestError(
+            f"LoadCased does not support other readers ({type(reader).__name__}): use LoadImaged instead."
+        )
 
     def __call__(self, data: Mapping[Hashable, Any], reader: Any = None) -> dict[Hashable, Any]:
-        """Return `data` with the paths under `keys` replaced by MetaTensors `(C, *spatial)`."""
+        """Return `data` with the paths under `keys` replaced by a `MetaTensor` `(C, *spatial)` each."""
         if reader is not None:
             self.register(reader)
         case = dict(data)
@@ -90,4 +95,6 @@ def _refuse_other_grid(first: MetaTensor, other: MetaTensor) -> None:
     difference = grid_difference(a, b)
     if difference:
         names = " and ".join(str(image.meta["filename_or_obj"]) for image in (first, other))
-        raise GeometryError(f"{names} do not lie on one grid: {difference}. Resample one onto the other first.")
+        raise GeometryError(
+            f"Geometry mismatch between {names}: {difference}. Resample one to the grid of the other first."
+        )

@@ -1,4 +1,4 @@
-"""From classes to objects: numbered connected components, without specks and holes."""
+"""Instance labels from class labels: connected components, with small objects removed and holes filled."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ __all__ = ["NumberObjectsd", "filled", "grown", "number_objects", "without_small
 
 
 class NumberObjectsd(MapTransform):  # type: ignore[misc]  # MONAI publishes no types
-    """Number the objects of a label map from 1 on, in place of their class.
+    """Replace the classes of a label by instance labels, numbered from 1.
 
-    An object is a largest set of voxels of one class that hang together by faces. Objects come in the order of their
-    classes, those of a class in that of their first voxels.
+    An object is a connected component of one class with face connectivity. Objects are ordered by class, and within a
+    class by their first voxel.
 
     Args:
-        keys: labels `(1, *spatial)` in 2D or 3D, whole numbers: 0 for background, else the class.
-        min_size: objects of fewer voxels become background; their holes count where they are filled.
-        fill_holes: background that an object encloses becomes part of it, and objects of its class in there, too.
-        grow: voxels, diagonals included, by which each object grows into the background in the end; where two meet, the
-            one of the higher number goes on. It undoes the gap between touching objects of
+        keys: Keys of class labels `(1, *spatial)` in 2D or 3D; 0 is background.
+        min_size: Minimum object size in voxels, including filled holes; smaller objects become background.
+        fill_holes: Whether to fill enclosed background, including objects of the same class inside it.
+        grow: Number of voxels by which objects are dilated into the background at the end, including diagonals; where
+            two meet, the higher number wins. Closes the gap between touching objects of
             `medseg.components.BorderWeightMapd`.
-        enabled: False leaves the labels as they are.
-        allow_missing_keys: pass over keys that a case lacks.
+        enabled: False returns the labels unchanged.
+        allow_missing_keys: Whether to skip keys missing in a case.
 
     Raises:
-        RequestError: a size or growth below 0.
-        CaseError: the entry is not one channel of labels.
+        RequestError: Negative size or dilation.
+        CaseError: More than one channel.
     """
 
     traits = Traits("kept")
@@ -55,14 +55,14 @@ class NumberObjectsd(MapTransform):  # type: ignore[misc]  # MONAI publishes no 
     ) -> None:
         super().__init__(keys, allow_missing_keys)
         if min_size < 0 or grow < 0:
-            raise RequestError(f"min_size={min_size} and grow={grow}: expected 0 or more voxels.")
+            raise RequestError(f"min_size={min_size} and grow={grow}: expected at least 0 voxels.")
         self.min_size = min_size
         self.fill_holes = fill_holes
         self.grow = grow
         self.enabled = enabled
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Return `data` with numbered objects, int32, of unchanged shape and metadata."""
+        """Return `data` with instance labels (int32), with unchanged shape and metadata."""
         case = dict(data)
         for key in self.key_iterator(case):
             if self.enabled:
@@ -77,7 +77,7 @@ class NumberObjectsd(MapTransform):  # type: ignore[misc]  # MONAI publishes no 
 
 
 def number_objects(classes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the components of each class above 0, connected by faces and numbered from 1 on."""
+    """Return the connected components of each class above 0, with face connectivity, numbered from 1."""
     objects = np.zeros(classes.shape, np.int64)
     for value in np.unique(classes[classes > 0]):
         found = sitk.GetArrayFromImage(sitk.ConnectedComponent(_mask(classes == value)))
@@ -86,17 +86,17 @@ def number_objects(classes: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def filled(classes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the classes with the background that a component of one class encloses; a corner is a way out."""
+    """Return the classes with filled holes; background that leaks through a corner is not a hole."""
     result = classes.copy()
     for value in np.unique(classes[classes > 0]):
-        # Objects hang together by faces, so background does by corners, too.
+        # With face connectivity of objects, the background has full connectivity.
         whole = sitk.GetArrayFromImage(sitk.BinaryFillhole(_mask(classes == value), fullyConnected=True))
         result[(whole > 0) & (result == 0)] = value
     return result
 
 
 def without_small(objects: NDArray[np.int64], min_size: int) -> NDArray[np.int64]:
-    """Return the objects of at least so many voxels, numbered anew in their order."""
+    """Return the objects of at least `min_size` voxels, renumbered in their order."""
     kept = np.bincount(objects.ravel(), minlength=1) >= max(min_size, 1)
     kept[0] = False
     numbers: NDArray[np.int64] = np.cumsum(kept, dtype=np.int64) * kept
@@ -104,7 +104,7 @@ def without_small(objects: NDArray[np.int64], min_size: int) -> NDArray[np.int64
 
 
 def grown(objects: NDArray[np.int64], steps: int) -> NDArray[np.int64]:
-    """Return the objects after so many steps of one voxel into the background, diagonals included."""
+    """Return the objects dilated by `steps` voxels into the background, including diagonals."""
     largest = Pool[Pool.MAX, objects.ndim](kernel_size=3, stride=1, padding=1)
     numbers = torch.from_numpy(objects).double()[None, None]
     for _ in range(steps):

@@ -1,4 +1,4 @@
-"""Values of images and labels at given places, from no more of the image than those places need."""
+"""Interpolation of images and labels at arbitrary positions, using only the required region of the image."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from medseg.errors import RequestError
 
 __all__ = ["PADDINGS", "Sampler", "check_padding", "cut"]
 
-# What lies outside an image: its outermost value, its mirror image (which does not repeat the edge), or a given value.
+# Padding outside an image: edge value, reflection without repeating the edge, or a constant.
 PADDINGS = ("border", "reflect", "constant")
-# Whole numbers up to here are exact in float32.
+# Integers up to here are exact in float32.
 _EXACT = 1 << 24
 
 
 class _Axis(NamedTuple):
-    """The places along one axis, `shift` from the first voxel that they need, and those voxels."""
+    """Positions along one axis, relative to `shift`, and the required range of voxels."""
 
     places: torch.Tensor
     shift: int
@@ -30,17 +30,17 @@ class _Axis(NamedTuple):
 
 
 class Sampler:
-    """Read images and labels of one grid at places between its voxels.
+    """Sample images and labels with the same grid at arbitrary positions.
 
     Args:
-        places: one tensor for each axis, in voxels from `origin`, float32; together they broadcast to `size`.
-        size: of the result.
-        shape: of the grid, voxels along each axis.
-        origin: the voxel that places are counted from. Near ones keep float32 precise in large volumes.
-        padding: what lies outside the grid, one of `PADDINGS`.
+        places: Positions along each axis in voxels relative to `origin`, float32, broadcastable to `size`.
+        size: Spatial size of the result.
+        shape: Spatial shape of the images.
+        origin: Reference voxel of the positions; a nearby one preserves float32 precision in large volumes.
+        padding: Padding outside the image, one of `PADDINGS`.
 
     Raises:
-        RequestError: an unknown padding.
+        RequestError: Unknown padding.
     """
 
     def __init__(
@@ -61,20 +61,22 @@ class Sampler:
     def linear(self, image: torch.Tensor, *, outside: float = 0.0) -> torch.Tensor:
         """Return linearly interpolated values `(C, *size)`, float32, of an image `(C, *shape)`.
 
-        `outside` is the value there if the padding is "constant".
+        Args:
+            image: Image `(C, *shape)`.
+            outside: Value outside the image for "constant" padding.
         """
         return self._interpolated(self._needed(image).float(), outside)
 
     def nearest(self, label: torch.Tensor, *, outside: float = 0) -> torch.Tensor:
-        """Return the nearest values `(C, *size)` of a label `(C, *shape)`, in its own type."""
+        """Return nearest-neighbor values `(C, *size)` of a label `(C, *shape)`, of the same data type."""
         needed = self._needed(label)
         found = needed.reshape(len(needed), -1)[:, self._nearest].reshape(len(needed), *self.size)
         return found.masked_fill_(self._is_outside, outside) if self._is_outside is not None else found
 
     def votes(self, label: torch.Tensor, *, outside: float = 0) -> torch.Tensor:
-        """Return for each place the label that linear interpolation of each label's own mask gives the largest share.
+        """Return the label whose linearly interpolated mask is largest at each position.
 
-        Borders come out smoother than by `nearest`. Equal shares go to the smaller label.
+        Boundaries are smoother than with `nearest`. Ties go to the smaller label.
         """
         needed = self._needed(label)
         found = torch.zeros((len(needed), *self.size), dtype=label.dtype)
@@ -84,7 +86,7 @@ class Sampler:
             known = torch.unique(torch.cat([known, known.new_tensor([outside])]))
         for value in known:
             share = self._interpolated((needed == value).float(), float(self.constant and value == outside))
-            # Shares that rounding alone tells apart are equal.
+            # Differences within rounding count as ties.
             better = share > best + 1e-6
             best = torch.where(better, share, best)
             found = torch.where(better, value, found)
@@ -98,7 +100,7 @@ class Sampler:
     def _interpolated(self, values: torch.Tensor, outside: float) -> torch.Tensor:
         shifted = self.constant and outside != 0
         source = (values - outside if shifted else values)[None]
-        # grid_sample works on the entries of a batch side by side, so the result is cut in as many.
+        # grid_sample runs in parallel over the batch, so the result is split into a batch.
         batch = math.gcd(self.size[0], torch.get_num_threads())
         grid = self._grid.view(batch, self.size[0] // batch, *self._grid.shape[1:])
         padding = "zeros" if self.constant else "border"
@@ -108,7 +110,7 @@ class Sampler:
 
     @cached_property
     def _grid(self) -> torch.Tensor:
-        """The places as `grid_sample` counts them: last axis first, -1 to 1 from edge to edge of the needed voxels."""
+        """Positions in the convention of `grid_sample`: last axis first, -1 to 1 over the required region."""
         grid = torch.empty(*self.size, len(self.size))
         for dim, axis in enumerate(reversed(self._axes)):
             first = torch.tensor((2 * axis.shift + 1) / axis.length - 1)
@@ -117,7 +119,7 @@ class Sampler:
 
     @cached_property
     def _nearest(self) -> torch.Tensor:
-        """Numbers of the nearest voxels among the needed ones, flat."""
+        """Flat indices of the nearest voxels in the required region."""
         exact = torch.float32 if math.prod(axis.length for axis in self._axes) < _EXACT else torch.float64
         flat, step = torch.zeros((), dtype=exact), 1
         for axis in reversed(self._axes):
@@ -130,7 +132,7 @@ class Sampler:
 
     @property
     def _first(self) -> int:
-        """The flat number of the origin of the places among the needed voxels."""
+        """Flat index of the origin of the positions in the required region."""
         number = 0
         for axis in self._axes:
             number = number * axis.length + axis.shift
@@ -156,18 +158,18 @@ def cut(
     padding: str = "border",
     outside: float = 0.0,
 ) -> torch.Tensor:
-    """Return a copy of the voxels of a box, with no interpolation.
+    """Return a copy of a cropped box, without interpolation.
 
     Args:
-        image: `(C, *spatial)`.
-        start: the first voxel on each axis; may lie outside.
-        size: of the box.
-        flips: the axes to mirror the box along.
-        padding: what lies outside the image, one of `PADDINGS`.
-        outside: the value there if the padding is "constant".
+        image: Image `(C, *spatial)`.
+        start: First voxel on each axis; may be outside the image.
+        size: Spatial size of the box.
+        flips: Whether to flip the box, per axis.
+        padding: Padding outside the image, one of `PADDINGS`.
+        outside: Value outside the image for "constant" padding.
 
     Returns:
-        `(C, *size)`, contiguous, of the image's type.
+        Contiguous tensor `(C, *size)` of the same data type.
     """
     check_padding(padding)
     padded = []
@@ -190,13 +192,13 @@ def cut(
 
 
 def check_padding(padding: str) -> None:
-    """Refuse an unknown padding.
+    """Check that a padding is one of `PADDINGS`.
 
     Raises:
-        RequestError: it is none of `PADDINGS`.
+        RequestError: Unknown padding.
     """
     if padding not in PADDINGS:
-        raise RequestError(f"padding={padding!r} is not known; choose one of {', '.join(map(repr, PADDINGS))}.")
+        raise RequestError(f"invalid padding={padding!r}; choose one of {', '.join(map(repr, PADDINGS))}.")
 
 
 def _axis(places: torch.Tensor, origin: int, length: int, padding: str) -> _Axis:
@@ -218,7 +220,7 @@ def _range(places: torch.Tensor, origin: int) -> tuple[float, float]:
 
 
 def _folded(places: torch.Tensor, length: int) -> torch.Tensor:
-    """Mirror places at the first and the last voxel until they lie between them."""
+    """Reflect positions at the first and the last voxel, repeatedly if needed."""
     last = length - 1
     if not last:
         return torch.zeros_like(places)

@@ -1,4 +1,4 @@
-"""Writing label maps at the end of a chain of MONAI transforms."""
+"""Writing of label maps as a MONAI transform."""
 
 from __future__ import annotations
 
@@ -23,33 +23,34 @@ from medseg.transforms.traits import Traits
 
 __all__ = ["SaveMaskd"]
 
-# DICOM objects by their ending; their modules need packages that others do without.
+# DICOM formats by file extension; their modules need optional packages.
 _OBJECTS = {ending: entry for entry in FORMATS.values() if entry.object_writer for ending in entry.outputs.values()}
 
 
 class SaveMaskd(SaveImaged):  # type: ignore[misc]  # MONAI publishes no types
-    """Write a label map exactly on the grid of the image that it was made from.
+    """Write a label map in the geometry of its source image.
 
-    It is a `SaveImaged`, by which other programs find (and leave out) the writer of a bundle; the file is written by
-    `medseg.io.write_mask`. It goes under the case's `"name"` below `output_dir`, or without one under the image's file
-    name; folders are made as needed.
+    Derived from `SaveImaged`, so that other software recognizes (and can skip) the writer of a bundle; the file is
+    written by `medseg.io.write_mask`. Its name is the `"name"` of the case, or the file name of the image; folders
+    below `output_dir` are created if missing.
 
     Args:
-        keys: the one entry to write: labels `(1, *spatial)` on the image's own grid, so after `Invertd` and the argmax.
-        output_dir: the folder of all masks.
-        output_format: a key of `medseg.io.names.OUTPUT_FORMATS`, such as "nrrd" or "dicom-seg"; by default the ending
-            of the case's name decides, which is that of the image's own format.
-        separate_labels: also write each label to a file of its own, `case1_liver.nii.gz` beside `case1.nii.gz`. They
-            come first: where the whole mask is, they are complete.
-        labels: value to name, for the names of those files and of the segments in DICOM; a key may be text. Values
-            without a name go by their number.
-        image_key: the entry of the image, asked for its file where the mask's own metadata do not name one.
-        allow_missing_keys: do nothing for a case without the entry.
+        keys: Key of the mask: labels `(1, *spatial)` in native space, so after `Invertd` and the arg max.
+        output_dir: Folder of the masks, created if missing.
+        output_format: Key of `medseg.io.names.OUTPUT_FORMATS`, such as "nrrd" or "dicom-seg"; by default the format is
+            given by the extension of the case name, which is that of the image.
+        separate_labels: Whether to also write each label to a separate file, `case1_liver.nii.gz` beside
+            `case1.nii.gz`. These are written first, so they are complete once the mask exists.
+        labels: Name of each label value, for the separate files and the DICOM segments; keys may be strings. Unnamed
+            values use their number.
+        image_key: Key of the image, whose file name is used if the metadata of the mask have none.
+        allow_missing_keys: Whether to skip cases without the key.
 
     Raises:
-        CaseError: the entry is not one label map.
-        GeometryError: it does not lie on the grid of the image.
-        OutputError: it cannot be written (see `medseg.io.write_mask`).
+        CaseError: Not a single-channel label map.
+        GeometryError: Geometry mismatch with the image.
+        OutputError: The file cannot be written (see `medseg.io.write_mask`).
+        RequestError: More than one key, an unknown format, or no known image file.
     """
 
     traits = Traits("kept")
@@ -67,11 +68,11 @@ class SaveMaskd(SaveImaged):  # type: ignore[misc]  # MONAI publishes no types
     ) -> None:
         super().__init__(keys, output_dir=output_dir, output_postfix="", allow_missing_keys=allow_missing_keys)
         if len(self.keys) != 1:
-            raise RequestError(f"SaveMaskd writes one entry of a case, got {self.keys}: use one SaveMaskd for each.")
+            raise RequestError(f"SaveMaskd supports one key, found {self.keys}: use one SaveMaskd per key.")
         if output_format and output_format not in OUTPUT_FORMATS:
-            raise RequestError(f"There is no output format {output_format!r}: use one of {', '.join(OUTPUT_FORMATS)}.")
+            raise RequestError(f"Unknown output format {output_format!r}: use one of {', '.join(OUTPUT_FORMATS)}.")
         if separate_labels and OUTPUT_FORMATS.get(output_format) in _OBJECTS:
-            raise RequestError(f"{output_format} names its labels inside of one file: leave separate_labels out.")
+            raise RequestError(f"{output_format} stores named labels in one file: remove separate_labels.")
         self.output_dir = Path(output_dir)
         self.output_format = output_format
         self.separate_labels = separate_labels
@@ -79,7 +80,7 @@ class SaveMaskd(SaveImaged):  # type: ignore[misc]  # MONAI publishes no types
         self.image_key = image_key
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Write the mask and return `data` as it is."""
+        """Write the mask and return `data` unchanged."""
         case = dict(data)
         for key in self.key_iterator(case):
             source = self._source(case, key)
@@ -104,7 +105,7 @@ class SaveMaskd(SaveImaged):  # type: ignore[misc]  # MONAI publishes no types
             if isinstance(name, str) and name:
                 return Path(name)
         raise RequestError(
-            f"The mask under {key!r} cannot be placed: neither it nor {self.image_key!r} knows the image's file. Load "
+            f"No image file for the mask {key!r}: neither its metadata nor those of {self.image_key!r} name one. Load "
             "the image with LoadCased and keep its metadata."
         )
 
@@ -113,12 +114,14 @@ def _names_by_value(labels: Mapping[int, str] | Mapping[str, str]) -> dict[int, 
     try:
         names = {int(value): str(name) for value, name in labels.items()}
     except ValueError as error:
-        raise RequestError(f"The labels of a mask are named by whole numbers, got {list(labels)}.") from error
+        raise RequestError(
+            f"Invalid label values {list(labels)}: expected integers as keys of the label names."
+        ) from error
     return {value: name for value, name in names.items() if value != 0}
 
 
 def _write_object(form: Format, mask: torch.Tensor, target: Path, source: Path, labels: Mapping[int, str]) -> None:
-    """Write a DICOM object that describes the mask; a value without a name is called by its number."""
+    """Write the mask as a DICOM object; unnamed values use their number."""
     array = to_numpy(mask)
     unnamed = [value for value in label_values(array, source) if value != 0 and value not in labels]
     warn_of_unnamed(unnamed, source)
@@ -127,10 +130,10 @@ def _write_object(form: Format, mask: torch.Tensor, target: Path, source: Path, 
 
 
 def _label_map(mask: Any, source: Path) -> torch.Tensor:
-    """Return labels `(*spatial)`, checked to lie where the image does."""
+    """Return the labels `(*spatial)` after checking shape and geometry against the image."""
     tensor = mask.as_tensor() if isinstance(mask, MetaTensor) else torch.as_tensor(mask)
     grid = read_grid(source)
-    if tensor.ndim == 3 and grid.shape[2:] == (1,):  # one slice, worked on in 2D
+    if tensor.ndim == 3 and grid.shape[2:] == (1,):  # a single slice processed in 2D
         grid = Grid(grid.shape[:2], grid.affine)
     if tensor.ndim == len(grid.shape) + 1 and len(tensor) != 1:
         raise CaseError(
@@ -150,5 +153,5 @@ def _refuse_other_place(here: Grid, grid: Grid, source: Path) -> None:
     difference = grid_difference(here, grid)
     if difference:
         raise GeometryError(
-            f"The mask does not lie on the grid of {source}: {difference}. Invert the preprocessing (Invertd) first."
+            f"Geometry mismatch between the mask and {source}: {difference}. Invert the preprocessing (Invertd) first."
         )

@@ -1,4 +1,4 @@
-"""Resampling to the voxel size of a model, axis by axis."""
+"""Fast resampling to the voxel spacing of a model, axis by axis."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from medseg.transforms.traits import Traits
 
 __all__ = ["SeparableResample", "SeparableSpacingd"]
 
-# Of a voxel, at the far end of an axis.
+# In voxels, at the far end of an axis.
 _NEAR = 1e-4
-# Closer than this MONAI takes two affines for the same.
+# Tolerance below which MONAI treats two affines as equal.
 _MONAI_NEAR = 1e-3
 
 
 class SeparableSpacingd(Spacingd):  # type: ignore[misc]  # MONAI publishes no types
     """MONAI's `Spacingd` for images, several times faster and without copies of the whole volume.
 
-    Linear interpolation on a grid that keeps its axes is done one axis after the other, plane by plane and in float32;
-    the positions are computed in float64. The image may have any number type, so a CT can stay int16 until here. The
-    result is that of `Spacingd` in float64 but for rounding, and can be inverted like it.
+    If the axes keep their direction, linear interpolation runs separably along each axis, plane by plane in float32,
+    with positions in float64. The image may have any numeric type, so a CT can stay int16 until here. The result equals
+    that of `Spacingd` in float64 up to rounding, and is inverted in the same way.
 
     Args:
-        keys: the images.
-        pixdim: voxel size in mm along each axis, of the model's grid.
-        diagonal: turn the grid to the world's axes; such grids are resampled by MONAI.
-        allow_missing_keys: pass over keys that a case lacks.
+        keys: Keys of the images.
+        pixdim: Voxel spacing in mm along each axis.
+        diagonal: Whether to resample to a diagonal affine (world axes), which is done by MONAI.
+        allow_missing_keys: Whether to skip keys missing in a case.
 
     Raises:
-        GeometryError: an image would have more than 2^31 voxels.
+        GeometryError: Result of more than 2^31 voxels.
     """
 
     traits = Traits("resampled")
@@ -70,16 +70,16 @@ class SeparableSpacingd(Spacingd):  # type: ignore[misc]  # MONAI publishes no t
 
 
 class SeparableResample(SpatialResample):  # type: ignore[misc]
-    """MONAI's `SpatialResample` that does linear interpolation axis by axis, and leaves other requests to MONAI."""
+    """MONAI's `SpatialResample` with separable linear interpolation; other cases are passed to MONAI."""
 
     traits = Traits("resampled")
 
     def get_transform_info(self) -> dict[str, Any]:
-        """Return what goes into the image's `applied_operations`, with the effect on the grid."""
+        """Return the entry of `applied_operations`, with the effect on the grid."""
         return {**super().get_transform_info(), "grid": self.traits.grid}
 
     def __call__(self, img: torch.Tensor, dst_affine: Any = None, spatial_size: Any = None, **options: Any) -> Any:
-        """Return the image `(C, *spatial)` on another grid, float32; arguments as for `SpatialResample`."""
+        """Return the resampled image `(C, *spatial)`, float32; arguments as for `SpatialResample`."""
         lazy = options.get("lazy") or (isinstance(img, MetaTensor) and img.pending_operations)
         modes = (options.get("mode") or self.mode, options.get("padding_mode") or self.padding_mode)
         if dst_affine is None or lazy or not isinstance(img, MetaTensor) or modes != ("bilinear", "border"):
@@ -112,12 +112,16 @@ class SeparableResample(SpatialResample):  # type: ignore[misc]
 
 
 def _refuse_large(size: tuple[int, ...], image: MetaTensor) -> None:
-    """Refuse what could not be held: a wrong unit in a header makes an image a thousand times as long."""
+    """Check the size of the result, which a wrong unit in a header makes a thousand times longer.
+
+    Raises:
+        GeometryError: More than 2^31 voxels.
+    """
     if math.prod(size) > MAX_VOXELS:
         raise GeometryError(
-            f"{image.meta.get('filename_or_obj', 'An image')} has {by(image.shape[1:])} voxels and would have "
-            f"{by(size)} on the model's grid: the limit is {MAX_VOXELS:,}. Check the voxel size in its header, or "
-            "work on a coarser grid (spacing)."
+            f"Resampled image too large: {image.meta.get('filename_or_obj', 'an image')} has {by(image.shape[1:])} "
+            f"voxels and would have {by(size)} after resampling, the limit is {MAX_VOXELS:,}. Check the voxel spacing "
+            "in its header, or use a coarser spacing."
         )
 
 
@@ -128,7 +132,7 @@ def _straight(matrix: NDArray[np.float64], size: Sequence[int]) -> bool:
 
 
 def _resampled(image: torch.Tensor, size: tuple[int, ...], matrix: NDArray[np.float64]) -> torch.Tensor:
-    """Return `(C, *size)`: the slowest axis in memory first, so that files are walked through in their order."""
+    """Return the image `(C, *size)`, interpolated along the slowest axis in memory first."""
     axes = sorted(range(len(size)), key=lambda axis: -image.stride(axis + 1))
     steps = [_Step(axis, image.shape[axis + 1], size[axis], matrix[axis, axis], matrix[axis, -1]) for axis in axes]
     result = torch.empty((len(image), *size), dtype=torch.float32, device=image.device)
@@ -150,7 +154,7 @@ def _resampled(image: torch.Tensor, size: tuple[int, ...], matrix: NDArray[np.fl
 
 
 class _Step:
-    """Linear interpolation along one axis; beyond the ends the last value counts."""
+    """Linear interpolation along one axis, with edge padding."""
 
     def __init__(self, axis: int, old: int, new: int, scale: float, offset: float) -> None:
         where = np.arange(new) * scale + offset

@@ -1,7 +1,7 @@
-"""What a transform does to an image's grid and pixels, declared on its class. No import of torch or MONAI.
+"""Traits of transforms: their effect on the grid and the pixels of an image. Imports neither torch nor MONAI.
 
-Transforms of medseg have a class attribute `traits`; those of MONAI are in one table here. Inference restores masks by
-position and reads slides in pieces, so a step that says nothing about itself is refused there.
+Transforms of medseg have a class attribute `traits`; those of MONAI are listed in a table here. Inference resamples
+masks to native space by position and reads slides by region, so it rejects transforms without traits.
 """
 
 from __future__ import annotations
@@ -20,17 +20,16 @@ GridEffect: TypeAlias = Literal["kept", "reordered", "resampled", "cut", "unmapp
 
 @dataclass(frozen=True)
 class Traits:
-    """What a transform does.
+    """Traits of a transform.
 
     Attributes:
-        grid: "kept" if every value stays at its voxel; "reordered" for flips and permutations of axes, "resampled" for
-            a new grid by an affine map and "cut" for cropping or padding, all three noted in the image's affine and
-            `applied_operations`; "unmapped" for everything else that moves values, such as deformations and random
-            steps.
-        crops: Whether it takes patches out of a case and leaves the case itself unchanged, so that training need not
-            copy the case first.
-        per_pixel: Whether each new value depends on the value at that pixel alone, so that an image may be processed in
-            pieces; or a function that tells it for an instance.
+        grid: Effect on the grid: "kept" if every value stays at its voxel; "reordered" for flips and permutations of
+            axes, "resampled" for an affine resampling, and "cut" for cropping or padding, all three recorded in the
+            affine and `applied_operations` of the image; "unmapped" for other spatial transforms, such as deformations
+            and random transforms.
+        crops: Whether the transform extracts patches without modifying the case, so that training need not copy it.
+        per_pixel: Whether each output value depends only on the input value at the same pixel, so that an image can be
+            processed by region; or a function that returns this for an instance.
     """
 
     grid: GridEffect
@@ -38,7 +37,7 @@ class Traits:
     per_pixel: bool | Callable[[Any], bool] = False
 
     def is_per_pixel(self, step: Any) -> bool:
-        """Return whether this instance works pixel by pixel."""
+        """Return whether an instance of the transform is pixelwise."""
         return self.per_pixel(step) if callable(self.per_pixel) else self.per_pixel
 
 
@@ -47,7 +46,7 @@ def _by_constants(step: Any) -> bool:
     return own.subtrahend is not None and own.divisor is not None and not own.nonzero
 
 
-# MONAI's transforms by the name of their array class, which is also what they leave in `applied_operations`.
+# MONAI transforms by the name of their array class, which is also the class in `applied_operations`.
 _MONAI: Final = (
     (Traits("kept", per_pixel=True), "CastToType ScaleIntensityRange ThresholdIntensity"),
     (Traits("kept", per_pixel=_by_constants), "NormalizeIntensity"),
@@ -96,10 +95,10 @@ _BY_NAME: Final[Mapping[str, Traits]] = MappingProxyType(
 
 
 def traits_of(step: Any) -> Traits | None:
-    """Return what a transform declares, or what is known about it if it is MONAI's; None for any other.
+    """Return the declared traits of a transform, or the known traits of a MONAI transform; otherwise None.
 
-    A class that derives from a transform maps the grid as that does unless it declares traits of its own, but may well
-    look at more than one pixel.
+    A subclass has the grid effect of its base class unless it declares its own traits, but is not assumed to be
+    pixelwise.
     """
     for kind in type(step).__mro__:
         declared = kind.__dict__.get("traits")
@@ -112,9 +111,9 @@ def traits_of(step: Any) -> Traits | None:
 
 
 def traced_effect(operation: Mapping[str, Any]) -> GridEffect | None:
-    """Return the effect of one of an image's `applied_operations`; None for one of an unknown class.
+    """Return the grid effect of an entry of `applied_operations`; None for an unknown class.
 
-    An operation may carry it under "grid", as those of medseg do.
+    Operations of medseg store the effect under "grid".
     """
     noted: GridEffect | None = operation.get("grid")
     known = _by_name(str(operation.get("class", "")))
@@ -122,32 +121,32 @@ def traced_effect(operation: Mapping[str, Any]) -> GridEffect | None:
 
 
 def refuse_unmapped(preprocessing: Any) -> None:
-    """Refuse a preprocessing after which a mask could not be put back onto the image.
+    """Check that masks can be mapped back to native space through a preprocessing.
 
     Args:
         preprocessing: A transform, or a `Compose` of transforms.
 
     Raises:
-        RequestError: A step moves values in a way that cannot be undone by position, or does not declare what it does.
+        RequestError: Transform that cannot be inverted by position, or that declares no traits.
     """
     for step in _steps(preprocessing):
         name = getattr(step, "__name__", type(step).__name__)
         traits = traits_of(step)
         if traits is None:
             raise RequestError(
-                f"the preprocessing has {name}, which does not declare what it does to the grid, so the mask might not "
-                'lie on the image: give its class `traits = Traits("kept")` (see medseg.transforms.traits), or leave '
-                "the step out"
+                f"unknown effect of {name} in the preprocessing on the grid, so the mask could be misaligned: declare "
+                '`traits = Traits("kept")` or another effect on its class (see medseg.transforms.traits), or remove '
+                "the transform"
             )
         if traits.grid == "unmapped":
             raise RequestError(
-                f"the preprocessing has {name}, which moves voxels in a way that cannot be undone by position, so the "
-                "mask would not lie on the image: leave the step out, or use it in the training's augmentation alone"
+                f"{name} in the preprocessing cannot be inverted by position, so the mask would be misaligned: remove "
+                "the transform, or use it only in the augmentation of the training"
             )
 
 
 def _steps(transform: Any) -> Iterator[Any]:
-    """Yield the transforms inside of a `Compose`, however deep, or the transform itself."""
+    """Yield the transforms of a nested `Compose`, or the transform itself."""
     inner = getattr(transform, "transforms", None)
     if not isinstance(inner, (list, tuple)):
         yield transform
@@ -157,5 +156,5 @@ def _steps(transform: Any) -> Iterator[Any]:
 
 
 def _by_name(name: str) -> Traits | None:
-    """Look an array class up, or a dictionary class (`Flipd`) by the array class that it applies."""
+    """Return the traits of an array class, or of a dictionary class (`Flipd`) by its array class."""
     return _BY_NAME.get(name) or _BY_NAME.get(name.removesuffix("d"))

@@ -1,4 +1,4 @@
-"""Training patches: picked, flipped, turned, scaled and deformed in one resampling."""
+"""Random training patches with flip, rotation, zoom and elastic deformation in a single resampling."""
 
 from __future__ import annotations
 
@@ -29,49 +29,52 @@ _Range = float | Sequence[float | Sequence[float]]
 
 
 class RandWarpd(Randomizable, MapTransform, MultiSampleTrait):  # type: ignore[misc]
-    """Cut random patches out of a case, each warped in one resampling of just the voxels that it needs.
+    """Extract random patches from a case, each warped in a single resampling of only the required voxels.
 
-    A patch is centered at a voxel of a foreground class, each class that the case holds being as likely, or lies
-    anywhere in the image. Around its center it is flipped, rotated (in mm, also where voxels are anisotropic), zoomed
-    and elastically deformed, as far as these are asked for and drawn. Without a rotation, zoom or deformation nothing
-    is interpolated: the patch is a plain crop, flipped or not.
+    A patch is centered at a voxel of a foreground class, with equal probability for each class in the case, or placed
+    uniformly in the image. It is randomly flipped, rotated (in mm, even for anisotropic voxels), zoomed and elastically
+    deformed around its center. Without rotation, zoom and deformation the patch is cropped and flipped without
+    interpolation.
 
     Args:
-        keys: images and labels `(C, *spatial)` of one shape, in 2D or 3D.
-        patch_size: voxels of a patch along each axis.
-        label_key: the entry that tells the classes, `(1, *spatial)`; of several channels the first counts.
-        label_keys: those of `keys` that are labels; by default `label_key`.
-        num_samples: patches of each case.
-        margin: voxels at each side of a patch that are context alone, because an unpadded network gives nothing for
-            them, a number or one per axis. Patches lie so far outside of the image, filled as `padding` says, that
-            what is within the margin reaches every voxel.
-        foreground: probability that a patch is centered in the foreground.
-        flip_prob: probability of a flip along each axis, a number or one per axis.
-        rotate_range: largest angle about each voxel axis in radians, a number or one per axis (in 2D one); in place
-            of an angle there may be a pair, least and largest. `(0.5, 0, 0)` turns within the planes of the first
-            axis alone. Rotations about the first, second and third axis follow each other as in MONAI's `Affine`.
-        rotate_prob: probability of a rotation.
-        zoom_range: least and largest magnification; 2 shows half as much. Halving and doubling are as likely.
-        zoom_prob: probability of a zoom.
-        zoom_per_axis: draw a magnification for each axis.
-        elastic_sigma: standard deviation, in voxels of the image, of the displacements of an elastic deformation
-            (see `RandElasticd`), a number or one per axis; 0 for none.
-        elastic_grid: nodes of that deformation along each axis of the patch, a number or one per axis.
-        elastic_prob: probability of a deformation.
-        label_mode: "nearest", or "votes" for the label whose own mask, linearly interpolated, is the largest.
-        padding: what lies outside the image: "border" its outermost voxels, "reflect" its mirror image, "constant" the
-            two following values. Images smaller than the patch are centered in it.
-        padding_value: of images.
-        padding_label: of labels.
-        ignore_label: a value of the label that is no class to center patches at.
-        places_key: the note of `ClassIndicesd`; by default `label_key` and "_places". Cases without it are searched.
-        track_meta: return MetaTensors with the patch's affine (of an elastic deformation, without it) and the file's
-            name where images come as MetaTensors; otherwise plain tensors.
-        allow_missing_keys: pass over keys that a case lacks.
+        keys: Keys of images and labels `(C, *spatial)` of the same shape, in 2D or 3D.
+        patch_size: Spatial size of a patch in voxels.
+        label_key: Key of the label used for foreground sampling, `(1, *spatial)`; of several channels the first is
+            used.
+        label_keys: Keys among `keys` that are labels; by default `label_key`.
+        num_samples: Number of patches per case.
+        margin: Voxels on each side of a patch that an unpadded network uses only as context, one number or one per
+            axis. Patches may extend beyond the image by the margin, filled by `padding`, so that every voxel of the
+            image can be predicted.
+        foreground: Probability of centering a patch in the foreground.
+        flip_prob: Probability of a flip along each axis, one number or one per axis.
+        rotate_range: Maximum rotation angle about each voxel axis in radians, one number or one per axis (one in 2D);
+            or a pair (minimum, maximum) instead of an angle. `(0.5, 0, 0)` rotates only within the planes of the first
+            axis. Rotations are composed as in `Affine` of MONAI.
+        rotate_prob: Probability of a rotation.
+        zoom_range: Minimum and maximum zoom factor; 2 magnifies by two. Drawn log-uniformly.
+        zoom_prob: Probability of a zoom.
+        zoom_per_axis: Whether to draw a separate zoom factor for each axis.
+        elastic_sigma: Standard deviation of the displacements of an elastic deformation in image voxels (see
+            `RandElasticd`), one number or one per axis; 0 for no deformation.
+        elastic_grid: Number of nodes of the deformation along each axis of the patch, one number or one per axis.
+        elastic_prob: Probability of a deformation.
+        label_mode: Interpolation of labels: "nearest", or "votes" for the label whose linearly interpolated mask is
+            largest.
+        padding: Padding outside the image: "border" repeats the edge, "reflect" mirrors the image, "constant" uses the
+            two values below. Images smaller than a patch are centered in it.
+        padding_value: Value of constant padding of images.
+        padding_label: Value of constant padding of labels.
+        ignore_label: Label value that is not a class for foreground sampling.
+        places_key: Key of the entry of `ClassIndicesd`; by default `label_key` plus "_places". If missing, the label is
+            searched.
+        track_meta: Whether to return a `MetaTensor` with the affine of the patch (without elastic deformation) and the
+            file name for each `MetaTensor`; otherwise plain tensors are returned.
+        allow_missing_keys: Whether to skip keys missing in a case.
 
     Raises:
-        RequestError: a setting that cannot be, or that does not fit the image's axes.
-        CaseError: the entries of a case differ in shape.
+        RequestError: Invalid setting, or a number of values that does not match the axes of the image.
+        CaseError: Different shapes within a case.
     """
 
     traits = Traits("unmapped", crops=True)
@@ -109,7 +112,7 @@ class RandWarpd(Randomizable, MapTransform, MultiSampleTrait):  # type: ignore[m
         self.label_key = label_key
         self.label_keys = (label_key,) if label_keys is None else _names(label_keys)
         if num_samples < 1:
-            raise RequestError(f"num_samples={num_samples}: expected 1 patch of a case, or more.")
+            raise RequestError(f"num_samples={num_samples}: expected at least 1.")
         self.num_samples = num_samples
         chances = {"foreground": foreground, "flip_prob": flip_prob, "rotate_prob": rotate_prob}
         _check_chances({**chances, "zoom_prob": zoom_prob, "elastic_prob": elastic_prob})
@@ -127,7 +130,7 @@ class RandWarpd(Randomizable, MapTransform, MultiSampleTrait):  # type: ignore[m
         self.elastic_grid = elastic_grid
         self.elastic_prob = elastic_prob
         if label_mode not in _LABEL_MODES:
-            raise RequestError(f"label_mode={label_mode!r} is not known; choose 'nearest' or 'votes'.")
+            raise RequestError(f"invalid label_mode={label_mode!r}; choose 'nearest' or 'votes'.")
         self.label_mode = label_mode
         check_padding(padding)
         self.padding = padding
@@ -139,7 +142,7 @@ class RandWarpd(Randomizable, MapTransform, MultiSampleTrait):  # type: ignore[m
         self.warp: _Warp | None = None
 
     def randomize(self, case: _Case) -> None:
-        """Draw the place and the warp of one patch."""
+        """Draw the position and the warp of one patch."""
         dims = len(self.patch_size)
         start = self._start(case)
         flips = tuple(bool(each) for each in self.R.random_sample(dims) < self.flip_prob)
@@ -157,9 +160,9 @@ class RandWarpd(Randomizable, MapTransform, MultiSampleTrait):  # type: ignore[m
         self.warp = _Warp(self.patch_size, start, flips, matrix, control)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> list[dict[Hashable, Any]]:
-        """Return `num_samples` cases with patches `(C, *patch_size)`: images float32, labels of their own type.
+        """Return `num_samples` cases with patches `(C, *patch_size)`: float32 images, labels of unchanged type.
 
-        Entries of other keys are those of `data`, not copies.
+        Other entries are shared with `data`, not copied.
         """
         rest = dict(data)
         places = rest.pop(self.places_key, None)
@@ -174,21 +177,23 @@ class RandWarpd(Randomizable, MapTransform, MultiSampleTrait):  # type: ignore[m
     def _case(self, images: dict[Hashable, Any], label: Any, places: list[torch.Tensor] | None) -> _Case:
         if self.foreground > 0 and label is None and places is None:
             raise RequestError(
-                f"foreground={self.foreground} needs the label under '{self.label_key}', which the case lacks: name it "
-                "by label_key, or give foreground=0."
+                f"foreground={self.foreground} requires the label '{self.label_key}', which is missing: set "
+                "label_key, or foreground=0."
             )
         plain = {key: plain_tensor(image) for key, image in images.items()}
         truth = None if label is None else plain_tensor(label)
         everything = plain if truth is None else {**plain, self.label_key: truth}
         shape = one_shape(everything) if everything else ()
         if len(shape) != len(self.patch_size):
-            raise RequestError(f"patch_size={self.patch_size} came for an image of shape {shape}: give one per axis.")
+            raise RequestError(
+                f"patch_size={self.patch_size} does not match an image of shape {shape}: expected one value per axis."
+            )
         if 0 in shape:
-            raise CaseError(f"An image of shape {shape} holds no voxel.")
+            raise CaseError(f"Empty image of shape {shape}.")
         return _Case(plain, shape, _spacing(images.values(), len(shape)), truth, places, self.ignore_label)
 
     def _start(self, case: _Case) -> tuple[int, ...]:
-        """Draw the first voxel of a patch; an axis shorter than the patch without margins gets it centered."""
+        """Draw the first voxel of a patch; images shorter than the patch without margins are centered."""
         inner = [size - 2 * lost for size, lost in zip(self.patch_size, self.margin, strict=True)]
         free = [length - size for length, size in zip(case.shape, inner, strict=True)]
         if self.foreground > 0 and self.R.random_sample() < self.foreground and case.places:
@@ -206,7 +211,7 @@ class RandWarpd(Randomizable, MapTransform, MultiSampleTrait):  # type: ignore[m
     def _patches(self, case: _Case, images: dict[Hashable, Any]) -> dict[Hashable, torch.Tensor]:
         warp = self.warp
         if warp is None:
-            raise RequestError("RandWarpd was asked for a patch before randomize().")
+            raise RequestError("RandWarpd has no warp: call randomize() first.")
         sampler = warp.sampler(case.shape, self.padding)
         patches = {}
         for key, image in case.images.items():
@@ -234,15 +239,15 @@ class RandWarpd(Randomizable, MapTransform, MultiSampleTrait):  # type: ignore[m
 
 @dataclass
 class _Case:
-    """What a patch is drawn from.
+    """Source of patches.
 
     Attributes:
-        images: without metadata, `(C, *shape)`.
-        shape: voxels along each axis.
-        spacing: mm between voxels along each axis; 1 where it is not known.
-        label: `(1, *shape)`, where there is one.
-        note: of `ClassIndicesd`.
-        ignore_label: a value that is no class.
+        images: Images `(C, *shape)` without metadata.
+        shape: Spatial shape.
+        spacing: Voxel spacing in mm along each axis; 1 if unknown.
+        label: Label `(1, *shape)`, if there is one.
+        note: Class indices from `ClassIndicesd`, if present.
+        ignore_label: Label value to ignore.
     """
 
     images: dict[Hashable, torch.Tensor]
@@ -254,7 +259,7 @@ class _Case:
 
     @cached_property
     def places(self) -> list[torch.Tensor]:
-        """Flat voxel numbers of each foreground class that is there."""
+        """Flat voxel indices of each foreground class in the case."""
         if self.note is not None or self.label is None:
             return list(self.note or [])
         return class_places(self.label, ignore_label=self.ignore_label)
@@ -262,15 +267,15 @@ class _Case:
 
 @dataclass(frozen=True)
 class _Warp:
-    """Where a patch comes from.
+    """Position and spatial transform of a patch.
 
     Attributes:
-        size: of the patch.
-        start: its first voxel, were it a plain crop.
-        flips: whether it is mirrored, for each axis.
-        matrix: from voxels of the patch, from its center, to voxels of the image from there, after the flips; None if
-            the identity.
-        control: displacements of an elastic deformation `(dims, *grid)` in voxels of the image.
+        size: Spatial size of the patch.
+        start: First voxel of the patch before the transform.
+        flips: Whether the patch is flipped, per axis.
+        matrix: Linear map from patch voxels to image voxels relative to the center, after the flips; None for the
+            identity.
+        control: Displacements `(dims, *grid)` of an elastic deformation in image voxels; None for no deformation.
     """
 
     size: tuple[int, ...]
@@ -281,13 +286,13 @@ class _Warp:
 
     @property
     def linear(self) -> NDArray[np.float64]:
-        """From voxels of the patch to those of the image, both from the center."""
+        """Linear map from patch voxels to image voxels, relative to the center."""
         signs = np.where(self.flips, -1.0, 1.0)
         return np.diag(signs) if self.matrix is None else self.matrix * signs
 
     @property
     def affine(self) -> NDArray[np.float64]:
-        """From voxels of the patch to those of the image, homogeneous."""
+        """Homogeneous transform from patch voxels to image voxels."""
         middle = (np.array(self.size) - 1) / 2
         affine = np.eye(len(self.size) + 1)
         affine[:-1, :-1] = self.linear
@@ -295,7 +300,7 @@ class _Warp:
         return affine
 
     def sampler(self, shape: Sequence[int], padding: str) -> Sampler | None:
-        """Return what reads the patch from images of a shape; None where a plain crop does."""
+        """Return the sampler of the patch for images of a shape; None if a crop without interpolation suffices."""
         if self.matrix is None and self.control is None:
             return None
         middle = (np.array(self.size) - 1) / 2
@@ -308,7 +313,7 @@ class _Warp:
         return Sampler(places, self.size, shape, origin=[int(o) for o in origin], padding=padding)
 
     def _places(self, row: NDArray[np.float64], offset: float) -> torch.Tensor:
-        """Return places along one axis of the image, with a length of 1 along axes of the patch that do not count."""
+        """Return positions along one image axis, with length 1 along patch axes that do not affect them."""
         dims = len(self.size)
         total = torch.full([1] * dims, offset)
         for axis, (factor, voxels) in enumerate(zip(row, self.size, strict=True)):
@@ -324,12 +329,12 @@ def _spacing(images: Any, dims: int) -> tuple[float, ...]:
     if affine is None:
         return (1.0,) * dims
     lengths = np.linalg.norm(affine.cpu().numpy()[:-1, :dims], axis=0)
-    # A picture may have fewer axes in its affine than its array has; a direction without length is none.
+    # The affine of a 2D image may have fewer axes than its array; zero columns have no spacing.
     return tuple(float(each) if each > 0 else 1.0 for each in [*lengths, *[1.0] * (dims - len(lengths))])
 
 
 def _moved(affine: torch.Tensor, change: NDArray[np.float64]) -> torch.Tensor:
-    """Return the affine of a patch; `change` leads from its voxels to the image's and may have fewer axes."""
+    """Return the affine of a patch; `change` maps patch voxels to image voxels and may have fewer axes."""
     rank, dims = len(affine) - 1, len(change) - 1
     grown = np.eye(rank + 1)
     used = min(rank, dims)
@@ -339,7 +344,7 @@ def _moved(affine: torch.Tensor, change: NDArray[np.float64]) -> torch.Tensor:
 
 
 def _rotation(angles: Sequence[float], dims: int) -> NDArray[np.float64]:
-    """Return the rotation by one angle in 2D, or about the first, then the second and third axis in 3D."""
+    """Return the rotation matrix for one angle in 2D, or for angles about the three axes in 3D."""
     matrix = np.eye(dims)
     for axis, angle in enumerate(angles):
         one, other = (0, 1) if dims == 2 else ((1, 2), (2, 0), (0, 1))[axis]
@@ -353,14 +358,14 @@ def _rotation(angles: Sequence[float], dims: int) -> NDArray[np.float64]:
 def _patch_size(patch_size: Sequence[int]) -> tuple[int, ...]:
     size = tuple(int(each) for each in patch_size)
     if len(size) not in (2, 3) or min(size) < 1:
-        raise RequestError(f"patch_size={patch_size!r}: expected 2 or 3 whole numbers from 1 up.")
+        raise RequestError(f"patch_size={patch_size!r}: expected 2 or 3 integers of at least 1.")
     return size
 
 
 def _margin(margin: int | Sequence[int], patch_size: Sequence[int]) -> tuple[int, ...]:
     lost = tuple(int(each) for each in _per_axis("margin", margin, len(patch_size)))
     if any(each < 0 or 2 * each >= size for each, size in zip(lost, patch_size, strict=True)):
-        raise RequestError(f"margin={margin!r}: expected 0 or more, and less than half of patch_size={patch_size}.")
+        raise RequestError(f"margin={margin!r}: expected at least 0 and less than half of patch_size={patch_size}.")
     return lost
 
 
@@ -370,7 +375,7 @@ def _names(keys: Sequence[str]) -> tuple[str, ...]:
 
 def _per_axis(option: str, value: float | Sequence[float], dims: int) -> NDArray[np.float64]:
     if np.size(value) not in (1, dims):
-        raise RequestError(f"{option}={value!r} came for {dims} axes: give one number, or {dims}.")
+        raise RequestError(f"{option}={value!r}: expected one number, or {dims} for {dims} axes.")
     return np.broadcast_to(np.asarray(value, dtype=float), dims)
 
 
@@ -381,21 +386,21 @@ def _check_chances(chances: Mapping[str, float | Sequence[float]]) -> None:
 
 
 def _angles(rotate_range: _Range, dims: int) -> list[tuple[float, float]]:
-    """Return least and largest angle of each rotation: one in 2D, three in 3D."""
+    """Return minimum and maximum angle of each rotation: one in 2D, three in 3D."""
     turns = 1 if dims == 2 else 3
     given = [rotate_range] * turns if isinstance(rotate_range, int | float) else list(rotate_range)
     pairs = [(-each, each) if isinstance(each, int | float) else tuple(each) for each in given]
     if len(pairs) != turns or any(len(pair) != 2 for pair in pairs):
         raise RequestError(
-            f"rotate_range={rotate_range!r} came for {dims}D: give one angle in radians, or {turns}, each a number "
-            "or a pair of least and largest."
+            f"rotate_range={rotate_range!r}: expected one angle in radians, or {turns} in {dims}D, each a number or a "
+            "pair (minimum, maximum)."
         )
     return [(float(low), float(high)) for low, high in pairs]
 
 
 def _zooms(zoom_range: Sequence[float]) -> tuple[float, float]:
-    """Return the logarithms of the least and largest magnification."""
+    """Return the logarithms of the minimum and maximum zoom factor."""
     zooms = [zoom_range] if isinstance(zoom_range, int | float) else list(zoom_range)
     if len(zooms) != 2 or not 0 < zooms[0] <= zooms[1]:
-        raise RequestError(f"zoom_range={zoom_range!r}: expected the least and the largest magnification, above 0.")
+        raise RequestError(f"zoom_range={zoom_range!r}: expected the minimum and maximum zoom factor, above 0.")
     return float(np.log(zooms[0])), float(np.log(zooms[1]))

@@ -1,4 +1,4 @@
-"""The weight map of the U-Net (arXiv 1505.04597, section 3): class balance, and borders between touching objects."""
+"""Weight map of the U-Net (arXiv 1505.04597, section 3): class balance and borders between touching objects."""
 
 from __future__ import annotations
 
@@ -23,39 +23,39 @@ from medseg.transforms.traits import Traits
 
 __all__ = ["BorderWeightMapd", "border_term", "class_balance", "two_nearest"]
 
-# In units of sigma. Where both distances together are more, the border term is below 2e-8 of w0 and taken for 0.
+# In units of sigma: for a larger sum of both distances, the border term is below 2e-8 * w0 and set to 0.
 _REACH = 6.0
 
 
 class BorderWeightMapd(MapTransform):  # type: ignore[misc]  # MONAI publishes no types
-    """From numbered objects to classes and the weights of their voxels in the loss.
+    """Convert instance labels to class labels and a voxelwise weight map of the loss.
 
-    `w(x) = w_c(x) + w0 * exp(-(d1(x) + d2(x))^2 / (2 sigma^2))` with the distances `d1`, `d2` from a voxel to the
-    nearest and the second nearest object. First, a voxel that touches another object (diagonals included) becomes
-    background, which parts objects that touch. Put it after spatial augmentation: an object that a crop cuts off is no
-    neighbor.
+    The weights are `w(x) = w_c(x) + w0 * exp(-(d1(x) + d2(x))^2 / (2 sigma^2))` with the distances `d1` and `d2` of a
+    voxel to the nearest and the second nearest object. Voxels that touch another object (including diagonals) are first
+    set to background, which separates touching objects. Apply this transform after spatial augmentation, so that
+    objects outside a crop do not count as neighbors.
 
     Args:
-        keys: the labels `(1, *spatial)` in 2D or 3D, whole numbers: 0 for background, else a number for each object.
-        weight_key: where the weights `(1, *spatial)` go; the classes then stay under the label's own key. By default
-            both go there, `(2, *spatial)`, as `medseg.components.WeightedCrossEntropyLoss` reads them.
-        w0: largest border term.
-        sigma: its width, in voxels or mm.
-        class_weights: `w_c` of each class, for instance computed over the data set. By default `N / (K * n_k)` over the
-            image's `N` voxels and the `K` classes that are in it, so that their mean is 1.
-        components: the labels hold classes, and objects are their components, connected by faces. Otherwise every
-            object is of class 1.
-        mapping: that of `MapLabelsd`, applied to the labels here, where it must not merge touching objects before.
-            Values under "other" are objects of their own; without "other", objects are components of the classes.
-        separate: part objects that touch.
-        on_foreground: add the border term within objects too.
-        use_spacing: measure distances in mm.
-        ignore_label: a value of the labels that marks voxels without annotation: class 0 and weight 0.
-        allow_missing_keys: pass over keys that a case lacks.
+        keys: Keys of instance labels `(1, *spatial)` in 2D or 3D, integers; 0 is background.
+        weight_key: Key of the weight map `(1, *spatial)`. By default classes and weights are both stored under the key
+            of the label, `(2, *spatial)`, as expected by `medseg.components.WeightedCrossEntropyLoss`.
+        w0: Maximum of the border term.
+        sigma: Width of the border term, in voxels or mm.
+        class_weights: Weight `w_c` of each class, for example computed over the dataset. By default `N / (K * n_k)`
+            with the `N` voxels of the image and its `K` classes, so that the mean is 1.
+        components: Whether the labels contain classes, whose connected components (face connectivity) are the objects.
+            Otherwise every object has class 1.
+        mapping: Mapping as in `MapLabelsd`, applied here so that it does not merge touching objects beforehand. Values
+            under "other" are separate objects; without "other", objects are the connected components of the classes.
+        separate: Whether to separate touching objects.
+        on_foreground: Whether to add the border term inside objects too.
+        use_spacing: Whether to measure distances in mm.
+        ignore_label: Label value of unannotated voxels, which get class 0 and weight 0.
+        allow_missing_keys: Whether to skip keys missing in a case.
 
     Raises:
-        RequestError: a setting that cannot be, or fewer class weights than classes.
-        CaseError: a label is not one channel of whole numbers from 0 up.
+        RequestError: Invalid setting, or fewer class weights than classes.
+        CaseError: Label with several channels, or with values that are not non-negative integers.
     """
 
     traits = Traits("kept")
@@ -78,9 +78,9 @@ class BorderWeightMapd(MapTransform):  # type: ignore[misc]  # MONAI publishes n
     ) -> None:
         super().__init__(keys, allow_missing_keys)
         if not (w0 >= 0 and sigma > 0):
-            raise RequestError(f"w0={w0} and sigma={sigma}: expected w0 of 0 or more and sigma above 0.")
+            raise RequestError(f"w0={w0} and sigma={sigma}: expected w0 of at least 0 and sigma above 0.")
         if weight_key is not None and len(self.keys) > 1:
-            raise RequestError(f"weight_key='{weight_key}' is one, but the labels are {len(self.keys)}: leave it out.")
+            raise RequestError(f"weight_key='{weight_key}' supports a single label, found {len(self.keys)}: remove it.")
         self.weight_key = weight_key
         self.w0 = w0
         self.sigma = sigma
@@ -93,7 +93,7 @@ class BorderWeightMapd(MapTransform):  # type: ignore[misc]  # MONAI publishes n
         self.ignore_label = ignore_label
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Return `data` with classes and weights, float32 where they share a key; classes alone keep their type."""
+        """Return `data` with classes and weights, float32 under one key; separate classes keep their data type."""
         case = dict(data)
         for key in self.key_iterator(case):
             label = case[key]
@@ -111,7 +111,7 @@ class BorderWeightMapd(MapTransform):  # type: ignore[misc]  # MONAI publishes n
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         known = np.ones(values.shape, bool) if self.ignore_label is None else values != self.ignore_label
         classes = np.where(known, self._classes(values, known), 0)
-        # 0 may number an object where the mapping says so.
+        # The mapping may define 0 as an object.
         objects = number_objects(classes) if self.components else _numbered(np.where(classes > 0, values + 1, 0))
         if self.separate:
             objects = np.where(_touching(objects), 0, objects)
@@ -124,7 +124,7 @@ class BorderWeightMapd(MapTransform):  # type: ignore[misc]  # MONAI publishes n
     def _classes(self, values: NDArray[np.int64], known: NDArray[np.bool_]) -> NDArray[np.int64]:
         if self.classes is None:
             return values if self.components else (values > 0).astype(np.int64)
-        # The mapping need not name the value that marks what is not known.
+        # The mapping need not contain the ignored value.
         named = np.where(known, values, next(iter(self.classes.mapping), 0))
         mapped: torch.Tensor = self.classes({"label": torch.from_numpy(named)})["label"]
         return np.asarray(mapped.numpy().astype(np.int64))
@@ -133,21 +133,21 @@ class BorderWeightMapd(MapTransform):  # type: ignore[misc]  # MONAI publishes n
 def class_balance(
     classes: NDArray[np.int64], known: NDArray[np.bool_], class_weights: Sequence[float] | None = None
 ) -> NDArray[np.float32]:
-    """Return the weight of each voxel's class.
+    """Return the class weight of each voxel.
 
     Args:
-        classes: class indices.
-        known: the voxels that count.
-        class_weights: one per class; by default `N / (K * n_k)` with the `K` classes that are there.
+        classes: Class indices.
+        known: Mask of the annotated voxels.
+        class_weights: Weight of each class; by default `N / (K * n_k)` with the `K` classes in the image.
 
     Raises:
-        RequestError: fewer weights than classes.
+        RequestError: Fewer weights than classes.
     """
     counts = np.bincount(classes[known].ravel(), minlength=1)
     if class_weights is None:
         table = counts.sum() / (max(1, np.count_nonzero(counts)) * np.maximum(counts, 1))
     elif len(class_weights) < len(counts):
-        raise RequestError(f"class_weights={list(class_weights)} came for a label with class {len(counts) - 1}.")
+        raise RequestError(f"too few class_weights={list(class_weights)} for a label with class {len(counts) - 1}.")
     else:
         table = np.asarray(class_weights)
     weights: NDArray[np.float32] = table.astype(np.float32)[np.where(known, classes, 0)]
@@ -160,10 +160,10 @@ def border_term(
     """Return `w0 * exp(-(d1 + d2)^2 / (2 sigma^2))` of every voxel; 0 with fewer than two objects.
 
     Args:
-        objects: numbered objects, 0 for background.
-        w0: the largest value.
-        sigma: in voxels, or mm where `spacing` is given.
-        spacing: mm between voxels along each axis.
+        objects: Instance labels, 0 for background.
+        w0: Maximum value.
+        sigma: Width in voxels, or in mm with `spacing`.
+        spacing: Voxel spacing in mm along each axis.
     """
     first, second = two_nearest(objects, spacing=spacing, limit=_REACH * sigma)
     term = np.exp(-np.square(first + second) / (2 * sigma**2))
@@ -177,18 +177,18 @@ def two_nearest(
     """Return the distances of every voxel to the nearest and to the second nearest object.
 
     Args:
-        objects: numbered objects, 0 for background.
-        spacing: mm between voxels along each axis; voxels if None.
-        limit: larger distances may be given as infinity, which saves time.
+        objects: Instance labels, 0 for background.
+        spacing: Voxel spacing in mm along each axis; None measures in voxels.
+        limit: Distance above which infinity may be returned, to save time.
 
     Returns:
-        Two arrays, 0 within an object for the nearest, infinity where there is no object or no second one.
+        Distances to the nearest object (0 inside) and to the second nearest; infinity if there is none.
     """
     steps = [1.0] * objects.ndim if spacing is None else [float(step) for step in spacing]
     first = np.full(objects.shape, np.inf, np.float32)
     second = first.copy()
     for number, box in _boxes(objects):
-        # An axis may be shorter than the reach, and the reach without end.
+        # The reach may be infinite or exceed the axis.
         reach = [min(math.ceil(min(limit / step, n)), n) for step, n in zip(steps, objects.shape, strict=True)]
         window = tuple(slice(max(low - r, 0), high + r) for (low, high), r in zip(box, reach, strict=True))
         distance = _distance(objects[window] == number, steps)
@@ -204,14 +204,14 @@ def _distance(mask: NDArray[np.bool_], steps: Sequence[float]) -> NDArray[np.flo
     measure.SetInsideIsPositive(False)
     measure.SetSquaredDistance(False)
     measure.SetUseImageSpacing(True)
-    # Windows are small: more threads cost more than they save.
+    # Windows are small, so more threads would be slower.
     measure.SetNumberOfThreads(1)
     distance: NDArray[np.float32] = np.where(mask, 0, sitk.GetArrayFromImage(measure.Execute(image)))
     return distance.astype(np.float32)
 
 
 def _boxes(objects: NDArray[np.int64]) -> Iterator[tuple[int, list[tuple[int, int]]]]:
-    """Yield each object's number and, along each axis, its first voxel and the one after its last."""
+    """Yield the number and the half-open bounding box of each object."""
     places = np.nonzero(objects)
     numbers = objects[places]
     if not len(numbers):
@@ -225,7 +225,7 @@ def _boxes(objects: NDArray[np.int64]) -> Iterator[tuple[int, list[tuple[int, in
 
 
 def _touching(objects: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Mark the voxels of objects in whose 3^d neighborhood another object is."""
+    """Return the mask of object voxels with another object in their 3^d neighborhood."""
     values = torch.from_numpy(objects).float()[None, None]
     pool = Pool[Pool.MAX, objects.ndim](kernel_size=3, stride=1, padding=1)
     largest = pool(values)
@@ -235,7 +235,7 @@ def _touching(objects: NDArray[np.int64]) -> NDArray[np.bool_]:
 
 
 def _numbered(values: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Number objects from 1 on; numbers of any size would not be exact in float32."""
+    """Renumber objects from 1, since large numbers are not exact in float32."""
     found, numbers = np.unique(values, return_inverse=True)
     numbers = numbers.reshape(values.shape).astype(np.int64)
     return numbers if len(found) and found[0] == 0 else numbers + 1
@@ -245,15 +245,13 @@ def _whole_numbers(label: Any, key: Hashable) -> NDArray[np.int64]:
     values = single_label(label, key)
     numbers = values.to(torch.int64)
     if values.numel() and (int(numbers.min()) < 0 or not torch.equal(numbers.to(values.dtype), values)):
-        raise CaseError(f"The label '{key}' holds values that number no object: expected whole numbers from 0 up.")
+        raise CaseError(f"The label '{key}' contains invalid object numbers: expected non-negative integers.")
     return np.asarray(numbers.numpy())
 
 
 def _spacing(label: Any, dims: int) -> list[float]:
     if not isinstance(label, MetaTensor):
-        raise CaseError(
-            "use_spacing=True needs a label that knows its spacing (a MetaTensor); this one is a plain array."
-        )
+        raise CaseError("use_spacing=True requires a MetaTensor label with an affine, found a plain array.")
     return [float(step) for step in np.linalg.norm(label.affine.cpu().numpy()[:dims, :dims], axis=0)]
 
 

@@ -49,7 +49,7 @@ def test_measured_memory_and_times_have_a_row_each() -> None:
     assert figures[3] == "33 s"
     assert "4 s" in figures[4]
     assert "4 epochs" in figures[4]
-    assert rows[5][0].startswith("40 ")
+    assert rows[5][0].startswith("all 40 ")
     assert "2.0 h" in figures[5]
 
 

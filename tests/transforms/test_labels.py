@@ -60,33 +60,33 @@ def test_an_unknown_value_names_file_value_and_known_ones(far):
     label = MetaTensor(torch.tensor([[0, 255, 128, 3, far]]), meta={"filename_or_obj": "tile_7.png"})
     with pytest.raises(CaseError) as error:
         MapLabelsd("label", {"0": 0, "255": 1, "2000000000": 2})({"label": label})
-    assert "tile_7.png holds the label 3, 128," in str(error.value)
+    assert "tile_7.png contains the unmapped label 3, 128:" in str(error.value)
     assert "0, 255, 2000000000" in str(error.value)
 
 
 def test_many_unknown_values_are_counted():
-    with pytest.raises(CaseError, match="The label 'label' holds the label 1, 2, 3, 4, 5 and 94 more"):
+    with pytest.raises(CaseError, match="The label 'label' contains the unmapped label 1, 2, 3, 4, 5 and 94 more"):
         MapLabelsd("label", {"0": 0})({"label": torch.arange(100)})
 
 
 @pytest.mark.parametrize("value", [0.5, float("nan"), float("inf")])
 def test_values_between_labels_are_refused(value):
-    with pytest.raises(CaseError, match="expected whole numbers"):
+    with pytest.raises(CaseError, match="expected integers"):
         MapLabelsd("label", {"0": 0, "other": 1})({"label": torch.tensor([0.0, value])})
 
 
 @pytest.mark.parametrize(
     ("mapping", "part"),
     [
-        ({}, "empty"),
+        ({}, "Empty label mapping"),
         ({"0": "a"}, "'a'"),
         ({"0": True}, "True"),
         ({"0": -1}, "-1"),
         ({"0": 1.0}, "1.0"),
         ({"liver": 1}, "'liver'"),
         ({1.5: 1}, "1.5"),
-        ({"0": 0, 0: 1}, "the value 0 twice"),
-        ({"0": 0, "00": 1}, "the value 0 twice"),
+        ({"0": 0, 0: 1}, "Duplicate value 0"),
+        ({"0": 0, "00": 1}, "Duplicate value 0"),
     ],
 )
 def test_wrong_mappings_are_refused(mapping, part):

@@ -134,7 +134,7 @@ def test_a_mask_of_more_than_255_objects_is_a_file_of_16_bits_on_the_grid_of_the
 
 @pytest.mark.parametrize("options", [{"min_size": -1}, {"grow": -1}])
 def test_sizes_below_0_are_refused(options: dict[str, int]) -> None:
-    with pytest.raises(RequestError, match="expected 0 or more"):
+    with pytest.raises(RequestError, match="expected at least 0"):
         NumberObjectsd("pred", **options)
 
 

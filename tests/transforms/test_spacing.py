@@ -59,5 +59,5 @@ def test_pictures_are_resampled_in_two_dimensions() -> None:
 def test_an_image_that_no_memory_would_hold_is_refused_with_the_way_out() -> None:
     image = MetaTensor(torch.rand(1, 10, 10, 10), affine=torch.diag(torch.tensor([900.0, 900, 900, 1])).double())
     image.meta["filename_or_obj"] = "scan.nii"
-    with pytest.raises(GeometryError, match=r"scan.nii has 10x10x10 voxels and would have 8101x8101x8101 on"):
+    with pytest.raises(GeometryError, match=r"scan.nii has 10x10x10 voxels and would have 8101x8101x8101 after"):
         SeparableSpacingd("i", 1.0)({"i": image})

@@ -107,14 +107,14 @@ def test_steps_that_can_be_undone_by_position_pass() -> None:
 @pytest.mark.parametrize("kind", [GridDistortiond, Distortion])
 def test_a_deformation_is_refused_with_the_reason(kind: Any) -> None:
     step = kind("image", num_cells=2, distort_steps=[(1, 1, 1)] * 3)
-    with pytest.raises(RequestError, match=rf"{kind.__name__}, which moves voxels in a way that cannot be undone"):
+    with pytest.raises(RequestError, match=rf"{kind.__name__} in the preprocessing cannot be inverted by position"):
         refuse_unmapped(Compose([Flipd("image", 0), Compose([step])]))
 
 
 def test_a_step_that_declares_nothing_is_refused_with_what_to_do() -> None:
-    with pytest.raises(RequestError, match=r'Undeclared, which does not declare .* `traits = Traits\("kept"\)`'):
+    with pytest.raises(RequestError, match=r'effect of Undeclared in .* `traits = Traits\("kept"\)`'):
         refuse_unmapped(Undeclared("image"))
-    with pytest.raises(RequestError, match="preprocessing has <lambda>, which does not declare"):
+    with pytest.raises(RequestError, match="unknown effect of <lambda> in the preprocessing"):
         refuse_unmapped(Compose([lambda data: data]))
 
 

@@ -446,7 +446,7 @@ def test_it_works_in_a_cached_data_set_with_a_loader():
     [
         ({"patch_size": (8,)}, "patch_size"),
         ({"patch_size": (8, 0)}, "patch_size"),
-        ({"patch_size": (8, 8, 8)}, r"patch_size=\(8, 8, 8\) came for an image of shape \(9, 9\)"),
+        ({"patch_size": (8, 8, 8)}, r"patch_size=\(8, 8, 8\) does not match an image of shape \(9, 9\)"),
         ({"rotate_range": (0.1, 0.1, 0.1)}, "rotate_range"),
         ({"rotate_range": [(0.1, 0.2, 0.3)]}, "rotate_range"),
         ({"zoom_range": (0.0, 1.0)}, "zoom_range"),

@@ -205,8 +205,8 @@ def test_large_object_numbers_are_told_apart():
     [
         (torch.zeros(2, 5, 5), r"\(2, 5, 5\)"),
         (torch.zeros(5, 5), r"\(5, 5\)"),
-        (torch.full((1, 5, 5), 0.5), "whole numbers"),
-        (torch.full((1, 5, 5), -1), "whole numbers"),
+        (torch.full((1, 5, 5), 0.5), "expected non-negative integers"),
+        (torch.full((1, 5, 5), -1), "expected non-negative integers"),
     ],
 )
 def test_labels_that_number_no_objects_are_refused(label, message):
