@@ -1,6 +1,6 @@
-"""Segmentation networks: MONAI-style `nn.Module` classes with one contract (`medseg.types.SegmentationNetwork`).
+"""Segmentation networks: MONAI-style `nn.Module` classes with a common interface (`medseg.types.SegmentationNetwork`).
 
-The classes are loaded on first use, so that the registry can be read without torch.
+The classes are imported on first use, so that the registry can be read without torch.
 """
 
 from __future__ import annotations

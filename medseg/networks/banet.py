@@ -1,8 +1,8 @@
 """BA-Net (Wang, Chen, Ji, Fan, Li; arXiv 2005.00966; Medical Image Analysis 78, 102395, 2022), 2D and 3D.
 
-In this boundary-aware context neural network each of the four stages of a dilated ResNet passes three modules: pyramid
-edge extraction (PEE), a segmentation and an edge branch that talk to each other (mini-MTL with interactive attention,
-IA), and cross feature fusion (CFF) with the other stages. A decoder joins the fused stages and the context of an ASPP.
+Boundary-aware context neural network. Each of the four stages of a dilated ResNet is followed by three modules: pyramid
+edge extraction (PEE), mini multi-task learning (mini-MTL) of a segmentation and an edge branch with interactive
+attention (IA), and cross feature fusion (CFF) with the other stages. A decoder joins the fused stages and an ASPP.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BANet"]
 
-# Where a rate is as large as the map, a dilated kernel meets nothing but padding beside its center.
+# A dilated kernel whose rate exceeds the feature map covers only padding besides its center.
 _ASPP_RATES = {2: (6, 12, 18), 3: (1, 2, 3)}
 _STAGES = 4
 
@@ -46,53 +46,52 @@ logger = logging.getLogger(__name__)
 
 
 class BANet(nn.Module):
-    """BA-Net as the articles describe it (`variant="paper"`) or as its authors coded it ("official").
+    """BA-Net as described in the articles (`variant="paper"`) or as in the authors' code ("official").
 
-    Edge maps, gates and the fusion of tasks differ between the two: "official" gives the plain local means to PEE
-    instead of what the feature exceeds them by, and passes every gate of IA and CFF through a convolution of its own;
-    "paper" subtracts, and its gates have no weights.
+    The variants differ in edge maps, gates and task fusion: in "official" PEE uses the local means, and every gate of
+    IA and CFF has a convolution; in "paper" PEE subtracts the local means from the features, and gates have no weights.
 
     Args:
-        spatial_dims: 2 or 3.
-        in_channels: channels of the image.
-        out_channels: channels of the logits and of the segmentation maps of the stages.
+        spatial_dims: Number of spatial dimensions, 2 or 3.
+        in_channels: Number of image channels.
+        out_channels: Number of channels of the logits and of the segmentation maps of the stages.
         backbone: "resnet50", "resnet101" or "resnet152".
-        blocks: bottlenecks of the four stages, in place of the backbone's.
-        base_width: channels of the stem; the stages have 4, 8, 16 and 32 times as many.
-        strides: down-sampling of the stem convolution, of the pooling after it, and of stages 1 to 4; numbers or one
-            per axis. The map that decides has the stride of stage 1 (4 by default): for structures of few voxels start
-            with 1 instead of 2, for thick slices with `((1, 2, 2), (1, 2, 2), 1, 2, 1, 1)`.
-        dilations: of stages 3 and 4 (the first block of a stage takes half).
-        multi_grid: dilations of the blocks of stage 4, in turn, in place of that rule; None for the rule. The article
-            has `dilations=(2, 2), multi_grid=None`.
-        reduce_dim: channels of PEE, mini-MTL, CFF and decoder.
-        aspp_dim: channels of the ASPP.
-        aspp_rates: dilations of its 3^d branches, numbers or one per axis; "auto" is (6, 12, 18) in 2D and (1, 2, 3) in
-            3D, where maps are smaller; None for no ASPP.
-        aspp_pool_norm: norm in the ASPP's pooled branch, see `medseg.networks.resnet.ASPP`.
-        edge_pool_sizes: per stage the odd sizes of the local means of PEE, in voxels of its map; numbers or one per
-            axis, e.g. `(1, 5, 5)`.
-        edge_channels: channels of the edge maps; `out_channels` by default.
+        blocks: Number of blocks of the four stages, overriding those of the backbone.
+        base_width: Channels of the stem; the stages have 4, 8, 16 and 32 times as many.
+        strides: Strides of the stem convolution, the stem pooling, and stages 1 to 4, each a number or one per axis.
+            The output resolution is that of stage 1 (stride 4 by default): for small structures start with 1 instead of
+            2, for thick slices use `((1, 2, 2), (1, 2, 2), 1, 2, 1, 1)`.
+        dilations: Dilations of stages 3 and 4 (the first block of a stage uses half).
+        multi_grid: Dilations of the blocks of stage 4, repeated cyclically, instead of `dilations[1]`; None to use
+            `dilations`. The article has `dilations=(2, 2), multi_grid=None`.
+        reduce_dim: Channels of PEE, mini-MTL, CFF and decoder.
+        aspp_dim: Channels of the ASPP.
+        aspp_rates: Dilations of the 3^d branches of the ASPP, each a number or one per axis; "auto" is (6, 12, 18) in
+            2D and (1, 2, 3) in 3D, where feature maps are smaller; None for no ASPP.
+        aspp_pool_norm: Normalization in the global pooling branch of the ASPP, see `medseg.networks.resnet.ASPP`.
+        edge_pool_sizes: Odd sizes of the local means of PEE for each stage, in voxels of its feature map, each a number
+            or one per axis, e.g. `(1, 5, 5)`.
+        edge_channels: Channels of the edge maps; `out_channels` by default.
         variant: "paper" or "official".
-        merge: what mini-MTL hands on: "seg", the segmentation branch ("official"); "sum" of both branches ("paper"); or
-            "concat", both through a 1^d convolution. None for the variant's own.
-        conv_type: of the two branches: "separable" (depthwise 3^d, norm, 1^d, no activation) or "dense" (3^d, norm,
-            activation).
-        use_pee: PEE; without it a stage is only squeezed to `reduce_dim`.
-        use_mtl: mini-MTL; without it there are no maps of the stages.
-        use_ia: interactive attention between the branches of mini-MTL.
-        use_cff: cross feature fusion.
-        use_aspp: the ASPP, as `aspp_rates=None` does.
-        norm: MONAI factory name or (name, arguments).
-        act: MONAI factory name or (name, arguments).
-        pretrained: local file of ResNet weights, see `medseg.networks.resnet.load_pretrained`.
+        merge: Output of mini-MTL: "seg", the segmentation branch (default of "official"); "sum" of both branches
+            (default of "paper"); or "concat", both with a 1^d convolution. None for the default of the variant.
+        conv_type: Convolutions of the two branches: "separable" (depthwise 3^d, norm, 1^d, no activation) or "dense"
+            (3^d, norm, activation).
+        use_pee: Whether to use PEE; otherwise a 1^d convolution reduces each stage to `reduce_dim`.
+        use_mtl: Whether to use mini-MTL; otherwise there are no segmentation and edge maps of the stages.
+        use_ia: Whether to use interactive attention between the branches of mini-MTL.
+        use_cff: Whether to use cross feature fusion.
+        use_aspp: Whether to use the ASPP; False equals `aspp_rates=None`.
+        norm: MONAI factory name or (name, arguments) of the normalization.
+        act: MONAI factory name or (name, arguments) of the activation.
+        pretrained: Local file of ResNet weights, see `medseg.networks.resnet.load_pretrained`.
 
     Attributes:
-        step: total stride per axis; an image needs twice as many voxels.
+        step: Total stride per axis; the minimum image size is twice as large.
 
     Raises:
-        RequestError: options that contradict each other or are not known.
-        WeightsError: the file of `pretrained` is missing or does not fit.
+        RequestError: Unknown or contradictory options.
+        WeightsError: Missing or mismatched file of `pretrained`.
     """
 
     def __init__(
@@ -129,9 +128,11 @@ class BANet(nn.Module):
         check_choice("variant", variant, ("paper", "official"))
         check_choice("backbone", backbone, tuple(BLOCKS))
         if spatial_dims not in (2, 3):
-            raise RequestError(f"spatial_dims must be 2 or 3, got {spatial_dims!r}.")
+            raise RequestError(f"invalid spatial_dims={spatial_dims!r}; expected 2 or 3.")
         if len(edge_pool_sizes) != _STAGES:
-            raise RequestError(f"edge_pool_sizes={edge_pool_sizes!r} must hold the sizes of each of the 4 stages.")
+            raise RequestError(
+                f"invalid edge_pool_sizes={edge_pool_sizes!r}; expected the sizes of each of the 4 stages."
+            )
         official = variant == "official"
         edges = out_channels if edge_channels is None else edge_channels
         style: dict[str, Any] = {"norm": norm, "act": act}
@@ -161,7 +162,7 @@ class BANet(nn.Module):
             return _Stage(squeeze, MiniMultiTask(spatial_dims, reduce_dim, out_channels, edges, **options))
 
         self.stages = nn.ModuleList(map(stage, self.backbone.channels, edge_pool_sizes))
-        # Known here, so that a graph holds no resizing that changes nothing.
+        # Determined here, so that an exported graph contains no redundant resizing.
         places = self.backbone.stage_strides
         self.enlarge = [coarse != fine for coarse, fine in zip(places[:0:-1], places[-2::-1], strict=True)]
 
@@ -197,7 +198,7 @@ class BANet(nn.Module):
         """Return logits `(B, out_channels, *spatial)`.
 
         Raises:
-            SizeError: the tensor does not fit this network; names the nearest size that does.
+            SizeError: Invalid input shape; the message names the nearest valid size.
         """
         decoded = self._run(x)[3]
         return resize_like(self.head(decoded[-1]), x)
@@ -205,9 +206,9 @@ class BANet(nn.Module):
     def forward_train(self, x: Tensor) -> TrainingOutput:
         """Return `logits`, `aux`, `edges` and `features` (see `medseg.types.TrainingOutput`).
 
-        `aux` and `edges` are the segmentation and edge logits of stages 1 to 4 at the size of the image; without
-        mini-MTL they are left out. Taps: `E1..E4` the stages of the encoder, `B` the output of the ASPP (without ASPP
-        the deepest stage before its fusion), `D4..D1` the decoder, of which `D1` is read by the last convolutions.
+        `aux` and `edges` are the segmentation and edge logits of stages 1 to 4 at the size of the image; they are
+        omitted without mini-MTL. The taps are the stages of the encoder `E1..E4`, the output of the ASPP `B` (without
+        ASPP the deepest stage before its fusion), and the decoder `D4..D1`, where `D1` is the input of the head.
         """
         encoded, tasks, bottom, decoded = self._run(x)
         taps = {f"E{i + 1}": feature for i, feature in enumerate(encoded)}
@@ -221,13 +222,13 @@ class BANet(nn.Module):
         return output
 
     def _run(self, x: Tensor) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]], Tensor, list[Tensor]]:
-        """Return the encoder's stages, their edge and segmentation features, the context and the decoder's maps."""
+        """Return the encoder stages, their edge and segmentation features, the context and the decoder feature maps."""
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             self._check(x)
         encoded: list[Tensor] = self.backbone(x)
         merged: list[Tensor] = []
         tasks: list[tuple[Tensor, Tensor]] = []
-        for i, stage in enumerate(self.stages):  # TorchScript zips no lists of unknown length
+        for i, stage in enumerate(self.stages):  # TorchScript cannot zip lists of unknown length
             both, edge, seg = stage(encoded[i])
             merged.append(both)
             tasks.append((edge, seg))
@@ -256,9 +257,8 @@ class BANet(nn.Module):
         if any(n < m for n, m in zip(size, least, strict=True)):
             nearest = [max(n, m) for n, m in zip(size, least, strict=True)]
             raise SizeError(
-                f"This {name} divides each axis down by {by(self.step)} and needs two voxels there, an image of "
-                f"{by(least)} or more; it got {by(size)}. The nearest size that fits is {by(nearest)}: pad the "
-                "image, or give smaller strides."
+                f"Image too small: this {name} downsamples by {by(self.step)} and needs at least {by(least)} voxels, "
+                f"found {by(size)}. The nearest valid size is {by(nearest)}: pad the image, or use smaller strides."
             )
         if self.aspp is not None:
             self._check_context(self.aspp, len(x), size)
@@ -267,24 +267,24 @@ class BANet(nn.Module):
         name = type(self).__name__
         if batch == 1 and any(isinstance(m, _BatchNorm) and m.training for m in aspp.pool):
             raise SizeError(
-                f"This {name} is training with a batch of one image, of which the ASPP's pooled branch leaves one "
-                "voxel per channel: its batch norm has no variance there. Give a batch of two or more, or build the "
-                "network with aspp_pool_norm=None."
+                f"Batch too small: in training, the global pooling branch of the ASPP in this {name} has one voxel per "
+                "image, so its batch norm has no variance for a batch of one. Use a batch size of at least 2, or "
+                "aspp_pool_norm=None."
             )
         deepest = [-(-n // s) for n, s in zip(size, self.step, strict=True)]
         wide = [r for r in aspp.rates if any(a >= n > 1 for a, n in zip(r, deepest, strict=True))]
         if wide and not self._warned:
             self._warned = True
             text = (
-                f"an image of {by(size)} leaves this {name} a deepest map of {by(deepest)}, on which the ASPP rates "
-                f"{', '.join(map(by, wide))} reach into nothing but padding: these branches act like 1^d convolutions. "
-                "Give larger images, or smaller aspp_rates"
+                f"ASPP rates {', '.join(map(by, wide))} exceed the deepest feature map of {by(deepest)} of this {name} "
+                f"for an image of {by(size)}: these branches act like 1^d convolutions. Use larger images, or smaller "
+                "aspp_rates"
             )
             warn(logger, "context-exceeds-image", text, run=True)
 
 
 class _Stage(nn.Module):
-    """PEE (or a plain squeeze), then mini-MTL: the merged feature, and those of the edge and segmentation branch."""
+    """PEE (or a 1^d convolution) and mini-MTL; returns the merged, the edge and the segmentation features."""
 
     def __init__(self, squeeze: nn.Module, tasks: MiniMultiTask | None) -> None:
         super().__init__()
@@ -300,7 +300,7 @@ class _Stage(nn.Module):
 
 
 class _Own(nn.Module):
-    """What stands in for CFF where it is switched off."""
+    """Replacement for CFF if it is disabled."""
 
     def forward(self, own: Tensor, others: list[Tensor]) -> Tensor:
         return own

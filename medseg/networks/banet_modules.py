@@ -1,4 +1,4 @@
-"""The modules of BA-Net (arXiv 2005.00966): PEE, interactive attention, mini-MTL and CFF, 2D and 3D."""
+"""Modules of BA-Net (arXiv 2005.00966): PEE, interactive attention, mini-MTL and CFF, 2D and 3D."""
 
 from __future__ import annotations
 
@@ -31,48 +31,48 @@ __all__ = [
 
 
 class BoxMean(nn.Module):
-    """Mean over a box around each voxel; zeros outside the map are counted.
+    """Box filter: mean over a box around each voxel, with zero padding.
 
     Args:
-        spatial_dims: 2 or 3.
-        size: voxels per axis, odd.
+        spatial_dims: Number of spatial dimensions, 2 or 3.
+        size: Odd box size per axis in voxels.
     """
 
     def __init__(self, spatial_dims: int, size: Sequence[int]) -> None:
         super().__init__()
-        # In 3D one axis after the other is several times faster.
+        # In 3D a separable filter is several times faster.
         single = [[s if i == axis else 1 for i, s in enumerate(size)] for axis in range(spatial_dims)]
         self.means = nn.Sequential()
         for box in single if spatial_dims == 3 else [list(size)]:
-            # Padded here and not in the pooling, which in 3D refuses maps smaller than its kernel.
+            # Padded explicitly, since 3D pooling does not support feature maps smaller than its kernel.
             self.means.append(
                 Pad[Pad.CONSTANTPAD, spatial_dims]([n for s in reversed(box) for n in (s // 2,) * 2], 0.0)
             )
             self.means.append(Pool[Pool.AVG, spatial_dims](tuple(box), stride=1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return a map of the shape of `x`."""
+        """Return the filtered feature map, with the shape of `x`."""
         out: Tensor = self.means(x)
         return out
 
 
 class PyramidEdgeExtraction(nn.Module):
-    """PEE: squeeze a stage and set it against its local means at several sizes.
+    """Pyramid edge extraction (PEE): reduce a stage and compare it with its local means at several sizes.
 
-    With r the squeezed feature: `fuse(r, r - mean_1(r), r - mean_2(r), ..)`; without `subtract` the means themselves,
+    With the reduced feature r: `fuse(r, r - mean_1(r), r - mean_2(r), ..)`; without `subtract` the means themselves,
     which span the same functions (`medseg.networks.convert.banet.subtraction_weight` converts between the two).
 
     Args:
-        spatial_dims: 2 or 3.
-        in_channels: channels of the stage.
-        channels: channels written.
-        sizes: of the boxes, odd, in voxels of the map; numbers or one per axis.
-        subtract: whether the feature's excess over its means is read, or the means.
-        norm: MONAI factory name or (name, arguments).
-        act: MONAI factory name or (name, arguments).
+        spatial_dims: Number of spatial dimensions, 2 or 3.
+        in_channels: Number of channels of the stage.
+        channels: Number of output channels.
+        sizes: Odd box sizes in voxels of the feature map, each a number or one per axis.
+        subtract: Whether to subtract the means from the feature, or to use the means.
+        norm: MONAI factory name or (name, arguments) of the normalization.
+        act: MONAI factory name or (name, arguments) of the activation.
 
     Raises:
-        RequestError: a size is even, below 1, or not given for every axis.
+        RequestError: Even size, size below 1, or a number of values that does not match the axes.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class PyramidEdgeExtraction(nn.Module):
         super().__init__()
         boxes = [per_axis("edge_pool_sizes", size, spatial_dims) for size in sizes]
         if any(n % 2 == 0 for box in boxes for n in box):
-            raise RequestError(f"edge_pool_sizes holds {tuple(sizes)}: expected odd sizes, which have a middle voxel.")
+            raise RequestError(f"invalid sizes {tuple(sizes)} in edge_pool_sizes; expected odd sizes.")
         conv = Conv[Conv.CONV, spatial_dims]
         self.subtract = subtract
         self.reduce = conv(in_channels, channels, kernel_size=1, bias=False)
@@ -112,16 +112,16 @@ class PyramidEdgeExtraction(nn.Module):
 
 
 class InteractiveAttention(nn.Module):
-    """IA: each task takes from the other what its own reversed gate lets in.
+    """Interactive attention (IA): each task adds the features of the other task through its reversed gate.
 
-    `E = e + (1 - sigmoid(e)) * g` and `S = g + (1 - sigmoid(g)) * e`, with the edge feature e and the segmentation
-    feature g from before the exchange. Learned gates pass each sigmoid's argument through a separable convolution.
+    `E = e + (1 - sigmoid(e)) * g` and `S = g + (1 - sigmoid(g)) * e` with the edge features e and the segmentation
+    features g. Learned gates apply a separable convolution before the sigmoid.
 
     Args:
-        spatial_dims: 2 or 3.
-        channels: of both features.
-        learned: whether the gates have weights.
-        norm: of learned gates, MONAI factory name or (name, arguments).
+        spatial_dims: Number of spatial dimensions, 2 or 3.
+        channels: Number of channels of both features.
+        learned: Whether the gates have weights.
+        norm: MONAI factory name or (name, arguments) of the normalization in learned gates.
     """
 
     def __init__(self, spatial_dims: int, channels: int, *, learned: bool = False, norm: LayerName = "batch") -> None:
@@ -131,29 +131,29 @@ class InteractiveAttention(nn.Module):
         )
 
     def forward(self, edge: Tensor, seg: Tensor) -> tuple[Tensor, Tensor]:
-        """Return edge and segmentation feature after the exchange."""
+        """Return the updated edge and segmentation features."""
         to_edge = (1 - torch.sigmoid(self.edge_gate(edge))) * seg
         to_seg = (1 - torch.sigmoid(self.seg_gate(seg))) * edge
         return edge + to_edge, seg + to_seg
 
 
 class MiniMultiTask(nn.Module):
-    """Mini-MTL: an edge and a segmentation branch over one feature, with interactive attention between them.
+    """Mini multi-task learning (mini-MTL): an edge and a segmentation branch with interactive attention.
 
     Args:
-        spatial_dims: 2 or 3.
-        channels: read and handed on.
-        seg_channels: of the segmentation logits.
-        edge_channels: of the edge logits.
-        learned_gates: see `InteractiveAttention`.
-        use_ia: whether the branches talk to each other.
-        merge: "seg", "sum" or "concat", see `BANet`.
-        conv_type: "separable" or "dense", see `BANet`.
-        norm: MONAI factory name or (name, arguments).
-        act: of dense branches, MONAI factory name or (name, arguments).
+        spatial_dims: Number of spatial dimensions, 2 or 3.
+        channels: Number of input and output channels.
+        seg_channels: Number of channels of the segmentation logits.
+        edge_channels: Number of channels of the edge logits.
+        learned_gates: Whether the gates have weights, see `InteractiveAttention`.
+        use_ia: Whether to use interactive attention between the branches.
+        merge: Output, "seg", "sum" or "concat", see `BANet`.
+        conv_type: Convolutions of the branches, "separable" or "dense", see `BANet`.
+        norm: MONAI factory name or (name, arguments) of the normalization.
+        act: MONAI factory name or (name, arguments) of the activation in dense branches.
 
     Raises:
-        RequestError: an unknown option.
+        RequestError: Unknown option.
     """
 
     def __init__(
@@ -190,7 +190,7 @@ class MiniMultiTask(nn.Module):
         self.join = conv(2 * channels, channels, kernel_size=1, bias=False) if merge == "concat" else nn.Identity()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the merged feature, and those from which `edge_head` and `seg_head` predict."""
+        """Return the merged features, and the inputs of `edge_head` and `seg_head`."""
         edge, seg = self.edge_branch(x), self.seg_branch(x)
         if self.exchange is not None:
             edge, seg = self.exchange(edge, seg)
@@ -202,16 +202,16 @@ class MiniMultiTask(nn.Module):
 
 
 class CrossFeatureFusion(nn.Module):
-    """CFF: a stage takes from the others what their gates let out and its own reversed gate lets in.
+    """Cross feature fusion (CFF): add the gated features of the other stages through the reversed gate of a stage.
 
-    `C_i = F_i + (1 - sigmoid(F_i)) * sum_j sigmoid(F_j) * F_j` over the other stages, resized to stage i. Learned gates
-    pass each sigmoid's argument through a dense 3^d convolution.
+    `C_i = F_i + (1 - sigmoid(F_i)) * sum_j sigmoid(F_j) * F_j` over the other stages j, resized to stage i. Learned
+    gates apply a 3^d convolution before the sigmoid.
 
     Args:
-        spatial_dims: 2 or 3.
-        channels: of every stage.
-        resize: per other stage, finest first, whether its size may differ.
-        learned_gates: whether the gates have weights.
+        spatial_dims: Number of spatial dimensions, 2 or 3.
+        channels: Number of channels of each stage.
+        resize: Whether to resize each of the other stages, finest first.
+        learned_gates: Whether the gates have weights.
     """
 
     def __init__(
@@ -233,16 +233,16 @@ class CrossFeatureFusion(nn.Module):
         self.gates = nn.ModuleList(gates[1:])
 
     def forward(self, own: Tensor, others: list[Tensor]) -> Tensor:
-        """Return `own`, `(B, channels, *spatial)`, enriched by the other stages, finest first."""
+        """Return `own` `(B, channels, *spatial)`, fused with the other stages (finest first)."""
         gathered = torch.zeros_like(own)
-        for i, gate in enumerate(self.gates):  # TorchScript zips no lists of unknown length
+        for i, gate in enumerate(self.gates):  # TorchScript cannot zip lists of unknown length
             other = resize_like(others[i], own) if self.resize[i] else others[i]
             gathered = gathered + torch.sigmoid(gate(other)) * other
         return own + (1 - torch.sigmoid(self.own_gate(own))) * gathered
 
 
 def separable(spatial_dims: int, in_channels: int, out_channels: int, norm: LayerName) -> nn.Sequential:
-    """Build a depthwise 3^d convolution, a norm and a 1^d convolution, without biases and activations."""
+    """Return a depthwise 3^d convolution, a norm and a 1^d convolution, without bias and activation."""
     conv = Conv[Conv.CONV, spatial_dims]
     return nn.Sequential(
         conv(in_channels, in_channels, kernel_size=3, padding=1, groups=in_channels, bias=False),
@@ -252,6 +252,6 @@ def separable(spatial_dims: int, in_channels: int, out_channels: int, norm: Laye
 
 
 def resize_like(x: Tensor, like: Tensor) -> Tensor:
-    """Bring a map to the spatial size of another by linear interpolation with aligned corners."""
+    """Resize a feature map to the spatial size of another by linear interpolation with aligned corners."""
     mode = "bilinear" if x.dim() == 4 else "trilinear"
     return F.interpolate(x, size=like.shape[2:], mode=mode, align_corners=True)

@@ -1,4 +1,4 @@
-"""Layers that more than one network of this package is built from."""
+"""Layers shared by several networks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = [
 
 
 def checks_apply() -> bool:
-    """Tell whether sizes are plain numbers now: not while a graph is being traced, compiled or exported."""
+    """Return whether sizes are concrete numbers, that is outside of tracing, compilation and export."""
     return not (_is_tracing() or torch.compiler.is_compiling())
 
 
@@ -39,10 +39,10 @@ def _is_tracing() -> bool:
 
 
 def activation(name: LayerName) -> nn.Module:
-    """Build a MONAI activation, in place where gradients allow it (its input is always a fresh tensor here).
+    """Return a MONAI activation layer, in-place if its gradient allows it.
 
     Args:
-        name: MONAI factory name, or a pair of name and arguments.
+        name: MONAI factory name or (name, arguments) of the activation.
     """
     layer: nn.Module = get_act_layer(name)
     if isinstance(layer, nn.ReLU) or (isinstance(layer, nn.LeakyReLU) and layer.negative_slope >= 0):
@@ -51,18 +51,18 @@ def activation(name: LayerName) -> nn.Module:
 
 
 class ConvUnit(nn.Sequential):
-    """Convolution with a kernel of 3 per axis, then normalization, activation and dropout where asked for.
+    """Convolution with kernel size 3, followed by optional normalization, activation and optional dropout.
 
     Args:
-        spatial_dims: 2 or 3.
-        in_channels: channels read.
-        out_channels: channels written.
-        stride: of the convolution.
-        padding: 1 keeps the size, 0 takes two voxels off each axis.
-        norm: MONAI factory name or (name, arguments); None for none.
-        act: MONAI factory name or (name, arguments).
-        dropout: rate, or MONAI factory name with arguments; 0 for none.
-        bias: whether the convolution has one.
+        spatial_dims: Number of spatial dimensions, 2 or 3.
+        in_channels: Number of input channels.
+        out_channels: Number of output channels.
+        stride: Stride of the convolution.
+        padding: Padding of the convolution; 1 keeps the size, 0 removes two voxels per axis.
+        norm: MONAI factory name or (name, arguments) of the normalization; None for no normalization.
+        act: MONAI factory name or (name, arguments) of the activation.
+        dropout: Dropout rate, or MONAI factory name and arguments; 0 for no dropout.
+        bias: Whether the convolution has a bias.
     """
 
     def __init__(
@@ -91,14 +91,14 @@ class ConvUnit(nn.Sequential):
 def conv_pair(
     spatial_dims: int, in_channels: int, out_channels: int, *, stride: int | Sequence[int] = 1, **options: Any
 ) -> nn.Sequential:
-    """Build the two `ConvUnit`s of one U-Net block; `stride` acts in the first.
+    """Return the two `ConvUnit`s of a U-Net block.
 
     Args:
-        spatial_dims: 2 or 3.
-        in_channels: channels read.
-        out_channels: channels written by both.
-        stride: of the first convolution.
-        **options: further arguments of both `ConvUnit`s.
+        spatial_dims: Number of spatial dimensions, 2 or 3.
+        in_channels: Number of input channels.
+        out_channels: Number of output channels of both.
+        stride: Stride of the first convolution.
+        **options: Additional arguments of both `ConvUnit`s.
     """
     return nn.Sequential(
         ConvUnit(spatial_dims, in_channels, out_channels, stride=stride, **options),
@@ -107,11 +107,11 @@ def conv_pair(
 
 
 class Interpolate(nn.Module):
-    """Enlarge by whole factors with linear interpolation (bilinear, trilinear); channels stay.
+    """Upsample by integer factors with linear (bilinear, trilinear) interpolation.
 
     Args:
-        scale: factor per spatial axis.
-        align_corners: whether corner voxels keep their places.
+        scale: Integer factor per spatial axis.
+        align_corners: Whether to align the corner voxels, as in `torch.nn.functional.interpolate`.
     """
 
     def __init__(self, scale: Sequence[int], *, align_corners: bool = True) -> None:
@@ -122,7 +122,7 @@ class Interpolate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `(B, C, *spatial * scale)`."""
-        # Sizes instead of a scale factor: exact under symbolic shapes.
+        # Sizes instead of scale factors, which are exact with symbolic shapes.
         size: list[int] = []
         for axis, factor in enumerate(self.scale):
             size.append(x.shape[axis + 2] * factor)
@@ -139,17 +139,18 @@ def upsampler(
     bias: bool = True,
     align_corners: bool = True,
 ) -> nn.Sequential:
-    """Build the step from one level of a decoder to the next finer one.
+    """Return the upsampling between two levels of a decoder.
 
     Args:
-        spatial_dims: 2 or 3.
-        in_channels: channels read.
-        out_channels: channels written.
-        stride: factor per axis.
-        mode: "deconv", a transposed convolution whose kernel is its stride, or "interp", linear interpolation; where
-            the channels change, a 1^d convolution comes before it (the two commute, and it is cheaper there).
-        bias: of the convolution.
-        align_corners: of the interpolation.
+        spatial_dims: Number of spatial dimensions, 2 or 3.
+        in_channels: Number of input channels.
+        out_channels: Number of output channels.
+        stride: Upsampling factor per axis.
+        mode: "deconv", a transposed convolution with kernel size equal to stride, or "interp", linear interpolation. If
+            the number of channels changes, a 1^d convolution precedes the interpolation, where it is cheaper (the two
+            commute).
+        bias: Whether the convolution has a bias.
+        align_corners: Whether the interpolation aligns the corner voxels.
     """
     if mode == "deconv":
         up = Conv[Conv.CONVTRANS, spatial_dims]
@@ -161,14 +162,14 @@ def upsampler(
 
 
 def match_size(x: Tensor, like: Tensor) -> Tensor:
-    """Enlarge an up-sampled map to the size of its skip by repeating the last voxels of each axis.
+    """Pad an upsampled feature map to the size of its skip connection by repeating the last voxels of each axis.
 
     Args:
-        x: up-sampled map `(B, C, *spatial)`.
-        like: map of the wanted size.
+        x: Upsampled feature map `(B, C, *spatial)`.
+        like: Feature map of the target size.
 
     Returns:
-        `x` itself where the sizes agree already.
+        Padded feature map; `x` itself if the sizes agree.
     """
     if x.shape[2:] == like.shape[2:] if torch.jit.is_scripting() else _same_size(x, like):  # type: ignore[attr-defined]
         return x
@@ -189,7 +190,7 @@ def _same_size(x: Tensor, like: Tensor) -> bool:
 
 
 def center_crop(x: Tensor, like: Tensor) -> Tensor:
-    """Cut the middle of `x` to the spatial size of `like`; the low side loses the smaller half. Makes no copy."""
+    """Return a center-cropped view of `x` with the spatial size of `like`."""
     for axis in range(2, x.dim()):
         size = like.shape[axis]
         x = x.narrow(axis, (x.shape[axis] - size) // 2, size)
@@ -197,10 +198,10 @@ def center_crop(x: Tensor, like: Tensor) -> Tensor:
 
 
 def he_init(network: nn.Module) -> None:
-    """Draw every convolution from N(0, sqrt(2/N)), N = kernel voxels * channels read; zero the biases.
+    """Initialize all convolutions from N(0, sqrt(2/N)), N = kernel voxels * input channels, and the biases with 0.
 
-    The rule of section 3 of the U-Net paper. It also holds for transposed convolutions, whose fan torch's own
-    initializers count from the wrong side.
+    This is the initialization in section 3 of the U-Net paper. It is also correct for transposed convolutions, whose
+    fan-in the initializers of torch take from the wrong axis.
     """
     for module in network.modules():
         if isinstance(module, _ConvNd):

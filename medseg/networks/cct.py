@@ -1,6 +1,6 @@
-"""The channel-wise cross-fusion transformer of UCTransNet (arXiv 2109.04335), 2D and 3D.
+"""Channel-wise cross-fusion transformer (CCT) of UCTransNet (arXiv 2109.04335), 2D and 3D.
 
-C_i are the channels of level i, C the sum over all levels.
+C_i is the number of channels of level i, C the sum over all levels.
 """
 
 from __future__ import annotations
@@ -29,19 +29,20 @@ logger = logging.getLogger(__name__)
 
 
 class CCT(nn.Module):
-    """Channel-wise cross-fusion transformer: every level asks the channels of all levels. Keeps the maps' shapes.
+    """Channel-wise cross-fusion transformer: each level attends to the channels of all levels; shapes are unchanged.
 
     Args:
-        widths: channels C_i of the levels.
-        patches: voxels of each level's map per token and axis, so that all levels have the same grid of tokens.
-        grid: tokens per axis for which the positional tables are made.
-        num_heads: heads of the attention.
-        num_layers: transformer layers.
-        mlp_ratio: width of the MLPs' hidden layers in units of the level's.
-        dropout: rates after the positional tables, in the attention, and in the MLPs.
-        pos_embed: "learned" or "none".
-        norm: MONAI factory name or (name, arguments), of the reconstruction.
-        act: MONAI factory name or (name, arguments), of the reconstruction.
+        widths: Number of channels C_i of each level.
+        patches: Patch size of each level in voxels of its feature map per axis, such that all levels have the same
+            token grid.
+        grid: Size of the token grid of the position embeddings.
+        num_heads: Number of attention heads.
+        num_layers: Number of transformer layers.
+        mlp_ratio: Hidden width of the MLPs relative to the channels of the level.
+        dropout: Dropout rates after the position embeddings, in the attention, and in the MLPs.
+        pos_embed: Position embeddings, "learned" or "none".
+        norm: MONAI factory name or (name, arguments) of the normalization in the reconstruction.
+        act: MONAI factory name or (name, arguments) of the activation in the reconstruction.
     """
 
     def __init__(
@@ -73,20 +74,20 @@ class CCT(nn.Module):
         )
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
-        """Return maps of the same shapes, each joined by what the attention brought to its level."""
+        """Return feature maps of the same shapes, each with the output of the attention added."""
         grids = self._embed(maps)
         tokens = [_tokens(grid) for grid in grids]
         for layer in self.layers:
             tokens = layer(tokens)
         fused: list[Tensor] = []
         for i, (norm, rebuild) in enumerate(zip(self.norms, self.reconstructions)):  # noqa: B905 - TorchScript knows no `strict`
-            # Contiguous, or an exported graph doubts the strides of every size but the one it was made at.
+            # Contiguous, or an exported graph would be specialized to the strides of the example size.
             grid = norm(tokens[i]).transpose(1, 2).contiguous().reshape(grids[i].shape)
             fused.append(rebuild(grid) + maps[i])
         return fused
 
     def attention_maps(self, maps: list[Tensor]) -> list[list[Tensor]]:
-        """Return per layer and level the attention `(B, C_i, C)`, mean over the heads, before drop-out."""
+        """Return the attention `(B, C_i, C)` per layer and level, averaged over the heads, before dropout."""
         tokens = [_tokens(grid) for grid in self._embed(maps)]
         found = []
         for layer in cast("list[_Layer]", self.layers):
@@ -102,9 +103,10 @@ class CCT(nn.Module):
 
 
 class _Embedding(nn.Module):
-    """Patches of a map as a grid of tokens `(B, C_i, *grid)`, with learned positions.
+    """Patch embedding of a feature map to a token grid `(B, C_i, *grid)`, with position embeddings.
 
-    The table `(1, tokens, C_i)`, row by row as in the released weights, is enlarged or shrunk linearly for other grids.
+    The position embeddings `(1, tokens, C_i)`, in row-major order as in the released weights, are interpolated linearly
+    for other grids.
     """
 
     def __init__(self, width: int, patch: Sequence[int], grid: Sequence[int] | None, dropout: float) -> None:
@@ -128,7 +130,7 @@ class _Embedding(nn.Module):
         return dropped
 
     def _is_native(self, x: Tensor) -> bool:
-        # In a graph of unknown sizes interpolation always stands; on the native grid it changes no bit.
+        # An exported graph always interpolates, which is exact on the native grid.
         return checks_apply() and list(x.shape[2:]) == self.grid
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -137,7 +139,7 @@ class _Embedding(nn.Module):
         if isinstance(table, Tensor) and self.position_embeddings is not None and table.dim() == 3:
             source = _same_form(self.grid, table.shape[1])
             if source is not None and source != self.grid:
-                text = f"{name}: table of {by(source)} tokens interpolated to {by(self.grid)}"
+                text = f"{name}: position embeddings interpolated from {by(source)} to {by(self.grid)} tokens"
                 warn(logger, "positions-interpolated", text, run=True)
                 spread = table.transpose(1, 2).reshape(1, -1, *source)
                 spread = F.interpolate(spread, size=self.grid, mode=self.mode, align_corners=False)
@@ -146,7 +148,7 @@ class _Embedding(nn.Module):
 
 
 class _Layer(nn.Module):
-    """Channel cross attention, then one MLP per level, each behind a layer norm and beside a residual."""
+    """Channel-wise cross attention and one MLP per level, each with pre-norm and residual connection."""
 
     def __init__(
         self, widths: Sequence[int], num_heads: int, mlp_ratio: float, attn_dropout: float, mlp_dropout: float
@@ -167,7 +169,7 @@ class _Layer(nn.Module):
         return updated
 
     def normalized(self, tokens: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-        """Return the queries per level, and the context: all levels side by side, under a norm of their own."""
+        """Return the normalized queries per level, and the normalized concatenation of all levels."""
         queries: list[Tensor] = []
         for i, norm in enumerate(self.query_norms):
             queries.append(norm(tokens[i]))
@@ -175,9 +177,9 @@ class _Layer(nn.Module):
 
 
 class _ChannelAttention(nn.Module):
-    """Multi-head attention over channels: the map of a head is C_i x C, whatever the number of tokens.
+    """Multi-head attention over channels; the attention map of a head is C_i x C for any number of tokens.
 
-    Heads are not slices of the channels; each is as wide as its level. The linear maps of all heads are one.
+    Heads do not split the channels; each has the full width of its level. The projections of all heads are fused.
     """
 
     def __init__(self, widths: Sequence[int], num_heads: int, dropout: float) -> None:
@@ -196,13 +198,13 @@ class _ChannelAttention(nn.Module):
         value = self.value(context)
         changes: list[Tensor] = []
         for i, output in enumerate(self.outputs):
-            # One product sums over the channels of all heads, and leaves tokens first.
+            # One matrix product sums over the channels of all heads.
             weights = self.dropout(maps[i]).transpose(2, 3).flatten(1, 2)
             changes.append(self.dropout(output(value @ weights.to(value.dtype) / self.num_heads)))
         return changes
 
     def maps(self, queries: list[Tensor], context: Tensor) -> list[Tensor]:
-        """Return the attention of each level, `(B, heads, C_i, C)`."""
+        """Return the attention maps of each level, `(B, heads, C_i, C)`."""
         key = self.key(context)
         found: list[Tensor] = []
         for i, project in enumerate(self.queries):
@@ -215,7 +217,7 @@ class _ChannelAttention(nn.Module):
 
 
 def _precise_channel_map(query: Tensor, key: Tensor, heads: int, scale: float) -> Tensor:
-    """Leave mixed precision: the scores are sums over all tokens, and a norm follows them."""
+    """Return the attention map computed in float32 under autocast, since the scores sum over all tokens."""
     if query.is_meta or not torch.is_autocast_enabled(query.device.type):
         return _channel_map(query, key, heads, scale)
     with torch.autocast(query.device.type, enabled=False):
@@ -223,19 +225,19 @@ def _precise_channel_map(query: Tensor, key: Tensor, heads: int, scale: float) -
 
 
 def _channel_map(query: Tensor, key: Tensor, heads: int, scale: float) -> Tensor:
-    """Return softmax(norm(Q^T K / sqrt(C))), `(B, heads, C_i, C)`, from `(B, tokens, heads * channels)` each."""
+    """Return softmax(norm(Q^T K / sqrt(C))), `(B, heads, C_i, C)`, for Q and K `(B, tokens, heads * channels)`."""
     query = torch.unflatten(query, 2, [heads, -1]).permute(0, 2, 3, 1)
     key = torch.unflatten(key, 2, [heads, -1]).transpose(1, 2)
     scores = query * scale @ key
-    # Instance norm of every sample's and head's map: a layer norm over its two axes.
+    # Instance norm per sample and head, computed as layer norm over the last two axes.
     return F.layer_norm(scores, scores.shape[2:], eps=1e-5).softmax(dim=3)
 
 
 class _Reconstruction(nn.Module):
-    """Tokens back to a map: 1^d convolution, normalization and activation, then nearest-neighbor enlargement.
+    """Reconstruction of a feature map from tokens: 1^d convolution, norm, activation, nearest-neighbor upsampling.
 
-    The paper enlarges first. The order makes no difference, but this one is cheaper by the size of a patch. In training
-    only the running variance of a batch norm differs, by n / (n - 1) for n tokens in the batch.
+    The paper upsamples first; this order is equivalent and cheaper by the number of voxels of a patch. In training only
+    the running variance of a batch norm differs, by a factor n / (n - 1) for n tokens in the batch.
     """
 
     def __init__(self, width: int, patch: Sequence[int], norm: LayerName | None, act: LayerName) -> None:
@@ -251,10 +253,10 @@ class _Reconstruction(nn.Module):
 
 
 class Enlarge(nn.Module):
-    """Repeat every voxel (nearest neighbor).
+    """Nearest-neighbor upsampling.
 
     Args:
-        scale: whole factor per spatial axis.
+        scale: Integer factor per spatial axis.
     """
 
     def __init__(self, scale: Sequence[int]) -> None:
@@ -272,7 +274,7 @@ class Enlarge(nn.Module):
 
 
 def _mlp(width: int, hidden: int, dropout: float) -> nn.Sequential:
-    """Build norm, linear, GELU, linear; the linear layers start as the released code's do."""
+    """Return an MLP of norm, linear, GELU and linear, initialized as in the released code."""
     layers = nn.Sequential(
         nn.LayerNorm(width, eps=1e-6),
         nn.Linear(width, hidden),
@@ -289,12 +291,12 @@ def _mlp(width: int, hidden: int, dropout: float) -> nn.Sequential:
 
 
 def _tokens(grid: Tensor) -> Tensor:
-    """Return `(B, tokens, C)`, row by row, for `(B, C, *grid)`."""
+    """Return `(B, tokens, C)` in row-major order for `(B, C, *grid)`."""
     return grid.flatten(2).transpose(1, 2)
 
 
 def _same_form(grid: Sequence[int], tokens: int) -> list[int] | None:
-    """Return the grid of so many tokens with the proportions of `grid`, else the one of equal sides, else None."""
+    """Return a grid of `tokens` tokens with the aspect ratio of `grid`, otherwise a cubic one, otherwise None."""
     scale = (tokens / prod(grid)) ** (1 / len(grid))
     side = round(tokens ** (1 / len(grid)))
     alike = [round(n * scale) for n in grid]

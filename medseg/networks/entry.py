@@ -1,4 +1,4 @@
-"""What one entry of the registry holds. No import of torch or MONAI."""
+"""Entries of the network registry. Imports neither torch nor MONAI."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ __all__ = ["ByDims", "NetworkEntry", "Planning", "Sizing", "level_arguments"]
 
 ByDims: TypeAlias = Mapping[int, Mapping[str, Any]]
 
-# Wider levels cost most of the memory for weights and gain little.
+# Wider levels dominate the number of weights with little benefit.
 _WIDEST: Final = {2: 512, 3: 320}
 
 
 @dataclass(frozen=True)
 class Sizing:
-    """What a plan has decided about a network.
+    """Size of a network as chosen by a plan.
 
     Attributes:
-        width: Channels at full resolution of a plain U-Net of the same cost: 16 trains on two processor cores, 32 is
-            the papers' size.
-        spatial_dims: 2 or 3.
-        patch: Voxels of a training patch along each axis, a multiple of the total stride.
-        strides: One entry per pooling, finest first, each a number per axis.
-        norm: "batch" or "instance".
+        width: Channels at full resolution of a U-Net of equal cost; 16 can be trained on two CPU cores, 32 is the size
+            in the papers.
+        spatial_dims: Number of spatial dimensions, 2 or 3.
+        patch: Spatial size of a training patch in voxels, a multiple of the total stride.
+        strides: Stride of each pooling per axis, finest first.
+        norm: Normalization, "batch" or "instance".
     """
 
     width: int
@@ -39,7 +39,7 @@ class Sizing:
 
 
 def level_arguments(sizing: Sizing) -> dict[str, Any]:
-    """Return `features`, doubled from level to level, and where they are not all 2 the `strides`."""
+    """Return `features`, doubled at each level up to a maximum, and the `strides` unless all are 2."""
     widest = _WIDEST[sizing.spatial_dims]
     found: dict[str, Any] = {
         "features": [min(sizing.width * 2**level, widest) for level in range(len(sizing.strides) + 1)]
@@ -51,16 +51,16 @@ def level_arguments(sizing: Sizing) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Planning:
-    """How a plan sizes and trains a network.
+    """Sizing and training of a network in a plan.
 
     Attributes:
-        arguments: Returns the constructor's arguments for a sizing, without dimensions, channels and norm.
-        poolings: Most poolings a plan uses, in 2D and 3D: the paper's depth.
-        strides_note: How the network uses its strides, for the plan's reasons.
-        learning_rate: Learning rate of AdamW, in 2D and 3D.
-        training_loss: Config of the loss for networks with outputs besides the logits; `{"block": "loss"}` stands for
-            the loss that the plan chose. Empty for a loss of the logits alone.
-        loss_reason: What that loss adds, for the plan's reasons.
+        arguments: Function from a sizing to the constructor arguments, without dimensions, channels and norm.
+        poolings: Maximum number of poolings in 2D and 3D, the depth in the paper.
+        strides_note: Description of the network's strides in the reasons of the plan.
+        learning_rate: Learning rate of AdamW in 2D and 3D.
+        training_loss: Config of the loss for networks with additional outputs; `{"block": "loss"}` is replaced by the
+            loss of the plan. Empty for a loss of the logits only.
+        loss_reason: Description of that loss in the reasons of the plan.
     """
 
     arguments: Callable[[Sizing], dict[str, Any]] = level_arguments
@@ -73,19 +73,19 @@ class Planning:
 
 @dataclass(frozen=True)
 class NetworkEntry:
-    """What medseg knows about a network without importing it.
+    """Registry entry of a network, readable without importing its module.
 
     Attributes:
-        name: Class name, as configs and papers spell it.
+        name: Class name, as in configs and in the paper.
         module: Module that defines the class.
-        small: Arguments of the form that two processor cores can train, in 2D and 3D, without dimensions, channels and
-            norm. Widths and depths are ours; what is not named keeps the paper's default.
-        tiny: The same for the form that the shared tests build, train and export in seconds.
-        planning: How `medseg plan` sizes and trains it.
-        sources: Public code whose weights can be converted, as `medseg convert --from` names it. The key maps are in
+        small: Constructor arguments of the small configuration in 2D and 3D, trainable on two CPU cores, without
+            dimensions, channels and norm. Widths and depths differ from the paper; other arguments keep its defaults.
+        tiny: Constructor arguments of the configuration that shared tests build, train and export in seconds.
+        planning: Sizing and training in `medseg plan`.
+        sources: Public code whose weights can be converted, the values of `medseg convert --from`. The key maps are in
             `SOURCES` of the module of the same name in `medseg.networks.convert`.
-        choices: Arguments that must not be free text in a bundle that runs without trust, with their allowed values.
-        prunable: Whether the network can be cut at heads of several depths (`medseg.types.PrunableNetwork`).
+        choices: Arguments restricted to the given values in a bundle that is not trusted.
+        prunable: Whether the network can be pruned to heads of several depths (`medseg.types.PrunableNetwork`).
     """
 
     name: str
@@ -104,7 +104,7 @@ class NetworkEntry:
 
     @property
     def target(self) -> str:
-        """The class as configs name it."""
+        """Value of `_target_` in configs."""
         return f"medseg.components.{self.name}"
 
     def load(self) -> type[nn.Module]:

@@ -1,4 +1,4 @@
-"""The networks of medseg, one entry each. No import of torch or MONAI."""
+"""Registry of the networks. Imports neither torch nor MONAI."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _unet(sizing: Sizing) -> dict[str, Any]:
 
 
 def _unetplusplus(sizing: Sizing) -> dict[str, Any]:
-    """Start with half the width in 3D, where the nodes at full resolution dominate the cost."""
+    """Halve the width in 3D, where the nodes at full resolution dominate the cost."""
     arguments = level_arguments(sizing)
     if sizing.spatial_dims == 3:
         half = Sizing(sizing.width // 2, 3, sizing.patch, sizing.strides, sizing.norm)
@@ -50,7 +50,7 @@ def _banet(sizing: Sizing) -> dict[str, Any]:
         "base_width": max(4, sizing.width * scale // 2),
         "reduce_dim": sizing.width * scale,
         "aspp_dim": 2 * sizing.width * scale,
-        # The last batch of an epoch may hold one image, and one voxel has no variance to be divided by.
+        # Batches of one image have no variance in the pooled branch.
         "aspp_pool_norm": None,
         "strides": _resnet_strides(sizing.strides),
     }
@@ -60,7 +60,7 @@ def _banet(sizing: Sizing) -> dict[str, Any]:
 
 
 def _resnet_strides(strides: Sequence[Sequence[int]]) -> list[Any]:
-    """Return stem convolution, pooling and stages 1 to 4: the last pooling goes to stage 2, others to the stem."""
+    """Return the strides of stem convolution, stem pooling and stages 1 to 4; stage 2 has the last one."""
     places: list[Any] = [1] * 6
     order = (3, 1, 0)
     for place, stride in zip(order, reversed(strides), strict=False):
@@ -76,7 +76,7 @@ _ENTRIES: Final = (
     NetworkEntry(
         "UNet",
         "medseg.networks.unet",
-        # Three poolings in 3D, so that crops of 16 voxels still leave more than one to normalize over.
+        # Three poolings in 3D, so that patches of 16 voxels have more than one voxel to normalize over.
         small={
             2: {"features": [16, 32, 64, 128, 256], "dropout": 0.0},
             3: {"features": [16, 32, 64, 128], "dropout": 0.0},
@@ -172,7 +172,7 @@ _ENTRIES: Final = (
 )
 NETWORKS: Final[Mapping[str, NetworkEntry]] = MappingProxyType({entry.name: entry for entry in _ENTRIES})
 
-# Public code whose weights can be converted, by the network that the key map belongs to.
+# Network of each public code whose weights can be converted.
 SOURCES: Final[Mapping[str, NetworkEntry]] = MappingProxyType(
     {source: entry for entry in _ENTRIES for source in entry.sources}
 )

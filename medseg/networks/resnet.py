@@ -1,6 +1,6 @@
-"""Bottleneck ResNet whose last stages are dilated, and ASPP over it: the encoder of BA-Net, 2D and 3D.
+"""Dilated ResNet with bottleneck blocks and ASPP, the encoder of BA-Net, 2D and 3D.
 
-The ResNet's modules carry the names that ImageNet weights of such networks are published under, so these load by name.
+The modules have the names of published ResNets, so ImageNet weights can be loaded by name.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ASPP", "BLOCKS", "Bottleneck", "ResNetDilated", "load_pretrained", "per_axis"]
 
-# Blocks per stage of the published depths.
+# Number of blocks per stage.
 BLOCKS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3), "resnet152": (3, 8, 36, 3)}
 _EXPANSION = 4
 _NAMES_SHOWN = 12
@@ -36,36 +36,37 @@ logger = logging.getLogger(__name__)
 
 
 def per_axis(option: str, value: int | Sequence[int], spatial_dims: int, *, least: int = 1) -> tuple[int, ...]:
-    """Spell out a number for every spatial axis.
+    """Return one number per spatial axis.
 
     Args:
-        option: name of the option, for the message.
-        value: one number, or one per axis.
-        spatial_dims: 2 or 3.
-        least: smallest number allowed.
+        option: Name of the option, for the message.
+        value: One number, or one per axis.
+        spatial_dims: Number of spatial dimensions, 2 or 3.
+        least: Minimum value.
 
     Raises:
-        RequestError: too small, or not as many numbers as axes.
+        RequestError: Too small a value, or a number of values that does not match the axes.
     """
     spelled = (value,) * spatial_dims if isinstance(value, int) else tuple(value)
     if len(spelled) != spatial_dims or min(spelled) < least:
         raise RequestError(
-            f"{option} holds {value!r}: expected a number from {least} up, or {spatial_dims} of them (one per axis)."
+            f"invalid value {value!r} in {option}; expected an integer of at least {least}, or {spatial_dims} of them "
+            "(one per axis)."
         )
     return spelled
 
 
 class Bottleneck(nn.Module):
-    """Three convolutions of kernel 1, 3 and 1 beside a shortcut; the middle one is strided or dilated.
+    """Residual bottleneck block with convolutions of kernel size 1, 3 and 1.
 
     Args:
-        spatial_dims: 2 or 3.
-        in_channels: channels read.
-        planes: channels inside; 4 times as many are written.
-        stride: of the middle convolution and of the shortcut, which is a 1^d convolution where the shape changes.
-        dilation: of the middle convolution.
-        norm: MONAI factory name or (name, arguments).
-        act: MONAI factory name or (name, arguments).
+        spatial_dims: Number of spatial dimensions, 2 or 3.
+        in_channels: Number of input channels.
+        planes: Number of inner channels; the block has `4 * planes` output channels.
+        stride: Stride of the middle convolution and of the shortcut, which is a 1^d convolution if the shape changes.
+        dilation: Dilation of the middle convolution.
+        norm: MONAI factory name or (name, arguments) of the normalization.
+        act: MONAI factory name or (name, arguments) of the activation.
     """
 
     def __init__(
@@ -113,27 +114,27 @@ class Bottleneck(nn.Module):
 
 
 class ResNetDilated(nn.Module):
-    """ResNet of bottlenecks without global pooling and classifier: a stem and four stages.
+    """ResNet of bottleneck blocks with a stem and four stages, without global pooling and classifier.
 
     Args:
-        spatial_dims: 2 or 3.
-        in_channels: channels of the image.
-        blocks: bottlenecks per stage.
-        base_width: channels of the stem and planes of stage 1; stage i writes `4 * 2**(i - 1) * base_width`.
-        strides: of the stem convolution, of the pooling after it, and of stages 1 to 4; each a number or one per
-            axis. Axes on which the pooling has stride 1 are not pooled.
-        dilations: of stages 3 and 4; the first block of a stage takes half of it, rounded down.
-        multi_grid: dilations of the blocks of stage 4, in turn and again from the start, in place of the rule above;
-            None for the rule.
-        norm: MONAI factory name or (name, arguments).
-        act: MONAI factory name or (name, arguments).
+        spatial_dims: Number of spatial dimensions, 2 or 3.
+        in_channels: Number of image channels.
+        blocks: Number of blocks per stage.
+        base_width: Channels of the stem and planes of stage 1; stage i has `4 * 2**(i - 1) * base_width` channels.
+        strides: Strides of the stem convolution, the stem pooling, and stages 1 to 4, each a number or one per axis.
+            Axes with pooling stride 1 are not pooled.
+        dilations: Dilations of stages 3 and 4; the first block of a stage uses half, rounded down.
+        multi_grid: Dilations of the blocks of stage 4, repeated cyclically, instead of `dilations[1]`; None to use
+            `dilations`.
+        norm: MONAI factory name or (name, arguments) of the normalization.
+        act: MONAI factory name or (name, arguments) of the activation.
 
     Attributes:
-        channels: what the four stages write.
-        stage_strides: per stage and axis, how much smaller than the image its map is (rounded up).
+        channels: Output channels of the four stages.
+        stage_strides: Downsampling factor of each stage per axis (sizes are rounded up).
 
     Raises:
-        RequestError: numbers that cannot be, or that contradict each other.
+        RequestError: Invalid or contradictory options.
     """
 
     def __init__(
@@ -151,10 +152,12 @@ class ResNetDilated(nn.Module):
     ) -> None:
         super().__init__()
         if len(blocks) != 4 or min(blocks) < 1:
-            raise RequestError(f"blocks={tuple(blocks)} must hold the number of blocks of each of the 4 stages.")
+            raise RequestError(
+                f"invalid blocks={tuple(blocks)}; expected the number of blocks of each of the 4 stages."
+            )
         if len(strides) != 6:
             raise RequestError(
-                f"strides={tuple(strides)} must hold 6 entries: stem convolution, pooling, and stages 1 to 4."
+                f"invalid strides={tuple(strides)}; expected 6 entries: stem convolution, pooling, and stages 1 to 4."
             )
         spelled = [per_axis("strides", stride, spatial_dims) for stride in strides]
         self.stage_strides = [
@@ -178,7 +181,7 @@ class ResNetDilated(nn.Module):
         _init(self)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Return the maps of the four stages, finest first, for an image `(B, in_channels, *spatial)`."""
+        """Return the feature maps of the four stages, finest first, for an image `(B, in_channels, *spatial)`."""
         x = self.maxpool(self.act(self.bn1(self.conv1(x))))
         c1 = self.layer1(x)
         c2 = self.layer2(c1)
@@ -199,44 +202,46 @@ def _stem_pool(spatial_dims: int, stride: tuple[int, ...]) -> nn.Module:
 def _dilations(
     blocks: Sequence[int], dilations: Sequence[int], multi_grid: Sequence[int] | None
 ) -> list[tuple[int, ...]]:
-    """Return the dilation of every block of every stage."""
+    """Return the dilations of all blocks per stage."""
     if len(dilations) != 2 or min(dilations) < 1:
-        raise RequestError(f"dilations={tuple(dilations)} must hold two numbers from 1 up, for stages 3 and 4.")
+        raise RequestError(
+            f"invalid dilations={tuple(dilations)}; expected two integers of at least 1, for stages 3 and 4."
+        )
     rates = [(max(1, d // 2), *(d,) * (n - 1)) for n, d in zip(blocks, (1, 1, *dilations), strict=True)]
     if multi_grid is not None:
-        # Otherwise a change of `dilations` alone would be without effect and without a word.
+        # Otherwise a change of `dilations` alone would be ignored silently.
         if dilations[1] not in multi_grid or min(multi_grid) < 1:
             raise RequestError(
-                f"multi_grid={tuple(multi_grid)} sets the dilations of stage 4 and contradicts "
-                f"dilations={tuple(dilations)}. Name one of its numbers in dilations[1], or give multi_grid=None."
+                f"multi_grid={tuple(multi_grid)}, which sets the dilations of stage 4, contradicts "
+                f"dilations={tuple(dilations)}. Set dilations[1] to one of its values, or multi_grid=None."
             )
         rates[3] = tuple(multi_grid[n % len(multi_grid)] for n in range(blocks[3]))
     return rates
 
 
 def _init(network: nn.Module) -> None:
-    """Draw every convolution from N(0, sqrt(2/N)), N = kernel voxels * channels written."""
+    """Initialize all convolutions from N(0, sqrt(2/N)), N = kernel voxels * output channels."""
     for module in network.modules():
         if isinstance(module, _ConvNd):
             nn.init.normal_(module.weight, std=sqrt(2 / (prod(module.kernel_size) * module.out_channels)))
 
 
 class ASPP(nn.Module):
-    """Atrous spatial pyramid pooling: a 1^d branch, dilated 3^d branches and a globally pooled one, projected together.
+    """Atrous spatial pyramid pooling: a 1^d branch, dilated 3^d branches, a global pooling branch and a projection.
 
     Args:
-        spatial_dims: 2 or 3.
-        in_channels: channels read.
-        channels: of every branch, and written.
-        rates: dilations, numbers or one per axis.
-        norm: MONAI factory name or (name, arguments).
-        pool_norm: the same for the pooled branch, which has one voxel per channel; None for none (its convolution then
-            has a bias). "auto" is `norm` in 2D unless that is an instance norm, and none in 3D, where batches of one
-            are common.
-        act: MONAI factory name or (name, arguments).
+        spatial_dims: Number of spatial dimensions, 2 or 3.
+        in_channels: Number of input channels.
+        channels: Number of channels of each branch and of the output.
+        rates: Dilations of the 3^d branches, each a number or one per axis.
+        norm: MONAI factory name or (name, arguments) of the normalization.
+        pool_norm: Normalization of the global pooling branch, which has one voxel per channel; None for no
+            normalization (its convolution then has a bias). "auto" is `norm` in 2D unless it is an instance norm, and
+            None in 3D, where batches of one image are common.
+        act: MONAI factory name or (name, arguments) of the activation.
 
     Raises:
-        RequestError: rates below 1, or an instance norm over the single voxels of the pooled branch.
+        RequestError: Rate below 1, or an instance norm in the global pooling branch.
     """
 
     def __init__(
@@ -255,7 +260,7 @@ class ASPP(nn.Module):
             pool_norm = None if spatial_dims == 3 or _is_instance(norm) else norm
         if pool_norm is not None and _is_instance(pool_norm):
             raise RequestError(
-                f"aspp_pool_norm={pool_norm!r} has no variance over the one voxel that pooling leaves; choose "
+                f"invalid aspp_pool_norm={pool_norm!r}: global pooling leaves one voxel without variance; choose "
                 '"batch", a group norm, or None.'
             )
         style: dict[str, Any] = {"norm": norm, "act": act}
@@ -294,7 +299,7 @@ def _conv_unit(
     act: LayerName,
     dilation: int | Sequence[int] = 1,
 ) -> nn.Sequential:
-    """Build a convolution without bias that keeps the size, a norm and an activation."""
+    """Return a size-preserving convolution without bias, followed by normalization and activation."""
     padding = dilation if kernel == 3 else 0
     return nn.Sequential(
         Conv[Conv.CONV, spatial_dims](
@@ -310,19 +315,18 @@ def _is_instance(norm: LayerName) -> bool:
 
 
 def load_pretrained(backbone: ResNetDilated, path: str | PathLike[str]) -> None:
-    """Load a local weight file whose names are those of published ResNets (`conv1.weight`, `layer1.0.bn2.bias`, ..).
+    """Load a local weight file with the names of published ResNets (`conv1.weight`, `layer1.0.bn2.bias`, ..).
 
-    A "module." in front of all names and a surrounding "state_dict" are ignored; tensors of other parts, such as the
-    classifier, are logged and left out. For an image of one channel the stem's three color kernels are summed, which
-    equals giving the gray image three times.
+    A "module." prefix of all names and an enclosing "state_dict" are removed; tensors of other modules, such as the
+    classifier, are logged and skipped. For single-channel images the three color kernels of the stem are summed, which
+    equals repeating the grayscale image three times.
 
     Args:
-        backbone: the network that receives the weights.
-        path: file written by `torch.save`; read without running code (`weights_only`).
+        backbone: Network to initialize.
+        path: File written by `torch.save`; read without executing code (`weights_only`).
 
     Raises:
-        WeightsError: the file is missing or no weight file, or tensors of the backbone are missing, surplus or of
-            another shape; lists them.
+        WeightsError: Missing or invalid file, or missing, unexpected or mismatched tensors, which are listed.
     """
     file = Path(path)
     given = _read(file)
@@ -334,35 +338,35 @@ def load_pretrained(backbone: ResNetDilated, path: str | PathLike[str]) -> None:
     parts = {name.partition(".")[0] for name in own}
     surplus = [n for n in given if n not in own and n.partition(".")[0] in parts]
     misshapen = [
-        f"{n} {tuple(given[n].shape)} instead of {tuple(t.shape)}"
+        f"{n} {tuple(given[n].shape)}, expected {tuple(t.shape)}"
         for n, t in own.items()
         if n in given and given[n].shape != t.shape
     ]
     if missing or surplus or misshapen:
         raise WeightsError(
-            f"{file} does not fit this backbone: {_listed('missing', missing)}{_listed('surplus', surplus)}"
-            f"{_listed('of another shape', misshapen)}choose the backbone, base_width, in_channels (1 or 3), "
-            "spatial_dims and norm that the file was made for."
+            f"weights do not match the backbone: {file}: {_listed('missing', missing)}{_listed('unexpected', surplus)}"
+            f"{_listed('shape mismatch', misshapen)}set backbone, base_width, in_channels (1 or 3), spatial_dims and "
+            "norm to those of the weights."
         )
     unused = sorted(n for n in given if n not in own)
-    logger.info("%s: %d tensors loaded; left out: %s", file, len(own), ", ".join(unused) or "none")
+    logger.info("%s: %d tensors loaded; skipped: %s", file, len(own), ", ".join(unused) or "none")
     backbone.load_state_dict({name: given.get(name, tensor) for name, tensor in own.items()})
 
 
 def _read(file: Path) -> dict[str, Tensor]:
     if not file.is_file():
-        raise WeightsError(f"pretrained={str(file)!r} is no file. Give the path of a local weight file, or None.")
+        raise WeightsError(f"file not found: pretrained={str(file)!r}. Set the path of a local weight file, or None.")
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except (UnpicklingError, RuntimeError, EOFError) as error:
-        raise WeightsError(f"{file} cannot be read as weights: expected a file written by torch.save.") from error
+        raise WeightsError(f"unreadable weight file {file}: expected a file written by torch.save.") from error
     return _tensors(state, file)
 
 
 def _tensors(state: Any, file: Path) -> dict[str, Tensor]:
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise WeightsError(f"{file} holds no state dict: expected names and tensors.")
+        raise WeightsError(f"no state dict in {file}: expected tensors by name.")
     return _bare(state)
 
 

@@ -1,4 +1,4 @@
-"""Size rules of the networks: what fits, what does not, and the nearest size that would."""
+"""Size checks of the network inputs, with the nearest valid size."""
 
 from __future__ import annotations
 
@@ -19,78 +19,78 @@ if TYPE_CHECKING:
 
 __all__ = ["ValidSizes", "check_bottom", "check_image", "check_minimum", "total_stride"]
 
-# What the two unpadded 3^d convolutions of one block take off each axis.
+# Voxels that the two unpadded 3^d convolutions of a block remove per axis.
 _BLOCK_SHRINK = 4
 
 
 def total_stride(strides: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """Return the product of all pooling strides per axis: how much smaller the deepest map is."""
+    """Return the product of all pooling strides per axis, the downsampling factor of the deepest feature map."""
     return tuple(prod(axis) for axis in zip(*strides, strict=True))
 
 
 def check_image(x: Tensor, name: str, spatial_dims: int, in_channels: int) -> None:
-    """Refuse a tensor that is no `(B, in_channels, *spatial)` batch.
+    """Check that a tensor is a batch `(B, in_channels, *spatial)`.
 
     Args:
-        x: the tensor given to the network.
-        name: class name of the network, for the message.
-        spatial_dims: 2 or 3.
-        in_channels: channels that the network reads.
+        x: Input of the network.
+        name: Class name of the network, for the message.
+        spatial_dims: Number of spatial dimensions, 2 or 3.
+        in_channels: Number of input channels.
 
     Raises:
-        SizeError: wrong number of dimensions, or of channels.
+        SizeError: Wrong number of dimensions or channels.
     """
     if x.dim() != spatial_dims + 2:
         axes = ", ".join(
             ["batch", "channel", "depth", "height", "width"][i] for i in (0, 1, *range(5 - spatial_dims, 5))
         )
         raise SizeError(
-            f"This {name} is {spatial_dims}D and reads tensors ({axes}); it got {x.dim()} dimensions, shape "
-            f"{tuple(x.shape)}. {_dimension_advice(x, spatial_dims)}"
+            f"Dimension mismatch: this {name} is {spatial_dims}D and expects ({axes}), found {x.dim()} dimensions, "
+            f"shape {tuple(x.shape)}. {_dimension_advice(x, spatial_dims)}"
         )
     if x.shape[1] != in_channels:
         raise SizeError(
-            f"This {name} reads {in_channels} channel(s) and got {x.shape[1]} (shape {tuple(x.shape)}). "
-            f"Give an image of {in_channels} channel(s), or build the network with in_channels={x.shape[1]}."
+            f"Channel mismatch: this {name} expects {in_channels} channel(s), found {x.shape[1]} (shape "
+            f"{tuple(x.shape)}). Use an image with {in_channels} channel(s), or in_channels={x.shape[1]}."
         )
 
 
 def _dimension_advice(x: Tensor, spatial_dims: int) -> str:
     if x.dim() == spatial_dims + 1:
         return "Add the missing batch or channel axis, e.g. image.unsqueeze(0)."
-    return f"For images of {max(x.dim() - 2, 1)} spatial axes build it with another spatial_dims."
+    return f"For images with {max(x.dim() - 2, 1)} spatial axes set spatial_dims accordingly."
 
 
 def check_minimum(size: Sequence[int], minimum: Sequence[int], name: str) -> None:
-    """Refuse an image on which some pooling of a padded network would find nothing left.
+    """Check that an image is large enough for all poolings of a padded network.
 
     Args:
-        size: spatial size in voxels.
-        minimum: smallest size per axis.
-        name: class name of the network, for the message.
+        size: Spatial size in voxels.
+        minimum: Minimum size per axis.
+        name: Class name of the network, for the message.
 
     Raises:
-        SizeError: an axis is shorter than its minimum; names the nearest size that fits.
+        SizeError: Axis shorter than its minimum; the message names the nearest valid size.
     """
     if any(n < least for n, least in zip(size, minimum, strict=True)):
         nearest = [max(n, least) for n, least in zip(size, minimum, strict=True)]
         raise SizeError(
-            f"This {name} divides each axis down by {by(minimum)} and therefore needs at least that many voxels; "
-            f"it got {by(size)}. The nearest size that fits is {by(nearest)}: pad the image, or use fewer levels."
+            f"Image too small: this {name} downsamples by {by(minimum)} and needs at least that many voxels, found "
+            f"{by(size)}. The nearest valid size is {by(nearest)}: pad the image, or use fewer levels."
         )
 
 
 def check_bottom(x: Tensor, stride: Sequence[int], layers: Iterable[nn.Module], name: str) -> None:
-    """Refuse an input whose deepest map is one voxel, where a normalization there has no variance to divide by.
+    """Check that a normalization layer does not operate on a deepest feature map of a single voxel.
 
     Args:
-        x: input `(B, C, *spatial)`.
-        stride: total stride per axis, see `total_stride`.
-        layers: modules that work on the deepest map.
-        name: class name of the network, for the message.
+        x: Input `(B, C, *spatial)`.
+        stride: Total stride per axis, see `total_stride`.
+        layers: Layers of the deepest level.
+        name: Class name of the network, for the message.
 
     Raises:
-        SizeError: one voxel meets a normalization that needs two; names the nearest sizes that fit.
+        SizeError: Normalization over a single voxel; the message names the nearest valid sizes.
     """
     if prod(n // s for n, s in zip(x.shape[2:], stride, strict=True)) != 1:
         return
@@ -102,16 +102,16 @@ def check_bottom(x: Tensor, stride: Sequence[int], layers: Iterable[nn.Module], 
         by([2 * s if i == axis else n for i, (n, s) in enumerate(zip(size, stride, strict=True))])
         for axis in range(len(size))
     ]
-    ways = "" if isinstance(layer, _InstanceNorm) else ", or give a batch of two or more"
+    ways = "" if isinstance(layer, _InstanceNorm) else ", or use a batch size of at least 2"
     raise SizeError(
-        f"An input of {by(size)} leaves this {name} a single voxel at its deepest level, over which "
-        f"{type(layer).__name__} has no variance (batch of {x.shape[0]}). The nearest sizes that fit are "
+        f"Image too small: for an input of {by(size)} the deepest level of this {name} has a single voxel, over which "
+        f"{type(layer).__name__} has no variance (batch of {x.shape[0]}). The nearest valid sizes are "
         f"{' or '.join(fits)}: pad the image, use fewer levels{ways}."
     )
 
 
 def _needs_two_values(layer: nn.Module, batch: int) -> bool:
-    """Tell whether torch's normalization refuses `batch` maps of one voxel each."""
+    """Return whether a normalization layer fails for `batch` feature maps of a single voxel."""
     if isinstance(layer, nn.GroupNorm):
         return batch * layer.num_channels == layer.num_groups
     if isinstance(layer, _InstanceNorm | _BatchNorm):
@@ -122,25 +122,25 @@ def _needs_two_values(layer: nn.Module, batch: int) -> bool:
 
 @dataclass(frozen=True)
 class ValidSizes:
-    """Sizes of an unpadded ("valid") U-Net, each axis by itself.
+    """Valid input sizes of an unpadded ("valid") U-Net, per axis.
 
-    With s voxels on the deepest map before its convolutions, P the total stride and 3^d kernels, an input of
-    `P*s + base` gives an output of `input - shrink`. For four poolings by 2: `16s + 60` and `shrink` 184.
+    With s voxels on the deepest feature map before its convolutions, total stride P and 3^d kernels, an input of
+    `P*s + base` has an output of `input - shrink`. For four poolings by 2: `16s + 60` and `shrink` 184.
 
     Attributes:
-        strides: one tuple of strides per pooling, finest first.
+        strides: Strides of each pooling per axis, finest first.
     """
 
     strides: tuple[tuple[int, ...], ...]
 
     @property
     def step(self) -> tuple[int, ...]:
-        """Distance between two legal sizes per axis."""
+        """Step between valid sizes per axis."""
         return total_stride(self.strides)
 
     @property
     def base(self) -> tuple[int, ...]:
-        """What a legal size exceeds a multiple of `step` by, before reduction."""
+        """Offset of the valid sizes per axis: they are multiples of `step` plus this offset."""
         sizes = [0] * len(self.strides[0])
         for stride in reversed(self.strides):
             sizes = [s * n + _BLOCK_SHRINK for s, n in zip(stride, sizes, strict=True)]
@@ -148,7 +148,7 @@ class ValidSizes:
 
     @property
     def shrink(self) -> tuple[int, ...]:
-        """Input size minus output size per axis; always even."""
+        """Difference between input size and output size per axis, always even."""
         lost = [_BLOCK_SHRINK] * len(self.strides[0])
         for stride in reversed(self.strides):
             lost = [s * n + 2 * _BLOCK_SHRINK for s, n in zip(stride, lost, strict=True)]
@@ -156,14 +156,14 @@ class ValidSizes:
 
     @property
     def smallest(self) -> tuple[int, ...]:
-        """Smallest legal input per axis: one output voxel at least."""
+        """Smallest valid input size per axis, with at least one output voxel."""
         return tuple(
             step * max(-((base - shrink - 1) // step), _BLOCK_SHRINK + 1) + base
             for step, base, shrink in zip(self.step, self.base, self.shrink, strict=True)
         )
 
     def nearest(self, size: Sequence[int]) -> list[tuple[int, ...]]:
-        """Return per axis the legal sizes just below and above, or the one that `size` already is."""
+        """Return the nearest valid sizes per axis, below and above `size`, or `size` itself if valid."""
         found: list[tuple[int, ...]] = []
         for n, step, least in zip(size, self.step, self.smallest, strict=True):
             below = max(least, n - (n - least) % step)
@@ -171,20 +171,20 @@ class ValidSizes:
         return found
 
     def check(self, size: Sequence[int], name: str) -> None:
-        """Refuse a size at which some pooling would meet a remainder, or nothing would be left.
+        """Check that a size is valid.
 
         Raises:
-            SizeError: names the legal sizes below and above on every axis that does not fit.
+            SizeError: Invalid size; the message names the nearest valid sizes on each invalid axis.
         """
         near = self.nearest(size)
         if all(n in legal for n, legal in zip(size, near, strict=True)):
             return
         rules = "; ".join(
-            f"axis {axis} ({n} voxels) fits at {' or '.join(map(str, legal))} ({step}*s + {least % step}, from {least})"
+            f"axis {axis} ({n} voxels): use {' or '.join(map(str, legal))} ({step}*s + {least % step}, from {least})"
             for axis, (n, legal, step, least) in enumerate(zip(size, near, self.step, self.smallest, strict=True))
             if n not in legal
         )
         raise SizeError(
-            f'This {name} has padding="valid" and cannot use {by(size)}: {rules}. Pad or crop the image to one of '
-            f'these sizes, run it in tiles, or build the network with padding="same".'
+            f'Invalid image size {by(size)} for this {name} with padding="valid": {rules}. Pad or crop the image to '
+            f'one of these sizes, use tiles, or build the network with padding="same".'
         )

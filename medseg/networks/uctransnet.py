@@ -1,7 +1,7 @@
 """UCTransNet (Wang, Cao, Wang, Zaiane; AAAI 2022, arXiv 2109.04335), 2D and 3D.
 
-Written from the paper's equations; where the paper leaves a choice open, results follow the released weights. Levels
-are numbered 1 (full resolution) to n; C_i are the channels of level i and C the sum of those that enter the CCT.
+Written from the equations of the paper; details that the paper leaves open follow the released weights. Levels are
+numbered from 1 (full resolution) to n; C_i is the number of channels of level i and C the sum over the CCT levels.
 """
 
 from __future__ import annotations
@@ -29,54 +29,56 @@ if TYPE_CHECKING:
 
 __all__ = ["CCA", "UCTransNet"]
 
-# Sides of the images that the positional tables are made for where nobody says another.
+# Default image size of the position embeddings.
 _NATIVE_SIDE = {2: 224, 3: 96}
 
 
 class UCTransNet(nn.Module):
-    """A U-Net whose skips pass through a transformer over channels (`CCT`) and a channel gate (`CCA`).
+    """U-Net with a channel-wise cross-fusion transformer (`CCT`) and channel attention (`CCA`) in its skip connections.
 
-    The n = `len(features) - 1` encoder maps are cut into equally many tokens, attend to each other's channels, and come
-    back to their size; each is then gated by the decoder map that it joins. The defaults are the paper's network.
-    Images of any size from one patch upwards work: those that the patches do not tile are extended by repeating their
-    last voxels, and the logits are cut back.
+    The n = `len(features) - 1` encoder feature maps are divided into the same number of tokens, attend to each other's
+    channels, and are restored to their size; each is then gated by the decoder feature map that it joins. The defaults
+    are the network of the paper. Images of any size from one patch on are supported: they are padded to whole patches
+    by repeating the last voxels, and the logits are cropped.
 
     Args:
-        spatial_dims: 2 or 3.
-        in_channels: channels of the image.
-        out_channels: channels of the logits.
-        features: channels per level, finest first, the bottleneck last; two entries or more.
-        img_size: spatial size (voxels) whose positional tables are learned, a number or one per axis: best the size of
-            the training crops. At other sizes the tables are interpolated. By default the paper's 224 in 2D, 96 in 3D.
-        patch_size: voxels of the image that one token stands for, a number or one per axis; must divide by the strides
-            before every level of the CCT.
-        strides: down-sampling per pooling, finest first: a number or one number per axis, e.g.
-            `((1, 2, 2), 2, 2, 2)` for thick slices. 2 everywhere by default.
-        num_heads: heads of the attention, each as wide as the level.
-        num_layers: transformer layers.
-        mlp_ratio: width of the MLPs' hidden layers in units of the level's.
-        embed_dropout: rate after the positional tables.
-        attn_dropout: rate on the attention maps and on the output of each attention.
-        mlp_dropout: rate after both layers of each MLP.
-        norm: MONAI factory name or (name, arguments) after every convolution of backbone and reconstruction.
-        act: MONAI factory name or (name, arguments) after these.
-        upsample: "nearest", or "deconv", a learned up-convolution.
-        backbone: "paper": one convolution at level 1, and each decoder level but the first already narrows to the level
-            above. "unet": the widths of `UNet`, whose weights can be taken over (see `transfer_unet`).
-        skip_levels: which levels keep their skip: "all", "none", or their numbers, 1 the finest.
-        skip_mode: a level without skip is "remove"d from the decoder's first convolution, or "zeros" take its place, so
-            that one set of weights can be probed with every choice.
-        cct_levels: levels that enter the CCT (as queries, keys and values); `skip_levels` by default. Other skips pass
-            around it. With "remove", only levels with a skip can enter.
-        use_cct: whether there is a CCT.
-        use_cca: whether there are CCAs.
-        pos_embed: "learned" or "none".
+        spatial_dims: Number of spatial dimensions, 2 or 3.
+        in_channels: Number of image channels.
+        out_channels: Number of output channels.
+        features: Channels per level, finest first, the bottleneck last; at least two entries.
+        img_size: Image size of the position embeddings in voxels, one number or one per axis; preferably the size of
+            the training patches. For other sizes the embeddings are interpolated. 224 in 2D (as in the paper) and 96 in
+            3D by default.
+        patch_size: Size of a token in image voxels, one number or one per axis; must be divisible by the total stride
+            of every level in the CCT.
+        strides: Stride of each pooling, finest first, a number or one number per axis, e.g. `((1, 2, 2), 2, 2, 2)` for
+            thick slices; 2 by default.
+        num_heads: Number of attention heads, each with the full width of the level.
+        num_layers: Number of transformer layers.
+        mlp_ratio: Hidden width of the MLPs relative to the channels of the level.
+        embed_dropout: Dropout rate after the position embeddings.
+        attn_dropout: Dropout rate of the attention maps and of the attention output.
+        mlp_dropout: Dropout rate after both layers of each MLP.
+        norm: MONAI factory name or (name, arguments) of the normalization after every convolution of backbone and
+            reconstruction.
+        act: MONAI factory name or (name, arguments) of the activation after these convolutions.
+        upsample: "nearest", nearest-neighbor interpolation, or "deconv", transposed convolution.
+        backbone: "paper" has a single convolution at level 1, and decoder levels reduce to the width of the next finer
+            level. "unet" has the widths of `UNet`, whose weights can be transferred (see `transfer_unet`).
+        skip_levels: Levels with a skip connection: "all", "none", or a list of levels, 1 is the finest.
+        skip_mode: Treatment of levels without skip connection: "remove" them from the first decoder convolution, or
+            replace them by "zeros", so that the same weights can be evaluated with every choice.
+        cct_levels: Levels in the CCT (queries, keys and values); `skip_levels` by default. Other skip connections
+            bypass it. With `skip_mode="remove"` these must be levels with a skip connection.
+        use_cct: Whether to use the CCT.
+        use_cca: Whether to use the CCA.
+        pos_embed: Position embeddings, "learned" or "none".
 
     Attributes:
-        step: sizes that divide by these numbers per axis are used as they are, others are extended to them.
+        step: Divisor of the image size per axis; images of other sizes are padded.
 
     Raises:
-        RequestError: options that contradict each other or are not known.
+        RequestError: Unknown or contradictory options.
     """
 
     def __init__(
@@ -121,7 +123,7 @@ class UCTransNet(nn.Module):
         self.skip_levels = chosen_levels("skip_levels", skip_levels, len(features) - 1)
         chosen = _cct_levels(cct_levels, self.skip_levels, len(features) - 1, skip_mode)
         self.cct_levels = chosen if use_cct else ()
-        # A list, because TorchScript walks no tuple of unknown length.
+        # A list, since TorchScript cannot iterate over a tuple of unknown length.
         self.fused = [level - 1 for level in self.cct_levels]
         options: dict[str, Any] = {"norm": norm, "act": act}
 
@@ -171,7 +173,7 @@ class UCTransNet(nn.Module):
         """Return logits `(B, out_channels, *spatial)`.
 
         Raises:
-            SizeError: the tensor does not fit this network; names the nearest size that does.
+            SizeError: Invalid input shape; the message names the nearest valid size.
         """
         image = x
         maps = self._encode(image)
@@ -182,9 +184,9 @@ class UCTransNet(nn.Module):
         return _cut(self.head(x), image)
 
     def forward_train(self, x: Tensor) -> TrainingOutput:
-        """Return `logits` and `features`: taps E1..En, B, Dn..D1 (see `medseg.types.TrainingOutput`).
+        """Return `logits` and `features` with the taps E1..En, B, Dn..D1 (see `medseg.types.TrainingOutput`).
 
-        The encoder taps stand before CCT and CCA. All are maps of the extended image where `step` does not divide it.
+        The encoder taps precede CCT and CCA. All taps have the size of the padded image if `step` does not divide it.
         """
         maps = self._encode(x)
         depth = len(maps) - 1
@@ -196,13 +198,14 @@ class UCTransNet(nn.Module):
         return {"logits": _cut(self.head(deep), x), "features": taps}
 
     def attention_maps(self, x: Tensor) -> list[dict[int, Tensor]]:
-        """Return how the channels attend to each other, one dictionary per transformer layer.
+        """Return the channel attention of each transformer layer.
 
         Args:
-            x: image `(B, in_channels, *spatial)`.
+            x: Image `(B, in_channels, *spatial)`.
 
         Returns:
-            level -> `(B, C_i, C)`, rows summing to 1: mean over the heads, before drop-out. An empty list without CCT.
+            Attention `(B, C_i, C)` by level for each layer, averaged over the heads, before dropout; rows sum to 1. An
+            empty list without CCT.
         """
         maps = self._encode(x)
         if self.cct is None:
@@ -211,7 +214,7 @@ class UCTransNet(nn.Module):
         return [dict(zip(self.cct_levels, layer, strict=True)) for layer in layers]
 
     def transfer(self, state: Mapping[str, Tensor], *, cat_order: str | None = None) -> Transfer:
-        """Start from a trained U-Net; arguments and errors as for `transfer_unet`."""
+        """Initialize the network from a trained U-Net; arguments and errors as in `transfer_unet`."""
         return transfer_unet(self, state, cat_order=cat_order)
 
     def _encode(self, x: Tensor) -> list[Tensor]:
@@ -244,12 +247,12 @@ class UCTransNet(nn.Module):
 
 
 class CCA(nn.Module):
-    """Channel-wise cross attention, Eq. (5) of the paper: the decoder's map decides which channels of a skip count.
+    """Channel-wise cross attention, Eq. (5) of the paper: gates the channels of a skip connection by the decoder.
 
     Args:
-        spatial_dims: 2 or 3.
-        skip_channels: channels of the skip.
-        up_channels: channels of the enlarged decoder map.
+        spatial_dims: Number of spatial dimensions, 2 or 3.
+        skip_channels: Number of channels of the skip connection.
+        up_channels: Number of channels of the upsampled decoder feature map.
     """
 
     def __init__(self, spatial_dims: int, skip_channels: int, up_channels: int) -> None:
@@ -259,7 +262,7 @@ class CCA(nn.Module):
         self.up = nn.Linear(up_channels, skip_channels)
 
     def forward(self, skip: Tensor, up: Tensor) -> Tensor:
-        """Return the gated skip, of the shape of `skip`."""
+        """Return the gated skip connection, with the shape of `skip`."""
         gate = (self.skip(skip.mean(self.axes)) + self.up(up.mean(self.axes))) / 2
         gate = gate.sigmoid()
         for axis in self.axes:
@@ -268,9 +271,9 @@ class CCA(nn.Module):
 
 
 class _DecoderLevel(nn.Module):
-    """Enlarge, gate and join the skip, convolve twice.
+    """Decoder level: upsample, gate and join the skip connection, and apply two convolutions.
 
-    `widths` are the channels read, those of the skip, and those written; `join` is "cat", "remove" or "zeros".
+    `widths` are the channels of input, skip connection and output; `join` is "cat", "remove" or "zeros".
     """
 
     def __init__(
@@ -308,7 +311,7 @@ class _DecoderLevel(nn.Module):
 
 
 def _extend(x: Tensor, step: list[int]) -> Tensor:
-    """Repeat the last voxels of each axis until `step` divides it."""
+    """Pad each axis to a multiple of `step` by repeating the last voxels."""
     for axis in range(2, x.dim()):
         n, s = x.shape[axis], step[axis - 2]
         x = _take(x, axis, (n + s - 1) // s * s)
@@ -316,16 +319,16 @@ def _extend(x: Tensor, step: list[int]) -> Tensor:
 
 
 def _cut(x: Tensor, like: Tensor) -> Tensor:
-    """Take away what `_extend` added."""
+    """Crop the padding of `_extend`."""
     for axis in range(2, x.dim()):
         x = _take(x, axis, like.shape[axis])
     return x
 
 
 def _take(x: Tensor, axis: int, size: int) -> Tensor:
-    """Shorten an axis to `size` voxels, or lengthen it by repeating the last one.
+    """Crop an axis to `size` voxels, or pad it by repeating the last voxel.
 
-    By index, because a graph for any size can neither tell which of the two it is nor prove that a slice exists.
+    Implemented by indexing, since an exported graph for dynamic sizes can neither branch nor prove that a slice exists.
     """
     if x.shape[axis] == size if torch.jit.is_scripting() else _has(x, axis, size):  # type: ignore[attr-defined]
         return x
@@ -339,14 +342,14 @@ def _has(x: Tensor, axis: int, size: int) -> bool:
 def _cct_levels(
     levels: str | Sequence[int] | None, skip_levels: tuple[int, ...], depth: int, skip_mode: str
 ) -> tuple[int, ...]:
-    """Spell out the levels that enter the CCT."""
+    """Return the levels in the CCT."""
     if levels is None:
         return skip_levels
     chosen = chosen_levels("cct_levels", levels, depth)
     if skip_mode == "remove" and not set(chosen) <= set(skip_levels):
         raise RequestError(
-            f"cct_levels={chosen} holds levels whose skip is removed (skip_levels={skip_levels}). Leave them out, or "
-            'choose skip_mode="zeros".'
+            f"invalid cct_levels={chosen}: some levels have no skip connection (skip_levels={skip_levels}). Remove "
+            'them, or choose skip_mode="zeros".'
         )
     return chosen
 
@@ -354,26 +357,28 @@ def _cct_levels(
 def _level_patches(
     patch: Sequence[int], strides: Sequence[Sequence[int]], levels: Sequence[int]
 ) -> list[tuple[int, ...]]:
-    """Return the patch of each level in voxels of its own map: all cover the same part of the image."""
+    """Return the patch size of each level in voxels of its feature map."""
     deepest = total_stride([(1,) * len(patch), *strides[: levels[-1] - 1]])
     if any(p % s for p, s in zip(patch, deepest, strict=True)):
         raise RequestError(
-            f"patch_size={tuple(patch)} does not fit: the map of level {levels[-1]} is smaller than the image by "
-            f"{deepest} per axis, and a patch must be a multiple of that."
+            f"invalid patch_size={tuple(patch)}; expected a multiple of {deepest} per axis, the total stride of level "
+            f"{levels[-1]}."
         )
     scales = [total_stride([(1,) * len(patch), *strides[: level - 1]]) for level in levels]
     return [tuple(p // s for p, s in zip(patch, scale, strict=True)) for scale in scales]
 
 
 def _axes(option: str, value: int | Sequence[int], spatial_dims: int) -> tuple[int, ...]:
-    """Spell out one number per axis."""
+    """Return one number per axis."""
     spelled = (value,) * spatial_dims if isinstance(value, int) else tuple(value)
     if len(spelled) != spatial_dims or min(spelled) < 1:
-        raise RequestError(f"{option}={value} must be a number from 1 up, or {spatial_dims} of them (one per axis).")
+        raise RequestError(
+            f"invalid {option}={value}; expected an integer of at least 1, or {spatial_dims} of them (one per axis)."
+        )
     return spelled
 
 
 def _check_counts(**counts: int) -> None:
     for option, count in counts.items():
         if count < 1:
-            raise RequestError(f"{option}={count} must be 1 or more.")
+            raise RequestError(f"{option}={count}: expected at least 1.")

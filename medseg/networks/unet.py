@@ -31,41 +31,44 @@ __all__ = ["UNet"]
 
 
 class UNet(nn.Module):
-    """The U-Net of 2015 with its common variations.
+    """U-Net (2015) with common variations.
 
-    Each of the L = `len(features) - 1` levels is two 3^d convolutions and a max-pooling; the bottleneck is two more;
-    each step back up enlarges, joins the encoder map of its level and convolves twice; a 1^d convolution gives logits.
-    The defaults are the paper's network with padded convolutions (`padding="valid"` for the paper's own).
+    Each of the L = `len(features) - 1` encoder levels has two 3^d convolutions and a max-pooling; the bottleneck has
+    two convolutions; each decoder level upsamples, joins the skip connection and applies two convolutions; a 1^d
+    convolution computes the logits. The defaults are the network of the paper with padded convolutions
+    (`padding="valid"` for the original).
 
     Args:
-        spatial_dims: 2 or 3.
-        in_channels: channels of the image.
-        out_channels: channels of the logits.
-        features: channels per level, finest first, the bottleneck last; two entries or more.
-        strides: down-sampling per pooling, finest first: a number or one number per axis, e.g.
-            `((1, 2, 2), (2, 2, 2))` for thick slices. 2 everywhere by default.
-        padding: "same" keeps the image's size at any size; "valid" is the paper's unpadded form, whose output is
-            smaller (see `margin`) and exists for the sizes of its section 2 only.
-        upsample: "deconv", a learned up-convolution, or "interp", linear interpolation.
-        skip: "cat" joins the encoder map by concatenation, "add" by addition (with "interp", a 1^d convolution
-            before the enlargement brings the channels in line).
-        skip_levels: which levels keep their skip: "all", "none", or their numbers, 1 the finest. Without it the
-            decoder goes on with the enlarged map alone.
-        norm: MONAI factory name or (name, arguments) after every 3^d convolution; None as in the paper.
-        act: MONAI factory name or (name, arguments).
-        dropout: rate (or MONAI factory name with arguments) after the deepest encoder level, before its skip
-            leaves, and after the bottleneck.
-        upconv_relu: activation after each up-convolution, as in the network the authors released.
-        last_upconv_channels: width of the last up-convolution (the release has 128); `features[0]` by default.
-        cat_order: "up_first" or "skip_first".
-        interp_align_corners: of the interpolation.
+        spatial_dims: Number of spatial dimensions, 2 or 3.
+        in_channels: Number of image channels.
+        out_channels: Number of output channels.
+        features: Channels per level, finest first, the bottleneck last; at least two entries.
+        strides: Stride of each pooling, finest first, a number or one number per axis, e.g. `((1, 2, 2), (2, 2, 2))`
+            for thick slices; 2 by default.
+        padding: "same" accepts any size and keeps it; "valid" is the unpadded network of the paper, whose output is
+            smaller (see `margin`) and which accepts only certain sizes (section 2).
+        upsample: "deconv", transposed convolution, or "interp", linear interpolation.
+        skip: Skip connections by concatenation ("cat") or addition ("add"; with "interp", a 1^d convolution before the
+            upsampling adapts the channels).
+        skip_levels: Levels with a skip connection: "all", "none", or a list of levels, 1 is the finest. Other decoder
+            levels use only the upsampled features.
+        norm: MONAI factory name or (name, arguments) of the normalization after every 3^d convolution; None as in the
+            paper.
+        act: MONAI factory name or (name, arguments) of the activation.
+        dropout: Dropout rate (or MONAI factory name and arguments) after the deepest encoder level, before its skip
+            connection, and after the bottleneck.
+        upconv_relu: Whether to apply the activation after each transposed convolution, as in the released network.
+        last_upconv_channels: Output channels of the last transposed convolution (128 in the released network);
+            `features[0]` by default.
+        cat_order: Order of concatenation, "up_first" or "skip_first".
+        interp_align_corners: Whether the interpolation aligns the corner voxels.
 
     Attributes:
-        step: total stride per axis; for "valid" the distance between two legal sizes.
-        margin: voxels that "valid" loses at each side, per axis; zeros for "same".
+        step: Total stride per axis; for "valid" the step between valid sizes.
+        margin: Voxels that "valid" loses on each side per axis; zeros for "same".
 
     Raises:
-        RequestError: options that contradict each other or are not known.
+        RequestError: Unknown or contradictory options.
     """
 
     def __init__(
@@ -137,7 +140,7 @@ class UNet(nn.Module):
         """Return logits `(B, out_channels, *spatial)`; for "valid", `margin` voxels smaller on each side.
 
         Raises:
-            SizeError: the tensor does not fit this network; names the nearest sizes that do.
+            SizeError: Invalid input shape; the message names the nearest valid sizes.
         """
         skips, x = self._encode(x)
         for level in self.decoder:
@@ -146,7 +149,7 @@ class UNet(nn.Module):
         return logits
 
     def forward_train(self, x: Tensor) -> TrainingOutput:
-        """Return `logits` and `features`: taps E1..En, B, Dn..D1 (see `medseg.types.TrainingOutput`)."""
+        """Return `logits` and `features` with the taps E1..En, B, Dn..D1 (see `medseg.types.TrainingOutput`)."""
         skips, bottom = self._encode(x)
         depth = len(skips)
         taps = {f"E{i + 1}": skip for i, skip in enumerate(skips)}
@@ -176,12 +179,12 @@ class UNet(nn.Module):
             check_bottom(x, self.step, self.bottleneck.modules(), type(self).__name__)
 
     def output_size(self, size: Sequence[int]) -> tuple[int, ...]:
-        """Return the spatial size of the logits for an image of spatial size `size`, in voxels."""
+        """Return the spatial size of the logits for an image of spatial size `size`."""
         return tuple(n - 2 * lost for n, lost in zip(size, self.margin, strict=True))
 
 
 class _DecoderLevel(nn.Module):
-    """Enlarge, join the skip, convolve twice; without a join the skip still sets the size."""
+    """Decoder level: upsample to the size of the skip connection, join it, and apply two convolutions."""
 
     def __init__(self, up: nn.Module, convs: nn.Module, *, crop: bool, join: str) -> None:
         super().__init__()
@@ -209,11 +212,10 @@ class _DecoderLevel(nn.Module):
 def _check_upconvolution(upsample: str, skip: str, relu: bool, last_channels: int | None) -> None:
     if upsample == "interp" and (relu or last_channels is not None):
         raise RequestError(
-            'upconv_relu and last_upconv_channels describe an up-convolution; with upsample="interp" there is none. '
-            'Leave them out, or choose upsample="deconv".'
+            'upconv_relu and last_upconv_channels require upsample="deconv". Remove them, or choose upsample="deconv".'
         )
     if skip == "add" and last_channels is not None:
         raise RequestError(
-            f'skip="add" adds maps of equal width, so last_upconv_channels={last_channels} cannot be chosen. '
-            'Leave it out, or choose skip="cat".'
+            f'last_upconv_channels={last_channels} requires skip="cat", since skip="add" adds feature maps of equal '
+            'width. Remove it, or choose skip="cat".'
         )

@@ -1,4 +1,4 @@
-"""Starting a UCTransNet from a trained U-Net, the pre-training of its paper (arXiv 2109.04335)."""
+"""Initialization of UCTransNet from a trained U-Net, the pre-training of its paper (arXiv 2109.04335)."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ __all__ = ["LeveledNetwork", "Transfer", "transfer_unet"]
 
 @dataclass(frozen=True)
 class Transfer:
-    """What `transfer_unet` did; as text, a summary for people.
+    """Report of `transfer_unet`; `str()` returns a summary.
 
     Attributes:
-        copied: tensors of the network taken over from the U-Net.
-        swapped: those of them whose two halves of input channels changed places.
-        left_out: tensors of the U-Net that have no place in the network.
-        fresh: tensors of the network that the U-Net does not have; they keep the values they had.
+        copied: Tensors of the network copied from the U-Net.
+        swapped: Copied tensors whose two halves of input channels were swapped.
+        left_out: Tensors of the U-Net that the network does not have.
+        fresh: Tensors of the network that the U-Net does not have, which keep their values.
     """
 
     copied: tuple[str, ...]
@@ -37,9 +37,9 @@ class Transfer:
 
     def __str__(self) -> str:
         return (
-            f"{len(self.copied)} of {len(self.copied) + len(self.left_out)} tensors taken over from the U-Net, "
-            f"{len(self.swapped)} of them with the halves of their input channels exchanged; "
-            f"left out: {_shortly(self.left_out)}; new in this network: {_shortly(self.fresh)}"
+            f"{len(self.copied)} of {len(self.copied) + len(self.left_out)} tensors copied from the U-Net, "
+            f"{len(self.swapped)} of them with swapped halves of their input channels; "
+            f"skipped: {_shortly(self.left_out)}; new in this network: {_shortly(self.fresh)}"
         )
 
 
@@ -57,25 +57,25 @@ class LeveledNetwork(Protocol):
 
 
 def transfer_unet(network: LeveledNetwork, state: Mapping[str, Tensor], *, cat_order: str | None = None) -> Transfer:
-    """Start a `UCTransNet` from a trained U-Net, the paper's pre-training; everything stays trainable.
+    """Initialize a `UCTransNet` from a trained U-Net, the pre-training of the paper; all weights stay trainable.
 
-    The U-Net is a `medseg.components.UNet` (for a network built with `backbone="unet"`, its `features`, `strides` and,
-    where it has up-convolutions, `upsample="deconv"`), or a `UCTransNet` without CCT and CCA, as made from the
-    authors' U-Net by `medseg.networks.convert`. This network joins [skip, enlarged], a `UNet` by default
-    [enlarged, skip]: both halves are equally wide in the paper's widths, so that a plain copy would go unnoticed and
-    exchange them. Here the kernels are brought in order.
+    The U-Net is a `medseg.components.UNet` (for a network with `backbone="unet"`, the same `features` and `strides`,
+    and `upsample="deconv"` if it has transposed convolutions), or a `UCTransNet` without CCT and CCA, as converted from
+    the authors' U-Net by `medseg.networks.convert`. `UCTransNet` concatenates [skip, up], `UNet` by default [up, skip].
+    Both halves have the same width in the paper, so a plain copy would swap them silently; here the kernels are
+    reordered.
 
     Args:
-        network: changed in place.
-        state: state dict of the U-Net.
-        cat_order: how the U-Net joins, "up_first" or "skip_first"; by default "up_first" for a `UNet` (its default) and
-            "skip_first" for a `UCTransNet`.
+        network: Network to initialize, modified in place.
+        state: State dict of the U-Net.
+        cat_order: Order of concatenation in the U-Net, "up_first" or "skip_first"; by default "up_first" for `UNet` and
+            "skip_first" for `UCTransNet`.
 
     Returns:
-        Which tensors were taken over, exchanged, left out, and which are new.
+        Report of the copied, swapped, skipped and new tensors.
 
     Raises:
-        WeightsError: nothing fits, or a tensor of the same name has another shape; the network is unchanged.
+        WeightsError: No matching tensors, or a shape mismatch; the network is unchanged.
     """
     bottom = f"encoder.{len(network.strides)}."
     is_unet = any(name.startswith("bottleneck.") for name in state)
@@ -109,16 +109,16 @@ def _check_fit(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
     ]
     if given and not unlike:
         return
-    found = f"{len(unlike)} tensors have another shape ({'; '.join(unlike[:3])})" if unlike else "no tensor has a place"
+    found = f"shape mismatch of {len(unlike)} tensors ({'; '.join(unlike[:3])})" if unlike else "no matching tensors"
     raise WeightsError(
-        f"This U-Net does not fit into the UCTransNet: {found}. Use the features and strides of the U-Net; for a "
-        'medseg.networks.UNet also backbone="unet", and upsample="deconv" where it has up-convolutions; for another '
-        "U-Net, a UCTransNet with use_cct=False and use_cca=False has the matching form. Weights of the authors' code "
-        "come into that form by medseg.networks.convert, source uctransnet-unet."
+        f"The weights of the U-Net do not match the UCTransNet: {found}. Use the features and strides of the U-Net; "
+        'for a medseg.networks.UNet also backbone="unet", and upsample="deconv" if it has transposed convolutions; for '
+        "another U-Net, use a UCTransNet with use_cct=False and use_cca=False. Convert weights of the authors' code "
+        "with medseg.networks.convert, source uctransnet-unet."
     )
 
 
 def _shortly(names: Sequence[str]) -> str:
-    """Name the parts of the network that tensors belong to: the CCT, or one of a level's parts."""
+    """Return the number of tensors and the modules they belong to."""
     parts = dict.fromkeys("cct" if name.startswith("cct.") else ".".join(name.split(".")[:3]) for name in names)
     return f"{len(names)} ({', '.join(parts)})" if names else "none"

@@ -1,6 +1,6 @@
 """UNet++ (Zhou et al.; DLMIA 2018, arXiv 1807.10165; TMI 2020, arXiv 1912.05074), 2D and 3D.
 
-Written from the equations of the papers. X(i,j) is the node of row i (0 is full resolution) and column j (0 is the
+Written from the equations of the papers. X(i,j) is the node in row i (0 is full resolution) and column j (0 is the
 encoder); L is the depth.
 """
 
@@ -29,12 +29,12 @@ __all__ = ["LevelSize", "UNetPlusPlus", "preset"]
 
 
 class LevelSize(NamedTuple):
-    """What one way to use a `UNetPlusPlus` needs, for the choice of a level to prune to.
+    """Size of a pruned `UNetPlusPlus`, to choose the level of pruning.
 
     Attributes:
-        level: "1" to "L" for the network pruned to that head, "mean" for the whole network with all heads.
-        parameters: number of weights.
-        megabytes: their size in memory and on disk, in 10^6 bytes.
+        level: "1" to "L" for the network pruned to that head, "mean" for the full network with all heads.
+        parameters: Number of parameters.
+        megabytes: Size of the parameters in memory and on disk, in 10^6 bytes.
     """
 
     level: str
@@ -43,47 +43,49 @@ class LevelSize(NamedTuple):
 
 
 class UNetPlusPlus(nn.Module):
-    """A triangle of nodes that holds U-Nets of every depth from 1 to L = `len(features) - 1`.
+    """UNet++: nested U-Nets of all depths from 1 to L = `len(features) - 1`.
 
-    Each node is two 3^d convolutions. X(i,0) is the encoder; X(i,j) joins the earlier nodes of its row with the
-    enlarged X(i+1,j-1), which closes the semantic gap between encoder and decoder step by step. A 1^d convolution, the
-    head j, makes logits of X(0,j) at full resolution, and needs only the nodes with i+k <= j: `prune` keeps those.
-    Train all heads with `medseg.components.DeepSupervision`, choose a head or their mean on validation data.
+    Each node has two 3^d convolutions. X(i,0) is the encoder; X(i,j) joins the previous nodes of its row with the
+    upsampled X(i+1,j-1), which reduces the semantic gap between encoder and decoder. Head j, a 1^d convolution,
+    computes logits from X(0,j) at full resolution and depends only on the nodes with i+k <= j, which `prune` keeps.
+    Train all heads with `medseg.components.DeepSupervision`, then choose a head or their mean on validation data.
 
     Args:
-        spatial_dims: 2 or 3.
-        in_channels: channels of the image.
-        out_channels: channels of the logits.
-        features: channels per row, finest first; L + 1 entries, two or more.
-        strides: down-sampling per step from row to row, finest first: a number or one number per axis, e.g.
-            `((1, 2, 2), (2, 2, 2))` for thick slices. 2 everywhere by default.
-        upsample: "deconv", a learned up-convolution to the width of the row above, or "interp", linear interpolation
-            that keeps the channels.
-        down: "maxpool", or "conv": the first convolution of a row strides. Pooling rounds odd sizes down and needs an
-            image of the total stride on every axis; strided convolutions round up, and one such axis is enough.
-        skip_mode: what of its row a node joins: "dense" all earlier nodes (UNet++), "long" X(i,0) only (an ensemble of
-            U-Nets on one encoder; the last head sends no gradient to the inner nodes, the papers' reason for the
-            redesign), "short" X(i,j-1) only (UNet+).
-        cat_order: "skip_first" or "up_first".
-        norm: MONAI factory name or (name, arguments) after every 3^d convolution; None as in the paper of 2018.
-        act: MONAI factory name or (name, arguments).
-        dropout: rate (or MONAI factory name with arguments) after every 3^d convolution.
-        bias: of the 3^d convolutions.
-        up_bias: of the up-convolutions.
-        head_bias: of the heads.
-        deep_supervision: whether all heads exist, or head L alone.
-        output_mode: what `forward` returns, see `set_output`: "head", "mean" or "mean_logits".
-        head: number of the head for "head", 1 (shallowest) to L; L by default.
-        head_activation: how logits become probabilities, for "mean": "sigmoid", or "softmax" for exclusive classes.
-            May be left out for one output channel, which is always "sigmoid".
-        interp_align_corners: of the interpolation.
+        spatial_dims: Number of spatial dimensions, 2 or 3.
+        in_channels: Number of image channels.
+        out_channels: Number of output channels.
+        features: Channels per row, finest first; L + 1 entries, at least two.
+        strides: Stride between adjacent rows, finest first, a number or one number per axis, e.g.
+            `((1, 2, 2), (2, 2, 2))` for thick slices; 2 by default.
+        upsample: "deconv", transposed convolution to the width of the finer row, or "interp", linear interpolation
+            with unchanged channels.
+        down: Downsampling by "maxpool", or by "conv", strided first convolutions. Max-pooling rounds odd sizes down and
+            requires the total stride as minimum size on every axis; strided convolutions round up and require it on one
+            axis.
+        skip_mode: Skip connections of a node: "dense" to all previous nodes of the row (UNet++), "long" to X(i,0) only
+            (an ensemble of U-Nets with a shared encoder, whose last head has no gradient in the inner nodes), "short"
+            to X(i,j-1) only (UNet+).
+        cat_order: Order of concatenation, "skip_first" or "up_first".
+        norm: MONAI factory name or (name, arguments) of the normalization after every 3^d convolution; None as in the
+            paper of 2018.
+        act: MONAI factory name or (name, arguments) of the activation.
+        dropout: Dropout rate (or MONAI factory name and arguments) after every 3^d convolution.
+        bias: Whether the 3^d convolutions have a bias.
+        up_bias: Whether the transposed convolutions have a bias.
+        head_bias: Whether the heads have a bias.
+        deep_supervision: Whether to build all heads or only head L.
+        output_mode: Output of `forward`, see `set_output`: "head", "mean" or "mean_logits".
+        head: Index of the head for "head", 1 (shallowest) to L; L by default.
+        head_activation: Activation of the logits for "mean": "sigmoid", or "softmax" for exclusive classes. Optional
+            for a single output channel, which always uses "sigmoid".
+        interp_align_corners: Whether the interpolation aligns the corner voxels.
 
     Attributes:
-        levels: numbers of the heads that exist, shallow first.
-        arguments: what this network was built with, by name: `UNetPlusPlus(**arguments)` builds another one.
+        levels: Indices of the existing heads, shallowest first.
+        arguments: Constructor arguments by name; `UNetPlusPlus(**arguments)` builds an equal network.
 
     Raises:
-        RequestError: options that contradict each other or are not known.
+        RequestError: Unknown or contradictory options.
     """
 
     def __init__(
@@ -138,22 +140,22 @@ class UNetPlusPlus(nn.Module):
     def from_preset(
         cls, name: str, spatial_dims: int, in_channels: int, out_channels: int, **changes: Any
     ) -> UNetPlusPlus:
-        """Build a published form.
+        """Build a published configuration.
 
         Args:
-            name: see `preset`.
-            spatial_dims: 2 or 3.
-            in_channels: channels of the image.
-            out_channels: channels of the logits.
-            **changes: arguments in place of the preset's.
+            name: Name of the preset, see `preset`.
+            spatial_dims: Number of spatial dimensions, 2 or 3.
+            in_channels: Number of image channels.
+            out_channels: Number of output channels.
+            **changes: Arguments that override the preset.
 
         Raises:
-            RequestError: an unknown preset, or options that cannot be.
+            RequestError: Unknown preset or invalid options.
         """
         return cls(spatial_dims, in_channels, out_channels, **{**preset(name, spatial_dims), **changes})
 
     def _diagonal(self, row: int) -> _Diagonal:
-        """Build X(row,0), X(row-1,1), .., X(0,row)."""
+        """Return the nodes X(row,0), X(row-1,1), .., X(0,row)."""
         its = self.arguments
         dims, features, interp = self.spatial_dims, its["features"], its["upsample"] == "interp"
         options = {name: its[name] for name in ("norm", "act", "dropout", "bias")}
@@ -178,17 +180,17 @@ class UNetPlusPlus(nn.Module):
         return _Diagonal(pool, encoder, nodes)
 
     def set_output(self, mode: str, *, head: int | None = None, head_activation: str | None = None) -> None:
-        """Choose what `forward` returns from now on; weights and `forward_train`'s `aux` stay as they are.
+        """Set the output of `forward`; weights and the `aux` of `forward_train` are unchanged.
 
         Args:
-            mode: "head", the fast mode: logits of one head, and only the nodes it needs are computed; "mean", the
-                accurate mode: the logits of the mean of all heads' probabilities (their sigmoid or softmax is that
-                mean); "mean_logits", the mean of the heads' logits, which is another number.
-            head: number of the head for "head", 1 (shallowest) to L; L by default.
-            head_activation: "sigmoid" or "softmax", for "mean"; left out, it stays what it was.
+            mode: "head" (fast mode) returns the logits of one head and computes only the required nodes; "mean"
+                (accurate mode) returns the logits of the mean probability of all heads; "mean_logits" returns the mean
+                of the logits of all heads.
+            head: Index of the head for "head", 1 (shallowest) to L; L by default.
+            head_activation: "sigmoid" or "softmax", for "mean"; unchanged by default.
 
         Raises:
-            RequestError: there is no such head or mode, or several channels have no known activation.
+            RequestError: Unknown head or mode, or no activation for several output channels.
         """
         check_choice("output_mode", mode, ("head", "mean", "mean_logits"))
         head_activation = head_activation or self.arguments["head_activation"]
@@ -202,22 +204,23 @@ class UNetPlusPlus(nn.Module):
 
     def _check_output(self, mode: str, head: int | None, head_activation: str | None) -> None:
         if head is not None and mode != "head":
-            raise RequestError(f'head={head} is for output_mode="head"; {mode!r} takes all heads. Leave it out.')
+            raise RequestError(f'head={head} requires output_mode="head"; {mode!r} uses all heads. Remove it.')
         if head is not None and head not in self.levels:
-            raise RequestError(f"There is no head {head}: {self._heads_here()}.")
+            raise RequestError(f"Unknown head {head}: {self._heads_here()}.")
         if mode != "head" and not self.arguments["deep_supervision"]:
             raise RequestError(
-                f"output_mode={mode!r} is a mean of all heads, and deep_supervision=False leaves one. "
+                f"output_mode={mode!r} averages all heads, but deep_supervision=False builds only one. "
                 'Choose output_mode="head", or deep_supervision=True and train all heads.'
             )
         if head_activation == "softmax" and self.out_channels == 1:
             raise RequestError(
-                'head_activation="softmax" makes one output channel 1 everywhere; choose "sigmoid", or out_channels=2.'
+                'head_activation="softmax" is 1 everywhere for a single output channel; choose "sigmoid", or '
+                "out_channels=2."
             )
         if mode == "mean" and head_activation is None and self.out_channels > 1:
             raise RequestError(
-                f'output_mode="mean" averages probabilities, and {self.out_channels} output channels can be meant in '
-                'two ways: choose head_activation="softmax" for exclusive classes, "sigmoid" for classes that overlap.'
+                f'output_mode="mean" requires head_activation for {self.out_channels} output channels: choose '
+                '"softmax" for exclusive classes, "sigmoid" for overlapping classes.'
             )
 
     def _heads_here(self) -> str:
@@ -226,10 +229,10 @@ class UNetPlusPlus(nn.Module):
         return f"choose one of {', '.join(map(str, self.levels))}"
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return logits `(B, out_channels, *spatial)`, by the output mode.
+        """Return logits `(B, out_channels, *spatial)` according to the output mode.
 
         Raises:
-            SizeError: the tensor does not fit this network; names the nearest sizes that do.
+            SizeError: Invalid input shape; the message names the nearest valid sizes.
         """
         deepest = self.head if self.output_mode == "head" else len(self.strides)
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
@@ -238,10 +241,10 @@ class UNetPlusPlus(nn.Module):
         return self._combine(self._apply_heads(rows[0], self.output_mode != "head"))
 
     def forward_train(self, x: Tensor) -> TrainingOutput:
-        """Return `logits`, `aux` and `features`; computes every node in every output mode.
+        """Return `logits`, `aux` and `features`; all nodes are computed in every output mode.
 
-        `aux` holds the logits of all heads at the size of the image, shallow first. `features` holds the taps of the
-        deepest of the nested U-Nets: E1..EL are X(0,0)..X(L-1,0), B is X(L,0), DL..D1 are X(L-1,1)..X(0,L).
+        `aux` contains the logits of all heads at the size of the image, shallowest first. `features` contains the taps
+        of the deepest nested U-Net: E1..EL are X(0,0)..X(L-1,0), B is X(L,0), DL..D1 are X(L-1,1)..X(0,L).
         """
         depth = len(self.strides)
         self._check(x, depth)
@@ -254,7 +257,7 @@ class UNetPlusPlus(nn.Module):
         return {"logits": self._combine(chosen), "aux": heads, "features": taps}
 
     def _nodes(self, x: Tensor, deepest: int) -> list[list[Tensor]]:
-        """Compute X(i,j) with i+j <= deepest; entry i of the result is row i."""
+        """Return the nodes X(i,j) with i+j <= deepest, one list per row i."""
         rows: list[list[Tensor]] = []
         for row, diagonal in enumerate(self.diagonals):
             if row <= deepest:
@@ -262,7 +265,7 @@ class UNetPlusPlus(nn.Module):
         return rows
 
     def _apply_heads(self, nodes: list[Tensor], every: bool) -> list[Tensor]:
-        """Return the logits of all heads or of the chosen one, from X(0,0), X(0,1), .."""
+        """Return the logits of all heads or of the selected head, from X(0,0), X(0,1), .."""
         logits: list[Tensor] = []
         for level, head in self.heads.items():
             if every or int(level) == self.head:
@@ -288,16 +291,16 @@ class UNetPlusPlus(nn.Module):
         check_bottom(x, step, self.diagonals[deepest].modules(), name)
 
     def prune(self, level: int, *, keep_heads: bool = False) -> UNetPlusPlus:
-        """Return a smaller network whose output is that of head `level`, bit for bit.
+        """Return a pruned network whose output equals that of head `level` bit for bit.
 
-        It has depth `level` and its own copies of the nodes X(i,k) with i+k <= level; tensors keep their names.
+        The network has depth `level` and copies of the nodes X(i,k) with i+k <= level; tensor names are unchanged.
 
         Args:
-            level: number of the head, 1 to L.
-            keep_heads: whether the heads before it are kept too, for further training or pruning.
+            level: Index of the head, 1 to L.
+            keep_heads: Whether to keep the shallower heads too, for further training or pruning.
 
         Raises:
-            RequestError: there is no such head, e.g. because it was not built for training.
+            RequestError: Unknown head.
         """
         if level not in self.levels:
             raise RequestError(f"Cannot prune to level {level}: {self._heads_here()}.")
@@ -310,7 +313,7 @@ class UNetPlusPlus(nn.Module):
         return pruned.train(self.training)
 
     def level_sizes(self) -> list[LevelSize]:
-        """Return what each head needs when pruned to it, shallow first, and last what the mean of all needs."""
+        """Return the size of the network pruned to each head, shallowest first, and last the size for the mean."""
         ways: dict[str, Iterable[nn.Module]] = {
             str(level): [*self.diagonals[: level + 1], self.heads[str(level)]] for level in self.levels
         }
@@ -325,7 +328,7 @@ class UNetPlusPlus(nn.Module):
 
 
 class _Diagonal(nn.Module):
-    """The nodes X(i,j) of one sum i+j: the encoder node X(i+j,0), then upwards to X(0,i+j)."""
+    """Nodes X(i,j) with the same i+j, from the encoder node X(i+j,0) to X(0,i+j)."""
 
     def __init__(self, pool: nn.Module, encoder: nn.Module, nodes: nn.ModuleList) -> None:
         super().__init__()
@@ -334,7 +337,7 @@ class _Diagonal(nn.Module):
         self.nodes = nodes
 
     def forward(self, x: Tensor, rows: list[list[Tensor]]) -> None:
-        """Append one node to every row that is there, and one new row."""
+        """Append one node to each existing row, and one new row."""
         x = self.encoder(self.pool(x))
         rows.append([x])
         for place, node in enumerate(self.nodes):
@@ -344,7 +347,7 @@ class _Diagonal(nn.Module):
 
 
 class _Node(nn.Module):
-    """Enlarge the node below, join the nodes of the row, convolve twice."""
+    """Node: upsample the node below, join the previous nodes of the row, and apply two convolutions."""
 
     def __init__(self, up: nn.Module, convs: nn.Module, skip_mode: str, cat_order: str) -> None:
         super().__init__()
@@ -354,14 +357,14 @@ class _Node(nn.Module):
         self.up_first = cat_order == "up_first"
 
     def forward(self, below: Tensor, row: list[Tensor]) -> Tensor:
-        # Repeats what pooling rounded off; what strided convolutions rounded up is cut (padding below zero).
+        # Pads voxels lost by pooling, and crops voxels added by strided convolutions (negative padding).
         x = match_size(self.up(below), row[0])
         skips = row
         if self.skip_mode == "long":
             skips = row[:1]
         elif self.skip_mode == "short":
             skips = row[-1:]
-        # TorchScript knows no [x, *skips].
+        # TorchScript does not support [x, *skips].
         joined = [x] + skips if self.up_first else skips + [x]  # noqa: RUF005
         out: Tensor = self.convs(torch.cat(joined, dim=1))
         return out
@@ -370,7 +373,7 @@ class _Node(nn.Module):
 def _logit_of_mean(heads: list[Tensor], exclusive: bool) -> Tensor:
     """Return the logits of the mean probability of several logits `(B, C, *spatial)`.
 
-    Stays in logarithms, so that heads which are sure of a voxel lose nothing: a float32 sigmoid is 1 from logit 17 on.
+    Computed in log space, since a float32 sigmoid saturates at 1 from logit 17 on.
     """
     z = torch.stack(heads)
     if z.dtype == torch.float16 or z.dtype == torch.bfloat16:
@@ -383,16 +386,17 @@ def _logit_of_mean(heads: list[Tensor], exclusive: bool) -> Tensor:
 
 
 def preset(name: str, spatial_dims: int) -> dict[str, Any]:
-    """Return the `UNetPlusPlus` arguments of a published form, e.g. to write them into a config.
+    """Return the `UNetPlusPlus` arguments of a published configuration, for example for a config file.
 
     Args:
-        name: "paper2018", the network of the paper (no normalization, up-convolutions, dropout, mean of the heads);
-            "bn_interp", the common port with batch norm and linear up-sampling; "nnunet", the authors' later form on
-            nnU-Net (depth 5, strided convolutions, instance norm, leaky ReLU, widths up to 480 in 2D and 320 in 3D).
-        spatial_dims: 2 or 3.
+        name: "paper2018", the network of the paper (no normalization, transposed convolutions, dropout, mean of the
+            heads); "bn_interp", the common port with batch norm and linear interpolation; "nnunet", the authors' later
+            version in nnU-Net (depth 5, strided convolutions, instance norm, leaky ReLU, widths up to 480 in 2D and 320
+            in 3D).
+        spatial_dims: Number of spatial dimensions, 2 or 3.
 
     Raises:
-        RequestError: an unknown preset.
+        RequestError: Unknown preset.
     """
     widest = 480 if spatial_dims == 2 else 320
     presets: dict[str, dict[str, Any]] = {

@@ -48,7 +48,7 @@ def test_convert_tells_what_it_wrote_left_out_and_added(
         (("missing.npz", "--from", "unet-port"), "no weights at 'missing.npz'"),
         ((GOLDEN / "unet2d.npz", "--from", "unet-prot"), "did you mean 'unet-port'"),
         ((GOLDEN / "unet2d.npz", "--from", "unet-port", "--set", "features"), "invalid setting"),
-        ((GOLDEN / "unet2d.npz", "--from", "banet", "--prefix", "state/"), "do not fit source 'banet'"),
+        ((GOLDEN / "unet2d.npz", "--from", "banet", "--prefix", "state/"), "do not match source 'banet'"),
     ],
 )
 def test_convert_refuses_with_one_message(

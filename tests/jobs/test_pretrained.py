@@ -55,7 +55,7 @@ def test_a_uctransnet_takes_over_a_unet_with_its_halves_in_order(cat_order: str 
     note = start_from(target, saved(source, tmp_path / "a.pt"), cat_order=cat_order)
     swapped = 0 if cat_order else 2
     taken = len(source.state_dict())
-    assert f"{taken} of {taken} tensors taken over from the U-Net, {swapped} of them" in note
+    assert f"{taken} of {taken} tensors copied from the U-Net, {swapped} of them" in note
     theirs = source.state_dict()["decoder.1.convs.0.conv.weight"]
     ours = target.state_dict()["decoder.1.convs.0.conv.weight"]
     assert torch.equal(ours, theirs if cat_order else torch.cat([theirs[:, 4:], theirs[:, :4]], dim=1))
@@ -136,8 +136,8 @@ def test_a_uctransnet_bundle_trains_from_a_unet(
     manifest = runner.train(
         _job(make_bundle(tiny_source), tiny_data, pretrained=str(trained.weights), max_epochs=1, val_interval=1)
     )
-    assert "2 of them with the halves of their input channels exchanged" in manifest.notes[0]
-    assert "left out: none" in manifest.notes[0]
+    assert "2 of them with swapped halves of their input channels" in manifest.notes[0]
+    assert "skipped: none" in manifest.notes[0]
 
 
 def test_a_missing_file_is_refused_before_anything_is_written(trained: Bundle, tiny_data: Path, tmp_path: Path) -> None:

@@ -295,13 +295,13 @@ def test_other_norms_run_and_learn(dims, norm):
         ({"merge": "mean"}, "'seg', 'sum', 'concat'"),
         ({"conv_type": "plain"}, "'separable', 'dense'"),
         ({"aspp_rates": "wide"}, "aspp_rates='wide'.*'auto'"),
-        ({"aspp_rates": (1, 0)}, "aspp_rates holds 0"),
+        ({"aspp_rates": (1, 0)}, "invalid value 0 in aspp_rates"),
         ({"aspp_rates": ((1, 2, 3),)}, "2 of them"),
         ({"aspp_pool_norm": "INSTANCE"}, "one voxel"),
         ({"edge_pool_sizes": ((3, 5),)}, "each of the 4 stages"),
         ({"edge_pool_sizes": ((3, 5), (3, 4), (3, 5), (3, 5))}, "odd sizes"),
         ({"edge_pool_sizes": ((3, (1, 3, 3)),) * 4}, "2 of them"),
-        ({"spatial_dims": 4}, "must be 2 or 3, got 4"),
+        ({"spatial_dims": 4}, "spatial_dims=4; expected 2 or 3"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options, message):
@@ -320,7 +320,9 @@ def test_odd_and_lopsided_sizes_keep_their_size(size):
 
 def test_an_image_below_two_deepest_voxels_is_refused_with_the_nearest_size():
     network = small()
-    with pytest.raises(SizeError, match=r"down by 8x8.*16x16 or more; it got 15x40\. The nearest .* is 16x40"):
+    with pytest.raises(
+        SizeError, match=r"downsamples by 8x8.*at least 16x16 voxels, found 15x40\. The nearest .* is 16x40"
+    ):
         network(torch.zeros(1, 1, 15, 40))
     assert network.eval()(torch.zeros(1, 1, 16, 40)).shape[2:] == (16, 40)
 
@@ -337,7 +339,7 @@ def test_strides_and_boxes_per_axis_keep_thick_slices():
     assert tuple(features["E1"].shape[2:]) == (3, 9, 5)
     assert tuple(features["E4"].shape[2:]) == (3, 5, 3)
     assert network(torch.randn(1, 1, 2, 16, 16)).shape[2:] == (2, 16, 16)
-    with pytest.raises(SizeError, match=r"2x16x16 or more; it got 1x32x32"):
+    with pytest.raises(SizeError, match=r"at least 2x16x16 voxels, found 1x32x32"):
         network(torch.randn(1, 1, 1, 32, 32))
 
 
@@ -378,7 +380,7 @@ def test_3d_trains_with_a_batch_of_one():
 def test_a_batch_norm_over_one_pooled_voxel_is_refused_before_torch_does(dims, options):
     network = small(dims, **options).train()
     image = torch.randn(1, 1, *(32,) * dims)
-    with pytest.raises(SizeError, match=r"batch of two or more.*aspp_pool_norm=None"):
+    with pytest.raises(SizeError, match=r"batch size of at least 2.*aspp_pool_norm=None"):
         network(image)
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         network.aspp(torch.randn(1, 128, *(4,) * dims))
@@ -406,8 +408,8 @@ def test_rates_as_large_as_the_map_are_warned_of_once(caplog, assert_warns):
         network(torch.zeros(1, 1, 32, 128))
     assert len(caplog.records) == 1
     assert "32x128" in caplog.text
-    assert "deepest map of 4x16" in caplog.text
-    assert "rates 4x4, 8x8 reach" in caplog.text
+    assert "deepest feature map of 4x16" in caplog.text
+    assert "ASPP rates 4x4, 8x8 exceed" in caplog.text
     wide = functools.partial(torch.zeros, 1, 1, 32, 128)
     assert_warns(lambda: small(aspp_rates=(2, 4, 8)).eval()(wide()), "context-exceeds-image", run=True)
 

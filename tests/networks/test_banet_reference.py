@@ -252,5 +252,5 @@ def test_dead_weights_of_the_authors_are_left_out_with_a_word(caplog):
     with caplog.at_level(logging.INFO, "medseg"):
         from_reference("banet", {**state, **dead}, aspp_rates=(1, 2))
     assert "head.up_conv4.1.weight, pretrain_model.fc.bias" in caplog.text
-    with pytest.raises(WeightsError, match=r"Surplus \(1\): head.up_conv5.1.weight"):
+    with pytest.raises(WeightsError, match=r"Unexpected \(1\): head.up_conv5.1.weight"):
         from_reference("banet", {**state, "head.up_conv5.1.weight": torch.zeros(1)}, aspp_rates=(1, 2))

@@ -97,11 +97,11 @@ def test_a_preset_may_be_changed_without_harm() -> None:
 
 
 def test_an_unknown_network_is_refused_with_the_nearest_name() -> None:
-    with pytest.raises(RequestError, match=re.escape("There is no small form of 'UnetPlusPlus'. Did you mean 'UNetP")):
+    with pytest.raises(RequestError, match=re.escape("Unknown network 'UnetPlusPlus'. Did you mean 'UNetP")):
         small("UnetPlusPlus", 2)
     with pytest.raises(RequestError, match=r"'xyz'\. Choose one of UNet, UNetPlusPlus, UCTransNet, BANet"):
         small("xyz", 2)
-    with pytest.raises(RequestError, match="spatial_dims must be 2 or 3, got 4"):
+    with pytest.raises(RequestError, match="spatial_dims=4; expected 2 or 3"):
         small("UNet", 4)
 
 

@@ -41,7 +41,7 @@ def test_nearest_legal_sizes_enclose_the_given_one(size, nearest):
 def test_legal_sizes_pass_and_others_are_named_per_axis():
     sizes = ValidSizes(((1, 2), (2, 2)))
     sizes.check(sizes.smallest, "Net")
-    with pytest.raises(SizeError, match=r"This Net .*axis 1 \(\d+ voxels\)") as caught:
+    with pytest.raises(SizeError, match=r"this Net .*axis 1 \(\d+ voxels\)") as caught:
         sizes.check((sizes.smallest[0], sizes.smallest[1] + 1), "Net")
     assert "axis 0" not in str(caught.value)
 
@@ -52,7 +52,7 @@ def test_total_stride_multiplies_each_axis():
 
 def test_minimum_names_the_nearest_size_that_fits():
     check_minimum((8, 16), (8, 16), "Net")
-    with pytest.raises(SizeError, match=r"it got 7x40\. The nearest size that fits is 8x40"):
+    with pytest.raises(SizeError, match=r"found 7x40\. The nearest valid size is 8x40"):
         check_minimum((7, 40), (8, 16), "Net")
 
 
@@ -61,7 +61,7 @@ def test_minimum_names_the_nearest_size_that_fits():
     [
         ((1, 8, 8), r"3D.*batch, channel, depth, height, width.*3 dimensions.*spatial_dims"),
         ((1, 8, 8, 8), r"4 dimensions, shape \(1, 8, 8, 8\).*unsqueeze"),
-        ((1, 2, 8, 8, 8), r"reads 1 channel.*got 2 .*in_channels=2"),
+        ((1, 2, 8, 8, 8), r"expects 1 channel.*found 2 .*in_channels=2"),
     ],
 )
 def test_images_of_another_rank_or_channel_count_are_refused(shape, message):

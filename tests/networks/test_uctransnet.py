@@ -289,7 +289,7 @@ def test_tables_of_another_native_size_are_interpolated_when_loaded(source, targ
     random_positions(trained)
     state = trained.state_dict()
     network.load_state_dict(state)
-    assert "embeddings.0.position_embeddings: table of" in caplog.text
+    assert "embeddings.0.position_embeddings: position embeddings interpolated" in caplog.text
     assert_warns(lambda: small(img_size=target).load_state_dict(state), "positions-interpolated", run=True)
     grid = [n // 4 for n in source]
     table = state["cct.embeddings.0.position_embeddings"]
@@ -338,7 +338,7 @@ def test_patches_and_strides_together_set_the_step():
 
 
 def test_an_image_below_one_patch_is_refused_with_the_nearest_size():
-    with pytest.raises(SizeError, match=r"7x30.*nearest size that fits is 8x30"):
+    with pytest.raises(SizeError, match=r"7x30.*nearest valid size is 8x30"):
         small(patch_size=8)(image(7, 30))
 
 
@@ -451,16 +451,16 @@ def test_other_norms_activations_and_backbones_run_and_learn(options):
         ({"pos_embed": "sine"}, "'learned', 'none'"),
         ({"skip_levels": (0, 1)}, r"skip_levels=\(0, 1\).*to 2"),
         ({"skip_levels": "1"}, "skip_levels='1'"),
-        ({"skip_levels": 1}, "skip_levels=1 "),
+        ({"skip_levels": 1}, "skip_levels=1;"),
         ({"cct_levels": (1, 3)}, r"cct_levels=\(1, 3\)"),
         ({"skip_levels": (1,), "cct_levels": "all"}, 'skip_mode="zeros"'),
-        ({"patch_size": 3}, r"patch_size=\(3, 3\).*level 2.*\(2, 2\)"),
+        ({"patch_size": 3}, r"patch_size=\(3, 3\).*\(2, 2\).*level 2"),
         ({"patch_size": (4, 4, 4)}, "patch_size=.* 2 of them"),
         ({"img_size": 0}, "img_size=0"),
         ({"num_heads": 0}, "num_heads=0"),
         ({"num_layers": 0}, "num_layers=0"),
         ({"features": (8,)}, "two or more"),
-        ({"strides": (2,)}, "3 levels need 2 entries"),
+        ({"strides": (2,)}, "2 entries for 3 levels"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options, message):

@@ -167,7 +167,7 @@ def test_the_report_says_what_was_taken_left_out_and_is_new():
     assert all(torch.equal(after[name], before[name]) for name in report.fresh)
     text = str(report)
     assert f"{len(report.copied)} of {len(unet.state_dict())} tensors" in text
-    assert "left out: 6 (decoder.0.up, decoder.1.up, decoder.2.up)" in text
+    assert "skipped: 6 (decoder.0.up, decoder.1.up, decoder.2.up)" in text
     assert "(cct, decoder.0.cca, decoder.1.cca, decoder.2.cca)" in text
 
 
@@ -181,9 +181,9 @@ def test_everything_stays_trainable_after_a_transfer():
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ({}, "no tensor has a place"),
-        ({"inc.conv.weight": torch.zeros(4, 1, 3, 3)}, "no tensor has a place.*uctransnet-unet"),
-        (small_unet().state_dict(), r'another shape \(decoder.*backbone="unet"'),
+        ({}, "no matching tensors"),
+        ({"inc.conv.weight": torch.zeros(4, 1, 3, 3)}, "no matching tensors.*uctransnet-unet"),
+        (small_unet().state_dict(), r'shape mismatch of .*\(decoder.*backbone="unet"'),
         ({"head.bias": torch.zeros(3)}, r"head.bias is \(3,\) in the U-Net and \(2,\) here"),
     ],
     ids=["empty", "authors", "unet-into-paper-backbone", "classes"],

@@ -97,7 +97,7 @@ def test_valid_network_sees_its_input_shifted_by_the_margin(upsample, skip):
 
 def test_valid_size_error_names_the_sizes_below_and_above():
     network = UNet(2, 1, 2, (2, 2, 2, 2, 2), padding="valid")
-    with pytest.raises(SizeError, match=r"200x100.*axis 0 \(200 voxels\) fits at 188 or 204.*axis 1 .* at 188 "):
+    with pytest.raises(SizeError, match=r"200x100.*axis 0 \(200 voxels\): use 188 or 204.*axis 1 .* use 188 "):
         network(torch.zeros(1, 1, 200, 100))
     with pytest.raises(ValueError, match="396 or 412"):
         network(torch.zeros(1, 1, 204, 400))
@@ -106,7 +106,7 @@ def test_valid_size_error_names_the_sizes_below_and_above():
 def test_smallest_padded_image_is_one_voxel_at_the_bottom():
     network = UNet(2, 1, 2, (2, 2, 2))
     assert network(torch.zeros(1, 1, 4, 4)).shape[2:] == (4, 4)
-    with pytest.raises(SizeError, match=r"3x9.*nearest size that fits is 4x9"):
+    with pytest.raises(SizeError, match=r"3x9.*nearest valid size is 4x9"):
         network(torch.zeros(1, 1, 3, 9))
 
 
@@ -271,17 +271,17 @@ def test_all_and_none_are_names_of_levels():
         ({"skip": "sum"}, "'cat', 'add'"),
         ({"cat_order": "up"}, "'up_first', 'skip_first'"),
         ({"features": (8,)}, r"features=\(8,\).*two or more"),
-        ({"features": (8, 0)}, "from 1 up"),
-        ({"spatial_dims": 4}, "must be 2 or 3, got 4"),
-        ({"strides": (2,)}, "3 levels need 2 entries"),
+        ({"features": (8, 0)}, "at least 1"),
+        ({"spatial_dims": 4}, "spatial_dims=4; expected 2 or 3"),
+        ({"strides": (2,)}, "2 entries for 3 levels"),
         ({"strides": (2, (2, 2, 2))}, "2 of them"),
-        ({"strides": (2, 0)}, "from 1 up"),
-        ({"upsample": "interp", "upconv_relu": True}, "up-convolution"),
-        ({"upsample": "interp", "last_upconv_channels": 8}, "up-convolution"),
+        ({"strides": (2, 0)}, "at least 1"),
+        ({"upsample": "interp", "upconv_relu": True}, 'upsample="deconv"'),
+        ({"upsample": "interp", "last_upconv_channels": 8}, 'upsample="deconv"'),
         ({"skip": "add", "last_upconv_channels": 8}, "equal width"),
         ({"skip_levels": (1, 3)}, r"skip_levels=\(1, 3\).*to 2"),
         ({"skip_levels": "some"}, "skip_levels='some'"),
-        ({"skip_levels": 2}, "skip_levels=2 "),
+        ({"skip_levels": 2}, "skip_levels=2;"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options, message):

@@ -231,7 +231,7 @@ def test_one_voxel_under_instance_norm_is_refused_with_the_smallest_size(down):
 def test_strided_convolutions_take_any_image_with_two_voxels_left():
     network = small(down="conv", norm="instance").eval()
     assert network(image(size=(9, 1))).shape[2:] == (9, 1)
-    with pytest.raises(SizeError, match=r"7x8.*fits is 8x8"):
+    with pytest.raises(SizeError, match=r"7x8.*valid size is 8x8"):
         network(image(size=(7, 8)))
 
 
@@ -267,14 +267,14 @@ def test_strided_form_is_exported_for_any_size():
         ({"output_mode": "list"}, "'head', 'mean', 'mean_logits'"),
         ({"head_activation": "relu"}, "'sigmoid', 'softmax'"),
         ({"features": (8,)}, r"features=\(8,\).*two or more"),
-        ({"spatial_dims": 1}, "must be 2 or 3, got 1"),
-        ({"strides": (2,)}, "3 levels need 2 entries"),
-        ({"head": 3}, "no head 3: choose one of 1, 2"),
-        ({"head": 0}, "no head 0"),
-        ({"head": 1, "deep_supervision": False}, "no head 1: only head 2 was built"),
-        ({"head": 1, "output_mode": "mean_logits"}, "'mean_logits' takes all heads"),
+        ({"spatial_dims": 1}, "spatial_dims=1; expected 2 or 3"),
+        ({"strides": (2,)}, "2 entries for 3 levels"),
+        ({"head": 3}, "head 3: choose one of 1, 2"),
+        ({"head": 0}, "Unknown head 0"),
+        ({"head": 1, "deep_supervision": False}, "head 1: only head 2 was built"),
+        ({"head": 1, "output_mode": "mean_logits"}, "'mean_logits' uses all heads"),
         ({"output_mode": "mean"}, "2 output channels.*softmax.*sigmoid"),
-        ({"output_mode": "mean", "deep_supervision": False}, "leaves one"),
+        ({"output_mode": "mean", "deep_supervision": False}, "builds only one"),
         ({"out_channels": 1, "head_activation": "softmax"}, "1 everywhere"),
     ],
 )
@@ -286,7 +286,7 @@ def test_options_that_cannot_be_are_refused(options, message):
 def test_a_refused_output_leaves_the_network_as_it_was():
     network = small()
     before = dict(network.arguments)
-    with pytest.raises(RequestError, match="no head 7"):
+    with pytest.raises(RequestError, match="Unknown head 7"):
         network.set_output("head", head=7, head_activation="softmax")
     assert network.arguments == before
     network.set_output("mean", head_activation="softmax")

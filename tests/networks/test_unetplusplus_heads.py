@@ -166,7 +166,7 @@ def test_accurate_mode_computes_every_node_once():
 
 def test_fast_mode_needs_the_image_size_of_its_head_only():
     network = small(features=(2, 3, 4, 5, 6)).eval()
-    with pytest.raises(SizeError, match=r"needs at least.*5x8.*fits is 16x16"):
+    with pytest.raises(SizeError, match=r"needs at least.*5x8.*valid size is 16x16"):
         network(image(size=(5, 8)))
     network.set_output("head", head=2)
     assert network(image(size=(5, 8))).shape[2:] == (5, 8)

@@ -269,9 +269,9 @@ def test_requests_that_cannot_be_leave_nothing(like: Any, tmp_path: Path) -> Non
         (path, "unet-port", new, {"like": like(2, 3, 3).root}, "out_channels=2, but .* lists 3 labels"),
         (path, "unet-port", new, {"like": like(3, 3, 2).root}, "2D network, but .* 3D images"),
         (path, "unet-port", new, {"like": fits, "prefix": "net."}, "starts with 'net.'"),
-        (path, "unet-2018", new, {"like": fits}, "do not fit source 'unet-2018'"),
+        (path, "unet-2018", new, {"like": fits}, "do not match source 'unet-2018'"),
         (path, "unet-port", new, {"like": fits, "settings": {"colour": 1}}, "cannot be built with .*colour=1"),
-        (path, "unet-port", new, {"like": fits, "settings": {"features": [1, 2]}}, "do not fit source"),
+        (path, "unet-port", new, {"like": fits, "settings": {"features": [1, 2]}}, "do not match source"),
     ]
     for file, source, to, options, message in cases:
         with pytest.raises(RequestError, match=message):

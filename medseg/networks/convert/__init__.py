@@ -1,8 +1,8 @@
-"""Weights of the authors' and other public code, loaded into the networks of this package by name.
+"""Conversion of weights from the authors' and other public code to the networks of medseg.
 
-Each source is one function that reads widths, depth and dimensions off the tensors and maps each of their modules to
-one of ours (`Reference`); everything else (missing, surplus and misshapen tensors) is checked here. The sources of a
-network are named in its registry entry; their functions are in the file of the network's name.
+Each source has one function that infers widths, depth and dimensions from the tensors and maps the modules of medseg to
+those of the source (`Reference`); missing, unexpected and mismatched tensors are checked here. The sources of a network
+are listed in its registry entry; their functions are in the module of the same name.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Converted:
-    """A network with the weights of public code.
+    """Network with converted weights.
 
     Attributes:
-        network: ours, in eval mode.
-        arguments: what its class was called with, read off the tensors and given by the caller.
-        left_out: names of tensors that the reference holds but never uses.
+        network: Network in evaluation mode.
+        arguments: Constructor arguments, inferred from the tensors or set by the caller.
+        left_out: Names of tensors that the source contains but does not use.
     """
 
     network: nn.Module
@@ -45,27 +45,27 @@ class Converted:
 
 
 def from_reference(source: str, state: Mapping[str, Tensor | NDArray[Any]], **config: Any) -> nn.Module:
-    """Build our network for a state dict of public code, with its weights.
+    """Build a network with the converted weights of a state dict of public code.
 
     Args:
-        source: one of `SOURCES`, e.g. "unet-2015".
-        state: names and tensors (or arrays); a "module." in front of every name is ignored.
-        **config: arguments of the network that tensors cannot tell, e.g. `upconv_relu=True`.
+        source: One of `SOURCES`, e.g. "unet-2015".
+        state: Tensors (or arrays) by name; a "module." prefix of all names is removed.
+        **config: Arguments of the network that cannot be inferred from the tensors, e.g. `upconv_relu=True`.
 
     Returns:
-        The network in eval mode.
+        Network in evaluation mode.
 
     Raises:
-        RequestError: the source is not known, or its network cannot be built with `config`.
-        WeightsError: tensors are missing, surplus or of another shape; lists them.
+        RequestError: Unknown source, or a network that cannot be built with `config`.
+        WeightsError: Missing, unexpected or mismatched tensors, which are listed.
     """
     return read_reference(source, state, **config).network
 
 
 def read_reference(source: str, state: Mapping[str, Tensor | NDArray[Any]], **config: Any) -> Converted:
-    """Do what `from_reference` does, and tell how the network can be built again; same arguments and errors."""
+    """Convert weights like `from_reference`, and return the constructor arguments too; same arguments and errors."""
     if source not in SOURCES:
-        raise RequestError(f"Weights of source {source!r} are not known; choose one of {', '.join(SOURCES)}.")
+        raise RequestError(f"unknown source {source!r}; choose one of {', '.join(SOURCES)}.")
     reference = _read(source, state)
     arguments = {**reference.arguments, **config}
     network = _built(source, reference, arguments)
@@ -73,7 +73,7 @@ def read_reference(source: str, state: Mapping[str, Tensor | NDArray[Any]], **co
     names = _names(own, reference.modules)
     _compare(source, own, names, reference.tensors, reference.dead)
     if reference.dead:
-        logger.info("left out, because the reference never uses them: %s", ", ".join(sorted(reference.dead)))
+        logger.info("tensors skipped, since the source does not use them: %s", ", ".join(sorted(reference.dead)))
     network.load_state_dict({ours: reference.tensors.get(theirs, own[ours]) for ours, theirs in names.items()})
     return Converted(network.eval(), arguments, tuple(sorted(reference.dead)))
 
@@ -85,8 +85,8 @@ def _read(source: str, state: Mapping[str, Tensor | NDArray[Any]]) -> Reference:
         raise
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise WeightsError(
-            f"The weights do not fit source {source!r}: its tensors have other shapes and types ({error}). Check that "
-            "the file belongs to this source."
+            f"The weights do not match source {source!r}: unexpected shapes or types ({error}). Check that the file "
+            "belongs to this source."
         ) from error
 
 
@@ -102,7 +102,7 @@ def _built(source: str, reference: Reference, arguments: Mapping[str, Any]) -> n
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         given = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
         raise RequestError(
-            f"The network of source {source!r} cannot be built with {given}: {error}. Correct the options you gave."
+            f"The network of source {source!r} cannot be built with {given}: {error}. Correct these options."
         ) from error
 
 
@@ -115,7 +115,7 @@ def _tensors(state: Mapping[str, Tensor | NDArray[Any]]) -> dict[str, Tensor]:
 
 
 def _names(own: Iterable[str], modules: Mapping[str, str]) -> dict[str, str]:
-    """Map each of our tensors to the name that it has in the reference."""
+    """Return the name in the source of each tensor."""
     names = {}
     for name in own:
         module, _, leaf = name.rpartition(".")
@@ -131,19 +131,19 @@ def _compare(
     dead: Collection[str],
 ) -> None:
     wanted = {theirs: tuple(own[ours].shape) for ours, theirs in names.items()}
-    # Counters of batches are often stripped from published files and change no result.
+    # Batch counters are often missing in published files and do not affect the result.
     missing = [n for n in wanted if n not in given and not n.endswith("num_batches_tracked")]
     surplus = [n for n in given if n not in wanted and n not in dead]
     misshapen = [
-        f"{n} {tuple(given[n].shape)} instead of {shape}"
+        f"{n} {tuple(given[n].shape)}, expected {shape}"
         for n, shape in wanted.items()
         if n in given and tuple(given[n].shape) != shape
     ]
     if missing or surplus or misshapen:
         raise WeightsError(
-            f"The weights do not fit source {source!r}. {_listed('Missing', missing)}{_listed('Surplus', surplus)}"
-            f"{_listed('Of another shape', misshapen)}Check that the file belongs to this source (known: "
-            f"{', '.join(SOURCES)}) and that extra options match the network it was trained with."
+            f"The weights do not match source {source!r}. {_listed('Missing', missing)}"
+            f"{_listed('Unexpected', surplus)}{_listed('Shape mismatch', misshapen)}Check that the file belongs to "
+            f"this source (known: {', '.join(SOURCES)}) and that additional options match the trained network."
         )
 
 

@@ -1,4 +1,4 @@
-"""Weights of the code that the authors of BA-Net released, and of its 3D form with the same names."""
+"""Weights of the released code of BA-Net, and of its 3D version with the same names."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["SOURCES", "aspp_modules", "fusion_modules", "stage_modules", "subtra
 
 _SOURCE = "banet"
 _BACKBONE = "pretrain_model."
-# Stored in checkpoints, never called: a decoder block of stage 4 and the ResNet's classifier.
+# Unused modules in the checkpoints: a decoder block of stage 4 and the classifier of the ResNet.
 _DEAD = ("head.up_conv4.", f"{_BACKBONE}fc.")
 
 
@@ -27,8 +27,8 @@ def stage_modules(ours: str, theirs: str) -> dict[str, str]:
     """Map the modules of PEE and mini-MTL of one stage.
 
     Args:
-        ours: prefix of our names, with its dot, e.g. "stages.0.".
-        theirs: the same for the reference, e.g. "head.mtl1.".
+        ours: Prefix of the module names in medseg, including the dot, e.g. "stages.0.".
+        theirs: Prefix of the module names in the source, e.g. "head.mtl1.".
     """
     pairs = {
         "squeeze.reduce": "reduce_conv",
@@ -54,9 +54,9 @@ def aspp_modules(ours: str, theirs: str, branches: int) -> dict[str, str]:
     """Map the modules of the ASPP; prefixes as for `stage_modules`.
 
     Args:
-        ours: prefix of our names.
-        theirs: prefix of the reference's names.
-        branches: number of branches without the pooled one.
+        ours: Prefix of the module names in medseg.
+        theirs: Prefix of the module names in the source.
+        branches: Number of branches without the global pooling branch.
     """
     pairs = {f"pool.{n}": f"b{branches}.{n + 1}" for n in (0, 1)}
     for n in (0, 1):
@@ -79,7 +79,7 @@ def _decoder_modules() -> dict[str, str]:
 
 
 def _banet(state: Mapping[str, Tensor]) -> Reference:
-    """Read the authors' BA-Net; rates of the ASPP and the multi-grid leave no trace in the tensors."""
+    """Read the authors' BA-Net; ASPP rates and multi-grid cannot be inferred from the tensors."""
     width, in_channels, *kernel = shape(state, _SOURCE, f"{_BACKBONE}conv1.weight")
     blocks = tuple(deepest(state, rf"pretrain_model\.layer{i}\.(\d+)\.conv1\.weight") + 1 for i in range(1, 5))
     arguments = {
@@ -112,23 +112,23 @@ def _backbone_modules(state: Mapping[str, Tensor]) -> set[str]:
 
 
 def subtraction_weight(weight: Tensor) -> Tensor:
-    """Convert the first weight of PEE's `fuse` from means to what the feature exceeds them by.
+    """Convert the first weight of `fuse` in PEE from means to differences from the means.
 
-    `Wx r + sum_i Wi mean_i = (Wx + sum_i Wi) r - sum_i Wi (r - mean_i)`: both forms of PEE compute the same.
+    `Wx r + sum_i Wi mean_i = (Wx + sum_i Wi) r - sum_i Wi (r - mean_i)`, so both forms of PEE are equivalent.
 
     Args:
-        weight: `[Wx | W1 | W2 | ..]`, (channels, parts * channels, 1, ..), of a PEE with `subtract=False`.
+        weight: Weight `[Wx | W1 | W2 | ..]`, (channels, parts * channels, 1, ..), of a PEE with `subtract=False`.
 
     Returns:
-        The weight `[Wx + W1 + W2 + .. | -W1 | -W2 | ..]` for one with `subtract=True`.
+        Weight `[Wx + W1 + W2 + .. | -W1 | -W2 | ..]` of the PEE with `subtract=True`.
 
     Raises:
-        WeightsError: the channels read are no multiple of those written.
+        WeightsError: Number of input channels that is not a multiple of the output channels.
     """
     if weight.shape[1] % weight.shape[0]:
         raise WeightsError(
-            f"A weight of shape {tuple(weight.shape)} does not belong to PEE: expected the channels read to be a "
-            "multiple of those written, one share for the feature and one for each mean."
+            f"Invalid weight shape {tuple(weight.shape)} for PEE: expected a number of input channels that is a "
+            "multiple of the output channels, one part for the feature and one for each mean."
         )
     own, *means = torch.split(weight, weight.shape[0], dim=1)
     return torch.cat([own + sum(means), *(-mean for mean in means)], dim=1)

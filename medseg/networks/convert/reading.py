@@ -1,4 +1,4 @@
-"""What the functions that read foreign state dicts share."""
+"""Shared helpers for reading state dicts of public code."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ if TYPE_CHECKING:
 
 __all__ = ["NAMES_SHOWN", "Reference", "deepest", "shape"]
 
-# A list of names in a message is cut here: one wrong prefix makes hundreds of them.
+# Maximum number of names in a message, since a wrong prefix affects hundreds.
 NAMES_SHOWN = 12
 
 
 @dataclass(frozen=True)
 class Reference:
-    """How a foreign state dict is to be read.
+    """Mapping of a state dict of public code to a network.
 
     Attributes:
-        network: class to build.
-        arguments: its arguments, read off the tensors.
-        modules: name of our module -> name of theirs; their tensors have the same last names (`weight`, ..).
-        tensors: the state dict, changed only where a tensor itself needs rearranging.
-        dead: names of tensors that the reference holds but never uses.
+        network: Class of the network.
+        arguments: Constructor arguments inferred from the tensors.
+        modules: Name of each module in the source, by its name in medseg; leaf names (`weight`, ..) are equal.
+        tensors: State dict of the source, with rearranged tensors where necessary.
+        dead: Names of tensors that the source contains but does not use.
     """
 
     network: Callable[..., nn.Module]
@@ -39,23 +39,29 @@ class Reference:
 
 
 def shape(state: Mapping[str, Tensor], source: str, name: str) -> tuple[int, ...]:
-    """Return the shape of a tensor from which the network's size is read."""
+    """Return the shape of a tensor that determines the size of the network.
+
+    Raises:
+        WeightsError: Missing tensor.
+    """
     if name not in state:
-        found = f"It holds {', '.join(list(state)[:NAMES_SHOWN])}, .." if state else "It is empty"
+        found = f"Found {', '.join(list(state)[:NAMES_SHOWN])}, .." if state else "The file is empty"
         raise WeightsError(
-            f"The weights do not fit source {source!r}: {name} is missing, which tells the network's size. {found}. "
-            "Check that the file belongs to this source."
+            f"The weights do not match source {source!r}: missing tensor {name}, which determines the size of the "
+            f"network. {found}. Check that the file belongs to this source."
         )
     return tuple(state[name].shape)
 
 
 def deepest(state: Collection[str], pattern: str) -> int:
-    """Return the highest number that the group of `pattern` takes among the names; 0 if it takes none.
+    """Return the highest number matched by the group of `pattern` among the names; 0 without a match.
 
     Raises:
-        WeightsError: it is higher than there are names, so that some numbers below it are missing.
+        WeightsError: Number higher than the number of tensors, so that some are missing.
     """
     highest = max((int(found[1]) for name in state if (found := re.fullmatch(pattern, name))), default=0)
     if highest > len(state):
-        raise WeightsError(f"The weights number a part {highest} but hold {len(state)} tensors: some are missing.")
+        raise WeightsError(
+            f"missing tensors: the names number a module {highest}, but there are only {len(state)} tensors."
+        )
     return highest

@@ -1,7 +1,7 @@
-"""Weights of the UCTransNet authors' code: their network and the plain U-Net that its pre-training starts from.
+"""Weights of the UCTransNet authors' code: their network and the U-Net of its pre-training.
 
-Both hold no tensor without use. The authors' images are blue, green, red: turn the channels of an RGB image around, or
-once and for all those of `network.encoder[0][0].conv.weight`.
+All tensors of both networks are used. The authors' images are in BGR order: reverse the channels of RGB images, or of
+`network.encoder[0][0].conv.weight`.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ __all__ = ["SOURCES"]
 def _uctransnet(state: Mapping[str, Tensor]) -> Reference:
     """Read `inc`, `down{i}`, `mtc` (the CCT), `up{i}` with its `coatt` (the CCA), and `outc`; i is the level.
 
-    Their heads are separate linear maps; ours are one. Tables of a grid that is not square (or of strides after the
-    last level, which no tensor shows) need `img_size` (or `strides`) as configuration.
+    The attention heads are separate linear layers in the source and fused in medseg. Position embeddings of a
+    non-square grid require `img_size`; a stride other than 2 after the last level requires `strides`.
     """
     source = "uctransnet"
     arguments = _backbone_arguments(state, source)
@@ -55,7 +55,7 @@ def _uctransnet(state: Mapping[str, Tensor]) -> Reference:
 def _unet(state: Mapping[str, Tensor]) -> Reference:
     """Read the authors' U-Net as a `UCTransNet` without CCT and CCA.
 
-    It joins [enlarged, skip], a `UCTransNet` [skip, enlarged]: the halves of the first kernels change places here.
+    It concatenates [up, skip], `UCTransNet` [skip, up], so the halves of the first kernels are swapped.
     """
     source = "uctransnet-unet"
     arguments = _backbone_arguments(state, source)
@@ -74,7 +74,7 @@ def _unet(state: Mapping[str, Tensor]) -> Reference:
 
 
 def _backbone_arguments(state: Mapping[str, Tensor], source: str) -> dict[str, Any]:
-    """Read off dimensions and widths from the first convolution of each level and the head."""
+    """Infer dimensions and widths from the first convolution of each level and the head."""
     depth = deepest(state, r"down(\d+)\.nConvs\.0\.conv\.weight")
     names = ["inc.conv.weight", *(f"down{i}.nConvs.0.conv.weight" for i in range(1, max(depth, 1) + 1))]
     shapes = [shape(state, source, name) for name in names]
@@ -120,7 +120,7 @@ def _cct_modules(depth: int, layers: int) -> dict[str, str]:
 
 
 def _fuse_heads(state: Mapping[str, Tensor], heads: int) -> dict[str, Tensor]:
-    """Stack the linear maps of all heads (`...query1.0.weight`, ..) into one each (`...query1.weight`)."""
+    """Fuse the linear layers of all heads (`...query1.0.weight`, ..) into one (`...query1.weight`)."""
     tensors = dict(state)
     for name in state:
         stem, _, rest = name.partition(".channel_attn.")
@@ -132,13 +132,13 @@ def _fuse_heads(state: Mapping[str, Tensor], heads: int) -> dict[str, Tensor]:
 
 
 def _strides(patches: Sequence[Sequence[int]]) -> list[Any]:
-    """Tell the poolings between the levels from their patches; the one below the last level is taken to halve."""
+    """Infer the poolings between the levels from their patches; the last one is assumed to be 2."""
     pairs = pairwise(patches)
     return [*(tuple(max(a // b, 1) for a, b in zip(fine, coarse, strict=True)) for fine, coarse in pairs), 2]
 
 
 def _image_size(tokens: int, patch: Sequence[int]) -> tuple[int, ...] | None:
-    """Return the image of a grid with equal sides, None where `tokens` make no such grid."""
+    """Return the image size of a square or cubic token grid; None if `tokens` are not such a grid."""
     side = round(tokens ** (1 / len(patch)))
     return tuple(side * p for p in patch) if side ** len(patch) == tokens else None
 
@@ -146,8 +146,8 @@ def _image_size(tokens: int, patch: Sequence[int]) -> tuple[int, ...] | None:
 def _build(**arguments: Any) -> UCTransNet:
     if arguments["img_size"] is None:
         raise WeightsError(
-            "The positional tables of these weights are not of a square grid, and no tensor tells its sides. Give "
-            "img_size, one number per axis, as the network was built."
+            "The position embeddings are not of a square grid, whose size cannot be inferred from the tensors: set "
+            "img_size, one number per axis, to that of the trained network."
         )
     return UCTransNet(**arguments)
 

@@ -16,7 +16,7 @@ __all__ = ["SOURCES"]
 
 
 def _unet_arguments(state: Mapping[str, Tensor], source: str, encoder: list[str], head: str) -> dict[str, Any]:
-    """Read off a U-Net's dimensions and widths from the first convolution of each level and the head."""
+    """Infer dimensions and widths of a U-Net from the first convolution of each level and the head."""
     shapes = [shape(state, source, f"{name}.weight") for name in encoder]
     return {
         "spatial_dims": len(shapes[0]) - 2,
@@ -27,7 +27,7 @@ def _unet_arguments(state: Mapping[str, Tensor], source: str, encoder: list[str]
 
 
 def _unet_blocks(depth: int) -> Iterator[tuple[str, int, bool]]:
-    """Yield name, level and "is it in the decoder" of every pair of convolutions of a `UNet` with `depth` poolings."""
+    """Yield name, level and whether it is in the decoder, for each convolution pair of a `UNet`."""
     for level in range(depth):
         yield f"encoder.{level}", level, False
     yield "bottleneck", depth, False
@@ -36,7 +36,7 @@ def _unet_blocks(depth: int) -> Iterator[tuple[str, int, bool]]:
 
 
 def _unet_port(state: Mapping[str, Tensor]) -> Reference:
-    """Read the U-Net of the common PyTorch port of UNet++: batch norm, linear up-sampling, `conv{row}_{column}`."""
+    """Read the U-Net of the common PyTorch port of UNet++: batch norm, linear interpolation, `conv{row}_{column}`."""
     source = "unet-port"
     depth = deepest(state, r"conv(\d+)_0\.conv1\.weight")
     arguments = _unet_arguments(state, source, [f"conv{i}_0.conv1" for i in range(depth + 1)], "final")

@@ -16,7 +16,7 @@ __all__ = ["SOURCES"]
 
 
 def _nodes(depth: int) -> Iterator[tuple[str, int, int]]:
-    """Yield the name of our pair of convolutions, row and column of every node."""
+    """Yield module name, row and column of each node."""
     for diagonal in range(depth + 1):
         yield f"diagonals.{diagonal}.encoder", diagonal, 0
         for column in range(1, diagonal + 1):
@@ -24,7 +24,7 @@ def _nodes(depth: int) -> Iterator[tuple[str, int, int]]:
 
 
 def _sizes(state: Mapping[str, Tensor], source: str, encoder: list[str], heads: dict[int, str]) -> dict[str, Any]:
-    """Read off dimensions, widths and heads from the first convolution of each row and the names of all heads."""
+    """Infer dimensions, widths and heads from the first convolution of each row and the names of all heads."""
     shapes = [shape(state, source, f"{name}.weight") for name in encoder]
     last = max(heads)
     return {
@@ -37,12 +37,12 @@ def _sizes(state: Mapping[str, Tensor], source: str, encoder: list[str], heads: 
 
 
 def _strides(state: Mapping[str, Tensor], source: str, ups: list[str]) -> dict[str, Any]:
-    """Read off the strides from the kernels of the up-convolutions into each row, which are as large."""
+    """Infer the strides from the kernel sizes of the transposed convolutions."""
     return {"strides": tuple(shape(state, source, f"{name}.weight")[2:] for name in ups)}
 
 
 def _unetpp_port(state: Mapping[str, Tensor]) -> Reference:
-    """Read the common PyTorch port: batch norm, linear up-sampling, `conv{row}_{column}`, `final{j}` or `final`."""
+    """Read the common PyTorch port: batch norm, linear interpolation, `conv{row}_{column}`, `final{j}` or `final`."""
     source = "unetpp-port"
     depth = max(deepest(state, r"conv(\d+)_0\.conv1\.weight"), 1)
     heads = {depth: "final"} if "final.weight" in state else {j: f"final{j}" for j in range(1, depth + 1)}
@@ -56,7 +56,7 @@ def _unetpp_port(state: Mapping[str, Tensor]) -> Reference:
 
 
 def _unetpp_2018(state: Mapping[str, Tensor]) -> Reference:
-    """Read the network of the 2018 paper: no norm, up-convolutions, 1-based `conv{r}{c}_{n}`, `output_{j}`."""
+    """Read the network of the 2018 paper: no norm, transposed convolutions, 1-based `conv{r}{c}_{n}`, `output_{j}`."""
     source = "unetpp-2018"
     depth = max(deepest(state, r"conv(\d+)1_1\.weight") - 1, 1)
     heads = {j: f"output_{j}" for j in range(1, depth + 1)}
@@ -71,7 +71,7 @@ def _unetpp_2018(state: Mapping[str, Tensor]) -> Reference:
 
 
 def _unetpp_nnunet(state: Mapping[str, Tensor]) -> Reference:
-    """Read the authors' form on nnU-Net: instance norm, strided convolutions.
+    """Read the authors' version in nnU-Net: instance norm, strided convolutions.
 
     `conv_blocks_context.{row}` is the encoder, `loc{z}.{u}` and `up{z}.{u}` are X(depth-z-u-1, u+1), `seg_outputs.{z}`
     is head depth-z.
