@@ -18,11 +18,11 @@ from medseg.label.options import LabelOptions
     ("arguments", "message"),
     [
         ([], "Missing option '--studies'"),
-        (["--studies", "missing"], "no folder of studies"),
+        (["--studies", "missing"], "no such folder of studies"),
         (["--studies", ".", "--tls-key", "x"], "give both, or neither"),
         (["--studies", ".", "--tls-key", "x", "--tls-certificate", "y"], "no such file 'y'"),
         (["--studies", ".", "--models", "spleen"], "no bundle 'spleen'"),
-        (["--studies", ".", "--host", "0.0.0.0"], "in the clear"),
+        (["--studies", ".", "--host", "0.0.0.0"], "no encryption"),
     ],
 )
 def test_an_invalid_request_names_the_fault(medseg: Any, arguments: list[str], message: str, tmp_path: Path) -> None:
