@@ -1,12 +1,12 @@
-"""What a declarative bundle may name: pure data, read by `medseg.bundle.trust`.
+"""Allowlist of the components that a declarative bundle may use; pure data for `medseg.bundle.trust`.
 
-Names are exact. A prefix would let in whatever a module happens to import: the lookup behind `_target_` walks
-attributes, so below an allowed prefix `medseg.io` it would also find `medseg.io.os.system`.
+Names are exact. A prefix would also allow whatever a module imports: the lookup behind `_target_` walks attributes, so
+an allowed prefix `medseg.io` would also allow `medseg.io.os.system`.
 
-Whoever adds a name has looked at every argument of it for text that ends in an import, an evaluation, a download, a
-pickle, or a text file with a name of the config's choosing, and has added a row to `ARGUMENTS` where there was one.
-What writes files has a row in `PLACES`.
-Left out for such a reason: `Lambda` and its kin, `TorchVision`, `TorchIO` and `CuCIM` (any attribute of a library by
+Before adding a name, check each of its arguments for text that leads to an import, an evaluation, a download, a pickle,
+or a text file with a name from the config, and restrict such arguments in `ARGUMENTS`. A component that writes files
+needs a row in `PLACES`.
+Excluded for such reasons: `Lambda` and its kind, `TorchVision`, `TorchIO` and `CuCIM` (any attribute of a library by
 name), `PatchInferer` (`merger_cls` is imported), `PerceptualLoss` and the classification backbones (downloads),
 `NPZDictItemDataset` and `CSVDataset`, `LogfileHandler`, `ClassificationSaver` and `SaveClassificationd` (text files
 under any name), `MLFlowHandler`, `ClearMLHandler` and `TrtHandler`, and all of `monai.bundle`, `monai.apps`,
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ALLOWED", "ARGUMENTS", "PLACES"]
 
-# Kind -> module -> names.
+# Names by kind of component and module.
 ALLOWED: Final[Mapping[str, Mapping[str, str]]] = {
     "medseg": {"medseg.components": " ".join(components.__all__)},
     "network": {
@@ -122,25 +122,27 @@ ALLOWED: Final[Mapping[str, Mapping[str, str]]] = {
     },
 }
 
-# Target ("*" is every target) -> argument -> the only values it may have. A component of this page may stand there if
-# its class is one of them; no other, for parts that hand a value on would let any value through.
+# Allowed values by target ("*" for every target) and argument. A component is allowed as the value if its class is one
+# of them, and no other, because a component that returns its argument would let any value through.
 ARGUMENTS: Final[Mapping[str, Mapping[str, tuple[bool | str | None, ...]]]] = {
     "*": {
-        # MONAI imports any dotted path, and takes any name of monai.data, given for these two.
+        # MONAI imports any dotted path, or looks up any name in monai.data, for these two.
         "reader": (
             None,
             *("ITKReader", "NibabelReader", "NrrdReader", "NumpyReader", "PILReader", "PydicomReader", "WSIReader"),
         ),
         "writer": (None, "ITKWriter", "NibabelWriter", "PILWriter"),
-        "pretrained": (False, None),  # downloads, or reads any file
+        "pretrained": (False, None),  # downloads weights, or reads any file
         "allow_pickle": (False, None),  # passed through LoadImage to numpy.load
         "weights_only": (True,),  # passed to torch.load
-        "pickle_module": ("pickle",),  # writes the cache that weights_only guards
-        "compile_kwargs": (None,),  # torch.compile takes the path of a C++ compiler among its options
-        # Passed through LoadImage to nibabel and NumPy: "r+" would let later steps change the image's own file.
+        "pickle_module": ("pickle",),  # writes the cache that is read with weights_only
+        "compile_kwargs": (None,),  # the options of torch.compile include the path of a C++ compiler
+        # Passed through LoadImage to nibabel and NumPy: "r+" would let later steps modify the image file.
         "mmap": (True, False, "c", "r"),
         "mmap_mode": (None, "c", "r"),
-        "data_root_dir": ("",),  # MONAI joins the way from it to the image, which may lead up, to the output folder
+        "data_root_dir": (
+            "",
+        ),  # MONAI appends the relative path from here to the image, which may contain "..", to the output folder
     },
     **{entry.target: entry.choices for entry in NETWORKS.values() if entry.choices},
     "monai.networks.nets.FlexibleUNet": {
@@ -151,7 +153,7 @@ ARGUMENTS: Final[Mapping[str, Mapping[str, tuple[bool | str | None, ...]]]] = {
     },
 }
 
-# Part that writes files -> the argument that says where: the run's `output_dir`, or a folder inside the bundle.
+# Argument with the output folder of each component that writes files: `@output_dir`, or a folder inside the bundle.
 PLACES: Final[Mapping[str, str]] = {
     "medseg.components.PredictionPictures": "output_dir",
     "medseg.components.Checkpoints": "output_dir",

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["build", "built_files", "metadata", "stale_files"]
 
 _SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
-# The versions of constraints.txt that a reader of the metadata should know.
+# Versions in constraints.txt that the metadata lists.
 _TESTED = {"monai_version": "1.6.1", "pytorch_version": "2.13.0", "numpy_version": "2.4.6"}
 _REQUIRED_PACKAGES = {
     "medseg": __version__,
@@ -31,28 +31,28 @@ _COPIED_LAST = ("intended_use", "references")
 
 
 def build(bundle: Bundle) -> list[Path]:
-    """Write all configs of the bundle, each whole or not at all; return their paths.
+    """Write all configs of the bundle, each atomically, and return their paths.
 
     Raises:
-        BundleError: `bundle.json` is missing or wrong (see `compose`), or `configs` is a link that leads elsewhere.
+        BundleError: A missing or invalid `bundle.json` (see `compose`), or a `configs` that links outside the bundle.
     """
     if not (bundle.root / "configs").resolve().is_relative_to(bundle.root.resolve()):
-        raise BundleError(f"'{bundle.root / 'configs'}' is a link that leads out of the bundle; put a folder there")
+        raise BundleError(f"'{bundle.root / 'configs'}' links outside the bundle. Replace the link with a folder.")
     _upgrade(bundle.root / "bundle.json")
     return [replace_text(bundle.root / name, text) for name, text in built_files(bundle).items()]
 
 
 def _upgrade(path: Path) -> None:
-    """Rewrite a `bundle.json` that names parts as an earlier layout did."""
+    """Rewrite a `bundle.json` with component names of earlier versions."""
     if path.is_file() and (source := load_json(path)) != (current := upgraded(source)):
         replace_text(path, json.dumps(current, indent=2) + "\n")
 
 
 def built_files(bundle: Bundle) -> dict[str, str]:
-    """Return what `build` writes: text by path relative to the bundle."""
+    """Return the files that `build` writes, as texts by path relative to the bundle."""
     path = bundle.root / "bundle.json"
     if not path.is_file():
-        raise BundleError(f"'{bundle.root}' has no bundle.json to build from")
+        raise BundleError(f"No bundle.json in '{bundle.root}', from which to build the configs.")
     source = load_json(path)
     configs = compose(source)
     configs = {"metadata": metadata(source, configs["inference"], bundle.weights), **configs}
@@ -60,12 +60,12 @@ def built_files(bundle: Bundle) -> dict[str, str]:
 
 
 def stale_files(bundle: Bundle) -> list[str]:
-    """Return the files of the bundle that are not what `build` would write, as paths relative to it.
+    """Return the files of the bundle that differ from those of `build`, as paths relative to it.
 
-    Weights that the metadata lists may be absent: a container image comes without them.
+    The weights in the metadata may be absent, as in a container image.
 
     Raises:
-        BundleError: `bundle.json` is missing or wrong, or a config is no JSON.
+        BundleError: A missing or invalid `bundle.json`, or a config that is not JSON.
     """
     return [name for name, text in built_files(bundle).items() if not _is_current(bundle, name, text)]
 
@@ -85,7 +85,7 @@ def _is_current(bundle: Bundle, name: str, text: str) -> bool:
 def metadata(source: Config, inference: Config, weights: Path) -> Config:
     """Return the content of `metadata.json` (schema of 2024-07-25) for a `bundle.json`.
 
-    The extra entry `weights` holds the SHA-256 of `models/model.pt`, where there is one; loading checks it.
+    The additional entry `weights` has the SHA-256 of `models/model.pt`, if that exists, which is checked on loading.
     """
     result = {
         "schema": _SCHEMA,
@@ -141,7 +141,7 @@ def _network_data_format(source: Config, inference: Config) -> Config:
 
 
 def _value_range(inference: Config) -> list[float]:
-    """Values that reach the network: the window's bounds, or five deviations where intensities are standardized."""
+    """Return the range of input values: the scaled window, or 5 standard deviations for standardized images."""
     for step in inference["preprocessing"]["transforms"]:
         if "b_min" in step:
             return [step["b_min"], step["b_max"]]

@@ -112,7 +112,7 @@ def find_bundle(name: str | Path | Bundle) -> Bundle:
         if not ((folder / "configs").is_dir() or (folder / "bundle.json").is_file()):
             if (folder / "folds.json").is_file():
                 raise BundleError(
-                    f"'{name}' holds an unfinished cross-validation: finish it with "
+                    f"'{name}' contains an unfinished cross-validation: finish it with "
                     "`medseg train --folds ... --resume`, which makes this folder a bundle, the ensemble of the folds",
                     path=folder,
                 )

@@ -80,7 +80,7 @@ def compose(bundle: Config) -> dict[str, Config]:
     try:
         return _composed(bundle)
     except RecursionError as error:
-        raise BundleError("bundle.json: its blocks hold each other, or too many blocks") from error
+        raise BundleError("bundle.json: circular or too deeply nested blocks") from error
 
 
 def _composed(bundle: Config) -> dict[str, Config]:
@@ -141,10 +141,10 @@ def _merged_knobs(recipe: Config, bundle: Config) -> Config:
 
 
 def checked_value(name: str, value: Any, default: Any) -> Any:
-    """Return `value` if it is finite and of the kind of `default` (whole numbers pass for floats).
+    """Return a value that is finite and of the type of `default`; an integer is accepted for a float.
 
     Raises:
-        BundleError: It is not; the message begins with `name`.
+        BundleError: Any other value; the message begins with `name`.
     """
     if isinstance(value, float) and not math.isfinite(value):
         raise BundleError(f"{name}: found {value!r}, expected a finite number")
@@ -154,7 +154,7 @@ def checked_value(name: str, value: Any, default: Any) -> Any:
         if isinstance(default, list) and default:
             return [checked_value(f"{name}[{i}]", item, default[0]) for i, item in enumerate(value or [])]
         return value
-    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", list: "a list"}
+    kinds = {bool: "true or false", int: "an integer", float: "a number", str: "a text", list: "a list"}
     wanted = kinds.get(type(default), type(default).__name__)
     raise BundleError(f"{name}: found {value!r}, expected {wanted} (for example {default!r})")
 
@@ -182,7 +182,7 @@ def _constants(template: Config, bundle: Config) -> Config:
 
 
 def _label_names(labels: Config, mapping: Config) -> dict[str, int]:
-    """Return by the name of each class a value that the mapping maps to it: the first, or any that it does not name."""
+    """Return a label value for each class name: the first that is mapped to it, or a free one for "other"."""
     free = next(value for value in range(1, len(mapping) + 2) if str(value) not in mapping)
     values = {index: free if value == "other" else int(value) for value, index in reversed(mapping.items())}
     return {name: values[int(key)] for key, name in labels.items() if key != "0" and int(key) in values}
@@ -195,7 +195,7 @@ def _config(skeleton: Config, blocks: Config, values: Config) -> Config:
 
 
 def _expand(node: Any, blocks: Config, left: Iterator[int]) -> Any:
-    """Put in the blocks, as long as there are some left: blocks that hold each other would never end."""
+    """Replace references by their blocks, up to a maximum number that stops circular references."""
     if isinstance(node, dict):
         if set(node) == {"block"}:
             name = node["block"]

@@ -45,7 +45,7 @@ def read_recipe(name: str, spatial_dims: int) -> dict[str, Any]:
 def with_recipe(bundle: Mapping[str, Any], name: str, spatial_dims: int) -> dict[str, Any]:
     """Return the content of a `bundle.json` that trains with a recipe, or with its template alone if `name` is empty.
 
-    The bundle's own values of the settings and blocks that the recipe sets are dropped; the others stay.
+    The recipe replaces the bundle's values of its settings and blocks; all others are kept.
 
     Raises:
         RequestError: Unknown recipe.

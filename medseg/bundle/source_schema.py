@@ -1,7 +1,7 @@
-"""The JSON Schema of `bundle.json`: checking a source against it, with the path of each fault.
+"""Validation of `bundle.json` against its JSON Schema, with the path of each fault.
 
-The schema (`schema/bundle.schema.json`, draft 2020-12) also serves editors, which show its descriptions and complete
-names. It knows the form of every entry; what depends on the template, or on two entries together, is checked by
+The schema (`schema/bundle.schema.json`, draft 2020-12) is also for editors, which show its descriptions and complete
+names. It covers the form of each entry; conditions on the template or on several entries are checked by
 `medseg.bundle.compose`.
 """
 
@@ -27,7 +27,7 @@ SCHEMA: Final = Path(__file__).parent / "schema" / "bundle.schema.json"
 _TYPES: Final = {
     "array": "a list",
     "boolean": "true or false",
-    "integer": "a whole number",
+    "integer": "an integer",
     "null": "null",
     "number": "a number",
     "object": "an object",
@@ -38,7 +38,7 @@ _MAX_FAULTS: Final = 5
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return a hint for a misspelt name: `; did you mean 'x'?`, or the list of what is known."""
+    """Return a hint for a misspelled name: `; did you mean 'x'?`, or the list of known names."""
     known = sorted(known)
     close = get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else f"; known are: {', '.join(known)}"
@@ -48,7 +48,7 @@ def check_source(source: object) -> None:
     """Check the content of a `bundle.json` against its schema.
 
     Raises:
-        BundleError: It does not fit; each line names an entry by its path, what was found and what was expected.
+        BundleError: Invalid entries; each line has the path of one, the value found and the value expected.
     """
     faults = [_fault(error) for error in sorted(_validator().iter_errors(source), key=lambda error: str(error.path))]
     if faults:
@@ -57,7 +57,7 @@ def check_source(source: object) -> None:
 
 
 def place(path: Sequence[str | int]) -> str:
-    """Return where an entry stands, such as `bundle.json: knobs.spacing[1]`."""
+    """Return the location of an entry, such as `bundle.json: knobs.spacing[1]`."""
     text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)
     return f"bundle.json: {text.lstrip('.')}" if path else "bundle.json"
 
@@ -81,7 +81,7 @@ def _fault(error: jsonschema.ValidationError) -> str:
 
 
 def _expected(error: jsonschema.ValidationError) -> str:
-    """Say what an entry should be: by its type or least size, else in the words that the schema describes it with."""
+    """Describe the expected value: its type or minimum, otherwise the description in the schema."""
     value = error.validator_value
     if error.validator == "type":
         return " or ".join(_TYPES[name] for name in ([value] if isinstance(value, str) else value))

@@ -1,11 +1,11 @@
 """Whether a bundle is plain data or contains executable code, decided before anything of it is imported or evaluated.
 
-A MONAI config is a program: any dotted `_target_` is imported and called, any text that starts with `$` is evaluated,
-`%` pulls in another file. A bundle is *declarative* when none of that can happen except for the parts listed in
-`medseg.bundle.allowed`; any other bundle runs only if the user gives the `fingerprint` of exactly its content.
+A MONAI config can execute code: any dotted `_target_` is imported and called, any text that starts with `$` is
+evaluated, and `%` includes another file. A bundle is *declarative* if it uses none of these but the components in the
+list of `medseg.bundle.allowed`; any other bundle runs only if the user passes the `fingerprint` of exactly its content.
 
-What is judged is one job: the files that MONAI merges for it, since a later file may replace a value that an earlier
-one refers to. Hand MONAI the very content that was checked. This module loads nothing but the standard library.
+The unit of checking is one job with all the files that MONAI merges for it, because a later file may replace a value
+that an earlier one refers to. MONAI must get the content that was checked. Only the standard library is imported.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ _TARGETS: Final = frozenset(
     f"{module}.{name}" for modules in ALLOWED.values() for module, names in modules.items() for name in names.split()
 )
 _SPECIAL_KEYS: Final = {"_target_", "_desc_", "_disabled_", "_mode_", "_requires_"}
-# MONAI puts the bundle folder before the installed packages on the import path, so these can stand in for any of them.
+# MONAI puts the bundle folder first on the import path, so these files could replace any installed package.
 _IMPORTABLE: Final = (".py", ".pyc", ".pyo", ".pyw", ".pyd", ".so", ".dylib", ".dll")
 _ESCAPES: Final = re.compile(r"^\s*(?:[/\\~]|[A-Za-z]:[/\\])|(?:^|[/\\])\s*\.\.\s*(?:[/\\]|$)|://|\x00")
 _IMPORT: Final = re.compile(r"\$\s*(?:import|from)\b")
 _INDEX: Final = re.compile(r"0|[1-9][0-9]{0,8}")
 _METADATA: Final = "_meta_"
-# MONAI renames the first to the second when it reads a config, over what stands there.
+# MONAI renames the first key to the second when it reads a config, and overwrites an existing value.
 _OLD_NAME: Final = "optional_packages_version"
 _NEW_NAME: Final = "required_packages_version"
 _INSIDE: Final = "medseg.components.inside"
@@ -59,14 +59,15 @@ _MISSING: Final = object()
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing in a bundle that runs something, or tries to.
+    """An entry or file of a bundle that executes code or is not allowed in a declarative bundle.
 
     Attributes:
-        where: the MONAI id in the config, as in `train::handlers::3`, or the path of a file in the bundle.
-        kind: callable, expression, import, macro, mode, argument, reference, key, path, value, depth or file.
-        value: what stands there, unabridged and unescaped.
-        allowed: whether a declarative bundle may hold it.
-        reason: why not; empty when allowed.
+        where: MONAI id of the entry, such as `train::handlers::3`, or path of the file in the bundle.
+        kind: "callable", "expression", "import", "macro", "mode", "argument", "reference", "key", "path", "value",
+            "depth", "file" or "weights".
+        value: Value of the entry, neither shortened nor escaped.
+        allowed: Whether it is allowed in a declarative bundle.
+        reason: Reason why it is not; empty if it is.
     """
 
     where: str
@@ -83,33 +84,33 @@ class Finding:
 def find_programs(
     config: Mapping[str, Any], within: Mapping[str, Any] | None = None, *, metadata: bool = False
 ) -> list[Finding]:
-    """List every callable, expression, macro and import of a config, and all else that a declarative one may not hold.
+    """List every callable, expression, macro and import of a config, and all else not allowed in a declarative one.
 
     Args:
-        config: plain JSON data. Nothing in it is imported or evaluated.
-        within: where `@` references lead, if the config runs as a part of something larger.
-        metadata: whether this is the content of `metadata.json`, which configs find under `_meta_`.
+        config: Config as JSON values. Nothing in it is imported or evaluated.
+        within: Merged config in which `@` references are looked up; by default `config` itself.
+        metadata: Whether `config` is the content of `metadata.json`, to which other configs refer as `_meta_`.
 
     Returns:
-        Findings in the order of the config; empty for pure data.
+        Findings in the order of the config; empty for plain data.
     """
     walk = _Walk(config if within is None else within)
     if not metadata and _METADATA in config:
-        # It would take the place of the metadata in the files, or not, by the way in which MONAI is called.
-        walk.note((_METADATA,), "key", _METADATA, "only metadata.json holds metadata")
+        # Whether it would replace the metadata in the files depends on how MONAI is called.
+        walk.note((_METADATA,), "key", _METADATA, "metadata belongs in metadata.json")
     if _OLD_NAME in config and not (metadata and _NEW_NAME not in config):
-        walk.note((_OLD_NAME,), "key", _OLD_NAME, f"MONAI puts it in the place of {_NEW_NAME}")
+        walk.note((_OLD_NAME,), "key", _OLD_NAME, f"MONAI renames it to {_NEW_NAME} and overwrites that entry")
     walk.visit(config, (_METADATA,) if metadata else ())
     return walk.findings
 
 
 def leads_inside(value: object, config: Mapping[str, Any]) -> bool:
-    """Tell whether a value of a config is a folder in its own bundle, and stays one."""
+    """Return whether a value of a config is certainly a folder inside its bundle."""
     return _Walk(config).is_inside(value)
 
 
 def find_files(bundle_root: Path) -> list[Finding]:
-    """List the files that a declarative bundle may not hold: importable ones, links to elsewhere, non-JSON configs."""
+    """List the files not allowed in a declarative bundle: importable files, links outside, non-JSON configs."""
     problems = ((name, _file_problem(bundle_root, name, path)) for name, path in _files(bundle_root))
     return [Finding(name, "file", name, False, problem) for name, problem in problems if problem]
 
@@ -118,13 +119,13 @@ def check(configs: Mapping[str, Mapping[str, Any]], bundle: str) -> None:
     """Refuse a job that is not declarative.
 
     Args:
-        configs: the files of one job under their names, in the order in which MONAI merges them: an entry of a later
-            file replaces the same entry of an earlier one. `metadata.json` may be among them, and under the name
-            `SETTINGS` what the user changes, who may name any path but may not run anything either.
-        bundle: what the user called the bundle.
+        configs: Contents of the job's files by name, in the order in which MONAI merges them: an entry of a later file
+            replaces that of an earlier one. They may include `metadata.json`, and under the name `SETTINGS` the user's
+            settings, which may name any path but may not execute anything either.
+        bundle: Name of the bundle for the message.
 
     Raises:
-        UntrustedBundleError: names the first few entries that a declarative bundle may not hold.
+        UntrustedBundleError: Entries not allowed in a declarative bundle; the message lists the first of them.
     """
     _refuse(bundle, _forbidden(configs))
 
@@ -132,22 +133,22 @@ def check(configs: Mapping[str, Mapping[str, Any]], bundle: str) -> None:
 def fingerprint(bundle_root: Path) -> str:
     """Return the SHA-256, in hex, of everything in a bundle folder.
 
-    All files count, with their paths: a trusted program may read any of them, so none is omitted, neither
-    weights nor results. Running a bundle in a way that changes its folder therefore changes its fingerprint.
+    All files count, with their paths, including weights and results, because trusted code may read any of them. A job
+    that writes into the bundle's folder therefore changes the fingerprint.
 
     Raises:
-        BundleError: the bundle cannot be read, or holds a link that leads out of it or something that is not a file.
+        BundleError: An unreadable bundle, or one with a link outside it or with something that is not a regular file.
     """
     digest = hashlib.sha256()
     for name, path in _files(bundle_root):
         if problem := _outside(bundle_root, path):
             raise BundleError(
-                f"{_shown(name)} in {bundle_root} cannot be part of a fingerprint: it is {problem}; remove it"
+                f"Cannot compute the SHA-256 of bundle {bundle_root}: {_shown(name)} is {problem}. Remove it."
             )
         try:
             entry = ["link", name, str(path.readlink())] if path.is_symlink() else ["file", name, sha256_file(path)]
         except OSError as error:
-            raise BundleError(f"cannot read the bundle file {path}: {error}") from error
+            raise BundleError(f"Cannot read the bundle file {path}: {error}.") from error
         digest.update(json.dumps(entry).encode())
     return digest.hexdigest()
 
@@ -156,15 +157,15 @@ def require_trust(bundle_root: Path, configs: Mapping[str, Mapping[str, Any]], t
     """Accept a job if its bundle is declarative, or if the user trusts exactly the bundle's content.
 
     Args:
-        bundle_root: folder of the bundle. Its `configs/metadata.json` is checked too, since MONAI always reads it;
-            as it is among the configs, or else as it lies there.
-        configs: what is about to run, as for `check`.
-        trust: Fingerprint given by the user. It is compared even for a declarative bundle.
+        bundle_root: Folder of the bundle. Its `configs/metadata.json`, which MONAI always reads, is checked even if
+            `configs` does not include it.
+        configs: Configs of the job, as for `check`.
+        trust: Fingerprint given by the user, which must match even for a declarative bundle.
 
     Raises:
-        BundleError: the bundle cannot be read.
-        UntrustedBundleError: Neither holds. The message does not give the right fingerprint, which only
-            `medseg bundle inspect` prints, beside what it stands for.
+        BundleError: An unreadable bundle.
+        UntrustedBundleError: Neither is the case. The message does not contain the right fingerprint, which only
+            `medseg bundle inspect` prints, together with what the bundle would execute.
     """
     if trust is None:
         metadata = bundle_root / "configs" / "metadata.json"
@@ -172,18 +173,18 @@ def require_trust(bundle_root: Path, configs: Mapping[str, Mapping[str, Any]], t
         _refuse(bundle_root.name, [*find_files(bundle_root), *_forbidden({**configs, **known})])
     elif not re.fullmatch(r"[0-9a-fA-F]{64}", trust):
         raise UntrustedBundleError(
-            f"--trust takes the SHA-256 of a bundle, 64 hexadecimal digits, not {_shown(trust)}; "
-            f"{_inspect(bundle_root.name)} prints it"
+            f"Invalid --trust {_shown(trust)}: expected the SHA-256 of the bundle, 64 hexadecimal digits, which "
+            f"{_inspect(bundle_root.name)} prints."
         )
     elif trust.lower() != fingerprint(bundle_root):
         raise UntrustedBundleError(
-            f"bundle {_shown(bundle_root.name)} does not match --trust {trust[:12]}...: files were added, "
-            f"removed or changed. Inspect it again: {_inspect(bundle_root.name)} prints its present SHA-256"
+            f"Bundle {_shown(bundle_root.name)} does not match --trust {trust[:12]}...: files were added, removed or "
+            f"changed. Check it again with {_inspect(bundle_root.name)}, which prints its present SHA-256."
         )
 
 
 class _Walk:
-    """Goes through a config and notes what it finds; `whole` is where its references lead."""
+    """Traversal of a config that collects findings; references are looked up in `whole`."""
 
     def __init__(self, whole: Mapping[str, Any]) -> None:
         self.whole = whole
@@ -205,7 +206,7 @@ class _Walk:
         elif isinstance(value, str):
             self.text(value, at)
         elif not isinstance(value, bool | int | float | None):
-            self.note(at, "value", value, "not plain JSON data")
+            self.note(at, "value", value, "not a JSON value")
 
     def note(self, at: tuple[str, ...], kind: str, value: object, reason: str = "") -> None:
         text = value if isinstance(value, str) else repr(value)
@@ -213,31 +214,33 @@ class _Walk:
 
     def key(self, key: object, at: tuple[str, ...]) -> None:
         if not isinstance(key, str) or not key:
-            self.note(at, "key", key, "keys are non-empty text")
+            self.note(at, "key", key, "keys must be non-empty strings")
         elif "::" in key or "#" in key or key.lstrip()[:1] in ("$", "%", "@", "+"):
-            self.note(at, "key", key, "holds a sign that MONAI reads as part of an id, a macro or an expression")
+            self.note(
+                at, "key", key, "contains a character that MONAI interprets as part of an id, a macro or an expression"
+            )
         elif at[:1] != (_METADATA,) and _ESCAPES.search(key):
-            self.note(at, "path", key, "leads out of the bundle or names an address")
+            self.note(at, "path", key, "leads outside the bundle or is a URL")
 
     def text(self, text: str, at: tuple[str, ...]) -> None:
         start = text.lstrip()[:1]
         if at[:1] == ("imports",) or _IMPORT.match(text):
-            self.note(at, "import", text, "imports modules of its own choice")
+            self.note(at, "import", text, "imports arbitrary modules")
         elif start == "$":
             self.note(at, "expression", text, "would be evaluated as Python")
         elif start == "%":
-            self.note(at, "macro", text, "would be replaced by the content of another place or file")
+            self.note(at, "macro", text, "would be replaced by another entry or file")
         elif start == "@":
             self.reference(text, at)
         elif at[:1] != (_METADATA,) and _ESCAPES.search(text):
-            self.note(at, "path", text, "leads out of the bundle or names an address")
+            self.note(at, "path", text, "leads outside the bundle or is a URL")
 
     def reference(self, text: str, at: tuple[str, ...]) -> None:
         found = self.look_up(text)
         if found is _MISSING:
-            self.note(at, "reference", text, "this program has no such id; relative ids are not allowed")
+            self.note(at, "reference", text, "no such id in the configs of this job; relative ids are not allowed")
         elif text.startswith("@_meta_"):
-            # Metadata is prose with addresses in it, so what is taken from it is looked at here.
+            # Metadata may contain URLs, so values taken from it are checked here.
             items = found if isinstance(found, list) else [found]
             if any(isinstance(i, Mapping | list) or (isinstance(i, str) and _ESCAPES.search(i)) for i in items):
                 self.note(at, "reference", text, "only plain values may be taken from the metadata")
@@ -245,7 +248,7 @@ class _Walk:
     def component(self, config: Mapping[str, Any], at: tuple[str, ...]) -> None:
         target = config["_target_"]
         in_metadata = at[:1] == (_METADATA,)
-        self.note(at, "callable", target, "metadata runs nothing" if in_metadata else _target_problem(target))
+        self.note(at, "callable", target, "not allowed in metadata" if in_metadata else _target_problem(target))
         if config.get("_mode_", "default") != "default":
             self.note((*at, "_mode_"), "mode", config["_mode_"], 'only "default" is allowed')
         if not isinstance(config.get("_disabled_", False), bool):
@@ -253,7 +256,7 @@ class _Walk:
         rules = {**ARGUMENTS["*"], **(ARGUMENTS.get(target, {}) if isinstance(target, str) else {})}
         for name, value in config.items():
             if str(name).startswith("_") and name not in _SPECIAL_KEYS:
-                self.note((*at, str(name)), "argument", value, "no argument of an allowed part starts with _")
+                self.note((*at, str(name)), "argument", value, "arguments that start with _ are not allowed")
             elif name in rules and not self.is_one_of(value, rules[name]):
                 self.note((*at, name), "argument", value, f"only {', '.join(map(repr, rules[name]))} allowed")
             elif name == "bundle_root" and value != "@bundle_root":
@@ -262,10 +265,10 @@ class _Walk:
             self.place(config, PLACES[target], at)
 
     def place(self, config: Mapping[str, Any], argument: str, at: tuple[str, ...]) -> None:
-        # MONAI's own defaults are folders where the user happens to be; ours have none.
+        # The defaults of MONAI are folders in the current directory; medseg's components have no default.
         value = config.get(argument, "" if config["_target_"].startswith("monai.") else "@output_dir")
         if value != "@output_dir" and not self.is_inside(value):
-            reason = f"files go to @output_dir, or to a folder that {_INSIDE} gives for @bundle_root"
+            reason = f"output must go to @output_dir, or to a folder from {_INSIDE} with root @bundle_root"
             self.note((*at, argument), "path", value, reason)
 
     def is_inside(self, value: object, hops: int = 0) -> bool:
@@ -279,7 +282,7 @@ class _Walk:
         if hops > MAX_DEPTH:
             return False
         if isinstance(value, str) and value.startswith("@"):
-            # Each reference once: lists of references to lists of references would take forever.
+            # Each reference once: nested lists of references would take exponential time.
             judged = (value, choices)
             if judged not in self.judged:
                 self.judged[judged] = False
@@ -308,17 +311,17 @@ class _Walk:
 
 def _target_problem(target: object) -> str:
     if not isinstance(target, str) or "." not in target:
-        return "must be the full dotted name of a part"
+        return "must be the full dotted name of a component"
     if target in _TARGETS:
         return ""
     if (now := current_target(target)) is not None:
-        return f"its name before medseg {__version__}; `medseg bundle build` on the bundle's folder renames it to {now}"
-    return "not on the list of allowed parts"
+        return f"renamed to {now} in medseg {__version__}; run `medseg bundle build` on the bundle's folder"
+    return "not on the list of allowed components"
 
 
 def _forbidden(configs: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
     parts = {name: {_METADATA: config} if _is_metadata(name) else config for name, config in configs.items()}
-    # MONAI sets the metadata after the configs, whatever they say of it.
+    # MONAI sets the metadata after the configs and overwrites their entry.
     whole = {key: parts[name][key] for name in sorted(parts, key=_is_metadata) for key in parts[name]}
     return [
         replace(found, where=f"{name}: {found.where}")
@@ -339,9 +342,9 @@ def _refuse(bundle: str, forbidden: Sequence[Finding], shown: int = 5) -> None:
     if len(forbidden) > shown:
         lines.append(f"  ... and {len(forbidden) - shown} more")
     raise UntrustedBundleError(
-        "\n".join([f"bundle {_shown(bundle)} was not started: it contains executable code and is not trusted", *lines])
-        + f"\n{_inspect(bundle)} lists everything it would execute, without executing it, and its SHA-256. "
-        "If you trust all of it, repeat the command with --trust SHA256"
+        "\n".join([f"Bundle {_shown(bundle)} was not started: it contains executable code and is not trusted", *lines])
+        + f"\n{_inspect(bundle)} lists everything it would execute, without executing it, and prints its SHA-256. "
+        "If you trust all of it, repeat the command with --trust SHA256."
     )
 
 
@@ -350,16 +353,16 @@ def _inspect(bundle: str) -> str:
 
 
 def _shown(text: str, limit: int = 100) -> str:
-    """Quote text so that control characters and look-alike letters show, cut to `limit` characters."""
+    """Quote text with control and non-ASCII characters escaped, cut to `limit` characters."""
     quoted = ascii(text if len(text) <= limit else text[:limit])
     return quoted if len(text) <= limit else f"{quoted[:-1]}...{quoted[-1]}"
 
 
 def _files(root: Path) -> Iterator[tuple[str, Path]]:
-    """Yield every file and link below `root` with its path inside, in a fixed order."""
+    """Yield every file and link below `root` with its relative path, in a fixed order."""
 
     def fail(error: OSError) -> None:
-        raise BundleError(f"cannot read the bundle {root}: {error}") from error
+        raise BundleError(f"Cannot read the bundle {root}: {error}.") from error
 
     paths = []
     for folder, folders, files in os.walk(root, onerror=fail):
@@ -372,19 +375,19 @@ def _file_problem(root: Path, name: str, path: Path) -> str:
     if problem := _outside(root, path):
         return problem
     if path.is_symlink() and path.is_dir():
-        return "a link to a folder, and copying might never end"
+        return "a link to a folder, which could make copying endless"
     if name.lower().endswith(_IMPORTABLE):
-        return "Python could import it"
+        return "a file that Python could import"
     if name.lower().split("/")[0] == "configs" and not name.lower().endswith(".json"):
-        return "only JSON files may stand in configs"
+        return "not a JSON file, as required in configs"
     return ""
 
 
 def _outside(root: Path, path: Path) -> str:
     try:
         if not path.resolve(strict=True).is_relative_to(root.resolve()):
-            return "a link that leads out of the bundle"
+            return "a link that leads outside the bundle"
         mode = path.stat().st_mode
-    except (OSError, RuntimeError):  # older Pythons raise RuntimeError for a link that leads to itself
-        return "a link that leads nowhere"
-    return "" if stat.S_ISREG(mode) or stat.S_ISDIR(mode) else "not an ordinary file"
+    except (OSError, RuntimeError):  # older Pythons raise RuntimeError for a link to itself
+        return "a broken link"
+    return "" if stat.S_ISREG(mode) or stat.S_ISDIR(mode) else "not a regular file"

@@ -1,6 +1,6 @@
-"""Bundles of earlier layouts: their configs name parts by the modules that held them then.
+"""Upgrade of bundles from earlier versions, whose configs name components by their former modules and classes.
 
-`medseg bundle build` rewrites such names in `bundle.json`; weights stay as they are.
+`medseg bundle build` renames them in `bundle.json`; weights are unchanged.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _NAMESPACE: Final = "medseg.components"
 
 
 def current_target(target: object) -> str | None:
-    """Return what an earlier layout's `_target_` is called now; None for anything else."""
+    """Return the present name of a `_target_` of an earlier version; None for any other value."""
     if not isinstance(target, str) or not target.startswith("medseg.") or target.startswith(f"{_NAMESPACE}."):
         return None
     name = target.rpartition(".")[2]
@@ -35,7 +35,7 @@ def current_target(target: object) -> str | None:
 
 
 def upgraded(content: Any) -> Any:
-    """Return JSON content with the targets of earlier layouts replaced by their present names."""
+    """Return JSON content with the targets of earlier versions replaced by their present names."""
     if isinstance(content, list):
         return [upgraded(item) for item in content]
     if not isinstance(content, dict):

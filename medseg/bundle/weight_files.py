@@ -1,4 +1,4 @@
-"""What a weight file would do when it is read, found out without torch: what it calls, and how large it may become."""
+"""Static checks of weight files, without torch: calls in their pickles, and their size when loaded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["find_pickled", "weights_problem"]
 _MAX_PICKLE_BYTES: Final = 16 * 2**20
 _MAX_CALLS: Final = 20
 
-# What a state dict of tensors names in its pickle.
+# Names in the pickle of a state dict of tensors.
 _TENSOR_NAMES: Final = frozenset(
     {
         *("collections OrderedDict", "torch.storage UntypedStorage", "torch.storage TypedStorage"),
@@ -30,52 +30,52 @@ _TENSOR_NAMES: Final = frozenset(
         *(f"torch float{bits}" for bits in (16, 32, 64)),
     }
 )
-# Opcodes that call or name things in ways that a state dict does not need.
+# Opcodes that call or look up objects and that a state dict does not need.
 _CALLING: Final = frozenset({"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "PERSID"})
 
 
 def find_pickled(path: Path, name: str) -> Iterator[Finding]:
-    """Yield what a weight file is besides tensors, as torch would read it. Nothing is unpickled.
+    """Yield everything in a weight file besides tensors. Nothing is unpickled.
 
     Args:
-        path: the file.
-        name: how it is called in findings.
+        path: Weight file.
+        name: Name of the file in the findings.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             pickles = [info for info in archive.infolist() if info.filename.endswith(".pkl")]
             if any(info.filename.endswith("/constants.pkl") for info in pickles):
-                yield Finding(name, "weights", "TorchScript", False, "a program, not tensors")
+                yield Finding(name, "weights", "TorchScript", False, "contains executable code, not only tensors")
                 return
             if problem := weights_problem(archive, path.stat().st_size):
                 yield Finding(name, "weights", f"{len(pickles)} pickles", False, problem)
                 return
             calls = _calls(archive.read(pickles[0]))
-        yield from (Finding(name, "weights", call, False, "more than tensors") for call in calls)
-    except Exception as error:  # whatever the parsers of the standard library make of it
-        reason = "not a file that torch.save writes since version 1.6"
+        yield from (Finding(name, "weights", call, False, "not part of a state dict of tensors") for call in calls)
+    except Exception as error:  # the parsers raise many types on damaged files
+        reason = "not in the zip format of torch.save (since torch 1.6)"
         yield Finding(name, "weights", f"{type(error).__name__}: {error}", False, reason)
 
 
 def weights_problem(archive: zipfile.ZipFile, size: int) -> str:
-    """Say what about a weight file is not as `torch.save` writes it, and could fill the memory; empty if nothing is.
+    """Return why loading a weight file could exhaust the memory; empty if it has the form that `torch.save` writes.
 
-    Torch also reads packed records, which may unpack to a thousand times their size.
+    Torch also reads compressed records, which may expand to a thousand times their size.
 
     Args:
-        archive: the weight file.
-        size: its bytes.
+        archive: Open weight file.
+        size: Size of the file in bytes.
     """
     entries = archive.infolist()
     pickles = [info for info in entries if info.filename.endswith(".pkl")]
     stored = all(info.compress_type == zipfile.ZIP_STORED for info in entries)
     if not stored or sum(info.file_size for info in entries) > size:
-        return "packed, or larger than its file; torch.save writes weights as they are"
-    return "" if len(pickles) == 1 and pickles[0].file_size <= _MAX_PICKLE_BYTES else "not what torch.save writes"
+        return "compressed, or larger than its file; torch.save stores weights uncompressed"
+    return "" if len(pickles) == 1 and pickles[0].file_size <= _MAX_PICKLE_BYTES else "not in the format of torch.save"
 
 
 def _calls(content: bytes) -> list[str]:
-    """Return the first things that a pickle names, besides what tensors need."""
+    """Return the first names and calls in a pickle that tensors do not need."""
     found: dict[str, None] = {}
     for code, argument, _ in pickletools.genops(content):
         if code.name in _CALLING:

@@ -48,7 +48,7 @@ def test_whole_numbers_pass_for_floats_and_paths_may_be_replaced() -> None:
         ({"max_epoch": 3}, "unknown setting 'max_epoch' of this bundle; did you mean 'max_epochs'?"),
         ({"network": "x"}, "unknown setting 'network'"),
         ({"train::trainer::max_epochs": 3}, "unknown setting"),
-        ({"max_epochs": 2.5}, "max_epochs: found 2.5, expected a whole number"),
+        ({"max_epochs": 2.5}, "max_epochs: found 2.5, expected an integer"),
         ({"learning_rate": float("inf")}, "learning_rate: found inf, expected a finite number"),
         ({"roi_size": [8, float("nan")]}, r"roi_size\[1\]: found nan, expected a finite number"),
         ({"max_epochs": "$__import__('os')"}, "takes a plain value"),

@@ -431,7 +431,7 @@ def test_paths_cannot_come_in_through_the_metadata(reference, good, order):
 def test_the_old_name_of_an_entry_may_stand_in_metadata_but_not_beside_the_new_one():
     old = {**METADATA, "optional_packages_version": {"x": "1"}}
     trust.check({"train.json": DECLARATIVE, "metadata.json": old}, "foreign")
-    with pytest.raises(UntrustedBundleError, match="in the place of required_packages_version"):
+    with pytest.raises(UntrustedBundleError, match="renames it to required_packages_version"):
         trust.check({"train.json": DECLARATIVE, "metadata.json": {**old, "required_packages_version": {}}}, "foreign")
 
 

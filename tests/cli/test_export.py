@@ -174,5 +174,5 @@ def test_a_hostile_archive_is_refused(medseg: Any, trained: Bundle, tmp_path: Pa
     path.write_bytes(path.read_bytes().replace(b"configs/inference.json", b"configs/../../x/y.json"))
     code, _, err = medseg("bundle", "unpack", path, "-o", tmp_path / "new")
     assert code == 2
-    assert "leads out of the bundle" in err
+    assert "outside the bundle" in err
     assert [entry.name for entry in tmp_path.iterdir()] == ["b.zip"]
