@@ -153,7 +153,7 @@ def _objects_reason(cases: Sequence[CaseStats]) -> str:
 def _shares(fingerprint: Fingerprint) -> str:
     shares = [share for value, share in fingerprint.shares().items() if value != 0]
     largest = max(shares, default=0.0)
-    note = f"; foreground covers {sum(shares):.3g} of all voxels" if shares else ""
+    note = f"; foreground covers {100 * sum(shares):.3g}% of all voxels" if shares else ""
     if largest > 0.5:
         note += ", more than half: check which value is the background"
     return note

@@ -209,8 +209,8 @@ def _knobs(
         "find the best weights, at a tenth of the training time or less",
         "warmup_epochs": f"one in {_WARMUP_SHARE} of the {schedule.epochs} epochs, at least one",
         "learning_rate": _rate_reason(request, analysis),
-        "ema_decay": f"averages the weights over about {1 / (1 - _average(steps)):.0f} of {steps:,} steps, at most a "
-        "fortieth, so that the last steps, at a learning rate near 0, dominate",
+        "ema_decay": f"averages about the last {1 / (1 - _average(steps)):.0f} of {steps:,} steps, in which the "
+        "learning rate is near 0",
         "precision": _precision_reason(found.measured),
     }
     passed = -(-len(fingerprint.cases) // item.batch_size)
@@ -254,8 +254,8 @@ def _sampling(analysis: DatasetAnalysis, fingerprint: Fingerprint, item: Candida
         return 0.0, f"a patch covers the median image, {shown(analysis.shape)}, and with it the foreground"
     share = next(share for limit, share in _FOREGROUND if foreground >= limit)
     return share, (
-        f"{foreground:.2g} of all voxels are foreground, and a patch has {sizes}: the rarer the foreground, the more "
-        "patches are centered on it, with each class equally often"
+        f"{100 * foreground:.2g}% of all voxels are foreground, and a patch has {sizes}: the rarer the foreground, the "
+        "more patches are centered on it, with each class equally often"
     )
 
 
@@ -294,7 +294,7 @@ def _network_reason(analysis: DatasetAnalysis, request: PlanRequest, found: Foun
     if found.larger:
         text += f"; {found.larger} larger sizes do not fit in {shown_bytes(request.memory)}"
     elif request.budget is None and item.width <= 16:
-        text += "; without a GPU and --budget, a size that two CPU cores train in hours"
+        text += "; with neither a GPU nor a --budget, a size that two CPU cores train in hours"
     return text
 
 
@@ -347,7 +347,7 @@ def _cases(item: Candidate) -> str:
 
 def _precision_reason(measured: Measurement | None) -> str:
     if measured is None:
-        return "float32, because no training step was measured"
+        return "the default, because no training step was measured"
     times = ", ".join(f"{name} {seconds:.2g} s" for name, seconds in measured.step_seconds.items())
     threads = f"{measured.threads} threads" if measured.device == "cpu" else measured.device
     return f"a training step on {threads} takes {times}; bfloat16 is used if it saves a fifth of the time"
