@@ -54,8 +54,8 @@ def predict(
         output: Folder of the results, created if missing.
         settings: Settings of the bundle to change, by name.
         resume: Whether to skip what an earlier run with the same settings has finished.
-        overlay: Whether to draw each mask over its image, as a PNG beside it.
-        trust: SHA-256 of a bundle that contains executable code, to run it all the same.
+        overlay: Whether to draw each mask over its image, as a PNG next to it.
+        trust: SHA-256 of a bundle that contains executable code, to confirm that you trust it.
         strict: Whether a warning fails its case, or ends the run if it belongs to none.
         report: Called with the number of cases done, their total, and a short note.
         announce: Called with the name of each case and its forecast of time and memory.
@@ -116,7 +116,7 @@ def evaluate(
         split: Part of the data set: "val", "train" or "test".
         output: Folder of `manifest.json`; the bundle's `runs/evaluate` by default.
         settings: Settings of the bundle to change, by name.
-        trust: SHA-256 of a bundle that contains executable code, to run it all the same.
+        trust: SHA-256 of a bundle that contains executable code, to confirm that you trust it.
         strict: Whether a warning fails its case, or ends the run if it belongs to none.
         report: Called with the number of cases done, their total, and a short note.
 
@@ -159,7 +159,7 @@ def train(
         devices: Number of processes that train together; on CUDA each has a device of its own.
         resume: Whether to continue from the last finished epoch.
         overwrite: Whether to replace existing weights.
-        trust: SHA-256 of a bundle that contains executable code, to run it all the same.
+        trust: SHA-256 of a bundle that contains executable code, to confirm that you trust it.
         strict: Whether a warning fails its case, or ends the run if it belongs to none.
         report: Called with the number of epochs done, their total, and a short note.
 

@@ -1,6 +1,6 @@
-"""Why a process that trains has died, and what to change: signals, memory, exceptions and the case they came with.
+"""Diagnosis of a training process that died: signals, memory and exceptions, the case at work, and advice.
 
-Nothing beyond the standard library is imported.
+Only the standard library is imported.
 """
 
 from __future__ import annotations
@@ -20,45 +20,48 @@ from medseg.errors import MedsegError, error_from_json, links, own_error
 __all__ = ["Note", "case_of", "describe_exit", "explain", "memory_kills", "note_of"]
 
 _LESS_MEMORY: Final = (
-    "use less memory: --set cache_memory=0, a smaller batch_size, patch_size or num_workers, fewer --devices; on a "
-    "cluster ask for more"
+    "use less memory: --set cache_memory=0, a smaller batch_size, patch_size or num_workers, or fewer --devices; on a "
+    "cluster, request more memory"
 )
 _SIGNALS: Final[Mapping[str, tuple[str, str]]] = {
-    "SIGKILL": ("which the system sends when memory runs out, and people and job schedulers send too", _LESS_MEMORY),
-    "SIGTERM": ("which asks it to stop, as job schedulers do at a time limit", "ask for more time, or go on later"),
-    "SIGINT": ("which asks it to stop, as Ctrl-C does", "go on later"),
-    "SIGXCPU": ("since its limit of processor time was used up", "ask for more time, or go on later"),
+    "SIGKILL": ("sent by the system when memory runs out, or by a user or job scheduler", _LESS_MEMORY),
+    "SIGTERM": ("a request to stop, as job schedulers send at a time limit", "request more time, or continue later"),
+    "SIGINT": ("a request to stop, as by Ctrl-C", "continue later"),
+    "SIGXCPU": ("because its limit of CPU time was reached", "request more time, or continue later"),
     "SIGBUS": (
-        "which comes when shared memory or the disk behind a file in memory is full",
+        "because shared memory, or the disk of a memory-mapped file, is full",
         "--set num_workers=0, or more shared memory (docker run --shm-size=4g)",
     ),
     "SIGSEGV": (
         "a crash inside a library",
-        "try --devices 1 and --set num_workers=0; if it stays, install torch and MONAI anew in the tested versions",
+        "try --devices 1 and --set num_workers=0; if it persists, reinstall torch and MONAI in the tested versions",
     ),
-    "SIGABRT": ("since a library gave up; its last words are in the log", "look at the log"),
+    "SIGABRT": ("because a library aborted; its message is in the log", "check the log"),
     "SIGILL": (
-        "since a library uses an instruction that this processor does not have",
-        "install packages that were built for this processor",
+        "because a library uses an instruction that this processor lacks",
+        "install packages built for this processor",
     ),
-    "SIGFPE": ("a division by zero inside a library", "look at the log; try --set precision=float32"),
+    "SIGFPE": ("a division by zero inside a library", "check the log; try --set precision=float32"),
 }
-# What an exception says -> what to change. The first that fits counts.
+# (pattern in the text of an exception, advice). The first match counts.
 _ADVICE: Final[tuple[tuple[str, str], ...]] = (
-    (r"CUDA out of memory|OutOfMemoryError", "use less of the device: a smaller batch_size or patch_size, precision"),
+    (
+        r"CUDA out of memory|OutOfMemoryError",
+        "use less device memory: a smaller batch_size or patch_size, or --set precision=bfloat16",
+    ),
     (r"MemoryError|[Cc]an't allocate memory|Cannot allocate memory|bad_alloc|Unable to allocate", _LESS_MEMORY),
-    (r"No space left on device", "make room on the disk, or train to another one with --output"),
+    (r"No space left on device", "free disk space, or write to another disk with --output"),
     (r"Too many open files", "raise the limit (ulimit -n 4096), or --set num_workers=0"),
-    (r"EADDRINUSE|[Aa]ddress already in use", "start it again: another program took the port in that moment"),
+    (r"EADDRINUSE|[Aa]ddress already in use", "start it again: another program has taken the port"),
     (r"unable to open shared memory|insufficient shared memory", _SIGNALS["SIGBUS"][1]),
-    (r"NCCL|ncclSystemError", "set NCCL_DEBUG=INFO and look at the log; --device cpu does without NCCL"),
+    (r"NCCL|ncclSystemError", "set NCCL_DEBUG=INFO and check the log; --device cpu trains without NCCL"),
 )
-# What the others say when one of them is gone.
+# Errors of the other processes after one has died.
 _CONNECTION: Final = re.compile(
     r"[Cc]onnection (?:closed|reset|refused)|gloo[/\\]transport|Broken pipe|DistBackendError|DistNetworkError|"
     r"Socket Timeout|ncclRemoteError|recvValue failed|remote process exited"
 )
-# Where MONAI builds the parts of a config, and runs the one that runs the training.
+# The module in which MONAI instantiates the components of a config, including the one that runs the training.
 _INSTANTIATES: Final = "monai.utils.module"
 _SHOWN: Final = 400
 _MEMORY_EVENTS: Final = (Path("/sys/fs/cgroup/memory.events"), Path("/sys/fs/cgroup/memory/memory.oom_control"))
@@ -66,16 +69,16 @@ _MEMORY_EVENTS: Final = (Path("/sys/fs/cgroup/memory.events"), Path("/sys/fs/cgr
 
 @dataclass(frozen=True)
 class Note:
-    """What an exception leaves behind for whoever tells people about it.
+    """Record of an exception in a training process, for the message to the user.
 
     Attributes:
-        time: when, in seconds since the epoch.
-        kind: class of the exception.
-        message: what it says, shortened.
-        place: file and line where it was raised.
-        case: name of the case that was worked on; empty if none is known.
-        own: An error of ours as JSON values, which speaks for itself; None for any other.
-        connection: whether it only tells that another process is gone.
+        time: Time of the exception, in seconds since the epoch.
+        kind: Name of its class.
+        message: Its message, shortened.
+        place: File and line where it was raised.
+        case: Name of the case being processed; empty if unknown.
+        own: The error as JSON values if it is a `MedsegError`; None for any other.
+        connection: Whether it only reports the loss of another process.
     """
 
     time: float
@@ -88,16 +91,16 @@ class Note:
 
     @property
     def exit_code(self) -> int:
-        """What the command line returns for an error of ours; 0 for any other."""
+        """Exit code of the command line for a `MedsegError`; 0 for any other exception."""
         return error_from_json(self.own).exit_code if self.own else 0
 
     def write(self, path: Path) -> None:
-        """Write it as JSON."""
+        """Write the record to a JSON file."""
         path.write_text(json.dumps(asdict(self)), encoding="utf-8")
 
     @classmethod
     def read(cls, path: Path) -> Note | None:
-        """Read one back; None if none was written, or not to its end."""
+        """Read a record; None if there is none, or an incomplete one."""
         try:
             return cls(**json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
@@ -105,17 +108,17 @@ class Note:
 
     @property
     def advice(self) -> str:
-        """What to change; empty if that cannot be told from the exception."""
+        """Advice for the user; empty if the exception suggests none."""
         text = f"{self.kind}: {self.message}"
         return next((advice for pattern, advice in _ADVICE if re.search(pattern, text, re.DOTALL)), "")
 
     def error(self) -> MedsegError:
-        """Return an error of ours as it was, without what it was raised in."""
+        """Return the original `MedsegError`, without the exceptions that wrapped it."""
         return error_from_json(self.own) if self.own else MedsegError(self.message)
 
 
 def note_of(error: BaseException) -> Note:
-    """Return what is to be told of an exception."""
+    """Return the record of an exception."""
     own = own_error(error)
     shown = own or _unwrapped(error)
     message = str(shown).strip()
@@ -133,22 +136,22 @@ def note_of(error: BaseException) -> Note:
 
 
 def _unwrapped(error: BaseException) -> BaseException:
-    """Return what went wrong within a part of a config, of which MONAI's own error only says which part it was."""
+    """Return the cause of an error that MONAI wraps when a component of a config fails."""
     while error.__cause__ is not None and _module_of(error) == _INSTANTIATES:
         error = error.__cause__
     return error
 
 
 def _module_of(error: BaseException) -> str:
-    """Return the module that raised an error; empty if it was not raised."""
+    """Return the name of the module that raised an error; empty if it was not raised."""
     *_, frame = (None, *(frame for frame, _ in traceback.walk_tb(error.__traceback__)))
     return "" if frame is None else str(frame.f_globals.get("__name__", ""))
 
 
 def case_of(error: BaseException) -> str:
-    """Return the name of the case that was worked on when an exception was raised; empty if it cannot be told.
+    """Return the name of the case being processed when an exception was raised; empty if unknown.
 
-    It is looked for in the innermost function that has a case (a mapping with `name` and `image`) among its values.
+    The case is that of the innermost function with a mapping of `name` and `image` among its local variables.
     """
     for link in reversed(list(links(error))):
         found = ""
@@ -162,16 +165,16 @@ def case_of(error: BaseException) -> str:
 
 
 def explain(error: BaseException, log: Path | None = None) -> MedsegError:
-    """Return the error of ours to raise for an exception that ended a training in this process.
+    """Return the `MedsegError` for an exception that ended a training in this process.
 
     Args:
-        error: any exception.
-        log: file that holds its whole traceback.
+        error: Any exception.
+        log: Log file with its full traceback.
     """
     note = note_of(error)
     if note.exit_code:
         return note.error()
-    lines = [f"training stopped: {note.kind}: {note.message} ({note.place})"]
+    lines = [f"Training failed with {note.kind}: {note.message} ({note.place})"]
     lines += [f"  case: {note.case}"] if note.case else []
     lines += [f"  log: {log}"] if log else []
     lines += [f"  what to do: {note.advice}"] if note.advice else []
@@ -179,26 +182,26 @@ def explain(error: BaseException, log: Path | None = None) -> MedsegError:
 
 
 def describe_exit(code: int, *, out_of_memory: bool = False) -> tuple[str, str]:
-    """Return how a process ended, in words, and what to change.
+    """Return a description of how a process ended, and advice.
 
     Args:
-        code: as `subprocess` gives it: negative for a signal.
-        out_of_memory: whether the system is known to have ended a process for memory meanwhile.
+        code: Return code as in `subprocess`, negative for a signal.
+        out_of_memory: Whether the system has killed a process for lack of memory in the meantime.
     """
     if code >= 0:
-        return f"ended with exit code {code} and left no message", "look at the log"
+        return f"ended with exit code {code} and without a message", "check the log"
     try:
         name = signal.Signals(-code).name
     except ValueError:
         name = f"signal {-code}"
-    cause, advice = _SIGNALS.get(name, ("sent from outside", "look at the log"))
+    cause, advice = _SIGNALS.get(name, ("sent from outside", "check the log"))
     if name == "SIGKILL" and out_of_memory:
-        cause = "since the memory of this container or job ran out"
-    return f"was ended by {name}, {cause}", advice
+        cause = "because the memory of this container or job ran out"
+    return f"was killed by {name}, {cause}", advice
 
 
 def memory_kills() -> int:
-    """Return how many processes the system has ended for memory in this container or job; 0 where it does not tell."""
+    """Return how many processes of this container or job were killed for lack of memory; 0 where unknown."""
     for path in _MEMORY_EVENTS:
         try:
             found = re.search(r"^oom_kill (\d+)$", path.read_text(encoding="ascii"), re.MULTILINE)

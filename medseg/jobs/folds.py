@@ -137,7 +137,7 @@ def cross_validate(
         folds: Number of folds.
         fold: Fold to train, from 0; all by default.
         devices: Number of processes that train one fold together.
-        settings: knobs to change, by name; `seed` also decides which case is in which fold.
+        settings: Settings to change, by name; `seed` also determines the assignment to folds.
         resume: Whether to keep finished folds and continue unfinished ones.
         overwrite: Whether to train all folds from scratch.
         strict: Whether a warning ends the run.
@@ -165,8 +165,8 @@ def cross_validate(
     begun = [target.root.name for target in targets.values() if target.weights.is_file() or _has_state(target)]
     if begun and not (resume or overwrite):
         raise RequestError(
-            f"'{out}' already holds {', '.join(begun)}: give --resume to keep finished folds and continue, --overwrite "
-            "to start over, or another --output"
+            f"'{out}' already contains {', '.join(begun)}: pass --resume to keep finished folds and continue, "
+            "--overwrite to start over, or another --output"
         )
     _write_folds(dealt, out)
     for number, target in targets.items():

@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 __all__ = ["Job", "build_evaluator", "checked_places", "guarded", "open_workflow", "prepare", "run_case"]
 
 _CONFIGS: Final = {"train": ("train",), "evaluate": ("train", "evaluate"), "predict": ("inference",)}
-# What a workflow needs besides its evaluator.
+# Components that a workflow needs besides its evaluator.
 _PARTS: Final = {"infer": ("preprocessing", "inferer"), "train": ("val_preprocessing", "val_inferer")}
-# Where the configs of our bundles list the cases themselves, for plain MONAI.
+# Entry with the list of cases in the configs of medseg's bundles, for plain MONAI.
 _LISTINGS: Final = {"infer": "dataset::data", "train": "validate::dataset::data"}
 _LISTS_CASES: Final = ("medseg.components.find_cases", "medseg.components.find_dataset")
 
 
 @dataclass(frozen=True)
 class Job:
-    """A checked request: what to run, and with which values.
+    """A checked request to run a command with a bundle.
 
     Attributes:
         command: "train", "evaluate" or "predict".
@@ -44,7 +44,7 @@ class Job:
         config: Merged content with the user's values and the metadata; exactly this content was checked.
         overrides: The user's values.
         settings: Names of the settings that the user changed.
-        vouched: Whether the user trusts a bundle that contains executable code.
+        trusted: Whether the user trusts a bundle that contains executable code.
         strict: Whether a warning fails its case, or ends the run if it belongs to none.
     """
 
@@ -54,7 +54,7 @@ class Job:
     config: Mapping[str, Any]
     overrides: Mapping[str, Any]
     settings: tuple[str, ...]
-    vouched: bool
+    trusted: bool
     strict: bool = False
 
     @property
@@ -79,7 +79,7 @@ def prepare(
         bundle: Bundle whose configs run.
         settings: Settings of the bundle to change, by name.
         paths: `dataset_dir`, and `output_dir` or `resume` where the command has them.
-        trust: SHA-256 of a bundle that contains executable code, to run it all the same.
+        trust: SHA-256 of a bundle that contains executable code, to confirm that you trust it.
         strict: Whether a warning fails its case, or ends the run if it belongs to none.
 
     Raises:
@@ -93,13 +93,12 @@ def prepare(
     config = {**merged(configs), "_meta_": metadata}
     overrides = {**changed(config, settings), **paths, "bundle_root": str(bundle.root)}
     files = tuple(bundle.config_paths(*names))
-    vouched = trust is not None
-    job = Job(command, bundle, files, {**config, **overrides}, overrides, tuple(settings), vouched, strict)
+    job = Job(command, bundle, files, {**config, **overrides}, overrides, tuple(settings), trust is not None, strict)
     checked_places(job)
     if command == "train":
         _check_start(job.config)
     elif not job.weights.is_file():
-        text = f"no weights at '{job.weights}': run `medseg train` first, or give --set weights=FILE"
+        text = f"No weights at '{job.weights}': run `medseg train` first, or pass --set weights=FILE."
         raise WeightsError(text, code="missing", path=job.weights)
     return job
 
@@ -111,9 +110,9 @@ def checked_places(job: Job) -> Job:
         BundleError: They would go to a folder of the bundle's choice.
     """
     place = job.config.get("output_dir")
-    if not (job.vouched or "output_dir" in job.overrides or place is None or leads_inside(place, job.config)):
+    if not (job.trusted or "output_dir" in job.overrides or place is None or leads_inside(place, job.config)):
         raise BundleError(
-            f"bundle '{job.bundle.name}' chooses its own output folder {place!r}; give --set output_dir=FOLDER, or "
+            f"bundle '{job.bundle.name}' sets its own output folder {place!r}; pass --set output_dir=FOLDER, or "
             'set its output_dir to {"_target_": "medseg.components.inside", "root": "@bundle_root", "path": ...}'
         )
     return job
@@ -122,7 +121,7 @@ def checked_places(job: Job) -> Job:
 def _check_start(config: Mapping[str, Any]) -> None:
     start = config.get("pretrained")
     if isinstance(start, str) and start and not config.get("resume") and not Path(start).is_file():
-        text = f"no weights at '{start}' to start from: give --set pretrained=FILE, or omit it"
+        text = f"No pretrained weights at '{start}' to start from: pass --set pretrained=FILE, or omit it."
         raise WeightsError(text, code="missing", path=start)
 
 
@@ -148,28 +147,28 @@ def open_workflow(job: Job, kind: str, cases: Sequence[Case] | None = None) -> A
             logging_file=False,
             **job.overrides,
         )
-    if job.vouched:
+    if job.trusted:
         # Running must not change the content that the user trusts.
         sys.dont_write_bytecode = True
     else:
-        # Not what the files hold by now, but the checked content.
+        # Use the checked content, because the files may have changed since.
         workflow.parser.read_config(dict(job.config))
         if workflow.parser.get() != job.config:
-            raise BundleError(f"MONAI reads other configs of bundle '{job.bundle.name}' than were checked")
+            raise BundleError(f"The configs of bundle '{job.bundle.name}' differ from those that were checked.")
     if cases is not None:
         _hand_over(workflow.parser, _LISTINGS[kind], cases)
     return workflow
 
 
 def _hand_over(parser: Any, listing: str, cases: Sequence[Case]) -> None:
-    """Put the cases where the config would list them again; as objects, since MONAI reads signs in text."""
+    """Replace the entry that would list the cases again; by objects, because MONAI would parse strings."""
     own = parser.get(listing) if listing in parser else None
     if isinstance(own, dict) and own.get("_target_") in _LISTS_CASES:
         parser[listing] = tuple(case.entry() for case in cases)
 
 
 def build_evaluator(workflow: Any) -> Any:
-    """Build the evaluator anew: an engine stopped by an error would take the next case for the rest of that run.
+    """Build a new evaluator: an engine stopped by an error would treat the next case as the rest of its run.
 
     Raises:
         BundleError: The components of the config are incompatible.

@@ -1,12 +1,12 @@
-"""Train a bundle with several processes of this machine: start them, pass on what the first says, stop them together.
+"""Training with several processes on this machine: start them, report the first one's progress, stop them together.
 
-Each process runs `configs/train.json` with `configs/multi_gpu_train.json` laid over it, as
-`torchrun --nproc_per_node=N -m monai.bundle run` would, and ends with the same weights. What it prints goes to
-`logs/process_<n>.log` in the run's folder. When one dies, the others are stopped and the error says which one, why as
-far as that can be known (see `medseg.jobs.exit_diagnosis`), and what to change.
+Each process runs `configs/train.json` merged with `configs/multi_gpu_train.json`, like
+`torchrun --nproc_per_node=N -m monai.bundle run`, and ends with the same weights. Its output goes to
+`logs/process_<n>.log` in the run's folder. If a process dies, the others are stopped, and the error names the process,
+the probable cause (see `medseg.jobs.exit_diagnosis`) and a remedy.
 
-torch's elastic multiprocessing starts and stops the processes (`medseg.jobs.processes`); what each does is in
-`medseg.jobs.worker`. None outlives this one.
+The processes run `medseg.jobs.worker` and are started and stopped by torch's elastic multiprocessing
+(`medseg.jobs.processes`). None of them outlives the parent process.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 __all__ = ["check_processes", "prepare", "run_folder", "train"]
 
 _CONFIGS: Final = ("train", "multi_gpu_train")
-# After a death the others notice it by themselves, and say so; what they say tells whether it was the first.
+# Seconds for the other processes to fail on their own after the first death; their errors help to identify it.
 _GRACE: Final = 3.0
 _TAIL: Final = 300
 # The signal by which libraries end a process whose connection broke.
@@ -53,7 +53,7 @@ _ABORT: Final = signal.SIGABRT
 
 @dataclass(frozen=True)
 class _Death:
-    """A process that did not end well, its log, and the word that it left of an exception."""
+    """A process that failed, with its log and the record of its exception."""
 
     exit: Exit
     log: Path
@@ -61,23 +61,23 @@ class _Death:
 
 
 def check_processes(count: int, config: Mapping[str, Any]) -> None:
-    """Check that so many processes can share a training step.
+    """Check that a number of processes can share a training step.
 
     Raises:
-        RequestError: they cannot; the message names numbers that fit.
+        RequestError: Invalid number of processes; the message suggests valid ones.
     """
     if count < 1:
-        raise RequestError(f"--devices {count}: give the number of processes, 1 or more")
+        raise RequestError(f"Invalid --devices {count}: expected the number of processes, 1 or more.")
     batch = config.get("batch_size")
     if isinstance(batch, int) and batch % count:
         raise RequestError(
-            f"--devices {count}: batch_size={batch} is the number of cases of a step over all processes and cannot be "
-            f"shared by {count}; give --set batch_size={-(-batch // count) * count}, which trains differently, or "
-            f"{_divisor(batch, count)} devices"
+            f"--devices {count} does not divide batch_size={batch}, the number of cases per step over all processes. "
+            f"Pass --set batch_size={-(-batch // count) * count}, which trains differently, or --devices "
+            f"{_divisor(batch, count)}."
         )
     name = str(config.get("device_name", ""))
     if count > 1 and ":" in name:
-        raise RequestError(f"device_name={name} is one device for {count} processes; give auto, cuda or cpu")
+        raise RequestError(f"device_name={name} is one device for {count} processes: expected auto, cuda or cpu.")
 
 
 def prepare(
@@ -98,7 +98,7 @@ def prepare(
 
 
 def run_folder(bundle: Bundle, config: Mapping[str, Any]) -> Path:
-    """Return the folder of a run: where its manifest, its state and its logs are."""
+    """Return the folder of a run, with its manifest, saved state and logs."""
     given = config.get("output_dir")
     if isinstance(given, str):
         return Path(given)
@@ -107,18 +107,18 @@ def run_folder(bundle: Bundle, config: Mapping[str, Any]) -> Path:
 
 
 def train(job: Job, processes: int, *, report: Progress | None = None) -> Manifest:
-    """Train in this process, or with several; either leaves what `medseg.jobs.runner.train` leaves.
+    """Train in this process, or with several; the output is that of `medseg.jobs.runner.train`.
 
     Args:
-        job: from `prepare`; for one process from `medseg.jobs.job.prepare`.
-        processes: how many; on CUDA each has a device of its own, on the CPU they share the cores.
-        report: told about each finished step.
+        job: Job from `prepare`, or for one process from `medseg.jobs.job.prepare`.
+        processes: Number of processes; on CUDA each uses one device, on the CPU they share the cores.
+        report: Called after each training step.
 
     Returns:
-        The record of the run.
+        Manifest of the run.
 
     Raises:
-        MedsegError: training failed or a process died; an error of ours is raised as it was.
+        MedsegError: Failed training or a dead process; a `MedsegError` of a process is raised unchanged.
     """
     path = run_folder(job.bundle, job.config) / "manifest.json"
     earlier = path.read_text(encoding="utf-8") if job.config.get("resume") and path.is_file() else ""
@@ -130,7 +130,7 @@ def train(job: Job, processes: int, *, report: Progress | None = None) -> Manife
 
 
 def _keep_record(path: Path, earlier: str) -> None:
-    """Put back the record of a run that could not be continued, where the new one lacks what that run found."""
+    """Restore the manifest of a run that failed to resume, if the new manifest lacks its validations."""
     with suppress(RequestError, ValueError):
         if earlier and json.loads(earlier)["validations"] and not Manifest.read(path).validations:
             replace_text(path, earlier)
@@ -161,7 +161,7 @@ def _train_together(job: Job, processes: int, report: Progress | None) -> Manife
 
 
 def _gather_warnings(path: Path, notes: Path) -> None:
-    """Add the warnings of the other processes to the record of the first, and log all of them here."""
+    """Add the warnings of the other processes to the manifest of the first, and log all of them."""
     with suppress(RequestError):
         manifest = Manifest.read(path)
         found = [warning for each in worker.read_warnings_of(notes) for warning in each]
@@ -176,7 +176,7 @@ def _run(job: Job, logs: Sequence[Path], exchange: Path, report: Progress | None
     worker.write_request(exchange, job)
     for log in logs:
         log.write_bytes(b"")
-    # The processes end when this socket closes, however this process ends.
+    # The processes exit when this socket closes, however the parent ends.
     with socket.create_server(("127.0.0.1", 0), backlog=len(logs)) as lifeline:
         port = lifeline.getsockname()[1]
         return run_together(
@@ -206,7 +206,7 @@ def _environments(processes: int, notes: Path) -> list[dict[str, str]]:
         "LOCAL_WORLD_SIZE": str(processes),
         "OMP_NUM_THREADS": str(_threads(processes)),
         "PYTHONUNBUFFERED": "1",
-        # They find the packages that this process found.
+        # Import the same packages as the parent.
         "PYTHONPATH": os.pathsep.join(place for place in sys.path if place),
     }
     return [
@@ -220,7 +220,7 @@ def _note_file(notes: Path, rank: int) -> Path:
 
 
 class _Progress:
-    """Passes on what the first process writes about its steps."""
+    """Reports the progress that the first process writes."""
 
     def __init__(self, path: Path, report: Progress | None) -> None:
         self._path = path
@@ -228,7 +228,7 @@ class _Progress:
         self._read = 0
 
     def pass_on(self) -> None:
-        """Report the lines that were added since the last call; one that is not written to its end waits."""
+        """Report the complete lines that were added since the last call."""
         if self._report is None or not self._path.is_file():
             return
         with self._path.open("rb") as file:
@@ -241,7 +241,7 @@ class _Progress:
 
 
 def _error(failed: Sequence[_Death], processes: int, *, out_of_memory: bool) -> MedsegError:
-    """Return the error that tells of the process that died first."""
+    """Return the error for the process that failed first."""
     first = min(failed, key=_root_cause_rank)
     note = first.note
     if note is not None and note.exit_code:
@@ -250,18 +250,18 @@ def _error(failed: Sequence[_Death], processes: int, *, out_of_memory: bool) -> 
         how, advice = describe_exit(first.exit.code, out_of_memory=out_of_memory)
         last = _last_line(first.log)
     else:
-        how, advice = f"failed: {note.kind}: {note.message} ({note.place})", note.advice
+        how, advice = f"failed with {note.kind}: {note.message} ({note.place})", note.advice
         last = ""
-    lines = [f"process {first.exit.rank} of {processes} {how}"]
+    lines = [f"Training process {first.exit.rank} of {processes} {how}"]
     lines += [f"  case: {note.case}"] if note is not None and note.case else []
-    lines += [f"  its last words: {last}"] if last else []
-    lines += [f"  log: {first.log}", f"  what to do: {advice or 'look at the log'}; then --resume goes on"]
+    lines += [f"  last line of its log: {last}"] if last else []
+    lines += [f"  log: {first.log}", f"  what to do: {advice or 'check the log'}; then continue with --resume"]
     lines += ["The other processes were stopped."] if processes > 1 else []
     return MedsegError("\n".join(lines))
 
 
 def _root_cause_rank(death: _Death) -> tuple[int, float]:
-    """Sort a process that died by itself before those that died of its absence, and among equals the earlier."""
+    """Return a sort key: the process that failed on its own before those that failed as a result, then by time."""
     if death.exit.stopped:
         return 4, death.exit.rank
     if death.note is None:
@@ -270,7 +270,7 @@ def _root_cause_rank(death: _Death) -> tuple[int, float]:
 
 
 def _record(path: Path, error: MedsegError) -> None:
-    """Close the record of a run that its own process could not close any more."""
+    """Finish the manifest of a run whose process died before it could."""
     with suppress(RequestError):
         manifest = Manifest.read(path)
         if manifest.status == "running":
@@ -291,7 +291,7 @@ def _free_port() -> int:
 
 
 def _threads(processes: int) -> int:
-    """The share of each process in the cores, or in the threads that the user allows."""
+    """Return the threads per process: an equal share of the cores, or of the user's `OMP_NUM_THREADS`."""
     allowed = os.environ.get("OMP_NUM_THREADS", "")
     return max(1, (int(allowed) if allowed.isdigit() else core_count()) // processes)
 

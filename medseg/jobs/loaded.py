@@ -1,4 +1,4 @@
-"""A bundle in memory, which runs its own workflow on one image after the other."""
+"""A bundle that stays in memory and runs its workflow on one image at a time."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ __all__ = ["LoadedBundle"]
 
 
 class LoadedBundle:
-    """A bundle with its network in memory; one image runs at a time, whichever thread asks.
+    """A bundle with its network in memory; calls from several threads run one at a time.
 
     Args:
-        job: Request from `prepare("predict", ...)`.
+        job: Job from `prepare("predict", ...)`.
 
     Attributes:
         workflow: MONAI's workflow of the bundle's `inference.json`, initialized.
 
     Raises:
-        BundleError: The parts of the config do not go together.
-        WeightsError: The weights do not fit the network.
+        BundleError: Incompatible components in the config.
+        WeightsError: Weights that do not match the network.
     """
 
     def __init__(self, job: Job) -> None:
@@ -47,26 +47,26 @@ class LoadedBundle:
         """Run the whole workflow, which writes the mask.
 
         Args:
-            entry: Case as the workflow's preprocessing takes it.
+            entry: Input of the workflow's preprocessing, with `image` and `name`.
 
         Raises:
-            CaseError: The image cannot be used.
+            CaseError: An unusable image.
         """
         self._run(entry, "file")
 
     def predict(self, entry: Mapping[str, Any], *, probabilities: bool = False) -> MetaTensor:
-        """Run the workflow without its writer, and return what that would write.
+        """Run the workflow without its writer, and return the result.
 
         Args:
-            entry: Case as the workflow's preprocessing takes it; its image may be one in memory.
-            probabilities: Whether to return the probability of each class in place of labels.
+            entry: Input of the workflow's preprocessing, with `image` (a path or an image in memory) and `name`.
+            probabilities: Whether to return the probability of each class instead of labels.
 
         Returns:
-            `(1, *spatial)` labels, or `(K, *spatial)` probabilities as float32, in native space.
+            Labels of shape (1, *spatial), or float32 probabilities of shape (K, *spatial), in native space.
 
         Raises:
-            CaseError: The image cannot be used.
-            RequestError: The bundle's workflow has no probabilities in native space.
+            CaseError: An unusable image.
+            RequestError: A workflow without probabilities in native space.
         """
         result: MetaTensor = self._run(entry, "probabilities" if probabilities else "labels")["pred"]
         return result
@@ -76,7 +76,7 @@ class LoadedBundle:
             if self._evaluator is None:
                 self._evaluator = build_evaluator(self.workflow)
             engine = self._evaluator
-            # An engine that an error has stopped would finish its old run first: it is dropped unless all goes well
+            # An engine stopped by an error would first finish its old run, so it is kept only after success.
             self._evaluator = None
             with _changed(engine.inferer, self.workflow.postprocessing, output):
                 run_case(engine, partial(self._preprocess, entry), str(entry.get("source", entry["image"])))
@@ -86,7 +86,7 @@ class LoadedBundle:
         return result
 
     def _preprocess(self, entry: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Preprocess a case; an image in memory is read here where the bundle's loader takes files only."""
+        """Preprocess a case; an image in memory is loaded here if the bundle's loader accepts files only."""
         from monai.transforms import LoadImaged
 
         from medseg.io import load
@@ -104,13 +104,13 @@ class LoadedBundle:
 
 @contextmanager
 def _changed(inferer: Any, postprocessing: Any, output: Output) -> Iterator[None]:
-    """Let the parts of a workflow give another output than a file, and be as before in the end."""
+    """Change the components of a workflow temporarily, so that they return an output instead of writing a file."""
     steps = getattr(postprocessing, "transforms", None)
     if output == "file":
         yield
         return
     if steps is None:
-        raise RequestError(f"the bundle's postprocessing is a {type(postprocessing).__name__}: expected a Compose")
+        raise RequestError(f"Unsupported postprocessing: {type(postprocessing).__name__}, expected a Compose.")
     restore = _as_probabilities(inferer) if output == "probabilities" else None
     try:
         postprocessing.transforms = _without_writer(steps) if output == "labels" else _up_to_labels(steps, restore)
@@ -128,10 +128,10 @@ def _without_writer(steps: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _up_to_labels(steps: tuple[Any, ...], native: Callable[[], None] | None) -> tuple[Any, ...]:
-    """Return the steps before probabilities become labels: none where the inferer itself gives them in native space.
+    """Return the transforms before the discretization; none if the inferer returns native probabilities itself.
 
     Raises:
-        RequestError: No step makes labels of probabilities.
+        RequestError: No transform that discretizes probabilities.
     """
     from monai.transforms import AsDiscreted
 
@@ -140,14 +140,14 @@ def _up_to_labels(steps: tuple[Any, ...], native: Callable[[], None] | None) -> 
     ends = [number for number, step in enumerate(steps) if isinstance(step, AsDiscreted)]
     if not ends:
         raise RequestError(
-            "the bundle's workflow has no probabilities in native space: expected an inferer with output='labels', or "
-            "AsDiscreted after Invertd"
+            "The bundle's workflow has no probabilities in native space: expected an inferer with output='labels', or "
+            "AsDiscreted after Invertd."
         )
     return _without_writer(steps[: ends[0]])
 
 
 def _as_probabilities(inferer: Any) -> Callable[[], None] | None:
-    """Let an inferer of ours give probabilities; return what undoes that, or None for any other inferer."""
+    """Switch an inferer of medseg to probabilities; return a function that undoes it, or None for other inferers."""
     from medseg.inferers.native import NativeInferer, NativeResult
 
     name = "result" if isinstance(inferer, NativeInferer) else "native"

@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 
 __all__ = ["Predictor"]
 
-# Settings of the writer, which is not used.
+# Settings of the writer, which a Predictor does not use.
 _OF_FILES: Final = ("output_dir", "output_format")
 
 
 class Predictor:
     """A bundle that is loaded once and predicts many images, in files or in memory.
 
-    It runs the bundle's own workflow without its writer, so labels are those of `medseg predict`. It may be called from
-    several threads; one image runs at a time.
+    It runs the bundle's workflow without its writer, so the labels equal those of `medseg predict`. It may be called
+    from several threads; one image runs at a time.
 
     ::
 
@@ -46,16 +46,16 @@ class Predictor:
 
     Args:
         bundle: Folder of a bundle, or name of a shipped one; several form an ensemble.
-        trust: SHA-256 of a bundle that contains executable code, to run it all the same.
+        trust: SHA-256 of a bundle that contains executable code, to confirm that you trust it.
         **settings: Settings of the bundle by name, such as `overlap`, `device_name` or `max_memory`.
 
     Attributes:
-        labels: Names of the labels by their value.
+        labels: Names of the labels by value.
 
     Raises:
-        BundleError: There is no such bundle, or it is incomplete or not trusted.
-        RequestError: The bundle has no such setting (the message names the nearest), or an invalid value for it.
-        WeightsError: The bundle has no weights, or they do not fit its network.
+        BundleError: Unknown, incomplete or untrusted bundle.
+        RequestError: Unknown setting, or an invalid value for it.
+        WeightsError: Missing weights, or weights that do not match the network.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Predictor:
     ) -> None:
         for name in _OF_FILES:
             if name in settings:
-                raise RequestError(f"'{name}' is about files, which a Predictor does not write: use medseg.predict")
+                raise RequestError(f"Invalid setting '{name}': a Predictor does not write files. Use medseg.predict.")
         self._open = ExitStack()
         try:
             if isinstance(bundle, str | Path | Bundle):
@@ -87,29 +87,29 @@ class Predictor:
     @overload
     def __call__(self, image: Image, *, affine: ArrayLike | None = None, probabilities: bool = False) -> Image: ...
     def __call__(self, image: Any, *, affine: ArrayLike | None = None, probabilities: bool = False) -> Any:
-        """Return labels, or the probabilities of all classes, in the geometry of an image.
+        """Return labels, or the probabilities of all classes, in the input's geometry.
 
         Args:
-            image: Path of an image file, DICOM folder or archive; or an image in memory: NumPy array `(x, y, z)` with
-                `affine` or 2D image `(x, y)`, nibabel, SimpleITK or ITK image, MONAI `MetaTensor`, pydicom dataset or
+            image: Path of an image file, DICOM folder or archive; or an image in memory: NumPy array (x, y, z) with
+                `affine` or 2D image (x, y), nibabel, SimpleITK or ITK image, MONAI `MetaTensor`, pydicom dataset or
                 list of the datasets of one series. Channels come last in an array and first in a `MetaTensor`.
-            affine: 4 x 4 matrix from voxels to RAS+ mm, for a NumPy array.
-            probabilities: Whether to return float32 probabilities of the K classes in place of labels.
+            affine: Affine of shape (4, 4) from voxel indices to RAS+ coordinates in mm, for a NumPy array.
+            probabilities: Whether to return float32 probabilities of the K classes instead of labels.
 
         Returns:
-            The kind that was given, with the same geometry: labels of the smallest type that holds them, or K channels.
-            A path gives a `MetaTensor` `(1 or K, *spatial)`; pydicom datasets give an array `(x, y, z)` with its
-            affine, whose axes are columns, rows and slices.
+            An image of the same kind and geometry as the input: labels of the smallest integer type, or K channels. For
+            a path, a `MetaTensor` of shape (1 or K, *spatial); for pydicom datasets, an array (x, y, z) and its affine,
+            whose axes are columns, rows and slices.
 
         Raises:
-            CaseError: The image cannot be used.
+            CaseError: An unusable image.
             RequestError: Several images, an unknown kind of image, or a closed predictor.
         """
         if self._loaded is None:
-            raise RequestError("this Predictor is closed: make another one")
+            raise RequestError("This Predictor is closed: create a new one.")
         if isinstance(image, str | os.PathLike):
             if affine is not None:
-                raise RequestError("a file has an affine of its own: leave affine out")
+                raise RequestError("Unexpected affine: image files have their own. Omit affine.")
             return self._from_file(self._loaded, str(image), probabilities=probabilities)
         from medseg.io.memory import memory_image, native_array
 
@@ -119,7 +119,7 @@ class Predictor:
         return source.restore(native_array(result, labels=not probabilities), result.affine.cpu().numpy())
 
     def close(self) -> None:
-        """Free the network; the predictor cannot be called any more."""
+        """Free the network; later calls raise `RequestError`."""
         self._loaded = None
         self._open.close()
 
@@ -133,9 +133,11 @@ class Predictor:
     def _from_file(loaded: LoadedBundle, path: str, *, probabilities: bool) -> MetaTensor:
         cases = list_cases(path).cases
         if len(cases) != 1:
-            raise RequestError(f"'{path}' holds {len(cases)} images: expected one", path=path, found=len(cases))
+            raise RequestError(f"'{path}' contains {len(cases)} images: expected one.", path=path, found=len(cases))
         if cases[0].kind == "slide":
-            raise RequestError(f"'{path}' is a whole-slide image, read in pieces: use medseg.predict", path=path)
+            raise RequestError(
+                f"'{path}' is a whole-slide image, which is read in pieces. Use medseg.predict.", path=path
+            )
         import torch
 
         from medseg.io.memory import native_array

@@ -1,9 +1,9 @@
-"""Run processes together through torch's elastic multiprocessing: one session each, stopped together, none forgotten.
+"""Running processes together through torch's elastic multiprocessing, each in its own session.
 
-torch starts the processes, and stops them with SIGTERM and, if need be, SIGKILL, each with the workers of its loader.
-Three things it leaves open are added here: after a failure the others get a moment to end by themselves, since torch
-stops them at once and dates failures in whole seconds, so that the first could not be told from those that followed;
-what a dead process leaves behind is ended; and the signal handlers of the calling program stay its own.
+torch starts the processes and stops them with SIGTERM and, if necessary, SIGKILL, together with their data workers.
+This module adds three things. After a failure the others get a short time to fail on their own, because torch would
+stop them at once and records failures in whole seconds, which hides the first one. Child processes of a dead process
+are killed. The signal handlers of the calling program are preserved.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ __all__ = ["Exit", "run_together"]
 _POLL: Final = 0.1
 _STOP: Final = 10
 _KILL: Final = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows has none
-# The signals that torch's context takes over when it starts.
+# Signals whose handlers torch's context replaces when it starts.
 _SIGNALS: Final = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
 _LOGGER: Final = "torch.distributed.elastic.multiprocessing"
 
 
 @dataclass(frozen=True)
 class Exit:
-    """How one process ended.
+    """Exit of one process.
 
     Attributes:
         rank: Number of the process.
-        code: Exit code; negative for a signal.
-        stopped: Whether it was stopped because of another one.
+        code: Exit code, negative for a signal.
+        stopped: Whether it was stopped because another process failed.
     """
 
     rank: int
@@ -55,16 +55,16 @@ def run_together(
     tick: Callable[[], None],
     grace: float,
 ) -> list[Exit]:
-    """Run this Python several times until all processes have ended; if one fails, stop the others.
+    """Run several Python processes until all have ended; if one fails, stop the others.
 
     Args:
-        arguments: Command line of each process, after the name of the interpreter.
-        environments: Environment variables of each process, added to those of this one.
-        tick: Called ten times a second, and once after the last process has ended. If it raises, all are stopped.
-        grace: Seconds that the others have to end by themselves after the first failure.
+        arguments: Command-line arguments of the interpreter for each process.
+        environments: Environment variables of each process, in addition to those of this one.
+        tick: Called ten times per second, and once after the last process has ended. If it raises, all are stopped.
+        grace: Time in seconds that the others have to end on their own after the first failure.
 
     Returns:
-        How each process ended, by rank.
+        The exits of the processes, by rank.
     """
     context = SubprocessContext(
         name="train",
@@ -87,16 +87,16 @@ def run_together(
 
 
 class _InheritedStreams(LogsSpecs):
-    """No files of torch's: each process writes into the log that its command line names."""
+    """Log settings without files of torch: each process writes to the log named in its arguments."""
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
-        """Return that no stream is redirected."""
+        """Return destinations without redirection."""
         none = dict.fromkeys(envs, "")
         return LogsDest(stdouts=none, stderrs=none, error_files=none)
 
     @property
     def root_log_dir(self) -> str:
-        """The folder of torch's own logs: none."""
+        """Folder of torch's own logs: none."""
         return os.devnull
 
 
@@ -115,7 +115,7 @@ def _follow(context: SubprocessContext, tick: Callable[[], None], grace: float) 
 
 
 def _sweep(context: SubprocessContext) -> None:
-    """End what a process that died has left behind, such as the workers of its loader."""
+    """Kill the remaining children of a dead process, such as its data workers."""
     if hasattr(os, "killpg"):
         for handler in context.subprocess_handlers.values():
             if handler.proc.poll():
@@ -125,7 +125,7 @@ def _sweep(context: SubprocessContext) -> None:
 
 @contextmanager
 def _own_signal_handlers() -> Iterator[None]:
-    """Keep the handlers of the calling program, so that Ctrl-C stays a `KeyboardInterrupt`."""
+    """Preserve the signal handlers of the calling program, so that Ctrl-C remains a `KeyboardInterrupt`."""
     numbers = [getattr(signal, name) for name in _SIGNALS if hasattr(signal, name)]
     kept = {number: handler for number in numbers if (handler := signal.getsignal(number)) is not None}
     try:
@@ -140,7 +140,7 @@ def _own_signal_handlers() -> Iterator[None]:
 
 @contextmanager
 def _quiet_torch() -> Iterator[None]:
-    """Keep torch from telling on the terminal that it stops processes: the error says so."""
+    """Silence torch's log messages about stopped processes, which the error reports."""
     torch_logger = logging.getLogger(_LOGGER)
     level = torch_logger.level
     torch_logger.setLevel(logging.CRITICAL)

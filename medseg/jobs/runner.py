@@ -65,13 +65,13 @@ def predict(
     manifest = _manifest(job, output / "manifest.json")
     sources = {case.name: stamp(case.image) for case in cases}
     earlier = manifest.resume(sources) if resume else set()
-    pictures = _overlays(cases)
+    overlays = _overlays(cases)
     with manifest:
         with manifest.stage("load"):
             images = _Images(workflow, output)
             manifest.device = str(images.evaluator.state.device)
         todo = [case for case in cases if not (case.name in earlier and (output / case.output).is_file())]
-        # under a limit, the next image would take from what was promised to this one
+        # under a memory limit, the next image would use memory of this one
         ahead = not job.config.get("max_memory")
         tell = _Teller(len(cases), len(cases) - len(todo), report, announce)
         writers = (
@@ -83,12 +83,12 @@ def predict(
                 record.output = case.output
                 write()
             if overlay and record.status == "done" and case not in slides:
-                _draw(case, output, pictures[case.name], job, manifest)
+                _draw(case, output, overlays[case.name], job, manifest)
     return manifest
 
 
 class _Images:
-    """Predicts images through the bundle's workflow; after a failure its engine is built anew."""
+    """Predicts images with the bundle's workflow; after a failure its engine is built again."""
 
     def __init__(self, workflow: Any, output: Path) -> None:
         self.workflow = workflow
@@ -124,7 +124,7 @@ def _each_slide(
 
 
 class _Teller:
-    """Passes on the progress of one case after the other, and their forecasts."""
+    """Reports the progress of each case, and the forecasts."""
 
     def __init__(self, total: int, done: int, report: Progress | None, announce: Announce | None = None) -> None:
         self.total = total
@@ -210,14 +210,14 @@ def train(job: Job, *, report: Progress | None = None) -> Manifest:
 
 
 def _follow(trainer: Any, validator: Any, manifest: Manifest, report: Progress | None) -> None:
-    """Tell of each step, and enter each validation into the manifest."""
+    """Report each step, and record each validation in the manifest."""
     from ignite.engine import Events
 
     state = trainer.state
     found: dict[str, float] = {}
 
     def step() -> None:
-        # on CUDA, to read the loss is to wait for it
+        # on CUDA, reading the loss waits for the device
         if report is not None and (state.device.type == "cpu" or state.iteration % _STEPS_BETWEEN_READINGS == 0):
             report(state.iteration / state.epoch_length, state.max_epochs, _live_line(state, found))
 
@@ -230,7 +230,7 @@ def _follow(trainer: Any, validator: Any, manifest: Manifest, report: Progress |
 
 
 def _live_line(state: Any, found: Mapping[str, float]) -> str:
-    """Loss, latest metrics and speed of a training, in a few words."""
+    """Return a short text with loss, latest metrics and speed of a training."""
     words = [f"loss {float(state.output['loss'].detach()):.3f}"]
     words += [f"{name.removeprefix('val_').replace('_', ' ')} {value:.4f}" for name, value in found.items()]
     speed = getattr(state, "patches_per_second", None)
@@ -266,7 +266,7 @@ def _check_output(cases: Sequence[Case], output: Path) -> None:
         replaced = images.get((output / case.output).resolve())
         if replaced is not None:
             which = "itself" if replaced == case.image else f"'{replaced}'"
-            raise RequestError(f"the mask of '{case.image}' would replace the image {which}; choose another folder")
+            raise RequestError(f"The mask of '{case.image}' would overwrite the image {which}: choose another folder.")
 
 
 def _overlays(cases: Sequence[Case]) -> dict[str, str]:
@@ -281,17 +281,17 @@ def _overlays(cases: Sequence[Case]) -> dict[str, str]:
 def _draw(case: Case, output: Path, name: str, job: Job, manifest: Manifest) -> None:
     from medseg.reporting.overlay import write_overlay
 
-    # The values of such masks are numbers of objects, which have no names
+    # The values of such masks are object numbers, which have no names
     labels = None if job.config.get("number_objects") else job.bundle.label_names
     try:
-        with collect(deferred=True):  # reading the image for its mask has warned already
+        with collect(deferred=True):  # the prediction has already given the warnings of this image
             write_overlay(case.image, output / case.output, output / name, labels=labels)
     except CaseError as error:
         manifest.notes.append(f"no overlay of {case.output}: {error}")
 
 
 def _prepared(preprocessing: Any, cases: Sequence[Case], *, ahead: bool) -> Iterator[Callable[[], Mapping[str, Any]]]:
-    """Yield for each case how to get its preprocessed data; the next case is read while this one is predicted."""
+    """Yield a function per case that returns its preprocessed data; the next case is read during the prediction."""
     if not ahead:
         for case in cases:
             yield partial(preprocessing, case.entry())
@@ -305,7 +305,7 @@ def _prepared(preprocessing: Any, cases: Sequence[Case], *, ahead: bool) -> Iter
 
 
 class _ReadAhead:
-    """A case that a thread preprocesses; what it warns of belongs to the case that is at work when it is called."""
+    """A case that a thread preprocesses ahead; its warnings are emitted when its data are requested."""
 
     def __init__(self, reader: ThreadPoolExecutor, preprocessing: Any, case: Case) -> None:
         self.warnings: list[CaseWarning] = []

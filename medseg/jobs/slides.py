@@ -1,7 +1,7 @@
-"""Whole-slide images through a bundle for color pictures: its network, windows and intensities, on demand.
+"""Prediction of whole-slide images with a bundle for color images, window by window.
 
-What a slide becomes is the outlines of its objects, as GeoJSON in pixels of the slide's finest level, and where asked
-for a label image at the model's resolution. Nothing of the size of the slide is ever held.
+The result is the outlines of the objects, as GeoJSON in pixels of the slide's finest level, and on request a label
+image at the model's resolution. Slides are read and written in pieces, so that they never have to fit in memory.
 """
 
 from __future__ import annotations
@@ -30,23 +30,24 @@ _OUTPUTS = ("", "tiff")
 
 
 def check_slides(slides: Sequence[Case], cases: Sequence[Case], config: Mapping[str, Any], output: Path) -> None:
-    """Check before the work what slides need beyond other images; nothing heavy is imported.
+    """Check the additional requirements of slides before the prediction, without heavy imports.
 
     Args:
         slides: Cases to predict as slides, at least one.
         cases: All cases of the run.
-        config: The bundle's inference config.
+        config: Inference config of the bundle.
         output: Folder of the results.
 
     Raises:
-        RequestError: The model's resolution is not known, masks are to have a format that slides do not get, or one
-            would replace its slide.
+        RequestError: Unknown resolution of the model, a mask format that slides do not support, or output that would
+            overwrite a slide or another mask.
     """
     _check_resolution(slides[0].image, config)
     wanted = config.get("output_format") or ""
     if wanted not in _OUTPUTS:
         raise RequestError(
-            f"'{slides[0].image}' is a slide: its polygons may come with a label image as tiff, not as {wanted!r}"
+            f"Unsupported output format for the slide '{slides[0].image}': its label image is written as tiff, not as "
+            f"{wanted!r}."
         )
     images = {Path(case.image).resolve(): case.image for case in cases}
     masks = {case.output: case.image for case in cases if case not in slides}
@@ -55,39 +56,41 @@ def check_slides(slides: Sequence[Case], cases: Sequence[Case], config: Mapping[
         replaced = images.get(label_image.resolve())
         if replaced is not None:
             which = "the slide" if replaced == case.image else f"'{replaced}'"
-            raise RequestError(f"the results of '{case.image}' might replace {which}; choose another folder")
+            raise RequestError(f"The output for '{case.image}' would overwrite {which}: choose another folder.")
         shared = masks.get(label_image.relative_to(output).as_posix())
         if wanted and shared is not None:
-            raise RequestError(f"{case.image} and {shared} would share the mask {label_image.name}: rename one.")
+            raise RequestError(
+                f"{case.image} and {shared} would share the mask {label_image.name}: rename one of them."
+            )
 
 
 def _check_resolution(slide: str, config: Mapping[str, Any]) -> None:
-    for knob in ("microns_per_pixel", "slide_microns_per_pixel"):
-        value = config.get(knob)
+    for setting in ("microns_per_pixel", "slide_microns_per_pixel"):
+        value = config.get(setting)
         if value is not None and (isinstance(value, (bool, str)) or not 0 < value < float("inf")):
-            raise RequestError(f"'{knob}' must be a resolution above 0 µm/px, found {value!r}")
+            raise RequestError(f"Invalid {setting}={value!r}: expected a resolution above 0, in µm/px.")
     if config.get("microns_per_pixel") is None:
         raise RequestError(
-            f"'{slide}' is a slide, and this bundle does not say at which resolution its model works: give --mpp, the "
-            "resolution (µm/px) the model was trained at"
+            f"Unknown resolution: '{slide}' is a slide, but the bundle does not state the resolution its model was "
+            "trained at. Pass it with --mpp, in µm/px."
         )
 
 
 class SlidePredictor:
-    """Predicts slides with the parts that a bundle has for pictures.
+    """Predicts slides with the components of a bundle for color images.
 
     Args:
-        network: with its weights.
-        inferer: a `medseg.components.SlidingWindowInferer`.
-        preprocessing: a `Compose` that loads, and then changes pixels one by one.
-        postprocessing: a `Compose` that saves, and nothing else.
-        microns_per_pixel: of the pictures that the model was trained on; slides are read at this resolution.
-        slide_microns_per_pixel: of the finest level of slides that do not say it themselves.
-        skip_glass: run only windows with tissue, as `medseg.io.slides.tissue.find_tissue` finds it.
-        tiff_slides: whether all TIFF are slides (see `medseg.io.list_cases`).
+        network: Trained network.
+        inferer: A `medseg.components.SlidingWindowInferer`.
+        preprocessing: A `Compose` of a loader followed by transforms that process each pixel independently.
+        postprocessing: A `Compose` of a writer only.
+        microns_per_pixel: Resolution the model was trained at, in µm per pixel; slides are read at this resolution.
+        slide_microns_per_pixel: Resolution of the finest level of slides that do not state it, in µm per pixel.
+        skip_glass: Whether to run only windows with tissue, according to `medseg.io.slides.tissue.find_tissue`.
+        tiff_slides: Whether all TIFF files are slides (see `medseg.io.list_cases`).
 
     Raises:
-        RequestError: a part that needs a picture as a whole.
+        RequestError: A component that needs the whole image.
     """
 
     def __init__(
@@ -112,16 +115,16 @@ class SlidePredictor:
         self.tiff_slides = tiff_slides
 
     def __call__(self, image: str, polygons: Path, *, labels: Mapping[int, str], output_format: str = "") -> None:
-        """Predict one slide; what is written is there when all of it is.
+        """Predict one slide; output files are written atomically.
 
         Args:
-            image: the slide.
-            polygons: the GeoJSON file to write.
-            labels: name of each class.
-            output_format: "tiff" for a label image beside it, of the same name.
+            image: Path of the slide.
+            polygons: GeoJSON file to write.
+            labels: Names of the classes by index.
+            output_format: "tiff" to also write a label image next to the GeoJSON file; empty for none.
 
         Raises:
-            CaseError: the slide is damaged, has no known or a much coarser resolution, or is none.
+            CaseError: A file that is damaged or not a slide, or a resolution that is unknown or too coarse.
         """
         from medseg.machine import reuse_memory
 
@@ -137,14 +140,14 @@ class SlidePredictor:
             slide = open_slide(
                 image, microns_per_pixel=self.microns_per_pixel, default_mpp=self.slide_microns_per_pixel
             )
-        except RequestError as error:  # about this slide; the next may have what is asked for
+        except RequestError as error:  # of this slide only; the others continue
             raise CaseError(str(error)) from error
         except CaseError as error:
             if error.code != "no-resolution":
                 raise
             raise CaseError(
-                f"{image} {error.data['reason']}, so it cannot be read at {self.microns_per_pixel} µm/px: give --set "
-                "slide_microns_per_pixel, the resolution of its finest level in µm/px.",
+                f"{image} {error.data['reason']}, so it cannot be read at {self.microns_per_pixel} µm/px. Pass --set "
+                "slide_microns_per_pixel=X, the resolution of its finest level in µm/px.",
                 code=error.code,
                 path=error.path,
                 **error.data,
@@ -170,7 +173,7 @@ class SlidePredictor:
 
 
 def _outlined(strips: Iterable[Any], width: int, writer: GeoJSONWriter) -> Iterator[Any]:
-    """Pass strips on, and write the objects that they complete."""
+    """Yield the strips, and write the objects that each of them completes."""
     from medseg.io.slides.components import ObjectMerger
 
     merger = ObjectMerger(width)
@@ -186,7 +189,7 @@ def _label_image(polygons: Path) -> Path:
 
 @contextmanager
 def _as_case(image: str) -> Iterator[None]:
-    """Turn what goes wrong with one slide into an error of ours that names it."""
+    """Convert any exception of a slide into a `CaseError` that names the slide."""
     try:
         yield
     except MedsegError:
@@ -201,16 +204,16 @@ def _checked_inferer(inferer: Any) -> Any:
     if isinstance(inferer, SlidingWindowInferer):
         return inferer
     raise RequestError(
-        f"slides need a medseg.inferers.SlidingWindowInferer, and the bundle has a {type(inferer).__name__}: cut the "
-        "slide into pictures, or replace the inferer"
+        f"Unsupported inferer for slides: the bundle has {type(inferer).__name__}, expected "
+        "medseg.inferers.SlidingWindowInferer. Replace the inferer, or cut the slide into tiles."
     )
 
 
 def _per_pixel(preprocessing: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return the steps after loading as a function of pixels `(C, x, y)`.
+    """Return the transforms after loading as a function of an image of shape (C, x, y).
 
     Raises:
-        RequestError: a step that looks at more than a pixel, by its name.
+        RequestError: A transform that does not process each pixel independently.
     """
     from monai.data import MetaTensor
     from monai.transforms import LoadImaged
@@ -220,8 +223,8 @@ def _per_pixel(preprocessing: Any) -> Callable[[torch.Tensor], torch.Tensor]:
         traits = traits_of(step)
         if traits is None or not traits.is_per_pixel(step):
             raise RequestError(
-                f"the bundle's preprocessing has {type(step).__name__}, which may need a picture as a whole: slides "
-                "are read in pieces. Scale by constants (ScaleIntensityRanged), or cut the slide into pictures"
+                f"Unsupported preprocessing for slides: {type(step).__name__} may need the whole image, but slides are "
+                "read in pieces. Scale by constants (ScaleIntensityRanged), or cut the slide into tiles."
             )
 
     def prepare(pixels: torch.Tensor) -> torch.Tensor:
@@ -240,6 +243,6 @@ def _refuse_others(postprocessing: Any) -> None:
     for step in postprocessing.transforms:
         if not isinstance(step, SaveImaged):
             raise RequestError(
-                f"the bundle's postprocessing has {type(step).__name__}, which needs a mask as a whole: slides are "
-                "written piece by piece. Leave it out, or cut the slide into pictures"
+                f"Unsupported postprocessing for slides: {type(step).__name__} needs the whole mask, but slides are "
+                "written in pieces. Remove it, or cut the slide into tiles."
             )

@@ -40,7 +40,7 @@ class PredictionPictures:
         validator: Engine whose batches are single cases, with prediction and label as one-hot classes in native space.
         log: Log of the run, which receives the overlays.
         cases: Number of cases to draw; 0 for none.
-        interval: Number of validations from one drawing to the next.
+        interval: Number of validations between two logged overlays.
     """
 
     def __init__(self, output_dir: str, validator: Engine, log: RunLog, *, cases: int = 2, interval: int = 1) -> None:

@@ -1,7 +1,7 @@
-"""One of the processes that train together: what `medseg.jobs.launch` starts.
+"""A training process, as started by `medseg.jobs.launch`.
 
-Its request lies in a file, its progress goes to another, and what it or a library prints goes to its log. It ends when
-the process that started it is gone, which it learns from a connection that breaks.
+It reads its request from a file, writes its progress to another one and all output to its log. It exits when the parent
+process ends, which closes a connection between them.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from medseg.notices import CaseWarning, collect, read_warnings
 __all__ = ["NOTE", "PROGRESS", "command", "main", "read_warnings_of", "write_request"]
 
 PROGRESS: Final = "progress.jsonl"
-# The variable in which torch names the file for word of an exception.
+# Environment variable of torch with the file for the record of an exception.
 NOTE: Final = "TORCHELASTIC_ERROR_FILE"
 _REQUEST: Final = "request.json"
-# Before anything is imported, what is printed goes to the log, and the folder where the user happens to be, which
-# Python 3.10 cannot be kept from searching, leaves the search path.
+# Before any other import, redirect the output to the log and remove the current folder from the import path, for which
+# Python 3.10 has no option.
 _ENTRY: Final = """
 import os, sys
 for target, source in ((0, os.open(os.devnull, os.O_RDONLY)), (1, os.open(sys.argv[2], os.O_WRONLY | os.O_APPEND))):
@@ -41,38 +41,38 @@ _MAIN: Final = "from medseg.jobs.worker import main; main()"
 
 
 def command(exchange: Path, log: Path, port: int) -> tuple[str, ...]:
-    """Return the arguments with which Python becomes one of the processes.
+    """Return the arguments of the interpreter for a training process.
 
     Args:
-        exchange: Folder of the request and of the progress.
-        log: File for everything that is printed; must exist.
-        port: Port of this machine where the process that starts the others listens.
+        exchange: Folder of the request and the progress.
+        log: Log file for all output, which must exist.
+        port: Local port on which the parent process listens.
     """
     return ("-c", _ENTRY + _MAIN, str(exchange), str(log), str(port))
 
 
 def write_request(exchange: Path, job: Job) -> None:
-    """Write what the processes have to train."""
+    """Write the request of the training processes."""
     content = {
         "bundle": str(job.bundle.root),
         "config_files": [str(path) for path in job.config_files],
         "config": job.config,
         "overrides": job.overrides,
         "settings": job.settings,
-        "vouched": job.vouched,
+        "trusted": job.trusted,
         "strict": job.strict,
     }
     (exchange / _REQUEST).write_text(json.dumps(content), encoding="utf-8")
 
 
 def read_warnings_of(exchange: Path) -> list[list[CaseWarning]]:
-    """Return the warnings of each process but the first, whose manifest has its own."""
+    """Return the warnings of each process except the first, whose warnings are in the manifest."""
     files = sorted(exchange.glob("warnings_*.json"))
     return [read_warnings(json.loads(file.read_text(encoding="utf-8"))) for file in files]
 
 
 def main() -> None:
-    """Be one of the processes: train what the request describes, and leave word of an exception."""
+    """Train as requested, and write a record of an exception."""
     exchange, port = Path(sys.argv[1]), int(sys.argv[3])
     threading.Thread(target=_end_with_parent, args=(port,), daemon=True).start()
     code = 0
@@ -83,7 +83,7 @@ def main() -> None:
         note = note_of(error)
         note.write(Path(os.environ[NOTE]))
         code = note.exit_code or 1
-    # Threads of a connection that broke could hold up an ordinary end.
+    # Threads of a broken connection could block a regular exit.
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):
             stream.flush()
@@ -94,7 +94,7 @@ def _work(job: Job, exchange: Path) -> None:
     rank = int(os.environ["RANK"])
     if rank == 0:
         with (exchange / PROGRESS).open("a", encoding="utf-8", buffering=1) as file:
-            runner.train(job, report=lambda *told: print(json.dumps(told), file=file))
+            runner.train(job, report=lambda *state: print(json.dumps(state), file=file))
     else:
         with collect(strict=job.strict) as warnings:
             try:
@@ -118,13 +118,13 @@ def _read_request(exchange: Path) -> Job:
         config=content["config"],
         overrides=content["overrides"],
         settings=tuple(content["settings"]),
-        vouched=content["vouched"],
+        trusted=content["trusted"],
         strict=content["strict"],
     )
 
 
 def _end_with_parent(port: int) -> None:
-    # Nobody accepts the connection or writes to it: it only breaks.
+    # The parent never accepts or writes; recv returns when the connection closes.
     with suppress(OSError), socket.create_connection(("127.0.0.1", port)) as lifeline:
         lifeline.recv(1)
     os._exit(1)

@@ -111,7 +111,7 @@ def export(
         random: Whether to export the network with random weights, for a bundle without weights.
         tolerance: Largest difference of a logit allowed, in units of the largest logit if that is above 1; 1e-4 by
             default, and 3e-2 with `half`.
-        trust: SHA-256 of a bundle that contains executable code, to run it all the same.
+        trust: SHA-256 of a bundle that contains executable code, to confirm that you trust it.
 
     Returns:
         The file, its free axes, and its differences from the network.

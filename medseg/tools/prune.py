@@ -125,7 +125,7 @@ def prune(
         select: Largest loss of Dice against the best level, 0 to 1; none is selected by default.
         output: New folder for the selected level as a complete bundle; required with `select`.
         settings: Settings of the measurement, by name; the new bundle keeps the bundle's own.
-        trust: SHA-256 of a bundle that contains executable code, to run it all the same.
+        trust: SHA-256 of a bundle that contains executable code, to confirm that you trust it.
         report: Called with the passes done, the number of passes, and a note.
 
     Returns:

@@ -190,7 +190,7 @@ def test_requests_that_cannot_be_are_refused_before_anything_is_written(
         (["predict", trained.root, tmp_path / "missing.nii.gz", "-o", out], "does not exist"),
         (["predict", "hipocampus_mri_unet", scan, "-o", out], "did you mean 'hippocampus_mri_unet'"),
         (["predict", tmp_path, scan, "-o", out], "is not a bundle"),
-        (["predict", "gland_pathology_unet", scan, "-o", out], "no weights"),
+        (["predict", "gland_pathology_unet", scan, "-o", out], "No weights"),
         (["predict", trained.root, scan, "-o", out, "--set", "overlapp=0"], "did you mean 'overlap'"),
         (["predict", trained.root, scan, "-o", out, "--set", "overlap"], "invalid setting"),
         (["predict", trained.root, scan, "-o", out, "--set", "roi_size=big"], "roi_size: found 'big', expected a list"),
@@ -215,8 +215,8 @@ def test_requests_that_cannot_be_are_refused_before_anything_is_written(
     ("settings", "message"),
     [
         (["weights={other}"], "another network"),
-        (["weights={missing}"], "no weights"),
-        (["device_name=gpu"], "unknown device"),
+        (["weights={missing}"], "No weights"),
+        (["device_name=gpu"], "Unknown device"),
     ],
 )
 def test_what_shows_while_loading_gives_one_message(

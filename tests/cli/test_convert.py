@@ -68,4 +68,4 @@ def test_train_tells_what_it_started_from(medseg: Any, trained: Bundle, tiny_dat
     assert "started from model.pt: all " in err
     code, _, err = medseg("train", trained.root, "--data", tiny_data, "-o", tmp_path / "x", "--set", "pretrained=gone")
     assert code == 2
-    assert "no weights at 'gone' to start from" in err
+    assert "No pretrained weights at 'gone' to start from" in err

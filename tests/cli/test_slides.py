@@ -43,7 +43,7 @@ def test_the_resolution_is_asked_for_and_taken(medseg: Any, rgb_bundle: Bundle, 
     slide = _slide(tmp_path / "a.svs")
     code, _, err = medseg("predict", rgb_bundle.root, slide, "-o", tmp_path / "out")
     assert code == 2
-    assert "give --mpp" in err
+    assert "Pass it with --mpp" in err
     code, out, _ = medseg("predict", rgb_bundle.root, slide, "-o", tmp_path / "out", "--mpp", "2", "--format", "tiff")
     assert code == 0
     assert "1 masks written, 0 failed" in out

@@ -107,7 +107,7 @@ def test_the_cause_is_told_and_not_the_part_of_the_config_that_met_it(
         (MemoryError(), "use less memory"),
         (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), "cache_memory=0"),
         (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "batch_size"),
-        (OSError(28, "No space left on device"), "make room"),
+        (OSError(28, "No space left on device"), "free disk space"),
         (OSError(24, "Too many open files"), "ulimit -n"),
         (ValueError("something else"), ""),
     ],
@@ -132,9 +132,9 @@ def test_a_broken_connection_is_known_as_a_consequence(error: BaseException, con
 
 
 def test_exit_codes_in_words() -> None:
-    assert describe_exit(3)[0] == "ended with exit code 3 and left no message"
-    assert describe_exit(-4)[0].startswith("was ended by SIGILL, since a library uses an instruction")
-    assert describe_exit(-63)[0].startswith("was ended by")
+    assert describe_exit(3)[0] == "ended with exit code 3 and without a message"
+    assert describe_exit(-4)[0].startswith("was killed by SIGILL, because a library uses an instruction")
+    assert describe_exit(-63)[0].startswith("was killed by")
     assert "container or job ran out" in describe_exit(-9, out_of_memory=True)[0]
 
 

@@ -125,7 +125,7 @@ def test_jobs_of_single_folds_make_what_one_run_of_all_makes(
     calls: _Calls, trained: Bundle, data: Path, tmp_path: Path
 ) -> None:
     assert cross_validate(trained.root, data, tmp_path / "jobs", folds=2, fold=1) is None
-    with pytest.raises(BundleError, match="some are still to be trained"):
+    with pytest.raises(BundleError, match="contains an unfinished cross-validation"):
         find_bundle(tmp_path / "jobs")
     scores = cross_validate(trained.root, data, tmp_path / "jobs", folds=2, fold=0)
     assert scores is not None
@@ -144,7 +144,7 @@ def test_a_finished_fold_stays_and_an_unfinished_one_goes_on(
     calls.interrupt = "fold_1"
     with pytest.raises(KeyboardInterrupt):
         cross_validate(trained.root, data, out, folds=3)
-    with pytest.raises(RequestError, match="give --resume"):
+    with pytest.raises(RequestError, match="pass --resume"):
         cross_validate(trained.root, data, out, folds=3)
     calls.made.clear()
     calls.interrupt = ""

@@ -33,7 +33,7 @@ worker.main()
 @pytest.fixture
 def job(tmp_path: Path) -> Job:
     """A training that is never begun: the processes of these tests do something else."""
-    return Job("train", Bundle(tmp_path / "bundle"), (), {"seed": 1}, {}, (), vouched=False)
+    return Job("train", Bundle(tmp_path / "bundle"), (), {"seed": 1}, {}, (), trusted=False)
 
 
 def _worker(monkeypatch: pytest.MonkeyPatch, code: str, *, grace: float = 1.0) -> None:
@@ -55,7 +55,7 @@ def _died(job: Job, processes: int = 2) -> MedsegError:
         ("SIGKILL", "when memory runs out", "cache_memory=0"),
         ("SIGSEGV", "a crash inside a library", "--devices 1"),
         ("SIGBUS", "shared memory", "--shm-size"),
-        ("SIGTERM", "time limit", "ask for more time"),
+        ("SIGTERM", "time limit", "request more time"),
     ],
 )
 def test_a_killed_process_is_named_with_its_signal_and_the_others_are_stopped(
@@ -67,7 +67,7 @@ def test_a_killed_process_is_named_with_its_signal_and_the_others_are_stopped(
     assert error.exit_code == 1
     text = str(error)
     for part in (
-        "process 1 of 2 was ended by",
+        "process 1 of 2 was killed by",
         name,
         cause,
         advice,
@@ -84,12 +84,14 @@ def test_memory_that_ran_out_is_said_where_the_system_knows_it(monkeypatch: pyte
     monkeypatch.setattr(launch, "memory_kills", lambda: next(counts))
     code = f"{_START}\nos.kill(os.getpid(), signal.SIGKILL) if rank == 0 else time.sleep(60)"
     _worker(monkeypatch, code, grace=0)
-    assert "process 0 of 2 was ended by SIGKILL, since the memory of this container or job ran out" in str(_died(job))
+    assert "process 0 of 2 was killed by SIGKILL, because the memory of this container or job ran out" in str(
+        _died(job)
+    )
 
 
 def test_an_exit_without_a_word_is_told_with_its_code(monkeypatch: pytest.MonkeyPatch, job: Job) -> None:
     _worker(monkeypatch, f"{_START}\nos._exit(7) if rank == 1 else time.sleep(60)", grace=0)
-    assert "process 1 of 2 ended with exit code 7 and left no message" in str(_died(job))
+    assert "process 1 of 2 ended with exit code 7 and without a message" in str(_died(job))
 
 
 def test_who_fails_first_is_blamed_and_not_those_whose_connection_broke(
@@ -104,7 +106,7 @@ def test_who_fails_first_is_blamed_and_not_those_whose_connection_broke(
     """
     _worker(monkeypatch, _WORK.format(body=body.strip()))
     text = str(_died(job))
-    assert "process 1 of 2 failed: ValueError: bad numbers in 3 entries (<string>:" in text
+    assert "process 1 of 2 failed with ValueError: bad numbers in 3 entries (<string>:" in text
     assert "case: case_7.nii.gz" in text
     log = job.bundle.root / "runs" / "train" / "logs" / "process_1.log"
     assert str(log) in text
@@ -120,7 +122,7 @@ def test_a_kill_is_blamed_and_not_the_error_that_follows_from_it(monkeypatch: py
     raise RuntimeError("something about the others") if rank == 1 else ConnectionResetError("Connection reset by peer")
     """
     _worker(monkeypatch, _WORK.format(body=body.strip()))
-    assert "process 2 of 3 was ended by SIGKILL" in str(_died(job, 3))
+    assert "process 2 of 3 was killed by SIGKILL" in str(_died(job, 3))
 
 
 @pytest.mark.parametrize(("kind", "code"), [(RequestError, 2), (CaseError, 1)])
@@ -181,7 +183,7 @@ from medseg.jobs import launch, worker
 from medseg.jobs.job import Job
 body = "open({str(tmp_path)!r} + '/pid_' + str(rank), 'w').write(str(os.getpid())); time.sleep(60)"
 worker._MAIN = {_WORK!r}.format(body=body)
-launch.train(Job("train", Bundle(Path({str(tmp_path)!r})), (), {{}}, {{}}, (), vouched=False), 2)
+launch.train(Job("train", Bundle(Path({str(tmp_path)!r})), (), {{}}, {{}}, (), trusted=False), 2)
 """
     parent = subprocess.Popen([sys.executable, "-c", code])
     try:
@@ -223,8 +225,8 @@ def test_a_process_imports_nothing_from_the_folder_where_the_user_is(
     ("count", "config", "message"),
     [
         (0, {}, "1 or more"),
-        (2, {"batch_size": 3}, "--set batch_size=4, which trains differently, or 1 devices"),
-        (4, {"batch_size": 6}, "or 3 devices"),
+        (2, {"batch_size": 3}, "--set batch_size=4, which trains differently, or --devices 1"),
+        (4, {"batch_size": 6}, "or --devices 3"),
         (2, {"batch_size": 2, "device_name": "cuda:1"}, "cuda:1 is one device for 2 processes"),
     ],
 )
@@ -245,7 +247,7 @@ def test_a_failure_in_this_process_is_explained_and_its_traceback_kept(
 
     monkeypatch.setattr(launch.runner, "train", fail)
     text = str(_died(job, 1))
-    assert "training stopped: MemoryError: Unable to allocate 3 GiB (test_launch.py:" in text
+    assert "Training failed with MemoryError: Unable to allocate 3 GiB (test_launch.py:" in text
     assert "what to do: use less memory" in text
     log = job.bundle.root / "runs" / "train" / "logs" / "process_0.log"
     assert "Traceback" in log.read_text()

@@ -241,7 +241,7 @@ def test_settings_are_the_bundles(trained: Bundle, image: Path, tmp_path: Path) 
     [
         ({"overlop": 0.5}, "overlap"),
         ({"overlap": "half"}, "overlap"),
-        ({"output_format": "nrrd"}, r"use medseg\.predict"),
+        ({"output_format": "nrrd"}, r"Use medseg\.predict"),
         ({"trust": "0" * 64}, "SHA-256|fingerprint"),
     ],
 )
@@ -267,7 +267,7 @@ def test_wrong_settings_are_refused(trained: Bundle, settings: dict[str, Any], m
         (pydicom.Dataset(), {}, RequestError, "TransferSyntaxUID"),
         ([], {}, RequestError, "Unsupported image type list"),
         ("missing.nii.gz", {}, RequestError, "does not exist"),
-        ("missing.nii.gz", {"affine": np.eye(4)}, RequestError, "leave affine out"),
+        ("missing.nii.gz", {"affine": np.eye(4)}, RequestError, "Omit affine"),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -281,7 +281,7 @@ def test_what_is_no_image_is_refused(
 def test_a_folder_of_several_images_is_refused(predictor: Predictor, image: Path, tmp_path: Path) -> None:
     for name in ("a.nii.gz", "b.nii.gz"):
         shutil.copy(image, tmp_path / name)
-    with pytest.raises(RequestError, match="holds 2 images") as caught:
+    with pytest.raises(RequestError, match="contains 2 images") as caught:
         predictor(tmp_path)
     assert caught.value.data == {"found": 2}
 

@@ -43,7 +43,7 @@ def test_weights_of_the_same_network_are_all_taken(network: Any, tmp_path: Path,
     with caplog.at_level(logging.INFO):
         note = start_from(second, saved(first, tmp_path / "a.pt"))
     state = first.state_dict()
-    assert note == f"started from a.pt: all {len(state)} tensors taken over"
+    assert note == f"started from a.pt: all {len(state)} tensors copied"
     assert note in caplog.messages
     assert all(torch.equal(tensor, state[name]) for name, tensor in second.state_dict().items())
 
@@ -115,7 +115,7 @@ def test_training_starts_from_the_weights_and_its_manifest_says_so(
     manifest = runner.train(_job(bundle, tiny_data, pretrained=str(trained.weights), **still))
     (note,) = manifest.notes
     given = torch.load(trained.weights, weights_only=True)
-    assert note == f"started from model.pt: all {len(given)} tensors taken over"
+    assert note == f"started from model.pt: all {len(given)} tensors copied"
     stored = json.loads((bundle.root / "runs" / "train" / "manifest.json").read_text())
     assert stored["notes"] == [note]
     assert stored["knobs"]["pretrained"] == "model.pt"

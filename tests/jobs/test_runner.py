@@ -235,7 +235,7 @@ def test_what_a_transform_found_wrong_is_told_without_its_place_in_memory(traine
 def test_masks_never_replace_their_images(trained: Bundle, tmp_path: Path) -> None:
     path = _oblique(tmp_path / "in", "a.nii.gz", False)
     before = path.read_bytes()
-    with pytest.raises(RequestError, match="would replace the image itself"):
+    with pytest.raises(RequestError, match="would overwrite the image itself"):
         _predict(trained, tmp_path / "in", tmp_path / "in")
     assert path.read_bytes() == before
 
@@ -244,7 +244,7 @@ def test_masks_never_replace_images_of_other_cases(trained: Bundle, tmp_path: Pa
     _oblique(tmp_path / "in", "a.nii.gz", False)
     below = _oblique(tmp_path / "in" / "sub", "a.nii.gz", True)
     before = below.read_bytes()
-    with pytest.raises(RequestError, match=r"would replace the image '.*sub.a\.nii\.gz'"):
+    with pytest.raises(RequestError, match=r"would overwrite the image '.*sub.a\.nii\.gz'"):
         _predict(trained, tmp_path / "in", tmp_path / "in" / "sub")
     assert below.read_bytes() == before
 
@@ -362,7 +362,7 @@ def test_a_config_that_monai_reads_in_another_way_does_not_run(
         return {**config, "overlap": "x"} if "overlap" in config else config
 
     monkeypatch.setattr(ReferenceResolver, "normalize_meta_id", renamed)
-    with pytest.raises(BundleError, match="other configs of bundle"):
+    with pytest.raises(BundleError, match="differ from those that were checked"):
         open_workflow(job, "infer")
 
 
@@ -370,7 +370,7 @@ def test_a_config_that_monai_reads_in_another_way_does_not_run(
 def test_a_bundle_does_not_choose_a_folder_where_the_user_is(trained_copy: Bundle, tmp_path: Path, place: Any) -> None:
     _with(trained_copy, "train", output_dir=place)
     paths = {"dataset_dir": str(tmp_path), "resume": False}
-    with pytest.raises(BundleError, match=r"chooses its own output folder .* give --set output_dir"):
+    with pytest.raises(BundleError, match=r"sets its own output folder .* pass --set output_dir"):
         prepare("train", trained_copy, {}, paths=paths)
     job = prepare("train", trained_copy, {"output_dir": str(tmp_path / "mine")}, paths=paths)
     assert job.config["output_dir"] == str(tmp_path / "mine")

@@ -165,7 +165,7 @@ def test_an_existing_bundle_of_the_same_network_gets_the_weights_and_their_hash(
         ({"cat_order": "up_first"}, r"computes something else: decoder\.0\.join is 'up_first', not 'skip_first'"),
         ({"act": "leakyrelu"}, "LeakyReLU, not ReLU"),
         ({"features": [6, 8, 12, 16, 24]}, r"bottleneck\.0\.conv\.weight is \(20, "),
-        ({"norm": "instance"}, "tensors do not fit"),
+        ({"norm": "instance"}, "tensors do not match"),
     ],
 )
 def test_a_bundle_of_another_network_is_refused_with_what_differs(
