@@ -139,7 +139,7 @@ def test_a_window_that_misses_nearly_all_values_is_found(percentiles: tuple[floa
 def test_ct_and_mr_are_told_apart_and_nothing_else(ours: str, theirs: str, found: bool) -> None:
     needs = replace(NEEDS, modality=ours)
     assert [item.severity for item in of_case(needs, modality=theirs)] == (["error"] if found else [])
-    assert suits(needs, modality=theirs) == ([("error", "other modality")] if found else [])
+    assert suits(needs, modality=theirs) == ([("error", "modality mismatch")] if found else [])
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_constant_images_and_empty_labels_are_no_copies() -> None:
     empty = [case(name, label=replace(LABEL, digest="empty", labels={0: 1000})) for name in "ab"]
     assert of_set(*empty) == []
     marked = [case(name, label=replace(LABEL, digest="marked")) for name in "ab"]
-    assert of_set(*marked) == [("warning", "one label twice", ("a", "b"))]
+    assert of_set(*marked) == [("warning", "identical labels", ("a", "b"))]
 
 
 def test_a_patient_may_not_stand_on_both_sides() -> None:
