@@ -34,11 +34,9 @@ __all__ = [
 
 _TEACHER = "D1"
 _TAP = re.compile(r"(E\d+|B|D\d+)(?:_(\d+))?")
-_POOLS: dict[int, Callable[[Tensor, Any], Tensor]] = {
-    3: F.adaptive_avg_pool1d,
-    4: F.adaptive_avg_pool2d,
-    5: F.adaptive_avg_pool3d,
-}
+_POOLS: dict[int, Callable[[Tensor, Any], Tensor]] = dict(
+    enumerate((F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d), start=3)
+)
 
 
 class SelfRegTerms(TypedDict):
@@ -380,9 +378,8 @@ def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
 
 def _check_map(what: str, feature: Tensor) -> None:
     if feature.dim() not in _POOLS:
-        raise SizeError(
-            f"invalid {what} shape {tuple(feature.shape)}; expected (B, C, *spatial) with 1 to 3 spatial axes."
-        )
+        shape = tuple(feature.shape)
+        raise SizeError(f"invalid {what} shape {shape}; expected (B, C, *spatial) with 1 to 3 spatial axes.")
 
 
 def _check_pair(student: Tensor, teacher: Tensor) -> None:
