@@ -102,8 +102,8 @@ def check_size(shape: tuple[int, ...], source: object, max_voxels: int = MAX_VOX
         )
     if math.prod(shape) > max_voxels:
         raise GeometryError(
-            f"{source} is too large: {math.prod(shape):,} voxels {shape}, limit is {max_voxels:,}. Check its header, "
-            "or raise max_voxels."
+            f"{source} is too large: {math.prod(shape):,} voxels {shape}, the limit is {max_voxels:,}. "
+            "Check its header, or raise max_voxels."
         )
 
 
