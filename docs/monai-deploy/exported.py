@@ -73,7 +73,7 @@ def find_series(folder: Path) -> Series:
     if len(cases) != 1:
         raise CaseError(f"{folder} holds {len(cases)} images: give a folder that holds one series")
     series = open_series(cases[0]["image"])
-    if not series.uid or not series.placed or len(series.files) < len(series.slices):
+    if not series.uid or not series.has_geometry or len(series.files) < len(series.slices):
         raise CaseError(
             f"{folder} holds a series without UID or place in space, or with several slices in a file: MONAI Deploy "
             f"does not read these; {INSTEAD}"
