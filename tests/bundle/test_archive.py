@@ -563,7 +563,7 @@ HOSTILE_CONTENT: dict[str, tuple[Callable[[list[Entry]], list[Entry]], str]] = {
     "in another config": (lambda f: _with(f, "configs/other.json", b'{"a": "$x"}'), "expression"),
     "huge": (lambda f: _with(f, "configs/train.json", b" " * (16 * 2**20 + 1)), "at most"),
     "deep": (lambda f: _with(f, "configs/train.json", b'{"a":' + b"[" * 10**5 + b"]" * 10**5 + b"}"), "deeply"),
-    "twice": (lambda f: _with(f, "configs/train.json", b'{"a": 1, "a": 2}'), "twice"),
+    "twice": (lambda f: _with(f, "configs/train.json", b'{"a": 1, "a": 2}'), "duplicate key"),
     "pickle": (lambda f: _with(f, "models/model.pt", _pickled()), "system"),
     "pickle beside": (lambda f: _with(f, "models/other.pt", _pickled()), "system"),
     "TorchScript": (lambda f: _with(f, "models/model.pt", _scripted()), "TorchScript"),
