@@ -5,22 +5,22 @@ DEPLOY := .venv-deploy/bin
 
 .PHONY: demo test check-bundles lint dist docs label-environment label-server label-check deploy-check
 
-# The whole circle on generated phantoms, offline: train, predict, score, picture.
+# The whole workflow on generated phantoms, offline: train, predict, draw overlays, evaluate.
 demo: .venv/installed
 	rm -rf demo
 	$(BIN)/medseg demo --output demo
 
-# One process a core, each on one thread: faster than one process on all of them. Tests that lie side by side go to one
-# process, so that what several of them need is made once.
+# One single-threaded process per core, which is faster than one process on all cores. Neighboring tests run in the same
+# process and share fixtures.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -m "not full_check"
 
-# Every shipped bundle trains, scores, predicts and exports, by medseg and by MONAI; a minute each. With assertions, one
-# bundle a core: pytest -n auto -m full_check
+# Full check of every shipped bundle: training, evaluation, inference and export with medseg and MONAI, about a minute
+# per bundle. As tests, in parallel: pytest -n auto -m full_check
 check-bundles: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/medseg bundle check --all --full
 
-# The documentation into site/, with links, anchors and navigation checked.
+# Build the documentation in site/, and check links, anchors and navigation.
 docs: .venv/installed
 	test -x $(BIN)/mkdocs || $(BIN)/pip install --quiet --constraint constraints.txt --editable ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
@@ -35,7 +35,7 @@ lint: .venv/installed
 	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 
-# Wheel and source archive in dist/. For a release, make dist VERSION=0.1.0 first checks that all places say so.
+# Build wheel and source archive in dist/. For a release, make dist VERSION=0.1.0 also checks the version in all files.
 dist: .venv/installed
 ifdef VERSION
 	grep -x '__version__ = "$(VERSION)"' medseg/version.py
@@ -50,18 +50,18 @@ endif
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
-# MONAI Label with medseg's bundles, for 3D Slicer and OHIF: make label-server STUDIES=folder [OPTIONS="--port 8010"]
+# Run the label server for 3D Slicer and OHIF: make label-server STUDIES=folder [OPTIONS="--port 8010"]
 label-server: .venv-label/installed
 	$(LABEL)/medseg label serve --studies "$(STUDIES)" $(OPTIONS)
 
-# The server over HTTP as viewers use it, step by step, against the masks of `medseg predict`.
+# End-to-end check of the label server over HTTP, against the masks of `medseg predict`.
 label-check: .venv/installed .venv-label/installed
 	OMP_NUM_THREADS=1 $(LABEL)/python tests/label/server_check.py
 
 label-environment: .venv-label/installed
 
-# An environment of its own: MONAI Label needs older versions than medseg's own environment has. The list is complete,
-# so nothing is resolved but what torch's own build asks for.
+# Separate environment, since MONAI Label needs older versions of shared packages. The constraints are complete, so only
+# dependencies of torch are resolved.
 .venv-label/installed: constraints-label.txt
 	test -x $(LABEL)/python || $(PYTHON) -m venv .venv-label
 	$(LABEL)/pip install --quiet --constraint constraints-label.txt torch
@@ -69,11 +69,11 @@ label-environment: .venv-label/installed
 	$(LABEL)/pip install --quiet --no-deps --editable .
 	touch $@
 
-# The example for MONAI Deploy: DICOM SEG from its application, frame by frame against that of `medseg predict`.
+# Check of the MONAI Deploy example: its DICOM SEG must equal that of `medseg predict` frame by frame.
 deploy-check: .venv/installed .venv-deploy/installed
 	OMP_NUM_THREADS=1 $(BIN)/python tests/deploy/deploy_check.py
 
-# The SDK brings CUDA packages, so it is no dependency of medseg's.
+# Separate environment, since the SDK depends on CUDA packages.
 .venv-deploy/installed: docs/monai-deploy/constraints.txt
 	test -x $(DEPLOY)/python || $(PYTHON) -m venv .venv-deploy
 	$(DEPLOY)/pip install --quiet --constraint docs/monai-deploy/constraints.txt --editable ".[dicom]" monai-deploy-app-sdk
