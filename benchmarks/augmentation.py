@@ -1,4 +1,4 @@
-"""Time of the training patches: medseg's transforms beside the MONAI transforms that do the same work.
+"""Time of training patches: medseg's transforms compared with equivalent MONAI transforms.
 
     python benchmarks/augmentation.py [--case NAME] [--rounds N] [--threads N] [--json FILE]
 
@@ -40,7 +40,7 @@ Contestants = dict[str, Callable[[], Any]]
 
 
 def main() -> None:
-    """Measure the cases asked for and print the table."""
+    """Measure the selected cases and print the table."""
     options = _arguments()
     import torch
 
@@ -59,17 +59,17 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", choices=list(CASES), help="one case; all by default")
-    parser.add_argument("--rounds", type=int, default=15, help="repeats of each contestant (default 15)")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch (default 1)")
+    parser.add_argument("--case", choices=list(CASES), help="case to measure (default all)")
+    parser.add_argument("--rounds", type=int, default=15, help="repetitions of each contestant (default 15)")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1)")
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write the figures, machine, load and versions here too"
+        "--json", type=Path, metavar="FILE", help="also write results, machine, load and versions to FILE"
     )
     return parser.parse_args()
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Return the markdown table: a line per case."""
+    """Return the Markdown table with a row for each case."""
     columns = ("monai_ms", "medseg_ms", "monai_cpu_ms", "medseg_cpu_ms", "ratio")
     lines = ["| case | monai, ms | medseg, ms | monai, cpu ms | medseg, cpu ms | ratio |", "|---|--:|--:|--:|--:|--:|"]
     lines += [f"| {row['case']} | {' | '.join(f'{row[column]:.1f}' for column in columns)} |" for row in rows]
@@ -97,7 +97,7 @@ def _measured(case: str, contestants: Contestants, rounds: int) -> dict[str, Any
 
 
 def _case(shape: tuple[int, ...], channels: int, classes: int) -> dict[str, Any]:
-    """Return noise with box-shaped classes, one inside the other, in 1 mm."""
+    """Return noise with nested box-shaped classes, at a spacing of 1 mm."""
     import torch
     from monai.data import MetaTensor
 
@@ -140,7 +140,7 @@ def hippocampus() -> dict[str, Contestants]:
 
 
 def ct() -> dict[str, Contestants]:
-    """Return the contestants on a large volume, with and without noted places, with and without a warp."""
+    """Return the contestants on a large volume, with and without precomputed class indices, and a warp."""
     from monai.transforms import ClassesToIndicesd, RandAffined, RandCropByLabelClassesd, SpatialPadd
 
     from medseg.transforms.class_indices import ClassIndicesd
@@ -174,7 +174,7 @@ def ct() -> dict[str, Contestants]:
 
 
 def picture() -> dict[str, Contestants]:
-    """Return the contestants on a color picture, with and without a warp."""
+    """Return the contestants on a color image, with and without a warp."""
     from monai.transforms import RandAffined, RandFlipd, RandSpatialCropd, SpatialPadd
 
     from medseg.transforms.warp import RandWarpd

@@ -1,4 +1,4 @@
-"""Every network in every export format: which axes stay free, how far the file's logits are from the network's.
+"""Every network in every export format: dynamic axes, and difference of the logits from the original network.
 
     python benchmarks/exports.py            # prints the table of docs/how-to/export.md
     python benchmarks/exports.py --half
@@ -31,7 +31,7 @@ WINDOW = {2: [224, 224], 3: [48, 48, 48]}
 
 
 def bundle_of(folder: Path, name: str, dims: int, options: dict[str, Any], window: list[int] | None) -> Bundle:
-    """Write a bundle around a network."""
+    """Write a bundle with a network."""
     definition = {"spatial_dims": dims, "in_channels": 1, "out_channels": 3, **small(name, dims), **options}
     source = {
         "name": "shapes_mri_network",
@@ -52,7 +52,7 @@ def bundle_of(folder: Path, name: str, dims: int, options: dict[str, Any], windo
 
 
 def measured(bundle: Bundle, file_format: str, target: Path, *, half: bool) -> str:
-    """Return one cell: the largest difference of a logit, in units of the largest if above 1, and what is not free."""
+    """Return one cell: the largest difference relative to max(1, largest logit), and the dynamic axes if restricted."""
     try:
         done = export(bundle, file_format, target, random=True, half=half, tolerance=1.0)
     except MedsegError as refusal:

@@ -1,4 +1,4 @@
-"""How far the masks of the fast mode are from those of the exact mode, on real volumes and a trained bundle.
+"""Agreement of the masks of the fast and the exact mode, on real volumes with a trained bundle.
 
     python benchmarks/fast_mode.py --bundle hippocampus_mri_unet --data ../shared/data/msd_hippocampus
 
@@ -32,7 +32,7 @@ MODES = {"exact": EXACT, "fast": FAST, "fast with foreground": FAST_CT}
 
 
 def main() -> None:
-    """Predict, compare, write."""
+    """Predict in both modes, compare the masks and write the record."""
     options = _arguments()
     modes = ["exact", "fast with foreground" if options.foreground else "fast"]
     cases = find_dataset(options.data, "val")
@@ -95,7 +95,7 @@ def _mean(scores: list[dict[str, float | None]]) -> dict[str, float]:
 
 
 def _known(scores: list[dict[str, float | None]]) -> dict[str, list[float]]:
-    """Return the scores of each class over the cases that have it."""
+    """Return the scores of each class over the cases that contain it."""
     return {key: [found for entry in scores if (found := entry[key]) is not None] for key in scores[0]}
 
 

@@ -1,4 +1,4 @@
-"""From an image file to a mask file: medseg beside MONAI and nnU-Net.
+"""Time from image file to mask file: medseg compared with MONAI and nnU-Net.
 
     python benchmarks/inference.py --case phantom --network light --rounds 5
     python benchmarks/inference.py --case memory
@@ -25,7 +25,7 @@ from side_by_side.work import Setup, default_work, prepare, say, threads_here
 
 
 def main() -> None:
-    """Run what was asked for and write the record."""
+    """Run the selected contestants and write the record."""
     options = _arguments()
     if options.table is not None:
         table.render(RESULTS, options.table)
@@ -50,12 +50,18 @@ def _name(options: argparse.Namespace, network: str) -> str:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=[*CASES, "memory"], default="phantom")
-    parser.add_argument("--network", choices=[*FEATURES], help="of the CT cases (default light)")
+    parser.add_argument("--network", choices=[*FEATURES], help="network of the CT cases (default light)")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--contestants", type=_names, default=list(CONTESTANTS), help=f"of {','.join(CONTESTANTS)}")
-    parser.add_argument("--threads", type=int, default=threads_here(), help="of every process (default: all cores)")
-    parser.add_argument("--overlap", type=float, help="of windows (default: the bundle's)")
-    parser.add_argument("--plain-memory", action="store_true", help="the C library's own settings, for everybody")
+    parser.add_argument(
+        "--contestants", type=_names, default=list(CONTESTANTS), help=f"contestants, from {','.join(CONTESTANTS)}"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=threads_here(), help="threads of every process (default: all cores)"
+    )
+    parser.add_argument("--overlap", type=float, help="overlap of the windows (default: that of the bundle)")
+    parser.add_argument(
+        "--plain-memory", action="store_true", help="use the memory settings of the C library for all contestants"
+    )
     parser.add_argument("--work", type=Path, default=default_work(), help="folder of images, bundles and masks")
     parser.add_argument("--output", type=Path, metavar="FILE", help="record (default: under benchmarks/results)")
     parser.add_argument(
@@ -64,7 +70,7 @@ def _arguments() -> argparse.Namespace:
         type=Path,
         const=Path("-"),
         metavar="FILE",
-        help="print the tables of all records, or put them between the marks of a page",
+        help="print the tables of all records, or insert them between the markers of a page",
     )
     options = parser.parse_args()
     options.work = options.work.absolute()
@@ -86,7 +92,7 @@ def _names(text: str) -> list[str]:
     names = text.split(",")
     unknown = [name for name in names if name not in CONTESTANTS]
     if unknown or len(set(names)) < len(names):
-        raise argparse.ArgumentTypeError(f"{unknown or names}: choose each at most once of {', '.join(CONTESTANTS)}")
+        raise argparse.ArgumentTypeError(f"{unknown or names}: choose each at most once from {', '.join(CONTESTANTS)}")
     return names
 
 
@@ -97,7 +103,7 @@ def _write(record: dict[str, Any], path: Path) -> None:
 
 
 def _command() -> str:
-    """Return the command line without the places of this machine."""
+    """Return the command line without paths of this machine."""
     words, places = sys.argv[1:], ("--work", "--output")
     kept = [
         word for i, word in enumerate(words) if word not in places and words[i - 1 : i] not in ([p] for p in places)
@@ -106,7 +112,7 @@ def _command() -> str:
 
 
 def _rounded(value: Any) -> Any:
-    """Return the record with six significant digits, which is more than any of its figures has."""
+    """Return the record rounded to six significant digits, beyond the precision of any measurement."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):

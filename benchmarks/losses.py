@@ -1,4 +1,4 @@
-"""Time and memory of Dice with cross-entropy: medseg's loss beside MONAI's.
+"""Time and memory of the Dice and cross-entropy loss: medseg compared with MONAI.
 
     python benchmarks/losses.py [--rounds N] [--threads N] [--json FILE]
 
@@ -46,17 +46,19 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9, help="repeats of each loss (default 9)")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch (default 1)")
+    parser.add_argument("--rounds", type=int, default=9, help="repetitions of each loss (default 9)")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1)")
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write the figures, machine, load and versions here too"
+        "--json", type=Path, metavar="FILE", help="also write results, machine, load and versions to FILE"
     )
-    parser.add_argument("--memory", nargs="+", metavar="NAME SIZE", help="memory of one loss in this process")
+    parser.add_argument(
+        "--memory", nargs="+", metavar="NAME SIZE", help="measure the memory of one loss in this process"
+    )
     return parser.parse_args()
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Return the markdown table: a line per shape."""
+    """Return the Markdown table with a row for each shape."""
     kinds = {"ms": "ms", "cpu_ms": "cpu ms", "mib": "MiB"}
     titles = [f"{name}, {title}" for title in kinds.values() for name in NAMES]
     lines = [f"| logits | {' | '.join(titles)} | logits, MiB | difference |", "|---" + "|--:" * (len(titles) + 2) + "|"]
@@ -85,7 +87,7 @@ def _row(shape: tuple[int, ...], rounds: int, threads: int) -> dict[str, Any]:
             gradients[name] = logits.grad
     largest = gradients["monai"].abs().max()
     difference = float((gradients["monai"] - gradients["medseg"]).abs().max() / largest)
-    # The first round warms up.
+    # The first round is a warm-up.
     medians = {
         f"{name}_{kind}": round(statistics.median(value[index] for value in samples[name][1:]) * 1000, 2)
         for index, kind in enumerate(("ms", "cpu_ms"))
@@ -132,7 +134,7 @@ def _memory(name: str, shape: tuple[int, ...], threads: int) -> float:
     import torch
 
     torch.set_num_threads(threads)
-    # Brings in what is imported and set up at the first call.
+    # The first call imports modules and initializes caches.
     small, truth = _batch((1, shape[1], *[4] * (len(shape) - 2)))
     loss = _loss(name)
     loss(small, truth).backward()

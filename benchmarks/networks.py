@@ -1,4 +1,4 @@
-"""Size, work and memory of the networks, as the paper has them and in their small form.
+"""Parameters, GMACs and memory of the networks, in the sizes of their papers and in their small form.
 
     python benchmarks/networks.py [--json FILE]
 
@@ -32,7 +32,7 @@ BATCH = 2
 
 
 def main() -> None:
-    """Measure every row, or the one asked for, and print the table."""
+    """Measure every row, or the selected one, and print the table."""
     options = _arguments()
     if options.row:
         name, form, dims = options.row
@@ -56,23 +56,25 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write results, machine and versions to FILE")
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write the figures, the machine and versions here too"
-    )
-    parser.add_argument(
-        "--limit", type=float, default=50.0, metavar="GMAC", help="measure no memory of heavier networks (default 50)"
+        "--limit",
+        type=float,
+        default=50.0,
+        metavar="GMAC",
+        help="do not measure the memory of larger networks (default 50)",
     )
     parser.add_argument(
         "--row",
         nargs=3,
         metavar=("CLASS", "FORM", "DIMS"),
-        help='one row in this process, as JSON: e.g. "UNet small 3"',
+        help='measure one row in this process and print JSON, such as "UNet small 3"',
     )
     return parser.parse_args()
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Return the markdown table: a line per network and form, 2D and 3D side by side in its cells."""
+    """Return the Markdown table with a row for each network and form, and "2D / 3D" in each cell."""
     lines = [f"| network | form | {' | '.join(COLUMNS)} |", "|---|---|" + "--:|" * len(COLUMNS)]
     keys = dict.fromkeys((row["network"], row["form"]) for row in rows)
     for network, form in keys:
@@ -81,7 +83,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def cells(rows: list[dict[str, Any]], network: str, form: str) -> str:
-    """Return the figures of one line of the table, "2D / 3D" in each cell."""
+    """Return the cells of one row of the table, each "2D / 3D"."""
     flat, deep = (
         next(row for row in rows if (row["network"], row["form"], row["spatial_dims"]) == (network, form, dims))
         for dims in SIDES
@@ -107,7 +109,7 @@ def _in_child(name: str, form: str, dims: int, limit: float) -> dict[str, Any]:
 
 
 def measure(name: str, form: str, dims: int, *, limit: float) -> dict[str, Any]:
-    """Return one row of figures, measured in this process, which should be a fresh one on one thread."""
+    """Return the measurements of one row, from this process, which should be new and single-threaded."""
     import torch
 
     import medseg.networks
@@ -125,7 +127,7 @@ def measure(name: str, form: str, dims: int, *, limit: float) -> dict[str, Any]:
 
 
 def _count(network: Any, arguments: dict[str, Any], shape: tuple[int, ...]) -> tuple[int, float]:
-    """Count on tensors without content, so that no size is too heavy."""
+    """Count MACs on meta tensors, so that any size is possible."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode
@@ -141,7 +143,7 @@ def _memory(network: Any, arguments: dict[str, Any], shape: tuple[int, ...]) -> 
     import torch
     from torch import nn
 
-    # Brings in what torch and MONAI import at the first step.
+    # torch and MONAI import modules at the first step.
     convolution = (nn.Conv2d, nn.Conv3d)[len(shape) - 3]
     _train(convolution(1, 2, 1), torch.rand(BATCH, 1, *(4 for _ in shape[1:])))
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""What a budget of processor time buys: nnU-Net, a plain MONAI script, and a bundle planned by medseg.
+"""Accuracy at equal CPU time: nnU-Net, a plain MONAI script, and a bundle planned by medseg.
 
     python benchmarks/training.py --cpu-seconds 3500 --contestants nnunet,monai,medseg --seeds 0
 
@@ -37,7 +37,7 @@ ONLY_AFTER_THE_LAST = 1_000_000  # epochs between validations
 
 
 def main() -> None:
-    """Run what is asked for and not there yet; score everything that is there."""
+    """Run the missing trainings of the request, and score all trainings in the work folder."""
     options = _arguments()
     if options.table:
         render(RESULTS, options.table)
@@ -89,7 +89,7 @@ def _monai(request: dict[str, Any], run: Path) -> dict[str, Any]:
 
 
 def _medseg(task: Task, request: dict[str, Any], run: Path) -> dict[str, Any]:
-    """Plan for the wall time in which all threads use up the budget, then train, choosing nothing by scored cases."""
+    """Plan for the wall time in which all threads consume the budget, then train, without selecting by scored cases."""
     bundle, medseg = run / task.bundle, [sys.executable, "-m", "medseg"]
     own = environment(request["threads"], tuned_memory=True)
     seconds = int(request["cpu_seconds"] / request["threads"])
@@ -163,7 +163,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=threads_here())
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "medseg-benchmark")
     parser.add_argument("--output", type=Path, metavar="FILE")
-    parser.add_argument("--table", type=Path, metavar="PAGE", help="put the tables of all records into a page, or '-'")
+    parser.add_argument(
+        "--table", type=Path, metavar="PAGE", help="insert the tables of all records into PAGE, or print them if '-'"
+    )
     options = parser.parse_args()
     options.work = options.work.absolute()
     unknown = set(options.contestants) - set(CONTESTANTS)

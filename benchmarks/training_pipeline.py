@@ -1,4 +1,4 @@
-"""How long the steps of a training wait for data: a profile of some epochs of the shipped bundles on real data.
+"""Waiting time for data in training: profile of short epochs of the shipped bundles on real data.
 
     python benchmarks/training_pipeline.py --data ../shared/data --steps 60
 
@@ -30,11 +30,13 @@ TARGET = 0.05
 
 
 def main() -> None:
-    """Print the table, and write it as JSON if asked to."""
+    """Print the table, and optionally write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the data sets")
-    parser.add_argument("--steps", type=int, default=60, help="steps of an epoch; a second one is measured")
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1], help="numbers of loading processes to try")
+    parser.add_argument(
+        "--data", type=Path, default=Path("../shared/data"), help="folder of the data sets (default ../shared/data)"
+    )
+    parser.add_argument("--steps", type=int, default=60, help="steps per epoch; the second epoch is measured")
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1], help="numbers of loader processes to measure")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -59,10 +61,10 @@ def main() -> None:
 
 
 def profile(name: str, data: Path, workers: int, steps: int) -> dict[str, Any]:
-    """Train two short epochs of a copy and measure the second."""
+    """Train a copy for two short epochs and measure the second."""
     from ignite.engine import Events
 
-    # the last epoch would be validated, so the run ends before it
+    # the run ends before the last epoch, which would be validated
     settings = {"num_workers": workers, "steps_per_epoch": steps, "max_epochs": 3, "val_interval": 1000}
     with tempfile.TemporaryDirectory() as folder:
         bundle = Bundle(Path(folder) / name)
@@ -93,7 +95,7 @@ def profile(name: str, data: Path, workers: int, steps: int) -> dict[str, Any]:
 
 
 def pipeline_ms(loader: Any, steps: int) -> float:
-    """Processor time to make one batch, alone."""
+    """Return the CPU time for producing one batch."""
     keys = [key for _, key in zip(range(steps), loader.batches, strict=False)]
     start = time.process_time()
     for batch in keys:

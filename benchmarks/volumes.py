@@ -1,4 +1,4 @@
-"""Time of reading a CT and of writing its mask, beside the programs that others use for it.
+"""Time of reading a CT and writing its mask, compared with other libraries.
 
     python benchmarks/volumes.py
 
@@ -31,14 +31,14 @@ ROUNDS = 3
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure all operations and print the table."""
     with tempfile.TemporaryDirectory() as folder:
         scan, mask_like = Path(folder, "scan.nii.gz"), Path(folder, "short.nii.gz")
         values, labels = phantom_ct(), phantom_labels()
         save(values, scan)
         save(values[..., :SLICES], mask_like)
         if not np.array_equal(load(scan, dtype="stored")[0].numpy(), nib.load(scan).dataobj):
-            raise SystemExit("the readers do not agree")
+            raise SystemExit("the readers returned different voxels")
         print("| what | wall, s | processor, s | size, kB |\n|---|---|---|---|")
         show("inflate alone (ISA-L)", lambda: inflate(scan))
         show("medseg.io.load, stored", lambda: load(scan, dtype="stored"))
@@ -78,7 +78,7 @@ def save(values: np.ndarray[Any, Any], path: Path) -> None:
 
 
 def inflate(path: Path) -> None:
-    """Unpack a file and forget it."""
+    """Decompress a file and discard the result."""
     buffer = bytearray(1 << 23)
     with igzip.open(path, "rb") as file:
         while file.readinto(buffer):
@@ -92,7 +92,7 @@ def write(labels: np.ndarray[Any, Any], like: Path) -> int:
 
 
 def show(name: str, work: Callable[[], Any]) -> None:
-    """Print the row of one piece of work; a number that it returns is a size in bytes."""
+    """Print the row of one operation; a returned number is a file size in bytes."""
     walls, processor = [], []
     for _ in range(ROUNDS):
         wall, spent = time.perf_counter(), time.process_time()
