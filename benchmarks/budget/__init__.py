@@ -1,1 +1,1 @@
-"""The parts of `benchmarks/training.py`."""
+"""Modules of `benchmarks/training.py`."""

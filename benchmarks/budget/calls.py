@@ -1,4 +1,4 @@
-"""Commands that have to succeed."""
+"""Child processes that must succeed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["call"]
 
 
 def call(command: Sequence[Any], own: Mapping[str, str]) -> None:
-    """Run a command in an environment, which is whole as `side_by_side.settings.environment` makes it.
+    """Run a command in a complete environment, as of `side_by_side.settings.environment`.
 
     Raises:
         SystemExit: it failed; with the end of what it said.

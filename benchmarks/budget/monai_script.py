@@ -1,4 +1,4 @@
-"""What many write first: MONAI's BasicUNet, its transforms, AdamW with a cosine, bfloat16.
+"""A typical training script: MONAI's BasicUNet and transforms, AdamW with a cosine schedule, bfloat16.
 
     python -m budget.monai_script REQUEST.json
 
@@ -44,7 +44,7 @@ KEYS = ["image", "label"]
 
 
 def main() -> None:
-    """Train, predict, and write down what it took."""
+    """Train, predict, and write the measurements."""
     request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     task = TASKS[request["task"]]
     torch.set_num_threads(request["threads"])
@@ -53,7 +53,7 @@ def main() -> None:
     network = BasicUNet(spatial_dims=len(task.patch), in_channels=channels, out_channels=len(task.labels))
     iterations, used = _train(network, task, request)
     if not all(bool(weight.isfinite().all()) for weight in network.parameters()):
-        raise SystemExit("the training ended in weights that are no numbers")
+        raise SystemExit("the training ended with non-finite weights (NaN or Inf)")
     _predict(network, task, request)
     facts = {"iterations": iterations, "batch_size": task.batch, "cpu_s": used, "precision": "bfloat16"}
     Path(request["facts"]).write_text(json.dumps(facts), encoding="utf-8")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def run(task: Task, request: dict[str, Any], work: Path, python: Path) -> dict[str, Any]:
-    """Prepare once, train, predict; return iterations, batch, precision and processor seconds of the training."""
+    """Prepare once, train and predict; return iterations, batch size, precision and CPU seconds of the training."""
     own = _environment(request, work)
     _prepare(task, request, work, python, own)
     tool = [python, Path(__file__).with_name("nnunet_tool.py")]
@@ -29,7 +29,7 @@ def run(task: Task, request: dict[str, Any], work: Path, python: Path) -> dict[s
     for case in request["val"]:
         shutil.copy2(case["image"], given / f"{_name(case)}_0000{task.ending}")
     names = ["-d", task.number, "-c", task.configuration, "-f", "0", "-tr", "nnUNetTrainerBudget"]
-    # Without mirroring, as the others predict.
+    # Without mirroring, as the other contestants.
     calm = ["--disable_tta", "-device", "cpu", "-npp", "1", "-nps", "1"]
     call([*tool, "predict", "-i", given, "-o", masks, *names, "-chk", "checkpoint_final.pth", *calm], own)
     facts: dict[str, Any] = json.loads((trained / "facts.json").read_text(encoding="utf-8"))
@@ -48,7 +48,7 @@ def _environment(request: dict[str, Any], work: Path) -> dict[str, str]:
         own[variable] = str(work / folder)
     return own | {
         "nnUNet_extTrainer": str(Path(__file__).with_name("trainer")),
-        # Augmentation in the process that trains, so that its processor time is counted; waiting costs none.
+        # Augment in the training process, so that its CPU time is counted.
         "nnUNet_n_proc_DA": "0",
         "BUDGET_CPU_SECONDS": str(request["cpu_seconds"]),
         "BUDGET_SEED": str(request["seed"]),
@@ -56,7 +56,7 @@ def _environment(request: dict[str, Any], work: Path) -> dict[str, str]:
 
 
 def _prepare(task: Task, request: dict[str, Any], work: Path, python: Path, own: dict[str, str]) -> None:
-    """Lay out training and validation cases, let nnU-Net plan, and give it our split."""
+    """Write training and validation cases, run nnU-Net's planning, and set the split."""
     done = work / "preprocessed" / _folder(task) / "splits_final.json"
     if done.is_file():
         return
@@ -76,7 +76,7 @@ def _prepare(task: Task, request: dict[str, Any], work: Path, python: Path, own:
         "file_ending": task.ending,
     }
     (raw / "dataset.json").write_text(json.dumps(description), encoding="utf-8")
-    # Its planning takes this number for torch's threads, and fails at 0.
+    # nnU-Net's planning passes this number to torch as its threads, and fails at 0.
     planning = own | {"nnUNet_n_proc_DA": str(request["threads"])}
     call(
         [python.parent / "nnUNetv2_plan_and_preprocess", "-d", task.number, "-c", task.configuration, "-np", "2"],

@@ -1,4 +1,4 @@
-"""The records of `benchmarks/training.py` as tables for people."""
+"""Markdown tables of the records of `benchmarks/training.py`."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _TITLES = {
 
 
 def render(results: Path, page: Path) -> None:
-    """Print the tables of all records in a folder, or put them between the marks of a page."""
+    """Print the tables of all records in a folder, or insert them between the markers of a page."""
     records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("training_*.json"))]
     replace_between(page, "training", "\n\n".join(_section(record) for record in records if "differences" in record))
 
 
 def _section(record: dict[str, Any]) -> str:
     labels = record["labels"]
-    # Of one label, the mean says nothing more
+    # For a single label, the mean is redundant.
     keys = [key for key in next(iter(record["dice"].values())) if key != "mean" or len(labels) > 2]
     names = [labels.get(key, "mean") for key in keys]
     head = (

@@ -1,4 +1,4 @@
-"""The data sets of `benchmarks/training.py`, their cases as nnU-Net and a plain script read them, and the score."""
+"""Data sets of `benchmarks/training.py`, their cases in the formats of the contestants, and the score."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ class Task:
 
     @property
     def root(self) -> Path:
-        """Where the data lies."""
+        """Folder of the data set."""
         return DATA / self.name
 
     @property
     def pictures(self) -> bool:
-        """Whether the cases are pictures, not volumes."""
+        """Whether the cases are 2D images."""
         return len(self.patch) == 2
 
     @property
@@ -55,11 +55,11 @@ class Task:
         return ".png" if self.pictures else ".nii.gz"
 
     def cases(self, split: str) -> list[dict[str, Any]]:
-        """List the cases as they lie on disk."""
+        """Return the cases of the data set."""
         return find_dataset(self.root, split)
 
     def prepared(self, split: str, folder: Path) -> list[dict[str, Any]]:
-        """List the cases as the others read them: pictures all in color, with classes in place of numbered objects."""
+        """Return the cases for the other contestants: 2D images in RGB, with classes instead of instance numbers."""
         if not self.pictures:
             return self.cases(split)
         return [self._converted(case, folder) for case in self.cases(split)]
@@ -74,7 +74,7 @@ class Task:
         return {**case, **{part: str(path) for part, path in found.items()}}
 
     def scores(self, masks: Path) -> dict[str, dict[str, float]]:
-        """Return for each validation case the Dice of each label, and their mean."""
+        """Return the Dice of each label and their mean for each validation case."""
         values = [int(value) for value in self.labels if value != "0"]
         found = {}
         for case in self.cases("val"):
@@ -92,7 +92,7 @@ class Task:
             truth, found = (np.asanyarray(image.dataobj).astype(np.uint8) for image in images)
             aligned = truth.shape == found.shape and np.allclose(images[0].affine, images[1].affine, atol=1e-3)
         if not aligned:
-            raise SystemExit(f"{mask} does not lie on its label")
+            raise SystemExit(f"geometry mismatch between {mask} and its label")
         return truth, found
 
 

@@ -1,1 +1,1 @@
-"""The parts of `benchmarks/inference.py`: cases, networks, contestants, measures."""
+"""Modules of `benchmarks/inference.py`: cases, networks, contestants and measurements."""

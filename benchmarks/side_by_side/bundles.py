@@ -1,4 +1,4 @@
-"""The bundles of the benchmark, made once in the work folder; each in a process of its own.
+"""Bundles of the benchmark, created once in the work folder, each in a separate process.
 
     python -m side_by_side.bundles FOLDER CASE NETWORK [CLASSES]
 
@@ -28,7 +28,7 @@ SEED = 20
 
 
 def make_bundle(folder: Path, case: str, network: str, classes: int | None = None) -> None:
-    """Make one bundle with weights; it appears as a whole or not at all."""
+    """Create a bundle with weights atomically."""
     target = bundle_path(folder, case, network, classes)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
@@ -48,7 +48,7 @@ def make_bundle(folder: Path, case: str, network: str, classes: int | None = Non
 
 
 def ct_bundle(name: str, network: str, classes: int | None) -> dict[str, Any]:
-    """Return the `bundle.json` of a CT network: of another width, and perhaps with another number of classes."""
+    """Return the `bundle.json` of a CT network with the given width and number of classes."""
     content: dict[str, Any] = json.loads(CT_BUNDLE.read_text(encoding="utf-8"))
     content["name"] = name
     content["network_def"]["features"] = FEATURES[network]

@@ -1,4 +1,4 @@
-"""The images of the benchmark, written once into the work folder; each case in a process of its own.
+"""Images of the benchmark, written once to the work folder, each in a separate process.
 
     python -m side_by_side.cases FOLDER CASE
     python -m side_by_side.cases FOLDER training
@@ -30,7 +30,7 @@ SEED = 20
 LIVER, CONTRAST_HU = 2, 50
 BONE, BONE_HU = 4, 200
 NOISE_HU = 12.0
-# Case -> voxels, millimeters.
+# Shape in voxels and spacing in mm of each case.
 PHANTOMS: dict[str, tuple[tuple[int, int, int], tuple[float, float, float]]] = {
     "phantom": ((512, 512, 300), (0.8, 0.8, 1.0)),
     "phantom800": ((512, 512, 800), (0.8, 0.8, 1.0)),
@@ -42,7 +42,7 @@ TILE_SIDE = 4096
 
 
 def write_case(folder: Path, case: str) -> None:
-    """Write one image, and its truth where there is one; the image comes last."""
+    """Write an image and its reference segmentation, if any; the image is written last."""
     truth_path(folder, case).parent.mkdir(parents=True, exist_ok=True)
     target = image_path(folder, case)
     if case in PHANTOMS:
@@ -58,7 +58,7 @@ def write_case(folder: Path, case: str) -> None:
 
 
 def write_training(folder: Path) -> None:
-    """Write the phantoms that the light network is trained on: other torsos, drawn at the model's resolution."""
+    """Write the phantoms that the light network is trained on: other torsos, drawn at the model's spacing."""
     for part in ("images", "labels"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     names = [f"torso_{case:02d}" for case in range(TRAINING_CASES + VALIDATION_CASES)]
@@ -71,7 +71,7 @@ def write_training(folder: Path) -> None:
 
 
 def torso(case: int, **options: Any) -> Phantom:
-    """Draw a phantom with contrast agent in its liver and with bone as a further class."""
+    """Draw a phantom with a contrast-enhanced liver and with bone as an additional class."""
     phantom = make_phantom(case, **options)
     image, label = phantom.image.copy(), phantom.label.copy()
     label[(image > BONE_HU) & (label == 0)] = BONE
@@ -80,7 +80,7 @@ def torso(case: int, **options: Any) -> Phantom:
 
 
 def save(array: Any, affine: Any, path: Path) -> None:
-    """Write a NIfTI file in the array's own type, positions in millimeters."""
+    """Write a NIfTI file in the data type of the array, in mm."""
     image = nibabel.Nifti1Image(array, affine)
     image.header.set_xyzt_units("mm")
     nibabel.save(image, path)
@@ -89,7 +89,7 @@ def save(array: Any, affine: Any, path: Path) -> None:
 def _write_phantom(folder: Path, case: str, shape: tuple[int, int, int], spacing: tuple[float, ...]) -> None:
     half = [max(side // 2, 64) for side in shape]
     phantom = torso(0, seed=SEED, shape=half, spacing=[2 * step for step in spacing])
-    # Into the order left, posterior, superior: the phantom's own axes run the other way unless mirrored.
+    # To LPS orientation: the phantom's axes have the opposite direction unless mirrored.
     mirrored = [axis for axis in range(3) if (phantom.affine[axis, axis] > 0) == (axis < 2)]
     image, label = (np.flip(array, mirrored) for array in (phantom.image, phantom.label))
     affine = np.diag([-spacing[0], -spacing[1], spacing[2], 1.0])
@@ -106,7 +106,7 @@ def _enlarged(array: Any, shape: tuple[int, int, int], *, mode: str) -> torch.Te
 
 
 def tile(side: int) -> Any:
-    """Return a picture `(side, side, 3)`, uint8, like stained tissue: pale ground, pink stroma, round purple nuclei."""
+    """Return a uint8 image `(side, side, 3)` of stained tissue: pale background, pink stroma, round purple nuclei."""
     rng = np.random.default_rng(SEED)
     ground = np.array([238.0, 228.0, 235.0])
     stroma, nuclei = np.array([-25.0, -80.0, -40.0]), np.array([-120.0, -130.0, -60.0])

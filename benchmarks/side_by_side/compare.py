@@ -1,4 +1,4 @@
-"""How far masks agree: voxels, the lead of the reference's best class where they differ, Dice of each class.
+"""Agreement of masks: differing voxels, the margin of the reference's best class there, and Dice of each class.
 
 python -m side_by_side.compare REQUEST.json ANSWER.json
 """
@@ -19,7 +19,7 @@ LEADS = (1e-5, 1e-4, 1e-3, 1e-2)
 
 
 def read(path: str) -> tuple[Any, Any]:
-    """Return labels, uint8, and the affine; for a picture `(x, y)` and None.
+    """Return labels, uint8, and the affine; for a 2D image `(x, y)` and None.
 
     Raises:
         SystemExit: a value is no whole number that fits.
@@ -30,7 +30,7 @@ def read(path: str) -> tuple[Any, Any]:
     stored = np.asanyarray(image.dataobj)
     labels = stored.astype(np.uint8)
     if not np.array_equal(stored, labels):
-        raise SystemExit(f"{path} holds values that are no labels")
+        raise SystemExit(f"{path} contains values that are not labels")
     return labels.reshape(stored.shape[:3]), image.affine
 
 
@@ -44,13 +44,13 @@ def confusion(a: Any, b: Any, classes: int) -> Any:
 
 
 def dice(counts: Any) -> dict[str, float | None]:
-    """Return the Dice of each class but the background; None where neither mask has it."""
+    """Return the Dice of each foreground class, or None if both masks lack it."""
     sizes = counts.sum(0) + counts.sum(1)
     return {str(n): float(2 * counts[n, n] / sizes[n]) if sizes[n] else None for n in range(1, len(counts))}
 
 
 def difference(mask: Any, reference: Any, classes: int, margin: Any | None) -> dict[str, Any]:
-    """Compare a mask with a reference; `margin` is by how much the reference's best class leads at each voxel."""
+    """Compare a mask with a reference; `margin` is the margin of the reference's best class at each voxel."""
     counts = confusion(mask, reference, classes)
     result: dict[str, Any] = {
         "voxels": int(counts.sum()),

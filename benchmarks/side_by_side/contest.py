@@ -1,4 +1,4 @@
-"""The rounds of a comparison, and its record."""
+"""Rounds of a comparison, and its record."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MEASURES = ("work_s", "work_cpu_s", "process_s", "process_cpu_s", "peak_mib", "a
 
 
 def contest(setup: Setup, contestants: Sequence[str], rounds: int) -> dict[str, Any]:
-    """Run every contestant once a round, in an order that moves on by one each round; return the whole record."""
+    """Run every contestant once per round, in an order that rotates by one, and return the record."""
     about = describe(str(nnunet_python(setup.work)))
     say("measuring the rates of the machine and the network")
     rates = setup.start("machine", setup.request())
@@ -49,7 +49,7 @@ def sample(setup: Setup, name: str, folder: Path, **more: Any) -> dict[str, Any]
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     python = {"python": str(nnunet_python(setup.work))} if name == "nnunet" else {}
-    # The image is in the page cache for all, or for none.
+    # The image must be in the page cache for all contestants.
     setup.image.read_bytes()
     request = setup.request(contestant=name, case=setup.case, output=str(folder), **more)
     load = os.getloadavg()[0]
@@ -67,12 +67,12 @@ def mask_in(folder: Path) -> Path:
     """
     masks = [path for path in folder.rglob("*") if path.name.endswith((".nii.gz", ".png"))]
     if len(masks) != 1:
-        raise SystemExit(f"{folder} should hold one mask, found {[path.name for path in masks]}")
+        raise SystemExit(f"expected one mask in {folder}, found {[path.name for path in masks]}")
     return masks[0]
 
 
 def margin(setup: Setup, name: str) -> str:
-    """Return the file of the lead of a reference's best class at each voxel, made by a run that is not timed."""
+    """Return the file of the margin of a reference's best class at each voxel, from an untimed run."""
     told = json.dumps([sha256(setup.weights), setup.settings()], sort_keys=True)
     path = setup.runs / f"lead_{name}_{hashlib.sha256(told.encode()).hexdigest()[:8]}.npy"
     if not path.is_file():
@@ -83,7 +83,7 @@ def margin(setup: Setup, name: str) -> str:
 
 
 def summary(samples: dict[str, list[dict[str, Any]]], rates: dict[str, Any]) -> dict[str, Any]:
-    """Return medians, and how many times each contestant is better than (a), (b) and (c) in them."""
+    """Return the medians, and their ratios to those of (a), (b) and (c)."""
     medians = {
         name: {key: statistics.median(entry[key] for entry in found) for key in MEASURES}
         for name, found in samples.items()

@@ -1,4 +1,4 @@
-"""What the machine can do, and what it is.
+"""Description and measured rates of the machine.
 
     python -m side_by_side.machine REQUEST.json ANSWER.json
 
@@ -28,7 +28,7 @@ PACKAGES = ("torch", "monai", "numpy", "nibabel", "itk")
 
 
 def rates(request: dict[str, Any]) -> dict[str, Any]:
-    """Return the rates, the work of one window, and that of the whole image."""
+    """Return the rates, and the work of one window and of the whole image."""
     import torch
     from torch import nn
 
@@ -88,7 +88,7 @@ def _grid(image: str) -> tuple[list[int], list[float]]:
 
 
 def windows(shape: list[int], zooms: list[float], settings: dict[str, Any]) -> int:
-    """Return how many windows MONAI cuts from the image, resampled along its axes."""
+    """Return the number of MONAI's sliding windows for the resampled image."""
     import numpy as np
     from monai.data.utils import compute_shape_offset
 
@@ -104,7 +104,7 @@ def windows(shape: list[int], zooms: list[float], settings: dict[str, Any]) -> i
 
 
 def describe(python: str = "") -> dict[str, Any]:
-    """Return the machine, its load now, the commit, and the versions of the packages, nnU-Net's where it is there."""
+    """Return the machine, its current load, the commit and package versions, including nnU-Net's if installed."""
     names = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     memory = next((line.split()[1] for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), "0")
     pages = "".join(_lines("/sys/kernel/mm/transparent_hugepage/enabled"))
@@ -123,7 +123,7 @@ def describe(python: str = "") -> dict[str, Any]:
 
 
 def commit() -> dict[str, Any]:
-    """Return the commit of the source tree, and whether the package differs from it."""
+    """Return the commit of the source tree, and whether the package has uncommitted changes."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S607

@@ -1,4 +1,4 @@
-"""Memory of medseg over the number of slices and of classes, and a run under a hard limit; each a fresh process.
+"""Memory of medseg by number of slices and classes, and a run under a hard limit, each in a new process.
 
 Of every run: what was added to the imported libraries, and that less the image (int16) and the mask (uint8) themselves,
 which have to be somewhere. The network is the light one with its first weights.
@@ -22,7 +22,7 @@ SIDE = 512
 
 
 def measure(setup: Setup) -> dict[str, Any]:
-    """Return both tables and the outcome under the limit."""
+    """Return both tables and the result under the limit."""
     about = describe()
     limit = LIMIT_MIB + both_mib(SLICES[-1])
     return {
@@ -43,7 +43,7 @@ def both_mib(slices: int) -> float:
 
 
 def _limited(setup: Setup, limit: float) -> dict[str, Any]:
-    """Run the largest case with that much address space beyond what the imported libraries take."""
+    """Run the largest case with a limit of the address space, in addition to that of the imported libraries."""
     row = {"slices": SLICES[-1], "classes": LIMITED_CLASSES, "limit_beyond_image_and_mask_mib": LIMIT_MIB}
     try:
         return {**row, "passed": True, **_row(setup, SLICES[-1], LIMITED_CLASSES, limit_mib=limit)}

@@ -1,4 +1,4 @@
-"""MONAI alone: a bundle as the model zoo has them, run by MONAI's own workflow.
+"""MONAI without medseg: a bundle in the style of the model zoo, run by MONAI's workflow.
 
 "monai" resamples in float64, the default of `Spacingd`; "monai32" in float32. Everything else that is not a setting of
 the task (spacing, intensities, windows, network, weights) is MONAI's default too, among it the float32 of `SaveImaged`.
@@ -21,12 +21,12 @@ from PIL import Image
 
 from side_by_side.sample import Phases, import_targets
 
-# LoadImaged sets up every reader; these packages import their parts on first use.
+# LoadImaged creates every reader; these packages import submodules on first use.
 LOADED_BY_MONAI = (itk.imread, nibabel.load, Image.init)
 
 
 def import_all(request: dict[str, Any]) -> None:
-    """Import what the config names, and write the config."""
+    """Import the modules of the config, and write the config."""
     torch.set_num_threads(request["threads"])
     config = zoo_config(request)
     import_targets(config)
@@ -133,7 +133,7 @@ def _config_file(request: dict[str, Any]) -> Path:
 
 
 def _keep_margin(path: str) -> None:
-    """Have the argmax write down first by how much the best class leads; such a run is not timed."""
+    """Write the margin of the best class before the argmax, in an untimed run."""
     inner = monai.transforms.AsDiscreted.__call__
 
     def keeping(self: Any, data: Any) -> Any:

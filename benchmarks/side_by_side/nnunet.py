@@ -1,4 +1,4 @@
-"""nnU-Net 2's predictor with our network, in an environment of its own (see `benchmarks/README.md`).
+"""nnU-Net 2's predictor with medseg's network, in a separate environment (see `benchmarks/README.md`).
 
 Given: network and weights, window size, overlap, model spacing, the intensity window as the parameters of
 `CTNormalization`. Its own: reading, resampling, windows, blending, restoring, writing, by
@@ -30,7 +30,7 @@ READERS = {".png": NaturalImage2DIO, ".gz": SimpleITKIO}
 
 
 def import_all(request: dict[str, Any]) -> None:
-    """Import the network's module, and what nnU-Net finds by name."""
+    """Import the network's module, and the modules that nnU-Net looks up by name."""
     torch.set_num_threads(request["threads"])
     import_targets(request["settings"]["network_def"])
     manager = PlansManager(plans(request))
@@ -70,7 +70,7 @@ def work(request: dict[str, Any], phases: Phases) -> None:
 
 
 def plans(request: dict[str, Any]) -> dict[str, Any]:
-    """Return the plans of one request: axes as nnU-Net has them, slowest first."""
+    """Return the plans of one request, with axes in nnU-Net's order (slowest first)."""
     settings, flat = request["settings"], request["kind"] == "RGB"
     low, high = settings.get("intensity_range", (0.0, 1.0))
     middle, width = ((low + high) / 2, (high - low) / 2) if flat else (low, high - low)
@@ -118,7 +118,7 @@ def dataset(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def turned_network(request: dict[str, Any]) -> Any:
-    """Return the network with kernels that run along the file's axes, slowest first."""
+    """Return the network with kernels permuted to the axes of the file, slowest first."""
     definition = dict(request["settings"]["network_def"])
     module, _, name = definition.pop("_target_").rpartition(".")
     network = getattr(importlib.import_module(module), name)(**definition).eval()
@@ -128,7 +128,7 @@ def turned_network(request: dict[str, Any]) -> Any:
 
 
 def turned(kernel: torch.Tensor, image: str) -> torch.Tensor:
-    """Turn a kernel made for RAS to the axes of the file, slowest first; for a picture, from x first to y first."""
+    """Permute a kernel from RAS to the axes of the file, slowest first; for a 2D image, from (x, y) to (y, x)."""
     if kernel.ndim == 4:
         return kernel.transpose(2, 3).contiguous()
     if kernel.ndim != 5:

@@ -1,4 +1,4 @@
-"""medseg, by its public function; exact or fast by the knobs in `settings`."""
+"""medseg through its public API, in exact or fast mode as of `settings`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from medseg.bundle.catalog import find_bundle
 from side_by_side.sample import Phases, import_targets
 from side_by_side.settings import EXACT, FAST, FAST_CT, KINDS
 
-# These packages import their parts on first use.
+# These packages import submodules on first use.
 LOADED_BY_MEDSEG = (monai.bundle.ConfigWorkflow, medseg.predict)
 
 
 def import_all(request: dict[str, Any]) -> None:
-    """Import what the bundle names, and what runs its network."""
+    """Import the modules of the bundle and of its inferer."""
     torch.set_num_threads(request["threads"])
     backend = knobs(request).get("backend", "torch")
     if backend in ("openvino", "onnxruntime"):
@@ -36,7 +36,7 @@ def work(request: dict[str, Any], phases: Phases) -> None:
 
 
 def knobs(request: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of the mode that is asked for."""
+    """Return the settings of the requested mode."""
     overlap = {"overlap": request["settings"]["overlap"]}
     if request["contestant"] != "medseg-fast":
         return EXACT | overlap

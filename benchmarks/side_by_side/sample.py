@@ -1,4 +1,4 @@
-"""One run of one contestant, in this process, which should be a fresh one.
+"""One run of one contestant in this process, which should be new.
 
     python -m side_by_side.sample REQUEST.json ANSWER.json
 
@@ -31,14 +31,14 @@ MODULES = {
 
 
 class Phases:
-    """Seconds by the name of the phase, in order of first use."""
+    """Seconds by phase, in order of first use."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Add the time that the block takes."""
+        """Add the time of the block to a phase."""
         start = time.perf_counter()
         try:
             yield
@@ -46,7 +46,7 @@ class Phases:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def watch(self, owner: Any, method: str, name: str) -> None:
-        """Time every call of a method of a class, or of a function of a module, from now on."""
+        """Time all further calls of a method of a class or a function of a module."""
         inner: Callable[..., Any] = getattr(owner, method)
 
         @wraps(inner)
@@ -58,7 +58,7 @@ class Phases:
 
 
 def main() -> None:
-    """Import, reset the peak of memory, work, and write down what it took."""
+    """Import, reset the peak memory, run the contestant, and write the measurements."""
     started = time.perf_counter()
     request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     contestant = importlib.import_module(MODULES[request["contestant"]])
@@ -107,19 +107,19 @@ def _targets(node: Any) -> Iterator[str]:
 
 
 def limit_address_space(more_mib: float) -> None:
-    """Let this process take that much address space beyond what it has now, and not a byte more."""
+    """Limit the address space of this process to its current size plus the given amount."""
     limit = int((status("VmSize") + more_mib) * 2**20)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def reset_peak() -> float:
-    """Make the peak of the resident set what it is now; return that, in MiB."""
+    """Reset the peak resident set to the current one, and return it in MiB."""
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     return status("VmRSS")
 
 
 def status(name: str) -> float:
-    """Return an entry of the process's status, in MiB."""
+    """Return a memory entry of the process's status, in MiB."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return int(next(line for line in lines if line.startswith(f"{name}:")).split()[1]) / 1024
 

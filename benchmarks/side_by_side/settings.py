@@ -1,4 +1,4 @@
-"""What is compared: cases, networks, contestants, and the settings that all of them share."""
+"""Cases, networks and contestants of the comparison, and their common settings."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ CONSTRAINTS: Final = ROOT / "constraints.txt"
 REQUIREMENTS: Final = ROOT / "benchmarks" / "requirements-nnunet.txt"
 CT_BUNDLE: Final = Path(__file__).with_name("torso_ct_unet.json")
 
-# Knobs of our two modes, over what the bundle itself says.
+# Settings of medseg's two modes, in addition to those of the bundle.
 EXACT: Final[dict[str, Any]] = {}
 FAST: Final[dict[str, Any]] = {"inference_precision": "bfloat16", "memory_format": "channels_last"}
-# On CT also only where there is a body: the scaled image is above this, which is -720 HU.
+# On CT, also skip windows outside the body, where the scaled image is below this value (-720 HU).
 FAST_CT: Final[dict[str, Any]] = {**FAST, "foreground": 0.2}
 
 # The networks of the CT cases: medseg's 3D U-Net in three widths; the last has the channels nnU-Net plans for CT.
@@ -26,7 +26,7 @@ FEATURES: Final = {
     "large": [32, 64, 128, 256, 320, 320],
 }
 
-# Case -> the networks that run on it, the default first.
+# Networks of each case, the default first.
 CASES: Final = {
     "phantom": tuple(FEATURES),
     "phantom800": tuple(FEATURES),
@@ -35,13 +35,13 @@ CASES: Final = {
     "hippocampus": ("shipped",),
     "tile": ("random",),
 }
-KINDS: Final = {"hippocampus": "MR", "tile": "RGB"}  # CT elsewhere
+KINDS: Final = {"hippocampus": "MR", "tile": "RGB"}  # otherwise CT
 SHIPPED: Final = {"hippocampus": "hippocampus_mri_unet", "tile": "gland_pathology_unet"}
 CONTESTANTS: Final = ("monai", "monai32", "nnunet", "medseg", "medseg-fast")
 REFERENCES: Final = ("monai", "monai32", "medseg")
 
 
-# Large tensors reuse memory and ask for huge pages. medseg would set the former by itself; here everybody has it.
+# Large tensors reuse memory and use huge pages. medseg sets the former itself; here it applies to all contestants.
 TUNED_MEMORY: Final = {
     "THP_MEM_ALLOC_ENABLE": "1",
     "MALLOC_MMAP_MAX_": "0",
@@ -51,12 +51,12 @@ TUNED_MEMORY: Final = {
 
 
 def environment(threads: int, *, tuned_memory: bool) -> dict[str, str]:
-    """Return the environment that every measured process gets, whoever runs in it."""
+    """Return the environment of every measured process."""
     counts = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS")
     own = dict.fromkeys(counts, str(threads))
-    # nnU-Net lowers torch's threads to this number.
+    # nnU-Net limits torch's threads to this number.
     own["nnUNet_def_n_proc"] = str(threads)
-    # It warns where these are not set; none of them is used.
+    # nnU-Net warns if these are not set, although they are not used.
     own |= dict.fromkeys(("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"), os.devnull)
     if tuned_memory:
         own |= TUNED_MEMORY
@@ -66,22 +66,22 @@ def environment(threads: int, *, tuned_memory: bool) -> dict[str, str]:
 
 
 def image_path(work: Path, case: str) -> Path:
-    """Where the image of a case lies, or will."""
+    """Return the path of the image of a case."""
     return work / "cases" / f"{case}.{'png' if case == 'tile' else 'nii.gz'}"
 
 
 def truth_path(work: Path, case: str) -> Path:
-    """Where the truth of a case lies; not every case has one."""
+    """Return the path of the reference segmentation of a case, which need not exist."""
     return work / "cases" / "truth" / f"{case}.nii.gz"
 
 
 def bundle_path(work: Path, case: str, network: str, classes: int | None = None) -> Path:
-    """Where the bundle of a case and network lies, or will."""
+    """Return the folder of the bundle of a case and network."""
     if case in SHIPPED:
         return work / "bundles" / SHIPPED[case]
     return work / "bundles" / (f"torso_ct_{network}" + (f"_{classes}" if classes else ""))
 
 
 def nnunet_python(work: Path) -> Path:
-    """The interpreter of nnU-Net's environment, which need not exist yet."""
+    """Return the Python interpreter of nnU-Net's environment, which need not exist yet."""
     return work / "nnunet" / "bin" / "python"

@@ -1,4 +1,4 @@
-"""The records as tables for people; no figure is typed by hand."""
+"""Markdown tables of the records."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HEAD = (
 
 
 def render(results: Path, page: Path) -> None:
-    """Print the tables of all records in a folder, or put them between the marks of a page."""
+    """Print the tables of all records in a folder, or insert them between the markers of a page."""
     paths = [*sorted(results.glob("inference_*.json")), *sorted(results.glob("fast_mode_*.json"))]
     records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     sections = {"memory": memory_section, "fast mode": fast_mode_section}
@@ -38,7 +38,7 @@ def render(results: Path, page: Path) -> None:
 
 
 def section(record: dict[str, Any]) -> str:
-    """Return heading, table and small print of one comparison."""
+    """Return heading, table and notes of one comparison."""
     rates, settings, machine = record["rates"], record["settings"], record["machine"]
     shape = "x".join(map(str, rates["shape"]))
     classes = settings["network_def"]["out_channels"]
@@ -59,7 +59,7 @@ def section(record: dict[str, Any]) -> str:
 
 
 def memory_section(record: dict[str, Any]) -> str:
-    """Return heading, tables and small print of the memory runs."""
+    """Return heading, tables and notes of the memory runs."""
     limited = record["limited"]
     outcome = "finished" if limited["passed"] else f"FAILED: {limited['error']}"
     head = ("slices", "classes", "seconds", "added MiB", "beyond image and mask, MiB")
@@ -82,7 +82,7 @@ def memory_section(record: dict[str, Any]) -> str:
 
 
 def fast_mode_section(record: dict[str, Any]) -> str:
-    """Return heading, table and small print of the masks of a data set in both modes."""
+    """Return heading, table and notes of the agreement of both modes on a data set."""
     agreement, truth = record["agreement"], record["truth"]
     names = list(truth)
     head = ("class", "Dice with exact", "the lowest of a case", *(f"{name}: Dice with truth" for name in names))

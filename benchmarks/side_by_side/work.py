@@ -1,4 +1,4 @@
-"""The work folder: what is made there once, and how processes are started."""
+"""The work folder with its cached files, and child processes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ KNOBS = ("roi_size", "sw_batch_size", "overlap", "spacing", "intensity_range", "
 
 @dataclass(frozen=True)
 class Setup:
-    """One comparison: where, what, and on how many threads.
+    """One comparison: work folder, case, network and number of threads.
 
     `classes` is for another number of them, untrained; `overlap` for another one than the bundle's.
     """
@@ -47,43 +47,43 @@ class Setup:
 
     @property
     def image(self) -> Path:
-        """The image that everybody segments."""
+        """Image of the case."""
         return image_path(self.work, self.case)
 
     @property
     def bundle(self) -> Path:
-        """The bundle that holds network, weights and settings."""
+        """Folder of the bundle with network, weights and settings."""
         return bundle_path(self.work, self.case, self.network, self.classes)
 
     @property
     def trains(self) -> bool:
-        """Whether the network of the bundle is one that is trained here."""
+        """Whether the network of the bundle is trained by the benchmark."""
         return self.network == "light" and self.classes is None
 
     @property
     def weights(self) -> Path:
-        """The weights that everybody loads."""
+        """Weight file for all contestants."""
         return self.bundle / "models" / "model.pt"
 
     @property
     def runs(self) -> Path:
-        """Where the masks go."""
+        """Folder of the masks."""
         return self.work / "runs" / f"{self.case}_{self.bundle.name}"
 
     def settings(self) -> dict[str, Any]:
-        """Return what everybody is told of the bundle's config."""
+        """Return the values of the bundle's config for all contestants."""
         config = json.loads((self.bundle / "configs" / "inference.json").read_text(encoding="utf-8"))
         told = {name: config[name] for name in KNOBS if name in config}
         return told if self.overlap is None else {**told, "overlap": self.overlap}
 
     def request(self, **more: Any) -> dict[str, Any]:
-        """Return what a process is asked."""
+        """Return the request for a child process."""
         paths = {"image": str(self.image), "bundle": str(self.bundle), "weights": str(self.weights)}
         kind = KINDS.get(self.case, "CT")
         return {**paths, "kind": kind, "threads": self.threads, "settings": self.settings(), **more}
 
     def start(self, module: str, request: dict[str, Any], *, python: str = sys.executable) -> dict[str, Any]:
-        """Run a module of this package in a new process; return its answer, with the whole process's cost."""
+        """Run a module of this package in a new process; return its answer and the cost of the whole process."""
         with tempfile.TemporaryDirectory() as folder:
             asked, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
             asked.write_text(json.dumps(request), encoding="utf-8")
@@ -106,7 +106,7 @@ class Setup:
 
 
 def prepare(setup: Setup, contestants: Sequence[str]) -> None:
-    """Make what is not there yet: image, training data, bundle, nnU-Net's environment."""
+    """Create missing files: image, training data, bundle and nnU-Net's environment."""
     setup.work.mkdir(parents=True, exist_ok=True)
     folder = str(setup.work)
     if not setup.image.is_file():
@@ -119,14 +119,14 @@ def prepare(setup: Setup, contestants: Sequence[str]) -> None:
         say("training the network on one thread; this takes some minutes" if setup.trains else "making the bundle")
         classes = [] if setup.classes is None else [str(setup.classes)]
         setup.call("bundles", folder, setup.case, setup.network, *classes, threads=1)
-    # The templates may have changed since; the weights stay.
+    # The templates may have changed; the weights are kept.
     build(Bundle(setup.bundle))
     if "nnunet" in contestants and not (setup.work / "nnunet" / "installed").is_file():
         install_nnunet(setup.work)
 
 
 def install_nnunet(work: Path) -> None:
-    """Make the environment of nnU-Net from the package index."""
+    """Create the environment of nnU-Net from the package index."""
     say(f"installing nnU-Net into {work / 'nnunet'}")
     subprocess.run([sys.executable, "-m", "venv", str(work / "nnunet")], check=True)
     pinned = ["-c", str(CONSTRAINTS), "-r", str(REQUIREMENTS)]
@@ -140,21 +140,21 @@ def sha256(path: Path) -> str:
 
 
 def say(text: str) -> None:
-    """Tell the person who waits."""
+    """Print a progress message."""
     print(text, file=sys.stderr, flush=True)
 
 
 def default_work() -> Path:
-    """Return the work folder that is used if none is given."""
+    """Return the default work folder."""
     return Path(tempfile.gettempdir()) / "medseg-benchmark"
 
 
 def threads_here() -> int:
-    """Return how many cores this process may use."""
+    """Return the number of CPU cores available to this process."""
     return len(os.sched_getaffinity(0))
 
 
 def children_cpu() -> float:
-    """Return the processor time of all child processes that have ended, in seconds."""
+    """Return the CPU time of all ended child processes, in seconds."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
