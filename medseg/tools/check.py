@@ -1,8 +1,8 @@
-"""Checks of a bundle: built from its source, declarative, as MONAI expects, and able to run.
+"""Checks of a bundle: built from its source, declarative, valid for MONAI, and able to run.
 
-The fast checks look at files and build components. The full ones (`medseg.tools.trials`) also train a copy of the
-bundle for one epoch on generated data of its kind, score it, predict and export it, and have MONAI's runner do the
-same in a separate process that starts in another folder: its output must be the same bytes.
+The fast checks read files and build components. The full checks (`medseg.tools.trials`) also train a copy of the bundle
+for one epoch on generated data, evaluate, predict and export it, and repeat this with MONAI's runner in a separate
+process and folder, whose output must be identical.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ _SCHEMA = SCHEMA.with_name("meta_schema_20240725.json")
 
 
 class Outcome(NamedTuple):
-    """What one check found.
+    """Outcome of one check.
 
     Attributes:
-        status: "ok", "failed" or "skipped".
-        text: what is wrong, why it was skipped, or what was measured.
+        status: Status: "ok", "failed" or "skipped".
+        text: Fault, reason for skipping, or measured values.
     """
 
     status: str
@@ -50,20 +50,21 @@ class Outcome(NamedTuple):
 
 
 def check_bundle(bundle: Bundle) -> dict[str, str]:
-    """Run the fast checks; return what is wrong by the check's name, empty where all is well."""
+    """Run the fast checks and return the fault of each by name, an empty string if there is none."""
     return {name: found.text if found.status == "failed" else "" for name, found in examine(bundle).items()}
 
 
 def examine(bundle: Bundle, *, full: bool = False, report: Progress | None = None) -> dict[str, Outcome]:
-    """Run the checks on a bundle, which stays as it is.
+    """Run the checks on a bundle, which is not changed.
 
     Args:
-        bundle: any bundle with a `bundle.json`.
-        full: also train, score, predict and export, on generated data: up to minutes, and memory as training takes it.
-        report: told about each finished check.
+        bundle: Bundle with a `bundle.json`.
+        full: Whether to also train, evaluate, predict and export on generated data, which takes minutes and the memory
+            of a training.
+        report: Callback for each check, with the number of finished checks, the total and the check's name.
 
     Returns:
-        What was found, by the names in `CHECKS` and `FULL_CHECKS`.
+        Outcome of each check, by the names in `CHECKS` and `FULL_CHECKS`.
     """
     total = len(CHECKS) + (len(FULL_CHECKS) if full else 0)
     found: dict[str, Outcome] = {}
@@ -72,7 +73,7 @@ def examine(bundle: Bundle, *, full: bool = False, report: Progress | None = Non
         if report is not None:
             report(len(found), total, f"{bundle.name}: {name}")
         declarative = found.get("declarative", Outcome("ok")).status == "ok"
-        found[name] = _outcome(action) if declarative else Outcome("skipped", "it would run what is not declarative")
+        found[name] = _outcome(action) if declarative else Outcome("skipped", "the bundle contains executable code")
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -87,7 +88,7 @@ def examine(bundle: Bundle, *, full: bool = False, report: Progress | None = Non
 
 
 def _outcome(action: Callable[[], str]) -> Outcome:
-    """Run a check; whatever it raises is a finding about the bundle, never the end of the table."""
+    """Run a check; any exception is an outcome, so that the other checks still run."""
     try:
         return Outcome("ok", action())
     except SkipError as skipped:
@@ -102,11 +103,11 @@ def _outcome(action: Callable[[], str]) -> Outcome:
 
 
 def _is_built(bundle: Bundle) -> str:
-    """The configs are what `bundle.json` gives now, and the folder bears its name."""
+    """Check that the configs are up to date with `bundle.json`, and that the folder has the bundle's name."""
     stale = stale_files(bundle)
     name = load_json(bundle.root / "bundle.json")["name"]
     if name != bundle.name:
-        return f"bundle.json is named '{name}' but lies in folder '{bundle.name}'; make them agree"
+        return f"name '{name}' in bundle.json differs from the folder name '{bundle.name}'; rename one of them"
     return f"{', '.join(stale)} differ from bundle.json; run `medseg bundle build {bundle.root}`" if stale else ""
 
 
@@ -127,7 +128,7 @@ def _fits_schema(bundle: Bundle) -> str:
 
 
 def _has_properties(bundle: Bundle) -> str:
-    """MONAI's own check of the ids that other programs look for, on a tiny data set."""
+    """Run MONAI's check of the required config properties on a small data set."""
     from monai.bundle import ConfigWorkflow
 
     faults = []
@@ -149,7 +150,7 @@ def _has_properties(bundle: Bundle) -> str:
 
 
 def _net_in_out(bundle: Bundle) -> str:
-    """MONAI's own check of the network against the metadata."""
+    """Run MONAI's check of the network's inputs and outputs against the metadata."""
     from monai.bundle import verify_net_in_out
 
     try:

@@ -1,4 +1,4 @@
-"""Weights of public code into a bundle: the network they belong to, its arguments, and the tensors in their places."""
+"""Conversion of published weights to a bundle: network, arguments and renamed tensors."""
 
 from __future__ import annotations
 
@@ -28,29 +28,29 @@ if TYPE_CHECKING:
 __all__ = ["SOURCE_NAMES", "Conversion", "convert"]
 
 SOURCE_NAMES = tuple(SOURCES)
-# What a bundle.json says of the data and of what becomes of it; the rest tells of weights that are not these.
+# Fields of bundle.json about the data and its processing; the others describe the weights of the original.
 _KEPT = ("template", "authors", "channels", "labels", "label_mapping", "image_classes", "label_classes")
 _SETTINGS = ("blocks", "knobs")
-# Attributes of modules that change nothing once the weights are there.
+# Module attributes that do not affect inference.
 _TRAINING_ONLY = ("training", "momentum", "inplace")
 _DIFFERENCES_SHOWN = 6
 _NAMES_SHOWN = 5
-# Arrays may be packed, and unpack to a thousand times the size of their file.
+# Compressed arrays may expand to a thousand times the size of their file.
 _MAX_BYTES = 4_000_000_000
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What `convert` wrote.
+    """Result of `convert`.
 
     Attributes:
-        weights: the bundle's weight file.
-        source: whose code the weights come from, one of `SOURCE_NAMES`.
-        network: name of the network's class.
-        tensors: how many the weight file holds.
-        parameters: how many numbers of these are parameters.
-        left_out: names of tensors of the source that its network never uses.
-        background: whether a channel for the background was added.
+        weights: Weight file of the bundle.
+        source: Code base of the weights, one of `SOURCE_NAMES`.
+        network: Class name of the network.
+        tensors: Number of tensors in the weight file.
+        parameters: Number of parameters of the network.
+        left_out: Names of tensors of the source that its network never uses.
+        background: Whether a background channel was added.
     """
 
     weights: Path
@@ -73,23 +73,23 @@ def convert(
     reverse_channels: bool = False,
     overwrite: bool = False,
 ) -> Conversion:
-    """Convert the weights of an author's public code into a bundle.
+    """Convert the weights of published code to the weights of a bundle.
 
-    A single sigmoid channel gets a background channel of zeros where the bundle has two labels: the softmax of both
-    equals the sigmoid.
+    If the network has a single sigmoid channel and the bundle two labels, a background channel of zeros is added: the
+    softmax of both channels equals the sigmoid.
 
     Args:
         weights: State dict as `.npz` (arrays without pickles) or written by `torch.save`.
-        source: Code that the weights come from, one of `SOURCE_NAMES`.
-        to: Bundle with a `bundle.json` of the same network, or a new folder, which needs `like`.
-        like: Bundle whose template, channels, labels, blocks and settings a new one takes over.
-        prefix: Prefix of the tensor names to take; it is removed.
+        source: Code base of the weights, one of `SOURCE_NAMES`.
+        to: Bundle with a `bundle.json` of the same network, or a new folder, which requires `like`.
+        like: Bundle from which a new one takes template, channels, labels, blocks and settings.
+        prefix: Prefix of the tensor names to use; it is removed from the names.
         settings: Arguments of the network that cannot be inferred from the tensors.
-        reverse_channels: Whether the code read images as blue, green, red where the bundle reads red, green, blue.
+        reverse_channels: Whether to convert the first layer from BGR to RGB input.
         overwrite: Whether to replace the weights of the bundle.
 
     Returns:
-        The weight file, and which tensors were taken over.
+        Weight file, and the converted and skipped tensors.
 
     Raises:
         RequestError: The request is invalid; nothing was written.
@@ -127,24 +127,26 @@ def convert(
 
 
 def _checked(file: Path, source: str, target: Bundle, like: str | Path | None, *, overwrite: bool) -> Config:
-    """Check all that can be without torch; return the `bundle.json` to fill or to take over."""
+    """Check the request without importing torch, and return the `bundle.json` of the target or of `like`."""
     if source not in SOURCE_NAMES:
-        raise RequestError(f"weights of source '{source}' are not known{nearest(source, SOURCE_NAMES)}")
+        raise RequestError(f"unknown source '{source}' of weights{nearest(source, SOURCE_NAMES)}")
     if not file.is_file():
         raise WeightsError(f"no weights at '{file}': give the file of a published checkpoint")
     if target.weights.is_file() and not overwrite:
         raise RequestError(f"'{target.weights}' exists; give --overwrite to replace it, or another folder")
     exists = (target.root / "bundle.json").is_file()
     if exists and like is not None:
-        raise RequestError(f"'{target.root}' is a bundle already: leave out --like, or give a new folder")
+        raise RequestError(f"'{target.root}' is already a bundle: remove --like, or give a new folder")
     if not exists and target.root.exists() and (not target.root.is_dir() or any(target.root.iterdir())):
-        raise RequestError(f"'{target.root}' exists and holds no bundle.json; give a bundle or a new folder")
+        raise RequestError(f"'{target.root}' exists without a bundle.json; give a bundle or a new folder")
     if not exists and like is None:
-        raise RequestError(f"no bundle at '{target.root}': give --like BUNDLE to make one with its channels and labels")
+        raise RequestError(
+            f"no bundle at '{target.root}': give --like BUNDLE to create one with the channels and labels of BUNDLE"
+        )
     origin = target if like is None else find_bundle(like)
     path = origin.root / "bundle.json"
     if not path.is_file():
-        raise BundleError(f"'{origin.root}' has no bundle.json to take over; name a bundle that has one")
+        raise BundleError(f"no bundle.json in '{origin.root}'; give a bundle that has one")
     content: Config = load_json(path)
     _compose({**content, "name": target.name})
     check_folder(target.root if exists else _nearest_folder(target.root))
@@ -152,7 +154,7 @@ def _checked(file: Path, source: str, target: Bundle, like: str | Path | None, *
 
 
 def _nearest_folder(folder: Path) -> Path:
-    """Return the folder, or the first above it that exists: where something can be written before anything is."""
+    """Return the folder or its nearest existing parent, to check write permission before anything is created."""
     return next(parent for parent in (folder, *folder.parents) if parent.exists())
 
 
@@ -169,19 +171,19 @@ def _state(file: Path) -> State:
 
 
 def _arrays(file: Path) -> dict[str, NDArray[Any]]:
-    """Read an `.npz`; text in it, as in a note about its making, is passed over."""
+    """Read the numeric arrays of an `.npz`; text, such as notes, is skipped."""
     import numpy as np
 
     try:
-        # NumPy leaves a file open that it opened itself and found damaged.
+        # NumPy leaks the handle if it opened a damaged file itself.
         with file.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
             size = sum(info.file_size for info in archive.zip.infolist())
             if size > _MAX_BYTES:
-                raise ValueError(f"{size} bytes of arrays, at most {_MAX_BYTES} are taken")
+                raise ValueError(f"{size} bytes of arrays, limit {_MAX_BYTES}")
             arrays = {name: archive[name] for name in archive.files}
-    except Exception as error:  # whatever NumPy and the standard library make of it
+    except Exception as error:  # NumPy and zipfile raise many types
         raise WeightsError(
-            f"'{file}' is no readable .npz of plain arrays ({error}); pickled content is never loaded"
+            f"'{file}' is not a readable .npz of plain arrays ({error}); pickled content is never loaded"
         ) from error
     return {name: array for name, array in arrays.items() if _is_number(array)}
 
@@ -194,18 +196,18 @@ def _taken(state: State, prefix: str, file: Path) -> State:
     taken = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     if not taken:
         shown = ", ".join(list(state)[:_NAMES_SHOWN]) or "no tensor"
-        raise WeightsError(f"'{file}' has no tensor whose name starts with '{prefix}'; it holds {shown}, ...")
+        raise WeightsError(f"no tensor in '{file}' has a name starting with '{prefix}'; found {shown}, ...")
     return taken
 
 
 def _reverse_channels(network: nn.Module) -> None:
-    """Turn around the image channels of the first convolution: for the turned image, all results stay the same."""
+    """Reverse the input channels of the first convolution; images with reversed channels keep their results."""
     first = next(parameter for parameter in network.parameters() if parameter.dim() > 3)
     first.data = first.data.flip(1)
 
 
 def _with_background(found: Converted) -> Converted:
-    """Build the network with two channels of logits, the first of them zero."""
+    """Return the network with two channels of logits, the first of which is zero."""
     import torch
 
     from medseg.networks.convert import Converted
@@ -221,7 +223,7 @@ def _with_background(found: Converted) -> Converted:
 
 
 def _bundle_json(plan: Config, name: str, source: str, file: Path, found: Converted) -> Config:
-    """Describe the new bundle: the data as in the old one, and of the weights only what is known."""
+    """Return the source of the new bundle: the data as in the original, and the known facts about the weights."""
     version = "0.1.0"
     return {
         "name": name,
@@ -241,20 +243,19 @@ def _check_fits(content: Config, like: Path) -> None:
     for argument, listed in (("in_channels", "channels"), ("out_channels", "labels")):
         if network[argument] != len(content[listed]):
             raise BundleError(
-                f"the weights are of a network with {argument}={network[argument]}, but '{like}' lists "
-                f"{len(content[listed])} {listed}; name a bundle that fits, or make one: copy its bundle.json and "
-                "change it"
+                f"mismatch of {listed}: the weights are of a network with {argument}={network[argument]}, but '{like}' "
+                f"lists {len(content[listed])} {listed}; give a matching bundle, or a copy with an edited bundle.json"
             )
     dims = _compose(content)["spatial_dims"]
     if network["spatial_dims"] != dims:
         raise BundleError(
-            f"the weights are of a {network['spatial_dims']}D network, but '{like}' is for {dims}D images; name a "
-            "bundle that fits"
+            f"mismatch of spatial dimensions: the weights are of a {network['spatial_dims']}D network, but '{like}' is "
+            f"for {dims}D images; give a {network['spatial_dims']}D bundle"
         )
 
 
 def _check_same(network: nn.Module, target: Bundle) -> None:
-    """Refuse a bundle whose network computes anything else with these weights."""
+    """Refuse a bundle whose network computes something else with these weights."""
     from monai.bundle import ConfigParser
 
     from medseg.jobs.config_functions import load_state
@@ -273,14 +274,14 @@ def _check_same(network: nn.Module, target: Bundle) -> None:
     if unlike:
         rest = f"; and {len(unlike) - _DIFFERENCES_SHOWN} more" if len(unlike) > _DIFFERENCES_SHOWN else ""
         raise BundleError(
-            f"network_def of '{target.root}' has room for the weights, but computes something else: "
+            f"network_def of '{target.root}' has matching tensors, but computes something else: "
             f"{'; '.join(unlike[:_DIFFERENCES_SHOWN])}{rest}. Change network_def, or give --set name=value for "
-            "arguments that the tensors cannot tell"
+            "arguments that the tensors do not determine"
         )
 
 
 def _traits(network: nn.Module) -> dict[str, str]:
-    """Return what decides how the network computes, besides its tensors: kinds and plain attributes of modules."""
+    """Return what determines the network's computation besides its tensors: types and plain attributes of modules."""
     traits = {}
     for name, module in network.named_modules():
         if "Dropout" in type(module).__name__:

@@ -1,8 +1,8 @@
-"""A bundle's network as one file for other programs: TorchScript, ONNX, torch.export, OpenVINO.
+"""Export of a bundle's network for other runtimes: TorchScript, ONNX, torch.export, OpenVINO.
 
-What is exported is the network alone, from an image that is already resampled and normalized to logits. How images come
-to that is written into the file as far as its format holds notes. Every file is read back and compared with the network
-before it takes its name.
+Only the network is exported, from a resampled and normalized image to logits. The preprocessing is described in the
+file's metadata if the format has any. Every file is read back and compared with the network before it gets its final
+name.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ if TYPE_CHECKING:
 
 __all__ = ["TOLERANCE", "Difference", "ExportResult", "export"]
 
-# Half precision or not -> allowed difference in units of the largest logit, if that is above 1.
+# Largest accepted difference without and with half precision, relative to max(1, largest logit).
 TOLERANCE: Final = {False: 1e-4, True: 3e-2}
-# Longest side of the image that is traced, where the network can be exported for any size.
+# Longest side of the traced image, if the network can be exported for any size.
 _SIDE: Final = {2: 128, 3: 48}
 _NOTED: Final = ("spacing", "microns_per_pixel", "orientation", "intensity_range", "roi_size", "overlap")
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How an exported network differs from the network itself on one random input.
+    """Difference of an exported network from the original network on one random input.
 
     Attributes:
-        shape: of the input, `(B, C, *spatial)`.
-        difference: largest difference of two logits.
-        largest: largest absolute logit of the network.
-        changed: share of voxels that get another label.
+        shape: Shape of the input, `(B, C, *spatial)`.
+        difference: Largest absolute difference of two logits.
+        largest: Largest absolute logit of the original network.
+        changed: Fraction of voxels whose label changes.
     """
 
     shape: tuple[int, ...]
@@ -59,7 +59,7 @@ class Difference:
 
     @property
     def relative(self) -> float:
-        """The difference in units of the largest logit, if that is above 1."""
+        """The difference relative to max(1, largest logit)."""
         return self.difference / max(1.0, self.largest)
 
 
@@ -68,10 +68,10 @@ class ExportResult:
     """Result of `export`.
 
     Attributes:
-        path: The file; the weights of OpenVINO are beside it as `.bin`.
-        free: Axes of the input that may have any size: "batch and size", "batch", or "" for none.
+        path: Exported file; the weights of OpenVINO are beside it as `.bin`.
+        free: Dynamic axes of the input: "batch and size", "batch", or "" for none.
         differences: Differences from the network on two random inputs.
-        tolerance: Largest difference allowed, in units of the largest logit if that is above 1.
+        tolerance: Largest accepted difference, relative to max(1, largest logit).
     """
 
     path: Path
@@ -101,30 +101,30 @@ def export(
     tolerance: float | None = None,
     trust: str | None = None,
 ) -> ExportResult:
-    """Write a bundle's network for another program, and compare both on random images of two sizes.
+    """Export a bundle's network for another runtime, and compare both on random images of two sizes.
 
     Args:
         bundle: Folder of a bundle, or name of a shipped one.
         file_format: Format of the file: "ts" (TorchScript), "onnx", "pt2" (torch.export) or "openvino".
-        output: File to write, whole or not at all; an existing one is replaced.
-        half: Whether weights and arithmetic have 16 bits, not for OpenVINO; input and output stay float32.
+        output: File to write, atomically; an existing one is replaced.
+        half: Whether weights and arithmetic are float16, not for OpenVINO; input and output stay float32.
         random: Whether to export the network with random weights, for a bundle without weights.
-        tolerance: Largest difference of a logit allowed, in units of the largest logit if that is above 1; 1e-4 by
-            default, and 3e-2 with `half`.
+        tolerance: Largest accepted difference of the logits, relative to max(1, largest logit); by default 1e-4, or
+            3e-2 with `half`.
         trust: SHA-256 of a bundle that contains executable code, to confirm that you trust it.
 
     Returns:
-        The file, its free axes, and its differences from the network.
+        File, dynamic axes, and differences from the network.
 
     Raises:
-        RequestError: an unknown format, a package that is missing, a network that the format cannot hold, or an
-            exported network that computes something else.
-        WeightsError: the bundle has no weights.
-        BundleError: the bundle is incomplete or not to be trusted.
+        RequestError: Unknown format, missing package, network not supported by the format, or differences above the
+            tolerance.
+        WeightsError: The bundle has no weights.
+        BundleError: The bundle is incomplete or not trusted.
     """
     if half and file_format == "openvino":
         raise RequestError(
-            "OpenVINO chooses its precision where the file is loaded (INFERENCE_PRECISION_HINT): leave out --half"
+            "OpenVINO selects its precision when the file is loaded (INFERENCE_PRECISION_HINT): remove --half"
         )
     found, target = find_bundle(bundle), Path(output)
     config = _checked(found, file_format, target, random=random, trust=trust)
@@ -155,9 +155,9 @@ def export(
 
 
 def _checked(bundle: Bundle, file_format: str, target: Path, *, random: bool, trust: str | None) -> Config:
-    """Check all that can be without torch; return the config to take the network from."""
+    """Check the request without importing torch, and return the config of the network."""
     if file_format not in FORMATS:
-        raise RequestError(f"no export format '{file_format}'{nearest(file_format, FORMATS)}")
+        raise RequestError(f"unknown export format '{file_format}'{nearest(file_format, FORMATS)}")
     suffix, _ = FORMATS[file_format]
     if target.suffix != suffix:
         raise RequestError(f"'{target}' must end in {suffix}, as files of format {file_format} do")
@@ -172,7 +172,7 @@ def _checked(bundle: Bundle, file_format: str, target: Path, *, random: bool, tr
     if not random and not bundle.weights.is_file():
         raise WeightsError(
             f"no weights at '{bundle.weights}': run `medseg train` first, or give --random to export the network with "
-            "fresh weights"
+            "random weights"
         )
     check_folder(target.absolute().parent)
     return {**configs["inference.json"], "bundle_root": str(bundle.root)}
@@ -187,8 +187,8 @@ def _built(bundle: Bundle, config: Config, *, random: bool) -> tuple[nn.Module, 
     except Exception as error:
         causes = dict.fromkeys((in_a_line(error), in_a_line(error.__cause__ or error)))
         raise BundleError(
-            f"the network of bundle '{bundle.root}' cannot be built and fed as its configs and metadata say: "
-            f"{'; '.join(causes)}. `medseg bundle check` tells more"
+            f"cannot build and run the network of bundle '{bundle.root}' with its configs and metadata: "
+            f"{'; '.join(causes)}. See `medseg bundle check`"
         ) from error
 
 
@@ -206,7 +206,7 @@ def _network(bundle: Bundle, config: Config, *, random: bool) -> nn.Module:
 
 
 def _shapes(network: nn.Module, bundle: Bundle, config: Config) -> Shapes:
-    """Find inputs of two sizes, small ones if the network takes them."""
+    """Return inputs of two sizes, small ones if the network accepts them."""
     image = bundle.metadata["network_data_format"]["inputs"]["image"]
     channels, listed = image["num_channels"], config.get("roi_size", image["spatial_shape"])
     side = _SIDE[3 if len(listed) == 3 else 2]
@@ -218,7 +218,9 @@ def _shapes(network: nn.Module, bundle: Bundle, config: Config) -> Shapes:
             others = [[n + c for n, c in zip(start, change, strict=False)] for change in changes]
             fits = next((o for o in others if _takes(network, (1, channels, *o))), start)
             return Shapes((2, channels, *start), (1, channels, *fits), (1, channels, *window))
-    raise RequestError(f"{type(network).__name__} of bundle '{bundle.name}' takes no image of {window} voxels")
+    raise RequestError(
+        f"{type(network).__name__} of bundle '{bundle.name}' does not accept an image of {window} voxels"
+    )
 
 
 def _takes(network: nn.Module, shape: tuple[int, ...]) -> bool:
@@ -233,7 +235,7 @@ def _takes(network: nn.Module, shape: tuple[int, ...]) -> bool:
 
 
 def _half(network: nn.Module) -> nn.Module:
-    """Return a copy that computes in half precision and takes and gives float32."""
+    """Return a copy that computes in half precision, with float32 input and output."""
     from torch import nn
 
     class Half(nn.Module):
@@ -241,18 +243,18 @@ def _half(network: nn.Module) -> nn.Module:
             super().__init__()
             self.network = network
 
-        # TorchScript, which looks annotations up in this module, takes a tensor for granted
+        # Without annotations, which TorchScript would resolve in this module, it assumes a tensor.
         def forward(self, x):  # type: ignore[no-untyped-def]
             return self.network(x.half()).float()
 
     return Half(copy.deepcopy(network).half()).eval()
 
 
-# What is written into the file
+# Metadata of the file
 
 
 def _notes(bundle: Bundle, config: Config) -> dict[str, str]:
-    """Return what a user of the file alone should know, each entry as JSON text."""
+    """Return the metadata for users of the file, each entry as JSON text."""
     metadata = bundle.metadata
     data = metadata["network_data_format"]
     values = knobs(dict(config))
@@ -278,7 +280,7 @@ def _notes(bundle: Bundle, config: Config) -> dict[str, str]:
 
 
 def _inputs(shapes: Shapes, free: str) -> Sequence[tuple[int, ...]]:
-    """Return the shapes to compare on: two sizes where they are free, else two of what is."""
+    """Return the shapes for the comparison: two sizes if dynamic, else two batch sizes or the same shape."""
     if free == "batch and size":
         return shapes.example, shapes.other
     return ((2, *shapes.window[1:]) if free else shapes.window), shapes.window
@@ -291,7 +293,9 @@ def _compared(network: nn.Module, run: Run, shape: tuple[int, ...]) -> Differenc
     with torch.no_grad():
         expected, found = network(x), run(x)
     if expected.shape != found.shape:
-        raise RequestError(f"the exported network gives {tuple(found.shape)} for {shape}, not {tuple(expected.shape)}")
+        raise RequestError(
+            f"the exported network returns {tuple(found.shape)} for {shape}, expected {tuple(expected.shape)}"
+        )
     labels = [y.argmax(1) if y.shape[1] > 1 else y > 0 for y in (expected, found)]
     return Difference(
         shape,
@@ -303,13 +307,13 @@ def _compared(network: nn.Module, run: Run, shape: tuple[int, ...]) -> Differenc
 
 def _check_same(found: Sequence[Difference], tolerance: float, target: Path, *, half: bool) -> None:
     for one in found:
-        # Not `>`: a NaN is refused too
+        # Not `>`, so that NaN is refused.
         if not one.relative <= tolerance:
             raise RequestError(
                 f"'{target}' was not written: on a random image of {'x'.join(map(str, one.shape))} its logits differ "
-                f"from the network's by up to {one.difference:.1e} (logits up to {one.largest:.1f}), and "
-                f"{tolerance:g} of that is allowed. {'Leave out --half' if half else 'Choose another format'}, or "
-                "allow more with --tolerance"
+                f"from the network's by up to {one.difference:.1e} (logits up to {one.largest:.1f}), above the "
+                f"tolerance of {tolerance:g} of the largest. {'Remove --half' if half else 'Use another format'}, or "
+                "increase --tolerance"
             )
 
 
@@ -317,7 +321,7 @@ def _check_same(found: Sequence[Difference], tolerance: float, target: Path, *, 
 
 
 def _move(folder: Path, target: Path) -> None:
-    """Move what was written to its place, the weights of OpenVINO before the file that names them."""
+    """Move the files to the target folder, the weights of OpenVINO before the file that refers to them."""
     try:
         for path in sorted(folder.iterdir(), key=lambda path: path.suffix == target.suffix):
             path.replace(target.with_name(path.name))

@@ -1,4 +1,4 @@
-"""The formats of `medseg export`: how a network is written to each, and run from it."""
+"""Writers and readers of the formats of `medseg export`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMATS", "READERS", "WRITERS", "Shapes", "missing_packages"]
 
-# Format -> suffix of its file, optional packages it takes.
+# Suffix and required optional packages of each format.
 FORMATS: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
     "ts": (".ts", ()),
     "onnx": (".onnx", EXTRAS["onnx"]),
@@ -36,18 +36,24 @@ def missing_packages(file_format: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Shapes:
-    """Inputs that the network takes: the one to trace, another one, and the bundle's own window."""
+    """Valid input shapes of the network `(B, C, *spatial)`.
+
+    Attributes:
+        example: Shape for tracing.
+        other: Shape of another size, for verification.
+        window: Shape of the bundle's sliding window.
+    """
 
     example: tuple[int, ...]
     other: tuple[int, ...]
     window: tuple[int, ...]
 
 
-# Writers: each returns which axes of the input are free
+# Writers: each returns the dynamic axes of the input
 
 
 def _write_ts(network: nn.Module, shapes: Shapes, path: Path, notes: Mapping[str, str], half: bool) -> str:
-    """Script, which follows the code for every size. The notes lie where MONAI looks for them."""
+    """Script the network, for inputs of any size. The notes are extra files, as MONAI reads them."""
     import torch
 
     scripted = torch.jit.script(network)
@@ -70,7 +76,7 @@ def _write_onnx(network: nn.Module, shapes: Shapes, path: Path, notes: Mapping[s
     names: dict[str, Any] = {"input_names": ["image"], "output_names": ["pred"]}
     exported: Any = torch.onnx.export(program, dynamo=True, verbose=False, **names)
     for node in exported.model.graph:
-        # Where each line of Python stood on this machine
+        # Contains source paths of this machine.
         node.metadata_props.clear()
     exported.model.metadata_props.update(notes)
     exported.save(path)
@@ -82,7 +88,7 @@ def _write_openvino(network: nn.Module, shapes: Shapes, path: Path, notes: Mappi
     from medseg.inferers.faster_layers import with_exact_norms
 
     openvino = load_openvino()
-    # Instances are normalized as in the back end of that name, which see
+    # Instance norms are replaced as in the OpenVINO backend.
     program, free = _program(with_exact_norms(network), shapes)
     with without_reports():
         model = openvino.convert_model(program)
@@ -93,7 +99,7 @@ def _write_openvino(network: nn.Module, shapes: Shapes, path: Path, notes: Mappi
 
 
 def _program(network: nn.Module, shapes: Shapes) -> tuple[torch.export.ExportedProgram, str]:
-    """Export for any batch and any size; where the network is bound to its size, for any batch; else as it is."""
+    """Export with dynamic batch and size, else with dynamic batch, else with fixed shape."""
     import torch
 
     ways: dict[str, Iterable[int]] = {"batch and size": range(len(shapes.example)), "batch": (0,), "": ()}

@@ -1,7 +1,7 @@
-"""Which level of a trained UNet++ is enough: measure each, write the smallest that is good enough as a bundle.
+"""Pruning of a trained UNet++: measure each level, and write the smallest accurate one as a bundle.
 
-Each level is measured as what it would be once pruned: its own weight file, loaded by the bundle's own configs, in a
-process of its own, so that no level's memory or warm caches count for another.
+Each level is measured after pruning, with its own weight file and the bundle's configs, in a separate process, so that
+memory and warm caches of one level do not affect another.
 """
 
 from __future__ import annotations
@@ -42,18 +42,17 @@ _WORKER = "from medseg.tools.prune_worker import measure_from_stdin; measure_fro
 
 @dataclass(frozen=True)
 class LevelResult:
-    """What one level costs and how good it is.
+    """Cost and accuracy of one level.
 
     Attributes:
-        level: "L1" (shallowest) to "Ln" for the network pruned to that head, "mean" for all heads together.
-        parameters: number of weights.
-        megabytes: their size, in 10^6 bytes.
-        peak_memory_mib: peak memory in MiB (2^20 bytes) up to the end of the network's pass over the first case:
-            resident memory of the whole process with its libraries, or what torch held on a CUDA device; None where
-            the system does not tell (Windows).
-        milliseconds: median time of the network's pass over a case, all windows and their blending, warmed up.
-        dice: mean over cases of the mean over labels, on the labels' own grids; None if no case has a label.
-        iou: the same of the intersection over union.
+        level: Name of the level: "L1" (shallowest) to "Ln" for the network pruned to that head, "mean" for all heads.
+        parameters: Number of parameters.
+        megabytes: Size of the parameters in MB (10^6 bytes).
+        peak_memory_mib: Peak memory in MiB (2^20 bytes) until inference of the first case ends: resident memory of the
+            process including libraries, or memory allocated by torch on a CUDA device; None if unknown (Windows).
+        milliseconds: Median inference time of a case in ms, with all windows and their blending, after a warm-up.
+        dice: Mean Dice over labels and cases, in the labels' geometry; None if no case has a label.
+        iou: Mean intersection over union, computed in the same way.
     """
 
     level: str
@@ -67,16 +66,16 @@ class LevelResult:
 
 @dataclass(frozen=True)
 class PruneTable:
-    """The levels of a bundle side by side.
+    """Comparison of the pruning levels of a bundle.
 
     Attributes:
-        bundle: its name.
-        split: which part of the data set was scored.
-        cases: how many cases that are.
-        device: where the network ran.
-        levels: shallow first; last the mean of the heads.
-        selected: the level that was written, None if none was asked for.
-        root: folder of the bundle that was written.
+        bundle: Name of the bundle.
+        split: Split of the data set that was scored.
+        cases: Number of cases.
+        device: Device of inference.
+        levels: Results from the shallowest level to the mean of all heads.
+        selected: Level that was written, or None.
+        root: Folder of the bundle that was written, or None.
     """
 
     bundle: str
@@ -94,7 +93,7 @@ class PruneTable:
 
 @dataclass(frozen=True)
 class _Variant:
-    """One level as files: the network's definition and its weights."""
+    """Network definition and weight file of a level."""
 
     level: str
     parameters: int
@@ -162,47 +161,49 @@ def prune(
 
 
 def _check_network(bundle: Bundle) -> None:
-    """Refuse, from the config alone, a network that has no levels, or one that is not scored by Dice."""
+    """Check in the configs that the network has pruning levels and is scored by Dice."""
     config = merged(bundle.load_configs("train", "evaluate"))
     network = config.get("network_def")
     kind = network.get("_target_") if isinstance(network, dict) else network
     if not isinstance(network, dict) or kind not in _PRUNABLE:
         raise RequestError(
-            f"bundle '{bundle.name}' has the network {kind}, which cannot be pruned: only {' and '.join(_PRUNABLE)} "
-            "has heads at several depths. Train a bundle with that network."
+            f"network {kind} of bundle '{bundle.name}' cannot be pruned: only {' and '.join(_PRUNABLE)} has heads at "
+            "several depths. Train a bundle with that network."
         )
     if not network.get("deep_supervision", True) or len(network.get("features", (0,) * 5)) < 3:
         raise RequestError(
             f"the network of bundle '{bundle.name}' has one head only (deep_supervision="
-            f"{network.get('deep_supervision', True)}, features={network.get('features')}), so there is nothing to "
-            "prune to: use a bundle that was trained with deep_supervision=true and three or more features."
+            f"{network.get('deep_supervision', True)}, features={network.get('features')}), so it has no "
+            "smaller level: use a bundle that was trained with deep_supervision=true and three or more features."
         )
     metrics = config.get("validate", {}).get("key_metric", {})
     if [entry.get("_target_") for entry in metrics.values()] != [_METRIC]:
         raise RequestError(
-            f"the evaluation of bundle '{bundle.name}' has the key metric {metrics}; levels are compared by Dice, "
-            f"so it should be one {_METRIC}"
+            f"unsupported key metric in the evaluation of bundle '{bundle.name}': {metrics}; expected {_METRIC}, since "
+            "levels are compared by Dice"
         )
 
 
 def _check_selection(bundle: Bundle, select: float | None, output: str | Path | None) -> Path | None:
-    """Find out early what would keep the selected level from being written."""
+    """Check that the selected level can be written, before anything is measured."""
     if (select is None) != (output is None):
-        raise RequestError("--select and --output go together: how much Dice may be lost, and where the bundle goes")
+        raise RequestError(
+            "--select and --output require each other: the accepted loss of Dice, and the folder of the new bundle"
+        )
     if select is None or output is None:
         return None
     if not 0 <= select <= 1:
-        raise RequestError(f"--select {select} cannot be: give the loss of Dice that is good enough, 0 to 1, e.g. 0.01")
+        raise RequestError(f"invalid value {select} for --select: give the accepted loss of Dice, 0 to 1, such as 0.01")
     target = Path(output).absolute()
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise RequestError(f"'{target}' exists: choose a new folder with --output")
     if not (bundle.root / "bundle.json").is_file():
-        raise BundleError(f"'{bundle.root}' has no bundle.json, from which the configs of a new bundle are built")
+        raise BundleError(f"no bundle.json in '{bundle.root}', from which the configs of the new bundle are built")
     source = load_json(bundle.root / "bundle.json")
     try:
         configs = compose({**source, "name": target.name})
     except BundleError as error:
-        raise BundleError(f"no bundle can be written as '{target}': {error}") from error
+        raise BundleError(f"cannot write a bundle to '{target}': {error}") from error
     built = bundle.load_configs("train")["train.json"]["network_def"]
     if configs["train"]["network_def"] != built:
         raise BundleError(f"the configs of '{bundle.name}' differ from its bundle.json; run `medseg bundle build`")
@@ -211,7 +212,7 @@ def _check_selection(bundle: Bundle, select: float | None, output: str | Path | 
 
 
 def _variants(job: Job, folder: Path) -> list[_Variant]:
-    """Cut the network at every level, shallow first, and set it to the mean of all heads last."""
+    """Prune the network to every level, from the shallowest to the mean of all heads."""
     from medseg.jobs.config_functions import load_weights
     from medseg.training.checkpoint import save_tensors
 
@@ -234,23 +235,23 @@ def _variants(job: Job, folder: Path) -> list[_Variant]:
 
 
 def _activation(config: Mapping[str, Any]) -> str:
-    """Return how the config itself makes probabilities of logits."""
+    """Return the activation that the config applies to the logits."""
     steps = config["validate"]["postprocessing"]["transforms"]
     by_step = any(step.get("sigmoid") is True for step in steps)
     return "sigmoid" if by_step else str(config["validate"]["inferer"].get("activation", "softmax"))
 
 
 def _smallest(results: Sequence[LevelResult], loss: float) -> int:
-    """Return the number of the first level that is at most `loss` worse than the best; levels grow."""
+    """Return the index of the smallest level whose Dice is at most `loss` below the best."""
     known = {number: result.dice for number, result in enumerate(results) if result.dice is not None}
     if not known:
-        raise CaseError("no case of this split has a label, so no level is better than another")
+        raise CaseError("no case of this split has a label, so the levels cannot be compared")
     best = max(known.values())
     return next(number for number, dice in known.items() if dice >= best - loss)
 
 
 def _write(bundle: Bundle, variant: _Variant, target: Path) -> None:
-    """Write a complete bundle, which appears as a whole or not at all."""
+    """Write a complete bundle atomically."""
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".partial-") as folder:
         new = Bundle(Path(folder) / target.name)
         (new.root / "models").mkdir(parents=True)
@@ -264,7 +265,7 @@ def _write(bundle: Bundle, variant: _Variant, target: Path) -> None:
         source |= {"name": target.name, "network_def": variant.network_def}
         if variant.level != "mean":
             source = _without_head_weights(source)
-            # Weights of the whole network are no start for this one.
+            # Weights of the whole network do not fit the pruned one.
             source.get("knobs", {}).pop("pretrained", None)
         replace_text(new.root / "bundle.json", json.dumps(source, indent=2) + "\n")
         build(new)
@@ -274,7 +275,7 @@ def _write(bundle: Bundle, variant: _Variant, target: Path) -> None:
 
 
 def _without_head_weights(node: Any) -> Any:
-    """Let a loss with one weight per head be one that the only head left can be trained with."""
+    """Remove the weights per head from a loss, since the pruned network has one head."""
     if isinstance(node, list):
         return [_without_head_weights(item) for item in node]
     if not isinstance(node, dict):
@@ -296,8 +297,8 @@ def _as_request(variant: _Variant) -> dict[str, Any]:
 
 
 def _in_own_process(request: Mapping[str, Any], tell: Callable[[float, int, str], None]) -> dict[str, Any]:
-    """Run `measure_from_stdin` with the request; return its answer, raise its error."""
-    # The child finds the packages that this process found, and none in the folder where the user happens to be.
+    """Run `measure_from_stdin` in a child process, and return its result or raise its error."""
+    # The child imports the same packages as this process, and none from the current folder.
     places = {"PYTHONPATH": os.pathsep.join(place for place in sys.path if place), "PYTHONSAFEPATH": "1"}
     answer: dict[str, Any] = {}
     with (
@@ -327,13 +328,15 @@ def _in_own_process(request: Mapping[str, Any], tell: Callable[[float, int, str]
         raise error_from_json(answer["error"])
     if code or "result" not in answer:
         hint = f" ({said[-1]})" if said else ""
-        raise MedsegError(f"measuring a level ended with code {code}{hint}; a negative code may mean too little memory")
+        raise MedsegError(
+            f"the process of a level ended with code {code}{hint}; a negative code may mean too little memory"
+        )
     result: dict[str, Any] = answer["result"]
     return result
 
 
 def _hand_over(child: subprocess.Popen[str], request: Mapping[str, Any]) -> None:
-    # A child that ended before it listened is reported by what it said.
+    # If the child has already ended, its output is reported instead.
     with suppress(BrokenPipeError):
         if child.stdin is not None:
             child.stdin.write(json.dumps(request))

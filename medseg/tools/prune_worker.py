@@ -1,4 +1,4 @@
-"""The process that measures one pruning level: a JSON request on standard input, JSON lines on standard output."""
+"""Child process that measures one pruning level: JSON request on standard input, JSON lines on standard output."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ __all__ = ["measure_from_stdin"]
 
 
 def measure_from_stdin() -> None:
-    """Measure one level, in the process that `prune` starts for it: a JSON request comes in, JSON lines go out."""
-    # Whatever libraries print must not get between the answers.
+    """Measure one level in a child process of `prune`: read a JSON request, write JSON lines."""
+    # Output of libraries must not mix with the answers.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
@@ -48,7 +48,7 @@ def measure_from_stdin() -> None:
 
 
 def _measure(request: Mapping[str, Any], report: Progress) -> dict[str, Any]:
-    """Score and time the cases of a request through the bundle's own evaluation."""
+    """Score and time the cases of a request with the bundle's evaluation config."""
     bundle, paths = Bundle(Path(request["bundle"])), request["paths"]
     job = prepare("evaluate", bundle, request["settings"], paths=paths, trust=request["trust"])
     level = {"network_def": request["network_def"], "weights": request["weights"]}
@@ -65,7 +65,7 @@ def _measure(request: Mapping[str, Any], report: Progress) -> dict[str, Any]:
         run_case(evaluator, partial(workflow.val_preprocessing, case.entry()), case.image)
         values = evaluator.state.metric_details[evaluator.state.key_metric_name][0].tolist()
         dice.append(nanmean(values))
-        # For one case and one label the two are functions of each other.
+        # IoU follows from Dice for one case and one label.
         iou.append(nanmean([value / (2 - value) for value in values]))
     return {
         "device": device,
@@ -82,7 +82,7 @@ def _mean_of_known(values: Sequence[float]) -> float | None:
 
 
 class _Watch:
-    """An inferer that keeps the time of each case, after one more pass over the first to warm up."""
+    """Inferer that times each case, after a warm-up pass over the first case."""
 
     def __init__(self, inferer: Any, device: str, cases: int, report: Progress) -> None:
         self.inferer = inferer

@@ -1,4 +1,4 @@
-"""A tiny data set of random shapes of a bundle's own kind, to try the bundle on."""
+"""A small data set of random shapes that fits a bundle, for testing it."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
 __all__ = ["label_values", "write_case", "write_samples"]
 
 _VOLUME = (44, 60, 40)
-_PICTURE = (96, 80)
+_IMAGE = (96, 80)
 
 
 def write_samples(folder: Path, bundle: Bundle, *, cases: int = 3, seed: int = 0) -> Path:
-    """Write labeled random cases that the bundle can load; the last one is for validation.
+    """Write labeled random cases that the bundle can load; the last one is the validation case.
 
     Args:
-        folder: made if missing.
-        bundle: gives the number of channels, the labels and their values in files, and 2D or 3D.
-        cases: how many, at least 2.
-        seed: of the random shapes.
+        folder: Folder of the data set, created if missing.
+        bundle: Bundle that determines channels, labels, label values and spatial dimensions.
+        cases: Number of cases, at least 2.
+        seed: Seed of the random shapes.
 
     Returns:
-        The folder, for `dataset_dir`.
+        Folder of the data set, for `dataset_dir`.
     """
     data_format = bundle.metadata["network_data_format"]
     channels = data_format["inputs"]["image"]["num_channels"]
@@ -52,7 +52,7 @@ def write_samples(folder: Path, bundle: Bundle, *, cases: int = 3, seed: int = 0
 
 
 def label_values(bundle: Bundle) -> NDArray[Any]:
-    """Return for each class a value that stands for it in label files."""
+    """Return a value in label files for each class."""
     path = bundle.config_path("train")
     mapping: dict[str, int] = load_json(path).get("label_mapping", {}) if path.is_file() else {}
     values = {index: index for index in range(len(bundle.label_names) + 1)}
@@ -65,8 +65,8 @@ def label_values(bundle: Bundle) -> NDArray[Any]:
 def _case(
     rng: np.random.Generator, spatial_dims: int, channels: int, classes: int
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """One ball per class on a noisy background; brightness tells the class."""
-    shape = _VOLUME if spatial_dims == 3 else _PICTURE
+    """Return an image with one ball per class on a noisy background, whose intensity encodes the class."""
+    shape = _VOLUME if spatial_dims == 3 else _IMAGE
     grid = np.stack(np.meshgrid(*(np.arange(n) for n in shape), indexing="ij"))
     label = np.zeros(shape, np.uint8)
     for value in range(1, classes):
@@ -79,17 +79,17 @@ def _case(
 def write_case(
     folder: Path, name: str, image: NDArray[Any], label: NDArray[Any], *, spacing: Sequence[float] = (1.0, 1.0, 1.5)
 ) -> dict[str, str]:
-    """Write a labeled case: a volume as NIfTI, a picture as PNG.
+    """Write a labeled case: a volume as NIfTI, a 2D image as PNG.
 
     Args:
-        folder: of the data set; made if missing.
-        name: of the case.
-        image: `(C, *spatial)`, values from 0 to 255 in 2D, of int16 in 3D.
-        label: `(*spatial)`.
-        spacing: mm between the voxels of a volume.
+        folder: Folder of the data set, created if missing.
+        name: Name of the case.
+        image: Image `(C, *spatial)`, with values 0 to 255 in 2D and of int16 in 3D.
+        label: Label map `(*spatial)`.
+        spacing: Voxel spacing of a volume in mm.
 
     Returns:
-        The paths of image and label within the folder, as a list of cases names them.
+        Paths of image and label relative to the folder, as an entry of `dataset.json`.
     """
     volume = label.ndim == 3
     ending = ".nii.gz" if volume else ".png"

@@ -1,6 +1,6 @@
-"""The full checks of a bundle: train, score, predict and export copies of it, by medseg and by MONAI.
+"""Full checks of a bundle: train, evaluate, predict and export copies of it, with medseg and with MONAI.
 
-Each works on what the ones before it left in the trial's folder.
+Each check uses the files of earlier checks in the trial's folder.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ if TYPE_CHECKING:
 
 __all__ = ["FULL_CHECKS", "FaultError", "SkipError", "Trial", "raise_fault"]
 
-# Sides of the crops and windows that are tried for a copy that is trained for a moment, smallest first.
+# Candidate sides of crops and windows for the short training, smallest first.
 _SIDES: Final = {2: (64, 96, 128, 192), 3: (16, 32, 48, 64)}
 _TIMEOUT: Final = 900.0
 
 
 class SkipError(Exception):
-    """A check that does not apply, or that an earlier failure leaves without ground."""
+    """A check that does not apply, or whose inputs are missing after an earlier failure."""
 
 
 class FaultError(Exception):
-    """What a check found to be wrong."""
+    """A fault that a check has found."""
 
 
 def raise_fault(text: str) -> str:
-    """Raise a fault unless the text is empty; return the empty text, which stands for "ok".
+    """Raise a fault unless the text is empty; return the empty text, which means "ok".
 
     Raises:
         FaultError: The text is not empty.
@@ -54,14 +54,12 @@ def raise_fault(text: str) -> str:
 
 @dataclass
 class Trial:
-    """A bundle to be tried out.
+    """A bundle under test, with the folder of its copies.
 
     Attributes:
-        bundle: as it was given.
-        folder: for all that is written.
-        ours: the copy that medseg trains.
-        theirs: the copy that MONAI trains.
-        monai: what MONAI's process did, by job: the error, or nothing.
+        bundle: Bundle under test, which is not changed.
+        folder: Folder of all output.
+        monai: Error of each job of MONAI's process, or an empty string, by job.
     """
 
     bundle: Bundle
@@ -70,41 +68,41 @@ class Trial:
 
     @property
     def ours(self) -> Bundle:
-        """The copy that medseg trains."""
+        """Copy that medseg trains."""
         return Bundle(self.folder / "ours" / self.bundle.name)
 
     @property
     def theirs(self) -> Bundle:
-        """The copy that MONAI trains."""
+        """Copy that MONAI trains."""
         return Bundle(self.folder / "theirs" / self.bundle.name)
 
     @property
     def data(self) -> Path:
-        """The generated data set."""
+        """Folder of the generated data set."""
         return self.folder / "data"
 
     @property
     def image(self) -> Path:
-        """An image of the generated data set."""
+        """Validation image of the generated data set."""
         (case,) = load_json(self.data / "dataset.json")["validation"]
         return self.data / str(case["image"])
 
     @property
     def trained(self) -> Bundle:
-        """The bundle with its own weights, or the copy that was trained here."""
+        """Bundle under test if it has weights, otherwise the trained copy."""
         if self.bundle.weights.is_file():
             return self.bundle
         self.needs(self.ours.weights)
         return self.ours
 
     def needs(self, path: Path) -> Path:
-        """Return the path, or skip the check if an earlier failure left no such file."""
+        """Return the path, or skip the check if an earlier check failed to write the file."""
         if not path.is_file():
-            raise SkipError(f"no {path.name}, because of a failure before")
+            raise SkipError(f"no {path.name}, since an earlier check failed")
         return path
 
     def settings(self, *configs: str) -> dict[str, Any]:
-        """Return values that make a job short, of the knobs that it has."""
+        """Return values for a short job, for the settings that it has."""
         config: Config = {}
         for content in self.bundle.load_configs(*configs).values():
             config.update(content)
@@ -130,7 +128,7 @@ class Trial:
 
 
 def _small_size(config: Mapping[str, Any]) -> list[int] | None:
-    """Return the size of crops and windows that costs least, or None to leave both as they are."""
+    """Return the smallest valid size of crops and windows, or None to keep both."""
     import torch
     from monai.bundle import ConfigParser
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -148,7 +146,7 @@ def _small_size(config: Mapping[str, Any]) -> list[int] | None:
                 logits = network(torch.empty(1, config["network_def"]["in_channels"], *size))
             except SizeError:
                 continue
-            # Networks without padding, whose crops and labels differ in size, keep their own
+            # Networks without padding, whose crops and labels differ in size, keep their sizes.
             return size if list(logits.shape[2:]) == size else None
     return None
 
@@ -160,12 +158,12 @@ def _trains(trial: Trial) -> str:
     settings = trial.settings("train")
     manifest = api.train(trial.ours.root, trial.data, settings=settings)
     if not trial.ours.weights.is_file():
-        raise FaultError("training left no models/model.pt")
+        raise FaultError("training wrote no models/model.pt")
     return ", ".join(f"{name} {value:.3f}" for name, value in manifest.validations[-1].items() if name != "epoch")
 
 
 def _copy_untrained(bundle: Bundle, target: Bundle) -> None:
-    """Copy what describes a bundle, without its weights and what is said of them."""
+    """Copy the configs of a bundle, without its weights and their metadata."""
     shutil.copytree(bundle.root / "configs", target.root / "configs")
     if (bundle.root / "bundle.json").is_file():
         shutil.copy(bundle.root / "bundle.json", target.root)
@@ -196,12 +194,12 @@ def _exports_as(file_format: str) -> Callable[[Trial], str]:
             raise SkipError(f"needs {', '.join(missing)}")
         done = export(trial.trained, file_format, trial.folder / f"model{FORMATS[file_format][0]}")
         worst = max(one.difference for one in done.differences)
-        return f"{worst:.0e}, free: {done.free or 'nothing'}"
+        return f"{worst:.0e}, dynamic: {done.free or 'none'}"
 
     return check
 
 
-# Runs jobs of MONAI one after the other and writes what became of them; knows nothing of medseg.
+# Runs jobs of MONAI one after the other and writes their errors, without importing medseg.
 _MONAI = """
 import json, sys
 import monai.bundle
@@ -220,13 +218,13 @@ for name, function, arguments in jobs:
 
 
 def _monai_trains(trial: Trial) -> str:
-    """MONAI's `run` trains the same weights, from another folder; its other jobs run in the same process."""
+    """MONAI's `run`, started in another folder, trains identical weights; its other jobs run in the same process."""
     trial.needs(trial.ours.weights)
     trial.monai = _run_monai(trial.folder, _monai_jobs(trial))
     raise_fault(trial.monai["train"])
     if sha256_file(trial.ours.weights) != sha256_file(trial.needs(trial.theirs.weights)):
-        raise FaultError("MONAI's run trained other weights than medseg")
-    return "same bytes"
+        raise FaultError("weights trained by MONAI's run differ from those of medseg")
+    return "identical"
 
 
 def _monai_jobs(trial: Trial) -> list[tuple[str, str, dict[str, Any]]]:
@@ -257,23 +255,23 @@ def _monai_jobs(trial: Trial) -> list[tuple[str, str, dict[str, Any]]]:
 def _run_monai(folder: Path, jobs: list[tuple[str, str, dict[str, Any]]]) -> dict[str, str]:
     elsewhere = folder / "elsewhere"
     elsewhere.mkdir()
-    asked, answered = folder / "jobs.json", folder / "answers.json"
-    asked.write_text(json.dumps(jobs), encoding="utf-8")
-    command = [sys.executable, "-c", _MONAI, str(asked), str(answered)]
+    requests, results = folder / "jobs.json", folder / "answers.json"
+    requests.write_text(json.dumps(jobs), encoding="utf-8")
+    command = [sys.executable, "-c", _MONAI, str(requests), str(results)]
     try:
         done = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True, timeout=_TIMEOUT, check=False)  # noqa: S603
     except subprocess.TimeoutExpired as error:
         raise FaultError(f"MONAI's process was stopped after {_TIMEOUT:.0f} s") from error
-    answers: dict[str, str] = json.loads(answered.read_text(encoding="utf-8")) if answered.is_file() else {}
+    answers: dict[str, str] = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
     ended = f"MONAI's process ended with code {done.returncode} before this job: {_last_error(done.stderr)}"
     found = {name: answers.get(name, ended) for name, _, _ in jobs}
     if left := sorted(path.name for path in elsewhere.iterdir()):
-        found["train"] = found["train"] or f"MONAI left {', '.join(left)} in the folder where it was started"
+        found["train"] = found["train"] or f"MONAI wrote {', '.join(left)} to the folder where it was started"
     return found
 
 
 def _last_error(said: str) -> str:
-    """Return the last line that names an error, or the last one at all."""
+    """Return the last line with an error, or the last line if there is none."""
     lines = [line.strip() for line in said.splitlines() if line.strip()] or [""]
     errors = [line for line in lines if re.match(r"(?:\[rank\d\]: ?)?[\w.]*(?:Error|Exception)\b", line)]
     return (errors or lines)[-1][:500]
@@ -284,19 +282,19 @@ def _monai_evaluates(trial: Trial) -> str:
 
 
 def _monai_predicts(trial: Trial) -> str:
-    """MONAI's `run` writes the same mask."""
+    """MONAI's `run` writes an identical mask."""
     raise_fault(_of_monai(trial, "predict"))
     ours, theirs = (
         {path.name: path.read_bytes() for path in (trial.folder / "masks" / whose).iterdir() if path.suffix != ".json"}
         for whose in ("ours", "theirs")
     )
     if not ours or ours != theirs:
-        raise FaultError(f"MONAI's run wrote {sorted(theirs)}, medseg {sorted(ours)}, and they are not the same bytes")
-    return "same bytes"
+        raise FaultError(f"masks of MONAI's run, {sorted(theirs)}, differ from those of medseg, {sorted(ours)}")
+    return "identical"
 
 
 def _monai_exports(trial: Trial) -> str:
-    """MONAI's own export commands take the bundle."""
+    """MONAI's export commands accept the bundle."""
     raise_fault(_of_monai(trial, "ckpt_export"))
     if "onnx_export" not in trial.monai:
         return f"TorchScript; ONNX needs {', '.join(missing_packages('onnx'))}"
@@ -305,12 +303,12 @@ def _monai_exports(trial: Trial) -> str:
 
 def _of_monai(trial: Trial, job: str) -> str:
     if job not in trial.monai:
-        raise SkipError("MONAI's process was not started, because of a failure before")
+        raise SkipError("MONAI's process was not started, since an earlier check failed")
     return trial.monai[job]
 
 
 def _trains_in_two_processes(trial: Trial) -> str:
-    """Torch starts MONAI's `run` twice, from another folder."""
+    """`torch.distributed.run` starts MONAI's `run` in two processes, in another folder."""
     name = "multi_gpu_train"
     if not trial.bundle.config_path(name).is_file():
         raise SkipError(f"the bundle has no configs/{name}.json")
@@ -336,9 +334,9 @@ def _trains_in_two_processes(trial: Trial) -> str:
     try:
         done = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True, timeout=_TIMEOUT, check=False)  # noqa: S603
     except subprocess.TimeoutExpired as error:
-        raise FaultError(f"two processes were stopped after {_TIMEOUT:.0f} s") from error
+        raise FaultError(f"the two processes were stopped after {_TIMEOUT:.0f} s") from error
     if done.returncode or not pair.weights.is_file():
-        raise FaultError(f"two processes ended with code {done.returncode}: {_last_error(done.stderr)}")
+        raise FaultError(f"the two processes ended with code {done.returncode}: {_last_error(done.stderr)}")
     return ""
 
 

@@ -46,7 +46,7 @@ def test_exports_that_cannot_be_are_refused(medseg: Any, trained: Bundle, tmp_pa
 def test_half_needs_its_tolerance(medseg: Any, trained: Bundle, tmp_path: Path) -> None:
     code, _, err = medseg("export", trained.root, "--format", "ts", "-o", tmp_path / "n.ts", "--half", "--tolerance", 0)
     assert code == 2
-    assert "Leave out --half" in err
+    assert "Remove --half" in err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -30,7 +30,7 @@ NAMES = ("background", "one", "two", "three")
 
 @pytest.fixture
 def like(make_bundle: Any, tiny_source: dict[str, Any]):
-    """Return a function that makes a bundle of so many dimensions, channels and labels to take over."""
+    """Return a function that makes a bundle with the given dimensions, channels and labels as a model for others."""
 
     def make(spatial_dims: int, channels: int, labels: int) -> Bundle:
         source = copy.deepcopy(tiny_source)
@@ -217,7 +217,7 @@ def test_an_archive_of_arrays_that_unpacks_to_too_much_is_not_read(
 ) -> None:
     monkeypatch.setattr(convert_module, "_MAX_BYTES", 1000)
     np.savez_compressed(tmp_path / "a.npz", **{"final.weight": np.zeros(1000)})
-    with pytest.raises(WeightsError, match="at most 1000 are taken"):
+    with pytest.raises(WeightsError, match="limit 1000"):
         converted(tmp_path / "a.npz", tmp_path / "target_any_unet", like=like(2, 3, 2).root)
 
 
@@ -256,8 +256,8 @@ def test_requests_that_cannot_be_leave_nothing(like: Any, tmp_path: Path) -> Non
         (path, "unet-prot", new, {"like": fits}, "did you mean 'unet-port'"),
         (tmp_path / "missing.pt", "unet-port", new, {"like": fits}, "no weights at"),
         (path, "unet-port", new, {}, "--like BUNDLE"),
-        (path, "unet-port", tmp_path / "full", {"like": fits}, "holds no bundle.json"),
-        (path, "unet-port", fits, {"like": fits}, "leave out --like"),
+        (path, "unet-port", tmp_path / "full", {"like": fits}, "exists without a bundle.json"),
+        (path, "unet-port", fits, {"like": fits}, "remove --like"),
         (
             path,
             "unet-port",
@@ -268,7 +268,7 @@ def test_requests_that_cannot_be_leave_nothing(like: Any, tmp_path: Path) -> Non
         (path, "unet-port", new, {"like": like(2, 1, 2).root}, "in_channels=3, but .* lists 1 channels"),
         (path, "unet-port", new, {"like": like(2, 3, 3).root}, "out_channels=2, but .* lists 3 labels"),
         (path, "unet-port", new, {"like": like(3, 3, 2).root}, "2D network, but .* 3D images"),
-        (path, "unet-port", new, {"like": fits, "prefix": "net."}, "starts with 'net.'"),
+        (path, "unet-port", new, {"like": fits, "prefix": "net."}, "starting with 'net.'"),
         (path, "unet-2018", new, {"like": fits}, "do not match source 'unet-2018'"),
         (path, "unet-port", new, {"like": fits, "settings": {"colour": 1}}, "cannot be built with .*colour=1"),
         (path, "unet-port", new, {"like": fits, "settings": {"features": [1, 2]}}, "do not match source"),

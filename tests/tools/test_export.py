@@ -270,7 +270,7 @@ def test_a_bundle_whose_network_cannot_be_built_is_told_so(
     path = trained_copy.config_path(config)
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     (tmp_path / "out").mkdir()
-    with pytest.raises(BundleError, match=f"cannot be built and fed.*{said}"):
+    with pytest.raises(BundleError, match=f"cannot build and run.*{said}"):
         export(trained_copy, "ts", tmp_path / "out" / "n.ts")
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -279,7 +279,7 @@ def test_requests_that_cannot_be_are_refused_before_torch_is_needed(
     trained_copy: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(exporting, "_network", None)
-    with pytest.raises(RequestError, match="leave out --half"):
+    with pytest.raises(RequestError, match="remove --half"):
         export(trained_copy, "openvino", tmp_path / "n.xml", half=True)
     with pytest.raises(RequestError, match="did you mean 'onnx'"):
         export(trained_copy, "onx", tmp_path / "n.onnx")
