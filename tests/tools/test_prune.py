@@ -348,7 +348,7 @@ def test_the_command_prints_the_table_and_writes_json(
     code, out, _ = command("prune", full.root, *options)
     assert code == 0
     assert all(level in out for level in LEVELS)
-    assert "L2 is written" in out
+    assert "L2 written: " in out
     content = json.loads(table.read_text())
     assert content["selected"] == "L2"
     assert [row["dice"] for row in content["levels"]] == [0.0, 1.0, 0.0, 0.0]
