@@ -21,7 +21,7 @@ _INTERRUPTED: Final = 130
 
 _USE: Final = "Use"
 _TRAIN: Final = "Train"
-_EVALUATE: Final = "Evaluate"
+_EVALUATE: Final = "Judge"
 _SHARE: Final = "Share"
 _EXIT_CODES: Final = """[bold]Exit codes[/]
 0 success

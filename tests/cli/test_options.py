@@ -59,7 +59,7 @@ def test_each_page_ends_with_examples(medseg: Any, path: tuple[str, ...], option
 def test_the_first_page_groups_the_commands_and_lists_the_exit_codes(medseg: Any) -> None:
     _, out, _ = medseg("--help")
     panels = re.findall(r"─ (\w+) ─", out)
-    assert panels[-4:] == ["Use", "Train", "Evaluate", "Share"]
+    assert panels[-4:] == ["Use", "Train", "Judge", "Share"]
     assert "Exit codes" in out
 
 
