@@ -75,7 +75,7 @@ def test_pack_and_unpack(medseg: Any, trained: Bundle, tmp_path: Path, monkeypat
     code, _, err = medseg("bundle", "unpack", "balls_mri_unet.zip", "-o", "mine")
     assert (code, "exists" in err) == (2, True)
     code, _, err = medseg("bundle", "unpack", "missing.zip")
-    assert (code, "no archive" in err) == (2, True)
+    assert (code, "No such archive" in err) == (2, True)
     code, _, err = medseg("bundle", "pack", "gland_pathology_unet")
     assert (code, "no weights in this bundle" in err) == (0, True)
 
