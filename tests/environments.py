@@ -7,16 +7,20 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 
 
 def pinned(path: Path) -> dict[str, str]:
-    """Return the version of each package in a list, in which every line has to be one exact version."""
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
-    assert [line for line in lines if not re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][0-9A-Za-z.]*", line)] == []
-    found = {re.sub(r"[-_.]+", "-", line.partition("==")[0]).lower(): line.partition("==")[2] for line in lines}
-    assert len(found) == len(lines)
+    """Return the version of each package in a list for this Python; every line has to be one exact version."""
+    texts = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    lines = [Requirement(text) for text in texts]
+    chosen = [line for line in lines if line.marker is None or line.marker.evaluate()]
+    assert [str(line) for line in lines if not re.fullmatch(r"==[0-9][0-9A-Za-z.]*", str(line.specifier))] == []
+    found = {canonicalize_name(line.name): str(line.specifier).removeprefix("==") for line in chosen}
+    assert len(found) == len(chosen)
     return found
 
 
