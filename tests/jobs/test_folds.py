@@ -178,7 +178,7 @@ def test_folds_that_were_trained_otherwise_are_refused(
     ("options", "message"),
     [
         ({"folds": 2, "fold": 2}, "invalid fold number, expected 0 to 1"),
-        ({"folds": 1}, "no cross-validation"),
+        ({"folds": 1}, "use at least 2"),
         ({"folds": 9}, "at most 4 folds"),
     ],
 )

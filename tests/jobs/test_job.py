@@ -31,5 +31,5 @@ def test_a_deformation_in_the_preprocessing_is_refused_with_the_reason(
     save_tensors(UNet(**arguments).state_dict(), bundle.weights)
     build(bundle)
     workflow = open_workflow(prepare(command, bundle, {}, paths={"output_dir": str(tmp_path)}), kind, ())
-    with pytest.raises(RequestError, match="GridDistortiond, which moves voxels in a way that cannot be undone"):
+    with pytest.raises(RequestError, match="GridDistortiond in the preprocessing cannot be inverted"):
         build_evaluator(workflow)
