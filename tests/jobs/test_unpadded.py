@@ -125,7 +125,7 @@ def test_a_patch_that_does_not_fit_the_pooling_is_refused_with_those_that_do(
     membranes: Bundle, size: list[int], tmp_path: Path
 ) -> None:
     data = write_samples(tmp_path, membranes)
-    with pytest.raises(SizeError, match=r"fits at \d+ or \d+"):
+    with pytest.raises(SizeError, match=r"use \d+ or \d+"):
         api.train(membranes.root, data, settings={**SHORT, "patch_size": size})
 
 
